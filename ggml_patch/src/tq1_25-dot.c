@@ -1,0 +1,125 @@
+// TQ1_25 dot product: the scalar version and the choice of an instruction set.
+
+#include "tq1_25.h"
+
+#include <assert.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
+    static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
+    enum { GROUPS = TQ1_25_QK8_0 / TQ1_25_GROUP }; // of a Q8_0 block
+    float total = 0.0f;
+    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
+        float of_block = 0.0f;
+        for (int j = 0; j < QK_TQ1_25 / TQ1_25_QK8_0; ++j, ++y) {
+            int sum = 0;
+            for (int g = 0; g < GROUPS; ++g) {
+                const int8_t * q    = y->qs + TQ1_25_GROUP * g;
+                const int      slot = tq1_25_slot(x, GROUPS * j + g);
+                const int of_group  = lanes[0][slot] * q[0] + lanes[1][slot] * q[1] + lanes[2][slot] * q[2] + lanes[3][slot] * q[3];
+                sum += tq1_25_negative(x, GROUPS * j + g) ? -of_group : of_group;
+            }
+            of_block += tq1_25_fp16_to_float(y->d) * (float) sum;
+        }
+        total += tq1_25_fp16_to_float(x->d) * of_block;
+    }
+    *s = total;
+}
+
+// ---- what this CPU has ----
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#ifdef _MSC_VER
+#    include <intrin.h>
+static void cpuid(unsigned leaf, unsigned r[4]) { __cpuidex((int *) r, (int) leaf, 0); }
+static uint64_t xcr0(void) { return _xgetbv(0); }
+#else
+#    include <cpuid.h>
+static void cpuid(unsigned leaf, unsigned r[4]) {
+    if (!__get_cpuid_count(leaf, 0, r, r + 1, r + 2, r + 3)) {
+        r[0] = r[1] = r[2] = r[3] = 0;
+    }
+}
+static uint64_t xcr0(void) {
+    unsigned low, high;
+    __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    return (uint64_t) high << 32 | low;
+}
+#endif
+
+#define ALL(word, mask) (((word) & (mask)) == (mask))
+
+static int has_avx2(void) { // with FMA and F16C
+    unsigned one[4], seven[4];
+    cpuid(1, one);
+    cpuid(7, seven);
+    const unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    return ALL(one[2], fma | osxsave | avx | f16c) && ALL(seven[1], 1u << 5) && ALL(xcr0(), 0x6u);
+}
+
+static int has_avx512(void) { // F, DQ, BW, VL
+    unsigned seven[4];
+    cpuid(7, seven);
+    return has_avx2() && ALL(seven[1], 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31) && ALL(xcr0(), 0xe6u);
+}
+
+static int has_avx512vnni(void) {
+    unsigned seven[4];
+    cpuid(7, seven);
+    return has_avx512() && ALL(seven[2], 1u << 11);
+}
+
+#endif
+
+// ---- the choice ----
+
+const struct tq1_25_isa tq1_25_isas[] = {
+#if defined(__x86_64__) || defined(_M_X64)
+    { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni },
+    { "avx512",     tq1_25_vec_dot_avx512,     has_avx512     },
+    { "avx2",       tq1_25_vec_dot_avx2,       has_avx2       },
+#endif
+    { "scalar",     tq1_25_vec_dot_scalar,     NULL           },
+    { NULL,         NULL,                      NULL           },
+};
+
+const struct tq1_25_isa * tq1_25_best_isa(void) {
+    // Threads that race here find and store the same pointer.
+    static const struct tq1_25_isa * volatile best = NULL;
+    if (best) {
+        return best;
+    }
+    const char * forced = getenv("SHERRY_ISA");
+    const struct tq1_25_isa * isa = tq1_25_isas;
+    if (forced && *forced) {
+        while (isa->name && strcmp(isa->name, forced)) {
+            ++isa;
+        }
+        if (!isa->name || (isa->supported && !isa->supported())) {
+            fprintf(stderr, "SHERRY_ISA=%s: %s; this CPU runs", forced,
+                    isa->name ? "this CPU lacks it" : "there is no such instruction set in this build");
+            for (isa = tq1_25_isas; isa->name; ++isa) {
+                if (!isa->supported || isa->supported()) {
+                    fprintf(stderr, " %s", isa->name);
+                }
+            }
+            fprintf(stderr, "\n");
+            exit(1);
+        }
+    } else {
+        while (isa->supported && !isa->supported()) {
+            ++isa;
+        }
+    }
+    best = isa;
+    return isa;
+}
+
+void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc) {
+    assert(n % QK_TQ1_25 == 0 && nrc == 1);
+    (void) bs; (void) bx; (void) by; (void) nrc; // strides of a second row
+    tq1_25_best_isa()->vec_dot(n, s, (const block_tq1_25 *) x, (const tq1_25_q8_0 *) y);
+}

@@ -1,0 +1,219 @@
+// TQ1_25 codec: quantize, dequantize. Plain C11, the same bytes as sherry_gguf/tq1_25.py.
+
+#include "tq1_25.h"
+
+#include <assert.h>
+#include <math.h>
+#include <stdio.h>
+#include <string.h>
+
+// ---- fp16 ----
+
+#define FP16_NAN 0x7e00
+#define FP16_INF 0x7c00
+
+// A double >= 0 to fp16, rounded once: nearest, ties to even. Going by way of float would round twice.
+static uint16_t fp16_from_double(double value) {
+    uint64_t bits;
+    memcpy(&bits, &value, sizeof(bits));
+    const int      exponent = (int) (bits >> 52) - 1023; // of a double >= 0: no sign bit
+    const uint64_t mantissa = (bits & ((1ull << 52) - 1)) | 1ull << 52;
+    if (exponent >= 16) {
+        return FP16_INF;
+    }
+    if (exponent < -25) {
+        return 0; // less than half the smallest subnormal
+    }
+    // Subnormals are multiples of 2^-24, a normal's last bit is 2^(exponent - 10).
+    const int      shift = exponent < -14 ? 52 - exponent - 24 : 42;
+    const uint64_t kept  = mantissa >> shift;
+    const uint64_t rest  = mantissa & ((1ull << shift) - 1);
+    const uint64_t half  = 1ull << (shift - 1);
+    const uint64_t round = kept + (rest > half || (rest == half && (kept & 1)));
+    // A normal's leading bit adds one to the exponent field; so does a carry, up to infinity.
+    return (uint16_t) (exponent < -14 ? round : ((uint64_t) (exponent + 14) << 10) + round);
+}
+
+// ---- quantize ----
+
+// The zero lane of each group: smallest magnitude, among equals the lowest lane. 0 if a weight is NaN or infinite.
+static int choose_zeros(const float * x, uint8_t * zero) {
+    float not_finite = 0.0f;
+    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+        const float * w = x + TQ1_25_GROUP * g;
+        const float a0 = fabsf(w[0]), a1 = fabsf(w[1]), a2 = fabsf(w[2]), a3 = fabsf(w[3]);
+        // a tournament without branches; the left of a pair wins a tie
+        const int   r01 = a1 < a0,         r23 = a3 < a2;
+        const float m01 = r01 ? a1 : a0,   m23 = r23 ? a3 : a2;
+        zero[g] = (uint8_t) (m23 < m01 ? 2 + r23 : r01);
+        not_finite += (w[0] - w[0]) + (w[1] - w[1]) + (w[2] - w[2]) + (w[3] - w[3]); // 0, or NaN for good
+    }
+    return not_finite == 0.0f;
+}
+
+static void pack(const float * x, const uint8_t * zero, uint16_t d, block_tq1_25 * y) {
+    memset(y, 0, sizeof(*y));
+    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+        const float * w = x + TQ1_25_GROUP * g;
+        const int z = zero[g];
+        const int s0 = w[z == 0] < 0, s1 = w[1 + (z <= 1)] < 0, s2 = w[2 + (z <= 2)] < 0;
+        const int slot = z << 2 | (s2 ^ s0) << 1 | (s1 ^ s0);
+        y->qs[4 * (g / 8) + g % 4] |= (uint8_t) (slot << (g % 8 < 4 ? 0 : 4));
+        y->sign[g / 8] |= (uint8_t) (s0 << (g % 8));
+    }
+    y->d = d;
+}
+
+static enum tq1_25_status quantize_block(const float * x, block_tq1_25 * y) {
+    uint8_t zero[TQ1_25_GROUPS];
+    if (!choose_zeros(x, zero)) {
+        memset(y, 0, sizeof(*y));
+        y->d = FP16_NAN;
+        return TQ1_25_NOT_FINITE;
+    }
+    double sum = 0.0;
+    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+        const float * w = x + TQ1_25_GROUP * g;
+        for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+            sum += lane == zero[g] ? 0.0 : (double) fabsf(w[lane]);
+        }
+    }
+    const uint16_t d = fp16_from_double(sum / (QK_TQ1_25 / TQ1_25_GROUP * (TQ1_25_GROUP - 1)));
+    pack(x, zero, d == FP16_INF ? FP16_NAN : d, y);
+    return d == FP16_INF ? TQ1_25_OVERFLOW : TQ1_25_OK;
+}
+
+// Minimises sum w * (x - d*t)^2 over the scale and the zeros by turns, each best for the other, so the error only falls.
+static enum tq1_25_status quantize_block_weighted(const float * x, const float * w, block_tq1_25 * y) {
+    enum { TURNS = 8 }; // most blocks stand still after three
+    float most = 0.0f;
+    for (int i = 0; i < QK_TQ1_25; ++i) {
+        most = w[i] > most ? w[i] : most;
+    }
+    uint8_t zero[TQ1_25_GROUPS];
+    if (!choose_zeros(x, zero) || !(most > 0.0f && most <= 3.0e38f)) {
+        return quantize_block(x, y); // nothing to weigh by, or nothing to weigh
+    }
+    // Inputs that the importance matrix never saw still count a little: else their zero would be a toss-up.
+    const double least = 1e-6 * most;
+    double d = 0.0;
+    for (int turn = 0; turn < TURNS; ++turn) {
+        double sum_wx = 0.0, sum_w = 0.0;
+        for (int i = 0; i < QK_TQ1_25; ++i) {
+            if (i % TQ1_25_GROUP != zero[i / TQ1_25_GROUP]) {
+                const double wi = w[i] > least ? w[i] : least; // also of a NaN
+                sum_wx += wi * fabs((double) x[i]);
+                sum_w  += wi;
+            }
+        }
+        d = sum_wx / sum_w;
+        int moved = 0;
+        for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+            double best = 0.0;
+            int    z = 0;
+            for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+                const int    i  = TQ1_25_GROUP * g + lane;
+                const double wi = w[i] > least ? w[i] : least;
+                const double xi = fabs((double) x[i]);
+                const double cost = wi * d * (2.0 * xi - d); // of a zero here: w * (x^2 - (|x| - d)^2)
+                if (lane == 0 || cost < best) {
+                    best = cost;
+                    z = lane;
+                }
+            }
+            moved |= z != zero[g];
+            zero[g] = (uint8_t) z;
+        }
+        if (!moved) {
+            break;
+        }
+    }
+    const uint16_t half = fp16_from_double(d);
+    pack(x, zero, half == FP16_INF ? FP16_NAN : half, y);
+    return half == FP16_INF ? TQ1_25_OVERFLOW : TQ1_25_OK;
+}
+
+enum tq1_25_status tq1_25_quantize(const float * x, block_tq1_25 * y, int64_t n, int64_t * bad) {
+    return tq1_25_quantize_weighted(x, NULL, y, n, bad);
+}
+
+enum tq1_25_status tq1_25_quantize_weighted(const float * x, const float * w, block_tq1_25 * y, int64_t n, int64_t * bad) {
+    enum tq1_25_status first = TQ1_25_OK;
+    for (int64_t i = 0; i < n / QK_TQ1_25; ++i) {
+        const float * xi = x + i * QK_TQ1_25;
+        const enum tq1_25_status status = w ? quantize_block_weighted(xi, w + i * QK_TQ1_25, y + i) : quantize_block(xi, y + i);
+        if (status != TQ1_25_OK && first == TQ1_25_OK) {
+            first = status;
+            if (bad) {
+                *bad = i;
+            }
+        }
+    }
+    return first;
+}
+
+// ---- dequantize ----
+
+void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n) {
+    static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
+    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
+        const float d = tq1_25_fp16_to_float(x->d);
+        for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+            const int slot = tq1_25_slot(x, g), sign = tq1_25_negative(x, g) ? -1 : 1;
+            for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+                *y++ = d * (float) (sign * lanes[lane][slot]);
+            }
+        }
+    }
+}
+
+bool tq1_25_validate(const void * x, size_t nb) {
+    const block_tq1_25 * blocks = (const block_tq1_25 *) x;
+    for (size_t i = 0; i < nb; ++i) {
+        if (blocks[i].d >= FP16_INF) { // infinite, NaN, or the sign bit
+            fprintf(stderr, "tq1_25: the scale of block %zu is %g, not a finite number >= 0\n", i, tq1_25_fp16_to_float(blocks[i].d));
+            return false;
+        }
+    }
+    return true;
+}
+
+// ---- activations ----
+
+void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n) {
+    for (int64_t i = 0; i < n / TQ1_25_QK8_0; ++i, x += TQ1_25_QK8_0, ++y) {
+        float most = 0.0f;
+        for (int j = 0; j < TQ1_25_QK8_0; ++j) {
+            most = fmaxf(most, fabsf(x[j]));
+        }
+        const float d = most / 127.0f;
+        const float inverse = d ? 1.0f / d : 0.0f;
+        y->d = fp16_from_double(d);
+        for (int j = 0; j < TQ1_25_QK8_0; ++j) {
+            // subnormal scales make products beyond int8 (or NaN)
+            const float q = roundf(x[j] * inverse);
+            y->qs[j] = (int8_t) (q >= 127.0f ? 127 : q <= -127.0f ? -127 : q == q ? (int) q : 0);
+        }
+    }
+}
+
+// ---- in the shapes of ggml's tables ----
+
+void quantize_row_tq1_25_ref(const float * x, void * y, int64_t n) {
+    assert(n % QK_TQ1_25 == 0);
+    tq1_25_quantize(x, (block_tq1_25 *) y, n, NULL);
+}
+
+void dequantize_row_tq1_25(const void * x, float * y, int64_t n) {
+    assert(n % QK_TQ1_25 == 0);
+    tq1_25_dequantize((const block_tq1_25 *) x, y, n);
+}
+
+size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix) {
+    assert(n_per_row % QK_TQ1_25 == 0);
+    const int64_t blocks = n_per_row / QK_TQ1_25;
+    for (int64_t row = 0; row < nrows; ++row) {
+        tq1_25_quantize_weighted(x + row * n_per_row, imatrix, (block_tq1_25 *) y + row * blocks, n_per_row, NULL);
+    }
+    return (size_t) (nrows * blocks) * sizeof(block_tq1_25);
+}

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# From a bare machine to text from llama-cli: set up, train a small Sherry checkpoint, convert it, prove it, run it.
+# Every step is skipped where its result is there already; an interrupted run goes on where it stopped.
+set -euo pipefail
+
+if [[ $# -gt 0 ]]; then
+    echo "usage: scripts/demo.sh      (no arguments; SHERRY_BUILD_DIR and LLAMA_CPP_SRC as in scripts/build_llama_cpp)" >&2
+    [[ $1 == -h || $1 == --help ]] && exit 0 || exit 2
+fi
+
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+bin=${SHERRY_BUILD_DIR:-build}/bin
+hf=build/demo/hf
+gguf=build/demo/demo-TQ1_25.gguf
+prompt='def read(self, size):'
+threads=$(getconf _NPROCESSORS_ONLN)
+name=start
+
+step() { # step NAME WHAT COMMAND...: say it, run it, time it
+    name=$1
+    echo "==> $name: $2"
+    shift 2
+    local began=$SECONDS
+    "$@"
+    echo "    $name took $((SECONDS - began)) s"
+}
+trap 'code=$?; [[ $code == 0 ]] || echo "demo: stopped in step \"$name\" (status $code), the cause is above; run it again to go on" >&2' EXIT
+
+convert() {
+    if [[ $gguf -nt $hf/training.json ]]; then
+        echo "    $gguf is up to date"
+    else
+        .venv/bin/python scripts/convert_hf_to_sherry_gguf.py "$hf" --outfile "$gguf" --require-exact
+    fi
+}
+
+text() {
+    # llama-cli is a chat program; the checkpoint's chat template makes it go on with the prompt. -st: one answer, then exit.
+    # What it prints before the prompt is its banner.
+    local answer
+    answer=$("$bin/llama-cli" -m "$gguf" -st -p "$prompt" -n 160 -c 256 -t "$threads" --seed 3 --temp 0.6 \
+        --simple-io --color off --log-verbosity 1 </dev/null | sed -n '/^> /,$p')
+    echo "$answer"
+    # it exits with 0 whether or not it answered
+    if [[ $answer == *"Error:"* || $(wc -l <<<"$answer") -lt 4 ]]; then
+        echo "llama-cli gave no answer: run $bin/llama-cli -m $gguf to see why" >&2
+        return 1
+    fi
+}
+
+sizes() {
+    .venv/bin/python - "$hf" "$gguf" <<'PYTHON'
+import sys
+from pathlib import Path
+
+from gguf import GGUFReader
+
+from sherry_gguf import gguf_type, tq1_25
+
+gguf_type.register()
+hf, gguf = map(Path, sys.argv[1:])
+tensors = GGUFReader(gguf).tensors
+ternary = [t for t in tensors if t.tensor_type == tq1_25.TYPE_ID]
+weights, stored = (int(sum(getattr(t, k) for t in ternary)) for k in ("n_elements", "n_bytes"))
+rows = [
+    ("checkpoint, safetensors", sum(p.stat().st_size for p in hf.glob("*.safetensors"))),
+    ("model, GGUF", gguf.stat().st_size),
+    ("its ternary matrices as F16", 2 * weights),
+    ("its ternary matrices as TQ1_25", stored),
+]
+for what, size in rows:
+    print(f"    {what:32}{size / 2**20:8.2f} MiB")
+print(f"    {8 * stored / weights:.3f} bits a weight in {len(ternary)} ternary matrices of {weights / 1e6:.2f} M weights")
+PYTHON
+}
+
+speed() {
+    "$bin/llama-bench" -m "$gguf" -p 128 -n 64 -r 3 -t "$threads" 2>/dev/null
+}
+
+step setup "Python environment in .venv" ./scripts/setup.sh
+step llama.cpp "fetch, patch and build it in ${SHERRY_BUILD_DIR:-build}" .venv/bin/python scripts/build_llama_cpp
+step train "a small Sherry checkpoint in $hf, on this Python's standard library" .venv/bin/python scripts/make_demo_checkpoint.py --out "$hf"
+step convert "$hf to $gguf, every ternary block bit for bit" convert
+step verify "each tensor of $gguf against $hf" .venv/bin/sherry-gguf verify "$gguf" "$hf"
+step text "llama-cli goes on with \"$prompt\"" text
+step sizes "what is stored" sizes
+step speed "tokens a second, $threads threads" speed
+echo "demo: done in $SECONDS s"

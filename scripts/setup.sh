@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Makes .venv with the pinned requirements and this package, compiled, in editable form. Does nothing where that is done.
+#
+# environment: PYTHON, the interpreter to make .venv with (python3)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+say() { echo "setup: $*"; }
+die() { echo "setup: $*" >&2; exit 1; }
+
+python=${PYTHON:-python3}
+command -v "$python" >/dev/null || die "$python is not there: install Python 3.10 or newer"
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+  die "$("$python" --version) is too old: 3.10 or newer is needed (PYTHON=/path/to/python3.12 chooses another)"
+for tool in git cc c++; do
+  command -v "$tool" >/dev/null || die "$tool is not there: install git and a C and C++ compiler (Debian: apt-get install git build-essential)"
+done
+
+# Each stamp says what its step was made from; it is written last, so an interrupted step is done again.
+wanted=$("$python" -c 'import sys; print(sys.version)'; cat requirements.txt)
+if [ "$(cat .venv/requirements.stamp 2>/dev/null)" != "$wanted" ]; then
+  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+    say "making .venv with $("$python" --version)"
+    "$python" -m venv --clear .venv || die "python's venv module failed (Debian: apt-get install python3-venv)"
+  fi
+  rm -f .venv/*.stamp
+  say "installing the requirements (about 1 GB of disk with torch)"
+  .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt ||
+    die "pip failed: its message is above; run this again once that is mended"
+  printf '%s\n' "$wanted" >.venv/requirements.stamp
+fi
+
+wanted=$(pwd; cat setup.py pyproject.toml sherry_gguf/_kernels_build.py ggml_patch/src/* | cksum)
+if [ "$(cat .venv/package.stamp 2>/dev/null)" != "$wanted" ]; then
+  say "compiling the kernels and installing sherry-gguf"
+  log=$(.venv/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e . 2>&1) ||
+    die "the package did not build (Python's headers missing? Debian: apt-get install python3-dev):
+$log"
+  printf '%s\n' "$wanted" >.venv/package.stamp
+fi
+say "ready in .venv"

@@ -1,0 +1,39 @@
+"""Builds sherry_gguf._kernels from ggml_patch/src, the very files that llama.cpp's build compiles."""
+
+import os
+import sys
+from pathlib import Path
+
+import cffi
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "ggml_patch" / "src"
+
+ffibuilder = cffi.FFI()
+ffibuilder.cdef("""
+#define TQ1_25_TYPE_ID ...
+#define QK_TQ1_25 ...
+#define TQ1_25_GROUP ...
+#define TQ1_25_QK8_0 ...
+typedef struct { ...; } block_tq1_25;
+typedef struct { ...; } tq1_25_q8_0;
+enum tq1_25_status { TQ1_25_OK, TQ1_25_NOT_FINITE, TQ1_25_OVERFLOW, ... };
+enum tq1_25_status tq1_25_quantize(const float * x, block_tq1_25 * y, int64_t n, int64_t * bad);
+enum tq1_25_status tq1_25_quantize_weighted(const float * x, const float * w, block_tq1_25 * y, int64_t n, int64_t * bad);
+void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n);
+void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n);
+struct tq1_25_isa {
+    const char * name;
+    void (*vec_dot)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+    int (*supported)(void);
+};
+extern const struct tq1_25_isa tq1_25_isas[];
+""")
+ffibuilder.set_source(
+    "sherry_gguf._kernels",
+    '#include "tq1_25.h"',
+    sources=[os.path.relpath(path) for path in sorted(SOURCES.glob("*.c"))],
+    depends=[os.path.relpath(path) for path in sorted(SOURCES.glob("*.h"))],
+    include_dirs=[os.path.relpath(SOURCES)],
+    extra_compile_args=[] if sys.platform == "win32" else ["-std=c11", "-O3"],
+)

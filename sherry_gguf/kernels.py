@@ -1,0 +1,144 @@
+"""The C kernels of ggml_patch/src on NumPy arrays. No call reads or writes outside its arrays, whatever it is given."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+
+from . import tq1_25
+
+try:
+    from ._kernels import ffi, lib
+except ImportError as error:
+    raise ImportError(f"the C kernels are not compiled ({error}): run scripts/setup.sh, or pip install -e .") from error
+
+Q8_0_BYTES = ffi.sizeof("tq1_25_q8_0")
+
+
+def _compiled() -> dict:
+    """Instruction sets compiled in, name to table entry, the best first."""
+    entries, i = {}, 0
+    while lib.tq1_25_isas[i].name != ffi.NULL:
+        entries[ffi.string(lib.tq1_25_isas[i].name).decode()] = lib.tq1_25_isas[i]
+        i += 1
+    return entries
+
+
+def _supported(entry) -> bool:
+    return entry.supported == ffi.NULL or bool(entry.supported())
+
+
+def available() -> list[str]:
+    """The instruction sets that were compiled in and that this CPU runs, the best first; the last is "scalar"."""
+    return [name for name, entry in _compiled().items() if _supported(entry)]
+
+
+def _kernel(isa: str | None):
+    isa = isa or os.environ.get("SHERRY_ISA") or available()[0]
+    entry = _compiled().get(isa)
+    if entry is None or not _supported(entry):
+        lacking = "no such kernel is compiled in" if entry is None else "this CPU lacks it"
+        raise ValueError(f"instruction set {isa}: {lacking}; it runs {', '.join(available())}")
+    return entry.vec_dot
+
+
+def _pointer(array: np.ndarray, ctype: str):
+    return ffi.cast(ctype, ffi.from_buffer(array))
+
+
+def _weights(x: np.ndarray) -> np.ndarray:
+    x = tq1_25.check_weights(x)
+    if x.dtype != np.float32:
+        raise ValueError(f"weights are {x.dtype}, not float32")
+    return np.ascontiguousarray(x)
+
+
+def quantize(x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
+    """Weights float32 (..., n), n a multiple of 128, to uint8 (..., n / 128 * 22), as `tq1_25.quantize`.
+
+    importance: float32 (n,), of each input; then the scale and the zeros are those of the least squared error weighted
+    by it (what llama-quantize does with an importance matrix). The GIL is released meanwhile.
+    Raises ValueError for another dtype or shape, QuantizeError for weights that TQ1_25 cannot hold at all.
+    """
+    x = _weights(x)
+    out = np.empty((*x.shape[:-1], x.shape[-1] // tq1_25.BLOCK * tq1_25.BLOCK_BYTES), np.uint8)
+    bad = ffi.new("int64_t *", -1)
+    if importance is None:
+        status = lib.tq1_25_quantize(_pointer(x, "float *"), _pointer(out, "block_tq1_25 *"), x.size, bad)
+        if status != lib.TQ1_25_OK:
+            raise _error(x.shape[-1], bad[0], status)
+        return out
+    importance = np.asarray(importance)
+    if importance.dtype != np.float32 or importance.shape != x.shape[-1:]:
+        raise ValueError(f"importance is {importance.dtype} {importance.shape}, not float32 {x.shape[-1:]}")
+    importance = np.ascontiguousarray(importance)
+    rows, packed = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
+    for i in range(len(rows)):
+        status = lib.tq1_25_quantize_weighted(
+            _pointer(rows[i], "float *"), _pointer(importance, "float *"), _pointer(packed[i], "block_tq1_25 *"),
+            x.shape[-1], bad,
+        )  # fmt: skip
+        if status != lib.TQ1_25_OK:
+            raise _error(x.shape[-1], i * (x.shape[-1] // tq1_25.BLOCK) + bad[0], status)
+    return out
+
+
+def _error(n: int, block: int, status: int) -> tq1_25.QuantizeError:
+    causes = {lib.TQ1_25_NOT_FINITE: tq1_25.NOT_FINITE, lib.TQ1_25_OVERFLOW: tq1_25.OVERFLOW}
+    return tq1_25.QuantizeError(block // (n // tq1_25.BLOCK), causes[status])
+
+
+def dequantize(b: np.ndarray) -> np.ndarray:
+    """uint8 (..., nb), nb a multiple of 22, to float32 (..., nb / 22 * 128), as `tq1_25.dequantize`.
+
+    Raises ValueError for another dtype or a length that is no whole number of blocks.
+    """
+    b = np.ascontiguousarray(tq1_25.check_blocks(b))
+    out = np.empty((*b.shape[:-1], b.shape[-1] // tq1_25.BLOCK_BYTES * tq1_25.BLOCK), np.float32)
+    lib.tq1_25_dequantize(_pointer(b, "block_tq1_25 *"), _pointer(out, "float *"), out.size)
+    return out
+
+
+def quantize_q8_0(y: np.ndarray) -> np.ndarray:
+    """Activations float32 (n,), n a multiple of 32, to Q8_0 blocks, uint8 (n / 32 * 34,): the bytes of ggml's reference.
+
+    Raises ValueError for another dtype or shape.
+    """
+    y = np.asarray(y)
+    if y.dtype != np.float32 or y.ndim != 1 or y.size % lib.TQ1_25_QK8_0:
+        raise ValueError(f"activations are {y.dtype} {y.shape}, not float32 (n,), n a multiple of {lib.TQ1_25_QK8_0}")
+    out = np.empty(y.size // lib.TQ1_25_QK8_0 * Q8_0_BYTES, np.uint8)
+    lib.tq1_25_quantize_q8_0(_pointer(np.ascontiguousarray(y), "float *"), _pointer(out, "tq1_25_q8_0 *"), y.size)
+    return out
+
+
+def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None) -> float:
+    """The dot product of a packed row, uint8 (nb,), with Q8_0 blocks, uint8 (nb / 22 * 4 * 34,).
+
+    isa: an instruction set of `available()`; by default the one that SHERRY_ISA names, else the best.
+    Raises ValueError for one that is missing, another dtype, shape or length.
+    """
+    kernel = _kernel(isa)
+    b_row, q8_0 = tq1_25.check_blocks(b_row), np.asarray(q8_0)
+    if b_row.ndim != 1:
+        raise ValueError(f"the packed row has shape {b_row.shape}, not one axis")
+    n = b_row.size // tq1_25.BLOCK_BYTES * tq1_25.BLOCK
+    if q8_0.dtype != np.uint8 or q8_0.shape != (n // lib.TQ1_25_QK8_0 * Q8_0_BYTES,):
+        raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, the row of {n} weights needs "
+                         f"uint8 ({n // lib.TQ1_25_QK8_0 * Q8_0_BYTES},)")  # fmt: skip
+    out = ffi.new("float *")
+    b_row, q8_0 = np.ascontiguousarray(b_row), np.ascontiguousarray(q8_0)
+    kernel(n, out, _pointer(b_row, "block_tq1_25 *"), _pointer(q8_0, "tq1_25_q8_0 *"))
+    return float(out[0])
+
+
+def vec_dot(b_row: np.ndarray, y: np.ndarray, isa: str | None = None) -> float:
+    """The dot product of a packed row, uint8 (nb,), with activations, float32 (nb / 22 * 128,), as `tq1_25.vec_dot`.
+
+    isa: an instruction set of `available()`; by default the one that SHERRY_ISA names, else the best.
+    Raises ValueError for one that is missing, another dtype, shape or length.
+    """
+    b_row = tq1_25.check_blocks(b_row)
+    y = tq1_25.check_activations(b_row.size // tq1_25.BLOCK_BYTES * tq1_25.BLOCK, y)
+    return vec_dot_q8_0(b_row, quantize_q8_0(y), isa)

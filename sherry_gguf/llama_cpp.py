@@ -1,0 +1,202 @@
+"""Where the patched llama.cpp is, and its tools and libraries."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import cffi
+import numpy as np
+
+from . import tq1_25
+
+
+class NotBuilt(FileNotFoundError):
+    """A part of the patched llama.cpp is not there; the message says which and how to get it."""
+
+
+def root() -> Path:
+    """The build directory: SHERRY_BUILD_DIR, or `build` beside the package's source."""
+    return Path(os.environ.get("SHERRY_BUILD_DIR") or Path(__file__).resolve().parent.parent / "build")
+
+
+def _existing(path: Path) -> Path:
+    if not path.exists():
+        raise NotBuilt(
+            f"{path} is not there: run scripts/build_llama_cpp, or set SHERRY_BUILD_DIR to a directory that it filled"
+        )
+    return path
+
+
+def source_dir() -> Path:
+    """The patched source tree. Raises NotBuilt."""
+    _existing(root() / "llama.cpp" / "conversion" / "base.py")
+    return root() / "llama.cpp"
+
+
+def tool(name: str) -> Path:
+    """The path of a built tool, such as "llama-cli". Raises NotBuilt."""
+    return _existing(root() / "bin" / (name + ".exe" * (sys.platform == "win32")))
+
+
+def library(name: str) -> Path:
+    """The path of a built shared library, such as "ggml-base". Raises NotBuilt."""
+    if sys.platform == "win32":
+        return _existing(root() / "bin" / f"{name}.dll")
+    return _existing(root() / "lib" / f"lib{name}.{'dylib' if sys.platform == 'darwin' else 'so'}")
+
+
+def run(name: str, *args: object, **kwargs) -> subprocess.CompletedProcess:
+    """Run a built tool to its end; `kwargs` go to `subprocess.run`. Raises NotBuilt."""
+    return subprocess.run([str(tool(name)), *map(str, args)], **kwargs)
+
+
+# ---- the built ggml, as llama.cpp's tools see it ----
+
+_CDEF = """
+struct ggml_type_traits {
+    const char * type_name;
+    int64_t blck_size;
+    int64_t blck_size_interleave;
+    size_t type_size;
+    bool is_quantized;
+    void (*to_float)(const void *, float *, int64_t);
+    void (*from_float_ref)(const float *, void *, int64_t);
+};
+struct ggml_type_traits_cpu {
+    void (*from_float)(const float *, void *, int64_t);
+    void (*vec_dot)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
+    int vec_dot_type;
+    int64_t nrows;
+};
+const struct ggml_type_traits * ggml_get_type_traits(int);
+const struct ggml_type_traits_cpu * ggml_get_type_traits_cpu(int);
+size_t ggml_row_size(int, int64_t);
+bool ggml_quantize_requires_imatrix(int);
+size_t ggml_quantize_chunk(int, const float *, void *, int64_t, int64_t, int64_t, const float *);
+bool ggml_validate_row_data(int, const void *, size_t);
+void ggml_cpu_init(void);
+"""
+
+
+class Ggml:
+    """The built libggml-base and libggml-cpu through their C interface. Raises NotBuilt."""
+
+    def __init__(self):
+        self._ffi = cffi.FFI()
+        self._ffi.cdef(_CDEF)
+        self._base = self._ffi.dlopen(str(library("ggml-base")))
+        self._cpu = self._ffi.dlopen(str(library("ggml-cpu")))
+        self._cpu.ggml_cpu_init()
+        self.types = {}  # name in capitals -> id; ids without a type have no name, removed ones no block size
+        for type_id in range(tq1_25.TYPE_ID + 1):  # TQ1_25's id is the last
+            traits = self._base.ggml_get_type_traits(type_id)
+            if traits.type_name != self._ffi.NULL and traits.blck_size:
+                self.types[self._ffi.string(traits.type_name).decode().upper()] = type_id
+
+    def type_id(self, name: str) -> int:
+        """The id of the type of this name, in any case. Raises ValueError that lists the names known."""
+        if name.upper() not in self.types:
+            raise ValueError(f"{name} is no type of the built ggml, which has {', '.join(self.types)}")
+        return self.types[name.upper()]
+
+    def block(self, name: str) -> tuple[int, int]:
+        """Weights and bytes of a block of the type."""
+        traits = self._base.ggml_get_type_traits(self.type_id(name))
+        return traits.blck_size, traits.type_size
+
+    def row_size(self, name: str, n: int) -> int:
+        """Bytes of a row of n weights. Raises ValueError where a row is no whole number of blocks."""
+        self._check_row(name, n)
+        return self._base.ggml_row_size(self.type_id(name), n)
+
+    def vec_dot_type(self, name: str) -> str:
+        """The type that the activations of a dot product are quantized to."""
+        wanted = self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).vec_dot_type
+        return next(other for other, type_id in self.types.items() if type_id == wanted)
+
+    def quantize(self, name: str, x: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
+        """`ggml_quantize_chunk`: float32 (rows, n) to uint8 (rows, bytes of a row).
+
+        imatrix: float32 (n,), the importance of each input. Raises ValueError for another dtype or shape, a type that
+        needs an imatrix, and weights that give an invalid row (NaN, infinite or too large).
+        """
+        type_id = self.type_id(name)
+        x = self._array(x, np.float32, 2)
+        rows, n = x.shape
+        out = np.empty((rows, self.row_size(name, n)), np.uint8)
+        if imatrix is not None:
+            imatrix = self._array(imatrix, np.float32, 1)
+            if imatrix.shape != (n,):
+                raise ValueError(f"imatrix of shape {imatrix.shape}, rows have {n} weights")
+        elif self._base.ggml_quantize_requires_imatrix(type_id):
+            raise ValueError(f"{name} cannot be quantized to without an importance matrix")
+        importance = self._ffi.NULL if imatrix is None else self._pointer(imatrix, "const float *")
+        self._base.ggml_quantize_chunk(
+            type_id, self._pointer(x, "const float *"), self._pointer(out, "void *"), 0, rows, n, importance
+        )
+        if not self._base.ggml_validate_row_data(type_id, self._pointer(out, "void *"), out.nbytes):
+            raise ValueError(f"weights that are NaN, infinite or too large for {name}")
+        return out
+
+    def dequantize(self, name: str, b: np.ndarray) -> np.ndarray:
+        """The type's `to_float`: uint8 (rows, bytes) to float32 (rows, n)."""
+        b = self._array(b, np.uint8, 2)
+        weights, size = self.block(name)
+        if b.shape[1] % size:
+            raise ValueError(f"rows of {b.shape[1]} bytes are not whole blocks of {size}")
+        out = np.empty((b.shape[0], b.shape[1] // size * weights), np.float32)
+        to_float = self._base.ggml_get_type_traits(self.type_id(name)).to_float
+        to_float(self._pointer(b, "const void *"), self._pointer(out, "float *"), out.size)
+        return out
+
+    def from_float(self, name: str, x: np.ndarray) -> np.ndarray:
+        """The CPU backend's `from_float`, which activations go through: float32 (n,) to uint8 (bytes,)."""
+        x = self._array(x, np.float32, 1)
+        out = np.empty(self.row_size(name, x.size), np.uint8)
+        self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).from_float(
+            self._pointer(x, "const float *"), self._pointer(out, "void *"), x.size
+        )
+        return out
+
+    def vec_dot(self, name: str, b_row: np.ndarray, y: np.ndarray) -> float:
+        """The CPU backend's `vec_dot`: a packed row, uint8 (bytes,), and its packed activations, uint8 (bytes,)."""
+        b_row, y = self._array(b_row, np.uint8, 1), self._array(y, np.uint8, 1)
+        weights, size = self.block(name)
+        n = b_row.size // size * weights
+        if b_row.size % size or y.size != self.row_size(self.vec_dot_type(name), n):
+            raise ValueError(f"a row of {b_row.size} bytes of {name} and {y.size} bytes of {self.vec_dot_type(name)}")
+        out = np.empty(1, np.float32)
+        self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).vec_dot(
+            n, self._pointer(out, "float *"), 0, self._pointer(b_row, "void *"), 0, self._pointer(y, "void *"), 0, 1
+        )
+        return float(out[0])
+
+    def _check_row(self, name: str, n: int) -> None:
+        weights, _ = self.block(name)
+        if n % weights:
+            raise ValueError(f"rows of {n} weights are not whole {name} blocks of {weights}")
+
+    @staticmethod
+    def _array(a: np.ndarray, dtype: type, ndim: int) -> np.ndarray:
+        a = np.asarray(a)
+        if a.dtype != dtype or a.ndim != ndim:
+            raise ValueError(f"an array of {a.dtype} {a.shape}, not {np.dtype(dtype)} with {ndim} axes")
+        return np.ascontiguousarray(a)
+
+    def _pointer(self, a: np.ndarray, ctype: str):
+        return self._ffi.cast(ctype, a.ctypes.data)
+
+
+@functools.cache
+def ggml() -> Ggml:
+    """The built ggml, opened once. Raises NotBuilt."""
+    return Ggml()
+
+
+def quantize_rows(x: np.ndarray, type_name: str) -> np.ndarray:
+    """float32 (rows, n) to uint8 (rows, bytes) of any type that the built ggml quantizes to; see `Ggml.quantize`."""
+    return ggml().quantize(type_name, x)

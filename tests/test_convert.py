@@ -1,0 +1,303 @@
+"""Conversion of small models, tensor by tensor against upstream's own F32 conversion of the same checkpoint."""
+
+import json
+import re
+
+import conftest
+import numpy as np
+import pytest
+import small_models
+import torch
+from conftest import sherry, sherry_all
+
+from sherry_gguf import convert, gguf_type, llama_cpp, ternary, tq1_25, verify
+
+gguf = gguf_type.register()
+
+# Matrices in blocks that are not stored as TQ1_25, by model.
+KEPT = {
+    "mixtral": ["ffn_gate_inp"], "qwen3moe": ["ffn_gate_inp"], "olmoe": ["ffn_gate_inp"],
+    "deepseek2": ["ffn_gate_inp", "attn_k_b"], "mamba": ["ssm_conv1d", "ssm_a", "ssm_dt"],
+}
+
+
+def load(path):
+    """name: (type, float32 array) of all tensors of a file."""
+    model = verify.read_gguf(path)
+    return {name: (t.type.name, gguf.quants.dequantize(t.read(), t.type).reshape(t.shape))
+            for name, t in model.tensors.items()}
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal bit for bit, but for the sign of zeros."""
+    return a.shape == b.shape and (a + 0.0).tobytes() == (b + 0.0).tobytes()
+
+
+@pytest.mark.parametrize("name", small_models.MODELS)
+def test_exact_checkpoint(zoo, name):
+    root, results = zoo
+    code, output = results[name]
+    assert code == 0, output
+    assert "quantized" not in output
+    ours, upstream = load(root / f"{name}.gguf"), load(root / f"{name}.f32.gguf")
+    assert list(ours) == list(upstream)
+    kept = KEPT.get(name, [])
+    for key, (qtype, value) in ours.items():
+        _, wanted = upstream[key]
+        matrix = key.startswith("blk.") and key.endswith(".weight") and wanted.ndim > 1
+        if matrix and not any(k in key for k in kept):
+            assert qtype == "TQ1_25", key
+            assert same(value, wanted), key
+        elif qtype == "F16":
+            assert wanted.ndim > 1 and same(value, wanted.astype(np.float16).astype(np.float32)), key
+        else:
+            assert qtype == "F32" and same(value, wanted), key
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-bpe", "qwen2", "mixtral"])
+def test_metadata(zoo, name):
+    root, _ = zoo
+    ours, upstream = (verify.read_gguf(root / f"{name}.{kind}").fields for kind in ("gguf", "f32.gguf"))
+    assert {k: v for k, v in ours.items() if not k.startswith("sherry.")} == upstream | {"general.file_type": 125}
+    tensors = load(root / f"{name}.gguf")
+    names = [k for k, (qtype, _) in tensors.items() if qtype == "TQ1_25"]
+    assert ours["sherry.version"] == 1 and ours["sherry.method"] == "sparse_absmean"
+    assert ours["sherry.group_size"] == 128 and ours["sherry.exact"] is True
+    assert ours["sherry.tensor.names"] == names and ours["sherry.tensor.exact"] == [True] * len(names)
+    assert ours["sherry.tensor.relative_error"] == [0.0] * len(names)
+
+
+def test_rules_cover_what_llama_cpp_does():
+    """Whatever the pinned graphs don't use as the weights of a matrix product, or llama-quantize leaves, stays."""
+    source = (llama_cpp.source_dir() / "src" / "llama-arch.cpp").read_text()
+    names = dict(re.findall(r'\{\s*(LLM_TENSOR_\w+),\s*"([^"]+)"\s*\}', source))
+    ops = re.findall(r"\{(LLM_TENSOR_\w+),\s*\{\w+,\s*GGML_OP_(\w+)\}\}", source)
+    assert len(names) > 300 and len(ops) > 300
+
+    def kept(name, arch="llama"):
+        t = convert.Tensor(name, "", (256, 256), gguf.GGMLQuantizationType.F16, 0, None)
+        return bool(convert._why_kept(t, arch, []))
+
+    wrong = [names[t] for t, op in ops if t in names and "blk." in names[t] and not op.startswith("MUL_MAT")
+             and not kept(names[t].replace("%d", "0") + ".weight")]
+    assert not wrong
+    source = (llama_cpp.source_dir() / "src" / "llama-quant.cpp").read_text()
+    body = source[source.index("static bool tensor_allows_quantization("):source.index("// tensor type selection")]
+    general, special = re.split(r"if \(arch == LLM_ARCH_GLM5_NEXT\) \{.*?\n    \}", body, flags=re.S)[0], body
+    excluded = re.findall(r'name\.find\("([^"]+)"\)\s*==', special)
+    assert len(excluded) > 30 and general
+    assert not [n for n in excluded if not kept(f"blk.0.{n.strip('.').removesuffix('.weight')}.weight", "glm5-next")]
+    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "ffn_up", "ffn_down_exps", "ssm_in", "ssm_out",
+                 "attn_q_a", "attn_kv_b", "attn_v_b", "shortconv.in_proj", "time_mix_key", "channel_mix_value", "nextn.eh_proj"):
+        assert not kept(f"blk.3.{name}.weight"), name
+    assert not kept("enc.blk.0.attn_q.weight") and not kept("dec.blk.11.cross_attn_o.weight")
+
+
+# ---- latent weights, groups ----
+
+
+@pytest.fixture(scope="module")
+def latent(tmp_path_factory):
+    return small_models.make(tmp_path_factory.mktemp("latent") / "llama", "llama", latent=True, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("granularity, size", [("per_group", 128), ("per_group", 256), ("per_channel", 0), ("per_tensor", 0)])
+def test_latent(latent, tmp_path, granularity, size):
+    """Blocks of a wider group all hold its scale; verify agrees."""
+    flags = ["--granularity", granularity] + (["--group-size", size] if size else [])
+    out = tmp_path / "x.gguf"
+    keep = ["--keep", "ffn_down"]  # whose rows of 384 are no whole groups of 256
+    (code, text), (verified, proof) = sherry_all([["convert", latent, "--outfile", out, *flags, *keep],
+                                                  ["verify", out, latent]])
+    assert code == 0, text
+    assert "exact 0/12, 0.0 % of blocks; quantized: error <= 0.4" in text
+    assert verified == 0 and "0 TQ1_25 tensors bit for bit as in the checkpoint, 12 as the reference" in proof, proof
+    model = verify.read_gguf(out)
+    assert model.fields["sherry.granularity"] == granularity and model.fields["sherry.exact"] is False
+    assert model.tensors["blk.0.ffn_down.weight"].type.name == "F16"
+    from safetensors.numpy import load_file
+
+    wanted = load_file(latent / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    blocks = model.tensors["blk.0.ffn_up.weight"].read()
+    lanes, d = tq1_25.unpack(blocks)
+    shape = {"per_group": (384, -1, size), "per_channel": (384, 1, 256), "per_tensor": (1, 1, 384 * 256)}[granularity]
+    groups = np.sort(np.abs(wanted.astype(np.float64)).reshape(*shape[:2], -1, 4))[..., 1:]
+    scale = groups.mean(axis=(2, 3)).astype(np.float16)
+    assert (d == np.broadcast_to(np.repeat(scale, d.shape[1] // scale.shape[1], axis=1), d.shape)).all()
+    assert (lanes == ternary.sparse_absmean(wanted)[0]).all()
+    error = np.linalg.norm(tq1_25.dequantize(blocks) - wanted) / np.linalg.norm(wanted)
+    told = dict(zip(model.fields["sherry.tensor.names"], model.fields["sherry.tensor.relative_error"]))
+    assert told["blk.0.ffn_up.weight"] == pytest.approx(error, rel=1e-4)
+
+
+def test_wide_groups_of_an_exact_checkpoint(tmp_path):
+    """A checkpoint trained per channel, its config saying so, is exact in blocks of 128 too."""
+    model = small_models.make(tmp_path / "m", "llama", group=256)
+    small_models.edit_config(model, sherry_config={
+        "method": "sparse_absmean", "granularity": "per_channel", "n": 3, "m": 4, "weights": "fake_quantized"})
+    out = tmp_path / "x.gguf"
+    done = sherry("convert", model, "--outfile", out, "--keep", "ffn_down", "--require-exact")
+    assert done.returncode == 0, done.stderr
+    fields = verify.read_gguf(out).fields
+    assert fields["sherry.granularity"] == "per_channel" and "sherry.group_size" not in fields
+    assert fields["sherry.weights"] == "fake_quantized" and fields["sherry.exact"] is True
+
+
+def test_inexact_is_told(tmp_path):
+    """One weight that is off makes its tensor quantized, and tells how much of it."""
+    model = small_models.make(tmp_path / "m", "llama")
+    small_models.edit_config(model, sherry_config={"weights": "fake_quantized"})
+
+    def change(tensors):
+        tensors["model.layers.1.mlp.up_proj.weight"][7, 200] = 0.25
+
+    small_models.edit_weights(model, change)
+    out = tmp_path / "x.gguf"
+    done = sherry("convert", model, "--outfile", out)
+    assert done.returncode == 0, done.stderr
+    line = next(x for x in done.stdout.splitlines() if x.startswith("blk.*.ffn_up"))
+    assert "exact 1/2, 99.9 % of blocks; quantized: error <=" in line
+    assert "fake_quantized, yet these are not" in done.stdout and "blk.1.ffn_up.weight" not in done.stdout
+    fields = verify.read_gguf(out).fields
+    flags = dict(zip(fields["sherry.tensor.names"], fields["sherry.tensor.exact"]))
+    assert [k for k, v in flags.items() if not v] == ["blk.1.ffn_up.weight"]
+    before = small_models.snapshot(tmp_path)
+    done = sherry("convert", model, "--outfile", out, "--require-exact")
+    assert done.returncode == 1 and "--require-exact: 1 of 14 tensors" in done.stderr and "ffn_up" in done.stderr
+    assert small_models.snapshot(tmp_path) == before
+    done = sherry("convert", model, "--outfile", out, "--require-exact", "--keep", r"layers\.1\.mlp\.up")
+    assert done.returncode == 0
+    assert verify.read_gguf(out).tensors["blk.1.ffn_up.weight"].type.name == "F16"
+
+
+# ---- what is kept, and how ----
+
+
+def test_embedding_types(zoo, tmp_path):
+    root, _ = zoo
+    out = [tmp_path / f"{i}.gguf" for i in range(4)]
+    results = sherry_all([
+        ["convert", root / "llama", "--outfile", out[0], "--token-embedding-type", "q6_k", "--output-tensor-type", "Q8_0"],
+        ["convert", root / "llama-tied", "--outfile", out[1], "--token-embedding-type", "TQ1_25"],
+        ["convert", root / "llama-tied", "--outfile", out[2], "--output-tensor-type", "Q8_0"],
+        ["convert", root / "qwen2", "--outfile", out[3], "--token-embedding-type", "Q4_K", "--tokenizer-pre", "gpt-2"],
+        ["verify", out[0], root / "llama"],
+        ["verify", out[1], root / "llama-tied"],
+    ])
+    assert [code for code, _ in results] == [0, 0, 1, 1, 0, 0], results
+    assert "has no output tensor" in results[2][1] and "use --token-embedding-type" in results[2][1]
+    assert "token_embd.weight has rows of 896, Q4_K needs a multiple of 256" in results[3][1]
+    types = {k: t.type.name for k, t in verify.read_gguf(out[0]).tensors.items()}
+    assert (types["token_embd.weight"], types["output.weight"]) == ("Q6_K", "Q8_0")
+    assert load(out[1])["token_embd.weight"][0] == "TQ1_25"
+    wanted = load(root / "llama.f32.gguf")
+    for name, error in (("token_embd.weight", 0.02), ("output.weight", 0.01)):
+        x, y = wanted[name][1], load(out[0])[name][1]
+        assert np.linalg.norm(x - y) < error * np.linalg.norm(x)
+
+
+def test_odd_rows_and_large_weights(tmp_path):
+    """Rows that are no multiple of 128 stay F16, said once; what F16 cannot hold stays F32."""
+    model = small_models.make(tmp_path / "m", "llama", config=dict(intermediate_size=320))
+
+    def change(tensors):
+        tensors["model.embed_tokens.weight"][3, 3] = -70000.0
+
+    small_models.edit_weights(model, change)
+    out = tmp_path / "x.gguf"
+    (code, text), (verified, proof), (refused, why) = sherry_all([
+        ["convert", model, "--outfile", out], ["verify", out, model],
+        ["convert", model, "--outfile", tmp_path / "y.gguf", "--token-embedding-type", "Q8_0"]])
+    assert code == 0 and verified == 0, text + proof
+    assert text.count("kept in F16, rows of 320, not a multiple of 128: blk.*.ffn_down.weight (2 blocks)") == 1
+    assert "kept in F32, a weight of magnitude 70144, too large for F16: token_embd.weight" in text
+    tensors = load(out)
+    assert tensors["token_embd.weight"][0] == "F32" and tensors["token_embd.weight"][1].min() == -70144
+    assert tensors["blk.1.ffn_down.weight"][0] == "F16"
+    assert refused == 1 and "Q8_0 holds none beyond 65504: BF16 or F32 does" in why
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("safe", [True, False])
+def test_other_checkpoints(tmp_path, dtype, safe):
+    """float32 and float16, several shards, and PyTorch's own format, each verified."""
+    model = small_models.make(tmp_path / "m", "llama", dtype=dtype, shard="1MB", safe=safe)
+    assert len(list(model.glob("*-of-*"))) > 2
+    before = small_models.snapshot(model)
+    (code, text), (verified, proof) = sherry_all([["convert", model, "--outfile", tmp_path / "x.gguf", "--require-exact"],
+                                                  ["verify", tmp_path / "x.gguf", model]])
+    assert code == 0 and verified == 0, text + proof
+    assert small_models.snapshot(model) == before
+
+
+def test_chunks(zoo, tmp_path):
+    """Reading by a few rows gives the same file as reading at once."""
+    root, _ = zoo
+    for name in ("mixtral", "phi3", "gpt2"):
+        script = ("import sys\nfrom sherry_gguf import cli, convert\nconvert.CHUNK = 2000\nsys.exit(cli.main(sys.argv[1:]))")
+        process = conftest.python(script, "convert", root / name, "--outfile", tmp_path / f"{name}.gguf", *conftest.pre(name))
+        output, _ = process.communicate()
+        assert process.returncode == 0, output
+        assert (tmp_path / f"{name}.gguf").read_bytes() == (root / f"{name}.gguf").read_bytes()
+
+
+# ---- files ----
+
+
+def test_split(zoo, tmp_path):
+    root, _ = zoo
+    whole = load(root / "llama.gguf")
+    (tmp_path / "a-00002-of-00003.gguf").write_bytes(b"of an earlier run")
+    commands = [["convert", root / "llama", "--outfile", tmp_path / "a.gguf", "--split-max-tensors", 8],
+                ["convert", root / "llama", "--outfile", tmp_path / "b.gguf", "--split-max-size", "300K",
+                 "--no-tensor-first-split"],
+                ["verify", tmp_path / "a-00001-of-00003.gguf", root / "llama"]]
+    results = sherry_all(commands)
+    assert [code for code, _ in results] == [0, 0, 0], results
+    assert sorted(p.name for p in tmp_path.iterdir()) == (
+        [f"a-0000{i}-of-00003.gguf" for i in (1, 2, 3)] + [f"b-0000{i}-of-00004.gguf" for i in (1, 2, 3, 4)])
+    for name in ("a-00002-of-00003.gguf", "b-00001-of-00004.gguf"):
+        parts = load(tmp_path / name)
+        assert parts.keys() == whole.keys() and all(same(parts[k][1], whole[k][1]) for k in whole)
+    first = gguf.GGUFReader(tmp_path / "b-00001-of-00004.gguf")
+    assert not first.tensors and first.fields["split.count"].contents() == 4
+
+
+def test_dry_run(zoo, tmp_path):
+    root, results = zoo
+    before = sorted(p.name for p in root.rglob("*"))
+    done = sherry("convert", root / "llama", "--dry-run", "--split-max-tensors", "8", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^blk\.0\.attn_q\.weight +TQ1_25 +256 x 256 +11264 +model\.layers\.0\.self_attn\.q_proj\.weight$",
+                     done.stdout, re.M)
+    assert f"would write {root}/llama/llama-TQ1_25-00001-of-00003.gguf" in done.stdout
+    assert sorted(p.name for p in root.rglob("*")) == before and not list(tmp_path.iterdir())
+
+
+def test_default_file_and_names(tmp_path):
+    model = small_models.make(tmp_path / "my.model", "llama")
+    (tmp_path / "meta.json").write_text(json.dumps({"general.author": "somebody"}))
+    (tmp_path / "out").mkdir()
+    results = sherry_all([["convert", model], ["convert", model, "--vocab-only"], ["convert", model, "--outfile", tmp_path / "out"],
+                          ["convert", model, "--outfile", tmp_path / "{ftype}.gguf", "--model-name", "A Name", "--metadata",
+                           tmp_path / "meta.json"]])
+    assert [code for code, _ in results] == [0] * 4, results
+    assert (model / "my.model-TQ1_25.gguf").read_bytes() == (tmp_path / "out" / "my.model-TQ1_25.gguf").read_bytes()
+    vocab = verify.read_gguf(model / "my.model-vocab.gguf")
+    assert not vocab.tensors and len(vocab.fields["tokenizer.ggml.tokens"]) == small_models.VOCAB
+    fields = verify.read_gguf(tmp_path / "tq1_25.gguf").fields
+    assert (fields["general.name"], fields["general.author"]) == ("A Name", "somebody")
+
+
+def test_script_and_supported_models():
+    import subprocess
+    import sys
+
+    script = conftest.TESTS.parent / "scripts" / "convert_hf_to_sherry_gguf.py"
+    done = subprocess.run([script, "--print-supported-models"], capture_output=True, text=True,
+                          env=conftest.ENV | {"PATH": f"{sys.executable.rpartition('/')[0]}:/usr/bin:/bin"})
+    assert done.returncode == 0, done.stderr
+    assert {"LlamaForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM"} <= set(done.stdout.split())
+    assert len(done.stdout.split()) > 100
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 2 and "convert_hf_to_sherry_gguf.py: error: the following arguments are required: model" in done.stderr
