@@ -54,6 +54,12 @@ def _weights(x: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(x)
 
 
+def _bytes(b: np.ndarray) -> np.ndarray:
+    """Contiguous, and at an even address as the blocks' fp16 wants it: a slice of other bytes may be neither."""
+    b = np.ascontiguousarray(b)
+    return b.copy() if b.ctypes.data % 2 else b
+
+
 def quantize(x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     """Weights float32 (..., n), n a multiple of 128, to uint8 (..., n / 128 * 22), as `tq1_25.quantize`.
 
@@ -94,7 +100,7 @@ def dequantize(b: np.ndarray) -> np.ndarray:
 
     Raises ValueError for another dtype or a length that is no whole number of blocks.
     """
-    b = np.ascontiguousarray(tq1_25.check_blocks(b))
+    b = _bytes(tq1_25.check_blocks(b))
     out = np.empty((*b.shape[:-1], b.shape[-1] // tq1_25.BLOCK_BYTES * tq1_25.BLOCK), np.float32)
     lib.tq1_25_dequantize(_pointer(b, "block_tq1_25 *"), _pointer(out, "float *"), out.size)
     return out
@@ -128,7 +134,7 @@ def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None) ->
         raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, the row of {n} weights needs "
                          f"uint8 ({n // lib.TQ1_25_QK8_0 * Q8_0_BYTES},)")  # fmt: skip
     out = ffi.new("float *")
-    b_row, q8_0 = np.ascontiguousarray(b_row), np.ascontiguousarray(q8_0)
+    b_row, q8_0 = _bytes(b_row), _bytes(q8_0)
     kernel(n, out, _pointer(b_row, "block_tq1_25 *"), _pointer(q8_0, "tq1_25_q8_0 *"))
     return float(out[0])
 

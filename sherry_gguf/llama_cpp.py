@@ -138,9 +138,14 @@ class Ggml:
         self._base.ggml_quantize_chunk(
             type_id, self._pointer(x, "const float *"), self._pointer(out, "void *"), 0, rows, n, importance
         )
-        if not self._base.ggml_validate_row_data(type_id, self._pointer(out, "void *"), out.nbytes):
+        if not self.valid(name, out):
             raise ValueError(f"weights that are NaN, infinite or too large for {name}")
         return out
+
+    def valid(self, name: str, b: np.ndarray) -> bool:
+        """`ggml_validate_row_data`, the check behind --check-tensors: uint8 (rows, bytes); what is wrong goes to stderr."""
+        b = self._array(b, np.uint8, 2)
+        return self._base.ggml_validate_row_data(self.type_id(name), self._pointer(b, "const void *"), b.nbytes)
 
     def dequantize(self, name: str, b: np.ndarray) -> np.ndarray:
         """The type's `to_float`: uint8 (rows, bytes) to float32 (rows, n)."""

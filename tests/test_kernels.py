@@ -284,3 +284,12 @@ def test_strided_and_read_only_arrays():
     packed = kernels.quantize(x)
     assert (kernels.dequantize(packed[::-2]) == tq1_25.dequantize(packed[::-2])).all()
     assert kernels.vec_dot(packed[1], x.T[:, 0]) == kernels.vec_dot(packed[1].copy(), x[0].copy())
+
+
+def test_odd_addresses():
+    x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
+    packed, q8_0 = kernels.quantize(x), kernels.quantize_q8_0(x)
+    shifted, shifted_q8_0 = np.insert(packed, 0, 0)[1:], np.insert(q8_0, 0, 0)[1:]
+    assert shifted.ctypes.data % 2 == 1
+    assert (kernels.dequantize(shifted) == kernels.dequantize(packed)).all()
+    assert kernels.vec_dot_q8_0(shifted, shifted_q8_0) == kernels.vec_dot_q8_0(packed, q8_0)

@@ -36,30 +36,41 @@ static uint16_t fp16_from_double(double value) {
 
 // ---- quantize ----
 
-// The zero lane of each group: smallest magnitude, among equals the lowest lane. 0 if a weight is NaN or infinite.
-static int choose_zeros(const float * x, uint8_t * zero) {
-    float not_finite = 0.0f;
-    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
-        const float * w = x + TQ1_25_GROUP * g;
-        const float a0 = fabsf(w[0]), a1 = fabsf(w[1]), a2 = fabsf(w[2]), a3 = fabsf(w[3]);
-        // a tournament without branches; the left of a pair wins a tie
-        const int   r01 = a1 < a0,         r23 = a3 < a2;
-        const float m01 = r01 ? a1 : a0,   m23 = r23 ? a3 : a2;
-        zero[g] = (uint8_t) (m23 < m01 ? 2 + r23 : r01);
-        not_finite += (w[0] - w[0]) + (w[1] - w[1]) + (w[2] - w[2]) + (w[3] - w[3]); // 0, or NaN for good
+// The zero lane of each group: smallest magnitude, among equals the lowest lane. False if a weight is NaN or infinite.
+static bool choose_zeros(const float * x, uint8_t * zero) {
+    uint32_t a[QK_TQ1_25]; // magnitudes; the bits of floats >= 0 are in the floats' order
+    memcpy(a, x, sizeof(a));
+    uint32_t most = 0;
+    for (int i = 0; i < QK_TQ1_25; ++i) {
+        a[i] &= 0x7fffffff;
+        most = a[i] > most ? a[i] : most;
     }
-    return not_finite == 0.0f;
+    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+        const uint32_t * m = a + TQ1_25_GROUP * g;
+        // a tournament without branches, which would be mispredicted; the left of a pair wins a tie
+        const uint32_t r01 = m[1] < m[0],              r23 = m[3] < m[2];
+        const uint32_t m01 = m[1] < m[0] ? m[1] : m[0], m23 = m[3] < m[2] ? m[3] : m[2];
+        const uint32_t right = m23 < m01;
+        zero[g] = (uint8_t) (right << 1 | (r01 ^ ((r01 ^ r23) & (0u - right))));
+    }
+    return most < 0x7f800000;
 }
 
 static void pack(const float * x, const uint8_t * zero, uint16_t d, block_tq1_25 * y) {
-    memset(y, 0, sizeof(*y));
+    uint8_t slot[TQ1_25_GROUPS], sign[TQ1_25_GROUPS];
     for (int g = 0; g < TQ1_25_GROUPS; ++g) {
         const float * w = x + TQ1_25_GROUP * g;
         const int z = zero[g];
         const int s0 = w[z == 0] < 0, s1 = w[1 + (z <= 1)] < 0, s2 = w[2 + (z <= 2)] < 0;
-        const int slot = z << 2 | (s2 ^ s0) << 1 | (s1 ^ s0);
-        y->qs[4 * (g / 8) + g % 4] |= (uint8_t) (slot << (g % 8 < 4 ? 0 : 4));
-        y->sign[g / 8] |= (uint8_t) (s0 << (g % 8));
+        slot[g] = (uint8_t) (z << 2 | (s2 ^ s0) << 1 | (s1 ^ s0));
+        sign[g] = (uint8_t) (s0 << g % 8);
+    }
+    for (int i = 0; i < TQ1_25_GROUPS / 2; ++i) {
+        y->qs[i] = (uint8_t) (slot[8 * (i / 4) + i % 4] | slot[8 * (i / 4) + i % 4 + 4] << 4);
+    }
+    for (int i = 0; i < TQ1_25_GROUPS / 8; ++i) {
+        const uint8_t * b = sign + 8 * i;
+        y->sign[i] = b[0] | b[1] | b[2] | b[3] | b[4] | b[5] | b[6] | b[7];
     }
     y->d = d;
 }
@@ -71,14 +82,18 @@ static enum tq1_25_status quantize_block(const float * x, block_tq1_25 * y) {
         y->d = FP16_NAN;
         return TQ1_25_NOT_FINITE;
     }
-    double sum = 0.0;
-    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
-        const float * w = x + TQ1_25_GROUP * g;
-        for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-            sum += lane == zero[g] ? 0.0 : (double) fabsf(w[lane]);
-        }
+    float kept[QK_TQ1_25];
+    for (int i = 0; i < QK_TQ1_25; ++i) {
+        kept[i] = fabsf(x[i]);
     }
-    const uint16_t d = fp16_from_double(sum / (QK_TQ1_25 / TQ1_25_GROUP * (TQ1_25_GROUP - 1)));
+    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+        kept[TQ1_25_GROUP * g + zero[g]] = 0.0f;
+    }
+    double sum = 0.0;
+    for (int i = 0; i < QK_TQ1_25; ++i) {
+        sum += (double) kept[i];
+    }
+    const uint16_t d = fp16_from_double(sum / (TQ1_25_GROUPS * (TQ1_25_GROUP - 1)));
     pack(x, zero, d == FP16_INF ? FP16_NAN : d, y);
     return d == FP16_INF ? TQ1_25_OVERFLOW : TQ1_25_OK;
 }

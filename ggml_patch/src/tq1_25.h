@@ -1,8 +1,8 @@
 // TQ1_25: 3:4 sparse ternary weights, 128 in 22 bytes. The block, its codec and its dot products.
 //
 // These files are compiled by llama.cpp's build and by the Python bindings alike. They take plain pointers and know
-// of ggml no more than the layout of a Q8_0 block. Lengths are in weights and are multiples of 128; pointers to
-// blocks and activations need no alignment.
+// of ggml no more than the layout of a Q8_0 block. Lengths are in weights and are multiples of 128; pointers are
+// aligned as their types are, to two bytes for blocks.
 
 #pragma once
 

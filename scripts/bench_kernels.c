@@ -1,0 +1,112 @@
+// Times ggml's vec_dot of each type named, and each instruction set's of TQ1_25, on rows that stay in the L1 cache, in
+// one thread. Types take turns in each round, so that what disturbs one disturbs all.
+// usage: bench_kernels N ROUNDS TYPE...     prints "name seconds" for each type and round; seconds per 1e9 weights
+
+#define _POSIX_C_SOURCE 199309L
+
+#include "ggml-cpu.h"
+#include "ggml.h"
+#include "sherry/tq1_25.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+enum { ROWS = 8, MAX_KERNELS = 64 };
+
+struct kernel {
+    const char *     name;
+    enum ggml_type   type;
+    tq1_25_vec_dot_t tq1_25; // an instruction set's of TQ1_25; NULL: what ggml has registered
+    void *           rows;
+    void *           y;
+};
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
+}
+
+static float * noise(size_t n) {
+    float * x = malloc(n * sizeof(float));
+    for (size_t i = 0; i < n; ++i) {
+        x[i] = (float) rand() / (float) RAND_MAX - 0.5f;
+    }
+    return x;
+}
+
+static volatile float sink;
+
+static double run(const struct kernel * k, int n, int repeats) {
+    const ggml_vec_dot_t dot = ggml_get_type_traits_cpu(k->type)->vec_dot;
+    const size_t size = ggml_row_size(k->type, n);
+    float s = 0;
+    const double start = now();
+    for (int i = 0; i < repeats; ++i) {
+        for (int row = 0; row < ROWS; ++row) {
+            const char * x = (const char *) k->rows + (size_t) row * size;
+            if (k->tq1_25) {
+                k->tq1_25(n, &s, (const block_tq1_25 *) x, (const tq1_25_q8_0 *) k->y);
+            } else {
+                dot(n, &s, 0, x, 0, k->y, 0, 1);
+            }
+            sink = s;
+        }
+    }
+    return (now() - start) / ((double) n * ROWS * repeats) * 1e9;
+}
+
+int main(int argc, char ** argv) {
+    if (argc < 4) {
+        fprintf(stderr, "usage: %s N ROUNDS TYPE...\n", argv[0]);
+        return 2;
+    }
+    ggml_cpu_init();
+    const int n = atoi(argv[1]), rounds = atoi(argv[2]);
+    float * x = noise((size_t) n * ROWS), * activations = noise((size_t) n), * importance = noise((size_t) n);
+    for (int i = 0; i < n; ++i) {
+        importance[i] += 1.0f;
+    }
+    struct kernel kernels[MAX_KERNELS];
+    int count = 0;
+    for (int a = 3; a < argc; ++a) {
+        int type = 0;
+        while (type < GGML_TYPE_COUNT && (!ggml_type_name(type) || strcmp(ggml_type_name(type), argv[a]) != 0)) {
+            ++type;
+        }
+        if (type == GGML_TYPE_COUNT || ggml_blck_size(type) == 0 || n % ggml_blck_size(type)) {
+            fprintf(stderr, "%s: no such type, or rows of %d are not whole blocks of it\n", argv[a], n);
+            return 1;
+        }
+        const struct ggml_type_traits_cpu * cpu = ggml_get_type_traits_cpu(type);
+        struct kernel k = { argv[a], type, NULL, malloc(ggml_row_size(type, n) * ROWS), malloc(ggml_row_size(cpu->vec_dot_type, n)) };
+        ggml_quantize_chunk(type, x, k.rows, 0, ROWS, n, importance);
+        ggml_get_type_traits_cpu(cpu->vec_dot_type)->from_float(activations, k.y, n);
+        if (type != GGML_TYPE_TQ1_25) {
+            kernels[count++] = k;
+            continue;
+        }
+        for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
+            if (!isa->supported || isa->supported()) {
+                char * name = malloc(64);
+                snprintf(name, 64, "%s-%s", argv[a], isa->name);
+                k.name = name;
+                k.tq1_25 = isa->vec_dot;
+                kernels[count++] = k;
+            }
+        }
+    }
+    int repeats[MAX_KERNELS];
+    for (int i = 0; i < count; ++i) {
+        const double once = run(&kernels[i], n, 10) * n * ROWS * 1e-9; // warms up as well
+        repeats[i] = once < 2e-3 ? (int) (2e-3 / once) + 1 : 1;        // about 2 ms a turn
+    }
+    for (int round = 0; round < rounds; ++round) {
+        for (int i = 0; i < count; ++i) {
+            printf("%s %.6f\n", kernels[i].name, run(&kernels[i], n, repeats[i]));
+        }
+    }
+    return 0;
+}

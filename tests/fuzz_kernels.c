@@ -1,0 +1,77 @@
+// Random bytes through every decoder, encoder and dot product of ggml_patch/src, in allocations of exactly the size that
+// they may touch, for a run under AddressSanitizer and UBSan. usage: fuzz_kernels SEED ROUNDS
+
+#include "tq1_25.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t state;
+
+static uint32_t next(void) { // xorshift64*
+    state ^= state >> 12;
+    state ^= state << 25;
+    state ^= state >> 27;
+    return (uint32_t) (state * 2685821657736338717ull >> 32);
+}
+
+static void * bytes(size_t n, size_t skew) { // random, skew bytes off an aligned address
+    uint8_t * p = malloc(n + skew);
+    for (size_t i = 0; i < n + skew; ++i) {
+        p[i] = (uint8_t) next();
+    }
+    return p;
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 3) {
+        return 2;
+    }
+    state = strtoull(argv[1], NULL, 10) * 2 + 1;
+    const long rounds = atol(argv[2]);
+    long calls = 0;
+    for (long round = 0; round < rounds; ++round) {
+        const int64_t nb = next() % 9, n = nb * QK_TQ1_25;
+        const size_t skew = next() % 2 * 2; // blocks are aligned to two bytes and no more
+        uint8_t * blocks = bytes((size_t) nb * sizeof(block_tq1_25), skew);
+        uint8_t * q8_0   = bytes((size_t) (n / TQ1_25_QK8_0) * sizeof(tq1_25_q8_0), skew);
+        float *   x = bytes((size_t) n * sizeof(float), 0), * y = bytes((size_t) n * sizeof(float), 0);
+        float *   importance = bytes((size_t) n * sizeof(float), 0);
+        const block_tq1_25 * b = (const block_tq1_25 *) (blocks + skew);
+        const tq1_25_q8_0 *  q = (const tq1_25_q8_0 *) (q8_0 + skew);
+
+        tq1_25_dequantize(b, y, n);
+        for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
+            if (!isa->supported || isa->supported()) {
+                float s;
+                isa->vec_dot(n, &s, b, q);
+                ++calls;
+            }
+        }
+        // floats of any bits, then finite ones: the first are mostly refused
+        for (int finite = 0; finite < 2; ++finite) {
+            for (int64_t i = 0; finite && i < n; ++i) {
+                x[i] = ((float) (int32_t) next()) * 1e-8f;
+            }
+            int64_t bad = -1;
+            const enum tq1_25_status status = tq1_25_quantize(x, (block_tq1_25 *) (blocks + skew), n, &bad);
+            if ((status == TQ1_25_OK) != (bad == -1) || bad >= nb || (finite && status != TQ1_25_OK)) {
+                fprintf(stderr, "round %ld: status %d with block %lld of %lld\n", round, status, (long long) bad, (long long) nb);
+                return 1;
+            }
+            tq1_25_quantize_weighted(x, importance, (block_tq1_25 *) (blocks + skew), n, NULL);
+            quantize_tq1_25(x, blocks + skew, 1, n, importance);
+            tq1_25_quantize_q8_0(x, (tq1_25_q8_0 *) (q8_0 + skew), n);
+            calls += 4;
+        }
+        free(blocks);
+        free(q8_0);
+        free(x);
+        free(y);
+        free(importance);
+    }
+    printf("%ld calls\n", calls);
+    return 0;
+}

@@ -1,0 +1,123 @@
+"""The built libggml: what is registered under TQ1_25 gives the same bytes and numbers as the reference."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from sherry_gguf import kernels, llama_cpp, tq1_25
+from vectors import BLOCKS, DOTS
+
+
+@pytest.fixture(scope="module")
+def ggml():
+    return llama_cpp.ggml()
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(0).standard_normal((6, 896)).astype(np.float32)
+
+
+def test_registration(ggml):
+    assert ggml.types["TQ1_25"] == tq1_25.TYPE_ID
+    assert ggml.block("tq1_25") == (tq1_25.BLOCK, tq1_25.BLOCK_BYTES)
+    assert ggml.row_size("TQ1_25", 896) == 896 // 128 * 22
+    assert ggml.vec_dot_type("TQ1_25") == "Q8_0"
+    assert not [name for name, type_id in ggml.types.items() if 42 < type_id < 125]
+
+
+def test_golden_blocks(ggml):
+    for x, block, lanes, d in BLOCKS.values():
+        assert (ggml.quantize("TQ1_25", x[None]) == block).all()
+        assert (ggml.from_float("TQ1_25", x) == block).all()
+        assert (ggml.dequantize("TQ1_25", block[None])[0] == np.float32(d) * np.array(lanes, np.float32)).all()
+
+
+def test_quantize_chunk_and_to_float(ggml, x):
+    packed = ggml.quantize("TQ1_25", x)
+    assert (packed == tq1_25.quantize(x)).all()
+    assert (ggml.dequantize("TQ1_25", packed) == tq1_25.dequantize(packed)).all()
+
+
+def test_importance_matrix(ggml, x):
+    importance = np.random.default_rng(1).random(896).astype(np.float32)
+    packed = ggml.quantize("TQ1_25", x, importance)
+    assert (packed == kernels.quantize(x, importance)).all()
+    assert (packed != tq1_25.quantize(x)).any()
+
+
+@pytest.mark.parametrize("i", range(len(DOTS)))
+def test_golden_dots(ggml, i):
+    row, y, _, result = DOTS[i]
+    assert ggml.vec_dot("TQ1_25", row, kernels.quantize_q8_0(y)) == pytest.approx(result, rel=1e-5)
+
+
+def test_vec_dot_is_the_best_kernel(ggml, x, monkeypatch):
+    monkeypatch.delenv("SHERRY_ISA", raising=False)
+    packed, q8_0 = tq1_25.quantize(x), kernels.quantize_q8_0(x[0])
+    for row in packed:
+        assert ggml.vec_dot("TQ1_25", row, q8_0) == kernels.vec_dot_q8_0(row, q8_0)
+
+
+IN_ANOTHER_PROCESS = """
+import numpy as np
+from sherry_gguf import kernels, llama_cpp, tq1_25
+x = np.random.default_rng(0).standard_normal(896).astype(np.float32)
+row, q8_0 = tq1_25.quantize(x), kernels.quantize_q8_0(x)
+print(llama_cpp.ggml().vec_dot("TQ1_25", row, q8_0), kernels.vec_dot_q8_0(row, q8_0))
+"""
+
+
+@pytest.mark.parametrize("isa", kernels.available())
+def test_the_environment_chooses_the_kernel(isa, monkeypatch):
+    monkeypatch.setenv("SHERRY_ISA", isa)
+    result = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], capture_output=True, text=True, check=True)
+    built, ours = map(float, result.stdout.split())
+    assert built == ours
+
+
+def test_a_missing_instruction_set_ends_the_process_with_its_name():
+    code = "import os; os.environ['SHERRY_ISA'] = 'mmx'; from sherry_gguf import llama_cpp, kernels; import numpy as np; " \
+           "llama_cpp.ggml().vec_dot('TQ1_25', np.zeros(22, np.uint8), np.zeros(136, np.uint8))"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"SHERRY_ISA=mmx: there is no such instruction set in this build; this CPU runs {' '.join(kernels.available())}" in result.stderr
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_bad_weights_make_an_invalid_row(ggml, x, bad):
+    x[3, 700] = bad
+    with pytest.raises(ValueError, match="NaN, infinite or too large for TQ1_25"):
+        ggml.quantize("TQ1_25", x)
+
+
+@pytest.mark.parametrize("d", [np.nan, np.inf, -1.0])
+def test_bad_scales_are_invalid(ggml, x, d, capfd):
+    packed = tq1_25.quantize(x)
+    assert ggml.valid("TQ1_25", packed)
+    packed.reshape(-1, 22)[9, 20:] = np.frombuffer(np.float16(d).tobytes(), np.uint8)
+    assert not ggml.valid("TQ1_25", packed)
+    assert "the scale of block 9 is" in capfd.readouterr().err
+
+
+def test_other_types(ggml, x):
+    x = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
+    for name in "Q6_K", "q4_k", "Q8_0", "F16":
+        packed = ggml.quantize(name, x)
+        assert packed.shape == (3, ggml.row_size(name, 512))
+        assert np.abs(ggml.dequantize(name, packed) - x).max() < 0.5
+    with pytest.raises(ValueError, match="Q9_9 is no type of the built ggml, which has F32, F16,.*TQ1_25"):
+        ggml.quantize("Q9_9", x)
+    with pytest.raises(ValueError, match="importance matrix"):
+        ggml.quantize("IQ2_XXS", x)
+    with pytest.raises(ValueError, match="rows of 300 weights are not whole Q6_K blocks of 256"):
+        ggml.quantize("Q6_K", x[:, :300])
+
+
+def test_what_is_not_built_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("SHERRY_BUILD_DIR", str(tmp_path))
+    for call in (lambda: llama_cpp.tool("llama-cli"), lambda: llama_cpp.library("ggml-base"), llama_cpp.source_dir):
+        with pytest.raises(llama_cpp.NotBuilt, match=f"{tmp_path}.* is not there: run scripts/build_llama_cpp"):
+            call()
