@@ -4,7 +4,7 @@
 set -euo pipefail
 
 if [[ $# -gt 0 ]]; then
-    echo "usage: scripts/demo.sh      (no arguments; SHERRY_BUILD_DIR and LLAMA_CPP_SRC as in scripts/build_llama_cpp)" >&2
+    echo "usage: scripts/demo.sh    (no arguments; scripts/build_llama_cpp has the environment)" >&2
     [[ $1 == -h || $1 == --help ]] && exit 0 || exit 2
 fi
 
@@ -24,7 +24,7 @@ step() { # step NAME WHAT COMMAND...: say it, run it, time it
     "$@"
     echo "    $name took $((SECONDS - began)) s"
 }
-trap 'code=$?; [[ $code == 0 ]] || echo "demo: stopped in step \"$name\" (status $code), the cause is above; run it again to go on" >&2' EXIT
+trap 'code=$?; [[ $code == 0 ]] || echo "demo: stopped in step $name (status $code): see above; run it again" >&2' EXIT
 
 convert() {
     if [[ $gguf -nt $hf/training.json ]]; then
@@ -35,8 +35,8 @@ convert() {
 }
 
 text() {
-    # llama-cli is a chat program; the checkpoint's chat template makes it go on with the prompt. -st: one answer, then exit.
-    # What it prints before the prompt is its banner.
+    # llama-cli is a chat program; the checkpoint's chat template makes it go on with the prompt. -st: one answer, then
+    # exit. What it prints before the prompt is its banner.
     local answer
     answer=$("$bin/llama-cli" -m "$gguf" -st -p "$prompt" -n 160 -c 256 -t "$threads" --seed 3 --temp 0.6 \
         --simple-io --color off --log-verbosity 1 </dev/null | sed -n '/^> /,$p')
@@ -70,7 +70,7 @@ rows = [
 ]
 for what, size in rows:
     print(f"    {what:32}{size / 2**20:8.2f} MiB")
-print(f"    {8 * stored / weights:.3f} bits a weight in {len(ternary)} ternary matrices of {weights / 1e6:.2f} M weights")
+print(f"    {8 * stored / weights:.3f} bits a weight, {weights / 1e6:.2f} M weights in {len(ternary)} ternary matrices")
 PYTHON
 }
 
@@ -80,7 +80,8 @@ speed() {
 
 step setup "Python environment in .venv" ./scripts/setup.sh
 step llama.cpp "fetch, patch and build it in ${SHERRY_BUILD_DIR:-build}" .venv/bin/python scripts/build_llama_cpp
-step train "a small Sherry checkpoint in $hf, on this Python's standard library" .venv/bin/python scripts/make_demo_checkpoint.py --out "$hf"
+step train "a small Sherry checkpoint in $hf, on this Python's standard library" \
+    .venv/bin/python scripts/make_demo_checkpoint.py --out "$hf"
 step convert "$hf to $gguf, every ternary block bit for bit" convert
 step verify "each tensor of $gguf against $hf" .venv/bin/sherry-gguf verify "$gguf" "$hf"
 step text "llama-cli goes on with \"$prompt\"" text

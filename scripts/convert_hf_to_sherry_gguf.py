@@ -1,0 +1,12 @@
+#!/usr/bin/env python3
+"""Convert a Hugging Face model directory to a TQ1_25 GGUF: `sherry-gguf convert` under llama.cpp's customary name."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from sherry_gguf.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(["convert", *sys.argv[1:]], prog=Path(__file__).name))

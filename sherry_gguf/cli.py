@@ -1,0 +1,199 @@
+"""`sherry-gguf convert | verify | inspect`."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+from pathlib import Path
+
+from . import convert, llama_cpp, tq1_25, verify
+from .convert import ConvertError, Options
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run a command; returns the exit code: 0, 1 for a failure that is told, 130 or 143 when interrupted.
+
+    With `prog`, the command's parser is used alone, under that name.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    commands = {"convert": (_convert_parser, _convert), "verify": (_verify_parser, _verify),
+                "inspect": (_inspect_parser, _inspect)}
+    if prog:
+        make, run = commands[argv[0]]
+        parser = argparse.ArgumentParser(prog=prog)
+        make(parser)
+        args = parser.parse_args(argv[1:])
+    else:
+        parser = argparse.ArgumentParser(prog="sherry-gguf", description="Sherry models (3:4 sparse ternary) as GGUF.")
+        sub = parser.add_subparsers(dest="command", required=True)
+        for name, (make, run) in commands.items():
+            make(sub.add_parser(name))
+        args = parser.parse_args(argv)
+        run = commands[args.command][1]
+
+    logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
+    if not args.verbose:
+        logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)  # many classes of upstream set a key twice
+    previous = signal.signal(signal.SIGTERM, _terminate)
+    try:
+        return run(args, parser)
+    except (ConvertError, llama_cpp.NotBuilt) as e:
+        if args.verbose:
+            raise
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    except (KeyboardInterrupt, _Terminated) as e:
+        print("interrupted: no half-written file is left", file=sys.stderr)
+        return 143 if isinstance(e, _Terminated) else 130
+    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
+        sys.stdout = None
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+class _Terminated(BaseException):
+    pass
+
+
+def _terminate(number, frame):
+    raise _Terminated
+
+
+# ---- convert ----
+
+
+def _convert_parser(parser: argparse.ArgumentParser):
+    parser.description = ("Convert a Hugging Face model directory to a GGUF with the blocks' weights as TQ1_25: "
+                          "bit for bit where they are 3:4 sparse ternary, else by Sparse-AbsMean.")
+    add = parser.add_argument
+    add("model", type=Path, nargs="?", help="the model directory")
+    add("--outfile", type=Path, help=f"file to write (default: <model>/<its name>-{tq1_25.NAME}.gguf)")
+    add("--require-exact", action="store_true", help="fail unless every quantized tensor is stored bit for bit")
+    add("--keep", metavar="REGEX", action="append", default=[],
+        help="keep the tensors whose GGUF name or Hugging Face name matches anywhere, as F16; repeatable")
+    for flag, of in (("--token-embedding-type", "token embeddings; with tied embeddings of the output too"),
+                     ("--output-tensor-type", "output tensor")):
+        add(flag, metavar="TYPE", help=f"type of the {of} (default: F16): {', '.join(convert.STORED_TYPES)}")
+    add("--group-size", type=int, metavar="N", help="weights that share a scale, a multiple of 128; overrules the "
+        "checkpoint's sherry_config (default: what that says, else 128)")
+    add("--granularity", choices=("per_group", "per_channel", "per_tensor"), help="likewise what shares a scale")
+    add("--dry-run", action="store_true", help="print each tensor's type and size, write nothing")
+    add("--vocab-only", action="store_true", help="write only the vocabulary")
+    add("--split-max-tensors", type=int, default=0, metavar="N", help="most tensors in one file")
+    add("--split-max-size", type=_size, default=0, metavar="N(K|M|G)", help="most bytes of tensors in one file")
+    add("--no-tensor-first-split", action="store_true", help="put no tensors in the first file of a split")
+    add("--model-name", help="name of the model")
+    add("--metadata", type=Path, help="JSON file that overrides authorship metadata, as for convert_hf_to_gguf.py")
+    add("--print-supported-models", action="store_true", help="list the architectures and exit")
+    _upstream_flags(parser)
+
+
+def _upstream_flags(parser: argparse.ArgumentParser):
+    add = parser.add_argument
+    add("--tokenizer-pre", metavar="NAME", help="llama.cpp's name of how a BPE tokenizer splits text, such as gpt-2, "
+        "llama-bpe or qwen2; needed for tokenizers trained at home, which llama.cpp cannot recognise")
+    add("--mistral-format", action="store_true", help="the directory has params.json and consolidated*.safetensors")
+    add("--mtp", action="store_true", help="only the multi-token prediction head")
+    add("--no-nextn", "--no-mtp", action="store_true", help="without the multi-token prediction head")
+    add("--target-model-dir", type=Path, help="for draft models: the directory of their target model")
+    for flag, text in convert.UPSTREAM_FLAGS.items():
+        add("--" + flag.replace("_", "-"), action="append_const", dest="flags", const=flag, default=[], help=text)
+    add("--verbose", action="store_true", help="show llama.cpp's log, and a traceback on errors")
+
+
+def _size(text: str) -> int:
+    number, unit = (text[:-1], text[-1]) if text[-1:] in "KMG" and text else (text, "")
+    if not number.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, optionally followed by K, M or G")
+    return int(number) * 1000 ** " KMG".index(unit or " ")
+
+
+def _convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if args.print_supported_models:
+        from_map = convert.upstream().TEXT_MODEL_MAP
+        print("\n".join(sorted(from_map)))
+        return 0
+    if args.model is None:
+        parser.error("the following arguments are required: model")
+    if args.mtp and args.no_nextn:
+        parser.error("--mtp and --no-nextn exclude each other")
+    known = Options.__dataclass_fields__.keys() & vars(args).keys()
+    options = Options(**{name: getattr(args, name) for name in known}, progress=True)
+    report = convert.convert(args.model, options)
+    if args.dry_run:
+        print("\n".join(verify.table(("tensor", "type", "shape", "bytes", "from"), [
+            (t.name, t.type.name, " x ".join(map(str, t.shape)), t.nbytes, t.source) for t in report.tensors])))
+    print("\n".join(_summary(report, args.dry_run)))
+    return 0
+
+
+def _summary(report: convert.Report, dry_run: bool):
+    """The final table: the tensors of one place in all blocks, of one type, are a line."""
+    groups: dict[tuple, list[convert.Tensor]] = {}
+    for t in report.tensors:
+        groups.setdefault((convert.star(t.name), t.type.name), []).append(t)
+    rows = [(name, qtype, len(ts), *verify._sizes(ts), _quality(ts, dry_run)) for (name, qtype), ts in groups.items()]
+    if rows:
+        quantized = [t for t in report.tensors if t.type.name == tq1_25.NAME]
+        rows.append(("total", "", len(report.tensors), *verify._sizes(report.tensors), _quality(quantized, dry_run)))
+        yield ""
+        yield from verify.table(("tensor", "type", "tensors", "weights", "bytes", "bits/weight", "stored"), rows)
+    for note in report.notes:
+        yield f"note: {note}"
+    verb = "would write" if dry_run else "wrote"
+    for file in report.files:
+        yield f"{verb} {file}" + ("" if dry_run else f" ({file.stat().st_size / 1e6:.1f} MB)")
+
+
+def _quality(tensors: list[convert.Tensor], dry_run: bool) -> str:
+    tensors = [t for t in tensors if t.type.name == tq1_25.NAME]
+    if dry_run or not tensors:
+        return "" if tensors else "kept"
+    inexact = [t for t in tensors if not t.is_exact]
+    if not inexact:
+        return f"exact {len(tensors)}/{len(tensors)}"
+    share = sum(t.exact for t in tensors) / sum(t.blocks for t in tensors)
+    return (f"exact {len(tensors) - len(inexact)}/{len(tensors)}, {100 * share:.1f} % of blocks; quantized: error "
+            f"<= {max(t.relative_error for t in inexact):.4f}, cosine >= {min(t.cosine for t in inexact):.4f}")
+
+
+# ---- verify, inspect ----
+
+
+def _verify_parser(parser: argparse.ArgumentParser):
+    parser.description = ("Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Flags that "
+                          "the conversion was given and that change tensors or the tokenizer must be given again.")
+    parser.add_argument("gguf", type=Path, help="the GGUF; of a split, any of its files")
+    parser.add_argument("model", type=Path, help="the model directory that it was made from")
+    _upstream_flags(parser)
+
+
+def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    known = Options.__dataclass_fields__.keys() & vars(args).keys()
+    verdict = verify.verify(args.gguf, args.model, Options(**{name: getattr(args, name) for name in known}, progress=True))
+    for problem in verdict.problems:
+        print(f"differs: {problem}")
+    print(f"{verdict.exact} {tq1_25.NAME} tensors bit for bit as in the checkpoint, {verdict.quantized} as the reference "
+          f"quantizes them, {verdict.kept} kept in another type; {len(verdict.problems) or 'no'} difference"
+          f"{'s' * (len(verdict.problems) != 1)}")
+    return 1 if verdict.problems else 0
+
+
+def _inspect_parser(parser: argparse.ArgumentParser):
+    parser.description = "Print what is in a GGUF file: metadata, types, sizes, and what was stored exactly."
+    parser.add_argument("gguf", type=Path, help="the GGUF; of a split, any of its files")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+    parser.add_argument("--verbose", action="store_true", help="a traceback on errors")
+
+
+def _inspect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for line in verify.inspect(args.gguf, args.tensors):
+        print(line)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

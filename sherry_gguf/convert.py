@@ -1,0 +1,981 @@
+"""A Hugging Face model directory becomes a TQ1_25 GGUF, on llama.cpp's own conversion classes.
+
+Upstream's class for the architecture reads the checkpoint, renames and reshapes the tensors, and collects metadata and
+tokenizer, as for an F16 file. Of that file's tensors, the ones that llama-quantize would quantize and that belong to
+the blocks become TQ1_25; all others stay what upstream makes of them. So no architecture is known here by name.
+
+Tensors are read, converted and written in chunks of rows; the finished files are read back before they replace
+anything.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import errno
+import functools
+import hashlib
+import itertools
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import zipfile
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import numpy as np
+
+from . import gguf_type, llama_cpp, ternary, tq1_25
+
+FORMAT_VERSION = 1  # of the sherry.* metadata
+CHUNK = 1 << 22  # weights handled at a time
+
+# The names of llama-quantize's --token-embedding-type and --output-tensor-type that need no importance matrix.
+STORED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0",
+                "IQ4_NL", "IQ4_XS", tq1_25.NAME)
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+OUTPUT = "output.weight"
+F16_MAX = 65504.0
+
+_IN_BLOCK = re.compile(r"^(?:enc\.|dec\.)?blk\.\d+\.")
+# Matrices of the blocks that stay: what llama-quantize leaves alone (tensor_allows_quantization), what the graphs use
+# otherwise than as a matrix product's weights (LLM_TENSOR_INFOS), the second embeddings and heads of multi-token
+# prediction, and attn_k_b, whose rows run along the outputs of the layer that was trained.
+_NOT_WEIGHTS = re.compile(
+    r"norm|altup|laurel|indexer|hc_|_ape\b|_res_score|sinks|_rel_b\b|\.rel_pos|position_embd|patch_(?:embd|merger)"
+    r"|ffn_gate_inp|tid2eid|exp_probs|ffn\.act\b|layer_output_scale|nextn\.(?:embed_tokens|shared_head_head)"
+    r"|conv1d|shortconv\.conv\b|conv_base|ssm_(?:a|d|beta|[fg]_[ab])\b|channel_mix_lerp"
+    r"|time_mix_(?:first|decay|lerp|ln|[wvag][0-2]|k_k|k_a|r_k)|attn_k_b\b"
+)
+_NOT_WEIGHTS_OF = {"glm5-next": re.compile(r"attn_kv_a_mqa|attn_v_b")}
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class ConvertError(Exception):
+    """What stops a conversion or a verification. The message says what, where, and what to do."""
+
+
+class _BadRow(Exception):
+    def __init__(self, row: int, cause: str):
+        self.row, self.cause = row, cause
+
+
+# ---- the pinned llama.cpp ----
+
+
+@functools.cache
+def upstream():
+    """The pinned llama.cpp's `conversion` package, and in this process only the `gguf` package that belongs to it.
+
+    Raises ConvertError if another gguf is already imported, llama_cpp.NotBuilt.
+    """
+    source = llama_cpp.source_dir()
+    gguf_py = source / "gguf-py"
+    if (loaded := sys.modules.get("gguf")) and Path(loaded.__file__).resolve().parent.parent != gguf_py.resolve():
+        raise ConvertError(f"another gguf package is already imported, from {loaded.__file__}: llama.cpp's conversion "
+                           f"code needs its own, in {gguf_py}. Convert and verify in a process of their own")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model directory
+    sys.path[:0] = [str(gguf_py), str(source)]
+    import conversion
+
+    gguf_type.register()
+    return conversion
+
+
+class _Recorder:
+    """Mixed in before upstream's class: notes what is asked of it, and makes nothing eager."""
+
+    tokenizer_pre: str | None = None
+
+    def tensor_force_quant(self, name, new_name, bid, n_dims):
+        # The answer stays upstream's: only after it has told its own exceptions apart does make_plan choose a type.
+        forced = super().tensor_force_quant(name, new_name, bid, n_dims)
+        self.__dict__.setdefault("asked", {})[new_name] = name, forced
+        return forced
+
+    def modify_tensors(self, data_torch, name, bid):
+        import torch
+
+        for new_name, data in super().modify_tensors(data_torch, name, bid):
+            # An eager tensor would be rounded to F16 at once.
+            yield new_name, upstream().LazyTorchTensor.from_eager(data) if type(data) is torch.Tensor else data
+
+    def get_vocab_base_pre(self, tokenizer):
+        if self.tokenizer_pre:
+            return self.tokenizer_pre
+        logger = logging.getLogger("hf-to-gguf")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # its banner tells the user to edit llama.cpp
+        try:
+            return super().get_vocab_base_pre(tokenizer)
+        except NotImplementedError:
+            raise ConvertError(
+                f"llama.cpp does not know the BPE tokenizer of {self.dir_model} (it goes by a hash of known ones): "
+                "name the way it splits text before merging with --tokenizer-pre, such as gpt-2 for a byte-level "
+                "tokenizer trained with the default settings, llama-bpe or qwen2 for one derived from those"
+            ) from None
+        finally:
+            logger.setLevel(level)
+
+
+# Flags of upstream's script that only choose what its classes do: argparse settings by keyword of the class.
+UPSTREAM_FLAGS = {
+    "fuse_gate_up_exps": "store the gate and up experts as one tensor",
+    "fuse_qkv": "store the Q, K and V weights as one tensor",
+    "sentence_transformers_dense_modules": "include the dense modules of sentence-transformers",
+    "disable_mistral_community_chat_template": "use no community chat template for Mistral models",
+}
+
+
+@dataclasses.dataclass
+class Options:
+    """What a conversion is asked for; the command line's flags, one to one."""
+
+    outfile: Path | None = None
+    keep: tuple[str, ...] = ()
+    require_exact: bool = False
+    token_embedding_type: str | None = None
+    output_tensor_type: str | None = None
+    group_size: int | None = None
+    granularity: str | None = None
+    tokenizer_pre: str | None = None
+    vocab_only: bool = False
+    dry_run: bool = False
+    split_max_tensors: int = 0
+    split_max_size: int = 0  # bytes
+    no_tensor_first_split: bool = False
+    model_name: str | None = None
+    metadata: Path | None = None
+    mistral_format: bool = False
+    mtp: bool = False
+    no_nextn: bool = False
+    target_model_dir: Path | None = None
+    flags: tuple[str, ...] = ()  # of UPSTREAM_FLAGS
+    progress: bool = False
+
+
+def instantiate(model_dir: Path, options: Options, ftype: str, mixin: type | None = None):
+    """Upstream's model object for a directory, `mixin` before its class. Raises ConvertError."""
+    conversion = upstream()
+    import gguf
+
+    hparams = _hparams(model_dir, options.mistral_format)
+    cls, arch = _model_class(hparams, options.mistral_format, model_dir)
+    if (options.mtp or options.no_nextn) and not cls.supports_mtp_export:
+        raise ConvertError(f"--mtp and --no-nextn are not for {arch}: it has no multi-token prediction head")
+    kwargs: dict[str, Any] = dict.fromkeys(options.flags, True)
+    if options.target_model_dir:
+        kwargs["target_model_dir"] = options.target_model_dir
+
+    def build(cls):
+        attributes = {"model_arch": cls.model_arch, "tokenizer_pre": _tokenizer_pre(options.tokenizer_pre),
+                      "mtp_only": options.mtp, "no_mtp": options.no_nextn}
+        cls = type(cls.__name__, (mixin, cls) if mixin else (cls,), attributes)
+        return cls(
+            model_dir, getattr(gguf.LlamaFileType, ftype), Path("model.gguf"), metadata_override=options.metadata,
+            model_name=options.model_name, small_first_shard=options.no_tensor_first_split, **kwargs,
+        )
+
+    try:
+        model = build(cls)
+        if isinstance(inner := vars(model).get("impl"), conversion.ModelBase):  # a class that only picks another
+            model = build(type(inner))
+    except (ImportError, ValueError, KeyError, NotImplementedError) as e:
+        raise ConvertError(f"{arch} in {model_dir}: {_said(e)}") from e
+    if type(model).write is not conversion.ModelBase.write:
+        raise ConvertError(f"{arch}: llama.cpp stores this architecture in several files; that is not supported here")
+    return model
+
+
+def collect(model) -> dict[str, Any]:
+    """Upstream's tensors of a model, name to TensorInfo, in the file's order; nothing is read yet."""
+    try:
+        model.prepare_tensors()
+    except (ValueError, KeyError, NotImplementedError, AssertionError, IndexError, RuntimeError) as e:
+        raise ConvertError(f"{model.dir_model}: llama.cpp's conversion of {type(model).__name__} failed: {_said(e)}") from e
+    return {name: info for part in model.gguf_writer.tensors for name, info in part.items()}
+
+
+def add_metadata(model):
+    """Let upstream fill in hyperparameters and tokenizer."""
+    import gguf
+
+    model.ftype = gguf.LlamaFileType.MOSTLY_TQ1_25
+    try:
+        model.prepare_metadata(vocab_only=False)
+    except ConvertError:
+        raise
+    except Exception as e:  # each tokenizer fails in its own way
+        raise ConvertError(f"{model.dir_model}: its metadata or tokenizer cannot be converted: {_said(e)}") from e
+
+
+def _said(e: Exception) -> str:
+    return f"{e}" if isinstance(e, (ValueError, ImportError)) and str(e) else f"{type(e).__name__}: {e}"
+
+
+def _hparams(model_dir: Path, mistral_format: bool) -> dict[str, Any]:
+    base = upstream().ModelBase
+    name = "params.json" if mistral_format else "config.json"
+    if not (model_dir / name).is_file():
+        if mistral_format or not (guess := base.load_hparams_guess(model_dir)):
+            raise ConvertError(f"{model_dir} is not a model directory: it has no {name}")
+        return guess
+    read_json(model_dir / name)
+    return base.load_hparams(model_dir, mistral_format)
+
+
+def _model_class(hparams: dict[str, Any], mistral_format: bool, model_dir: Path) -> tuple[type, str]:
+    conversion = upstream()
+    if mistral_format:
+        from conversion import mistral
+
+        return (mistral.MistralMoeModel if hparams.get("moe") is not None else mistral.MistralModel), "Mistral"
+    try:
+        arch = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+    except ValueError:
+        raise ConvertError(f"{model_dir / 'config.json'} names no architecture (key \"architectures\")") from None
+    try:
+        return conversion.get_model_class(arch), arch
+    except NotImplementedError:
+        raise ConvertError(f"the architecture {arch} of {model_dir} is unknown to the pinned llama.cpp: "
+                           "--print-supported-models lists what it knows") from None
+
+
+def _tokenizer_pre(name: str | None) -> str | None:
+    if name:
+        vocab = llama_cpp.source_dir() / "src" / "llama-vocab.cpp"
+        known = set(re.findall(r'tokenizer_pre == "([^"]+)"', vocab.read_text("utf-8"))) if vocab.is_file() else set()
+        if known and name not in known:
+            raise ConvertError(f"--tokenizer-pre {name}: llama.cpp does not know it, only {', '.join(sorted(known))}")
+    return name
+
+
+# ---- the checkpoint ----
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ConvertError."""
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as e:
+        raise ConvertError(f"cannot read {path}: {e}") from e
+    if not isinstance(value, dict):
+        raise ConvertError(f"{path} holds no JSON object")
+    return value
+
+
+def check_checkpoint(model_dir: Path, mistral_format: bool = False):
+    """Are the weight files that upstream will read all there and whole? Raises ConvertError."""
+    _hparams(model_dir, mistral_format)  # its error is the better one for what is no model at all
+    stem = "consolidated" if mistral_format else "model"
+    names = sorted(p.name for p in model_dir.iterdir())
+    parts = [n for n in names if n.startswith(stem) and n.endswith(".safetensors")]
+    index = model_dir / "model.safetensors.index.json"
+    if not parts and not index.is_file():
+        parts = [n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
+        index = model_dir / "pytorch_model.bin.index.json"
+    if index.is_file() and not mistral_format:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise ConvertError(f"{index} has no weight_map: download it again")
+        parts = sorted(set(weight_map.values()))
+    elif numbered := re.search(r"-\d{5}-of-(\d{5})\.", parts[0] if parts else ""):
+        total = numbered[1]
+        first = re.sub(r"-\d{5}-of-", "-{:05d}-of-", parts[0])
+        parts = [first.format(i + 1) for i in range(int(total))]
+    if not parts:
+        raise ConvertError(f"{model_dir} has no weights: neither {stem}*.safetensors nor pytorch_model*.bin")
+    if missing := [n for n in parts if not (model_dir / n).is_file()]:
+        raise ConvertError(f"{model_dir} lacks {', '.join(missing)}: {len(missing)} of {len(parts)} weight files. "
+                           "Download the rest")
+    for part in parts:
+        _check_part(model_dir / part)
+
+
+def _check_part(path: Path):
+    broken = f"{path} ({path.stat().st_size} bytes) is truncated or damaged, download it again: "
+    if path.suffix == ".safetensors":
+        import safetensors
+
+        try:
+            with safetensors.safe_open(path, "np"):  # checks that the header and the file's length agree
+                pass
+        except safetensors.SafetensorError as e:
+            raise ConvertError(broken + str(e)) from e
+    elif not zipfile.is_zipfile(path):
+        raise ConvertError(broken + "no PyTorch zip archive")
+
+
+@dataclasses.dataclass(frozen=True)
+class Grouping:
+    """Which weights of a row share a scale, as the checkpoint was trained (config.json, key sherry_config)."""
+
+    granularity: str = "per_group"  # or per_channel, per_tensor
+    group_size: int = tq1_25.BLOCK  # of per_group
+    weights: str = ""  # latent, fake_quantized, or not said
+
+    @property
+    def of_blocks(self) -> bool:
+        return self.granularity == "per_group" and self.group_size == tq1_25.BLOCK
+
+    def __str__(self):
+        return f"groups of {self.group_size}" if self.granularity == "per_group" else self.granularity
+
+
+def read_grouping(model_dir: Path, options: Options) -> Grouping:
+    """The checkpoint's sherry_config, overruled by the options. Raises ConvertError for what TQ1_25 cannot hold."""
+    config = read_json(path) if (path := model_dir / "config.json").is_file() else {}
+    found = config.get("sherry_config") or (config.get("text_config") or {}).get("sherry_config") or {}
+    if not isinstance(found, dict):
+        raise ConvertError(f"{path}: sherry_config is {found!r}, not an object")
+    where = f"{path}: sherry_config has "
+    if (method := found.get("method", "sparse_absmean")) != "sparse_absmean":
+        raise ConvertError(f"{where}method {method!r}; TQ1_25 stores sparse_absmean")
+    if (pattern := (found.get("n", ternary.KEPT), found.get("m", ternary.GROUP))) != (ternary.KEPT, ternary.GROUP):
+        raise ConvertError(f"{where}the sparsity {pattern[0]}:{pattern[1]}; TQ1_25 stores 3:4")
+    if (weights := found.get("weights", "")) not in ("", "latent", "fake_quantized"):
+        raise ConvertError(f"{where}weights {weights!r}, neither latent nor fake_quantized")
+    granularity, size = found.get("granularity", "per_group"), found.get("group_size", tq1_25.BLOCK)
+    if options.group_size is not None:
+        where, granularity, size = "--group-size is given: ", "per_group", options.group_size
+    if options.granularity is not None:
+        where, granularity = "--granularity is given: ", options.granularity
+    if granularity not in ("per_group", "per_channel", "per_tensor"):
+        raise ConvertError(f"{where}granularity {granularity!r}, none of per_group, per_channel, per_tensor")
+    if granularity == "per_group" and (type(size) is not int or size <= 0 or size % tq1_25.BLOCK):
+        raise ConvertError(
+            f"{where}group_size {size!r}. A TQ1_25 block holds {tq1_25.BLOCK} weights under one scale, so groups must be "
+            f"a multiple of {tq1_25.BLOCK}: train with such a group size, or pass --group-size {tq1_25.BLOCK} to "
+            "quantize these weights anew, with loss")
+    return Grouping(granularity, size if granularity == "per_group" else tq1_25.BLOCK, weights)
+
+
+# ---- the plan ----
+
+
+@dataclasses.dataclass
+class Tensor:
+    """A tensor of the file to be."""
+
+    name: str
+    source: str  # of the tensor of the checkpoint that upstream was last given for it, or ""
+    shape: tuple[int, ...]  # NumPy's order
+    type: Any  # gguf.GGMLQuantizationType
+    nbytes: int
+    data: Any  # lazy; unrounded where `kept` says so
+    raw: bool = False  # bytes or integers that upstream made: copied
+    why: str = ""  # it is not TQ1_25
+    blocks: int = 0
+    exact: int = 0  # of the blocks
+    sums: Any = 0.0  # float64 (4,): error², weight², value², weight · value
+    sha256: bytes = b""
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def is_exact(self) -> bool:
+        return self.exact == self.blocks
+
+    @property
+    def relative_error(self) -> float:
+        error, weight = self.sums[:2]
+        return math.sqrt(error / weight) if weight else 0.0
+
+    @property
+    def cosine(self) -> float:
+        _, weight, value, both = self.sums
+        return both / math.sqrt(weight * value) if weight and value else 1.0
+
+
+def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
+    """Each tensor's type. Raises ConvertError."""
+    import gguf
+
+    types = gguf.GGMLQuantizationType
+    patterns = [_compiled(p) for p in options.keep]
+    chosen = dict.fromkeys(EMBEDDINGS, options.token_embedding_type) | {OUTPUT: options.output_tensor_type}
+    arch = gguf.MODEL_ARCH_NAMES[model.model_arch]
+    plan = []
+    for name, info in collect(model).items():
+        source, forced = getattr(model, "asked", {}).get(name, ("", None))
+        t = Tensor(name, source, tuple(int(n) for n in info.shape), info.dtype, info.nbytes, info.tensor)
+        plan.append(t)
+        if info.dtype == types.F16:
+            t.data = _unrounded(t.data)
+        else:
+            t.raw = info.dtype != types.F32
+            t.why = "as upstream"
+            continue
+        if type(forced) is not bool:
+            t.why = "as upstream"
+        elif chosen.get(name):
+            t.why = "as asked"
+            _set_type(t, types[chosen[name].upper()])
+        else:
+            t.why = _why_kept(t, arch, patterns)
+            if not t.why:
+                if grouping.granularity == "per_group" and t.shape[-1] % grouping.group_size:
+                    raise ConvertError(f"{name} ({source}) has rows of {t.shape[-1]}, no whole number of groups of "
+                                       f"{grouping.group_size}: keep it with --keep, or pass --group-size "
+                                       f"{tq1_25.BLOCK} to quantize it anew, with loss")
+                _check_whole_matrix(model, t, grouping)
+                _set_type(t, types.TQ1_25)
+    if options.output_tensor_type and not any(t.name == OUTPUT for t in plan):
+        raise ConvertError("--output-tensor-type: this model has no output tensor, its embeddings serve as both; "
+                           "use --token-embedding-type")
+    if not options.vocab_only and not any(t.type == types.TQ1_25 for t in plan):
+        raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME}. " + "; ".join(_kept_notes(plan)))
+    for t in plan:
+        if t.type not in (types.F32, types.BF16) and not t.raw and t.type != types.TQ1_25:
+            _fit_f16(t, fixed=t.why.startswith("as "))
+    return plan
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise ConvertError(f"--keep {pattern}: not a regular expression: {e}") from None
+
+
+def _why_kept(t: Tensor, arch: str, patterns: list[re.Pattern]) -> str:
+    if any(p.search(t.name) or p.search(t.source) for p in patterns):
+        return "--keep"
+    if t.name in (*EMBEDDINGS, OUTPUT):
+        return "embeddings and output"
+    if not _IN_BLOCK.match(t.name) or not t.name.endswith(".weight") or len(t.shape) not in (2, 3):
+        return "not a block's weights"
+    if _NOT_WEIGHTS.search(t.name) or ((special := _NOT_WEIGHTS_OF.get(arch)) and special.search(t.name)):
+        return "not a block's weights"
+    if t.shape[-1] % tq1_25.BLOCK:
+        return f"rows of {t.shape[-1]}, not a multiple of {tq1_25.BLOCK}"
+    return ""
+
+
+def _set_type(t: Tensor, qtype):
+    import gguf
+
+    block, size = gguf.GGML_QUANT_SIZES[qtype]
+    if t.shape[-1] % block:
+        raise ConvertError(f"{t.name} has rows of {t.shape[-1]}, {qtype.name} needs a multiple of {block}: "
+                           "choose another type, such as Q8_0 or F16")
+    t.type, t.nbytes = qtype, t.weights // block * size
+
+
+def _check_whole_matrix(model, t: Tensor, grouping: Grouping):
+    if grouping.granularity == "per_tensor" and t.source in model.model_tensors:
+        if model.model_tensors[t.source]().numel() not in (t.weights, math.prod(t.shape[-2:])):
+            raise ConvertError(f"{t.name} is not one whole tensor of the checkpoint ({t.source}), so the scale that "
+                               "per_tensor gave it is lost: keep it with --keep, or pass --granularity per_channel "
+                               "to quantize it anew, with loss")
+
+
+def _fit_f16(t: Tensor, fixed: bool):
+    """F16, and the fp16 scales of quantized types, hold no larger value: such a tensor stays F32 where it may."""
+    import gguf
+
+    largest = 0.0
+    for start, load in row_loaders(t.data, t.shape[-1]):
+        x = _load(load, t)
+        largest = max(largest, float(x.max(initial=0)), -float(x.min(initial=0)))
+        if not np.isfinite(x).all():
+            raise _bad_row(t, start + _first_bad(x), "a weight is NaN or infinite")
+    if largest > F16_MAX:
+        if fixed:
+            raise ConvertError(f"{t.name} ({t.source}) has a weight of magnitude {largest:.6g}, {t.type.name} holds "
+                               f"none beyond {F16_MAX:.0f}: BF16 or F32 does")
+        t.why = f"a weight of magnitude {largest:.6g}, too large for F16"
+        _set_type(t, gguf.GGMLQuantizationType.F32)
+
+
+def _first_bad(x: np.ndarray) -> int:
+    return int(np.argmin(np.isfinite(x).all(axis=-1)))
+
+
+def _bad_row(t: Tensor, row: int, cause: str) -> ConvertError:
+    return ConvertError(f"{t.name} ({t.source or 'made by llama.cpp'}), row {row}: {cause}. The checkpoint is damaged "
+                        "or its training diverged")
+
+
+# ---- reading by rows ----
+
+
+def _unrounded(tensor):
+    """What upstream's `astype(float16)` was applied to."""
+    import gguf
+
+    if isinstance(tensor, gguf.LazyChunkedTensor):
+        return gguf.LazyChunkedTensor(tensor._chunks, tensor.shape, np.float32)
+    return tensor._args[0] if isinstance(tensor, gguf.LazyNumpyTensor) and tensor._data is None else tensor
+
+
+def evaluate(tensor):
+    """A lazy tensor's value. Upstream's own `to_eager` keeps every intermediate result for the tensor's life."""
+    import gguf
+
+    if not isinstance(tensor, gguf.LazyBase):
+        return tensor
+    if tensor._data is not None:
+        return tensor._data
+    return tensor._func(*gguf.LazyBase._recurse_apply(tensor._args, evaluate), **tensor._kwargs)
+
+
+def _sources(tensor) -> Iterator[Any]:
+    """The pieces, each of whole rows, that a lazy tensor is one after the other: arrays, or ranges of a file.
+
+    Looks through what only changes the dtype to float32 or puts tensors one below the other; anything else upstream
+    did to a tensor is done on the whole of it.
+    """
+    import gguf
+    import torch
+    from gguf.utility import LocalTensor
+
+    if isinstance(tensor, gguf.LazyChunkedTensor):
+        for load in tensor._chunks:
+            yield load()
+    elif not isinstance(tensor, gguf.LazyBase) or tensor._data is not None:
+        yield evaluate(tensor)
+    elif len(tensor._args) == 1 and isinstance(tensor._args[0], LocalTensor):
+        yield tensor._args[0]
+    elif _is_cast(tensor, torch.float32):
+        yield from _sources(tensor._args[0])
+    elif (tensor._func in (torch.stack, torch.cat) and len(tensor.shape) > 1
+            and (*tensor._args[1:], *tensor._kwargs.values()) in ((), (0,))):
+        for part in tensor._args[0]:
+            yield from _sources(part)
+    else:
+        yield evaluate(tensor)
+
+
+def _is_cast(tensor, float32) -> bool:
+    import gguf
+
+    args = tensor._args
+    if not args or not isinstance(args[0], gguf.LazyBase) or tuple(args[0].shape) != tuple(tensor.shape):
+        return False
+    to_numpy = isinstance(tensor, gguf.LazyNumpyTensor) and not isinstance(args[0], gguf.LazyNumpyTensor)
+    return not tensor._kwargs and (len(args) == 1 and to_numpy or len(args) == 2 and args[1] is float32)
+
+
+def row_loaders(tensor, width: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
+    """(first row, function that loads float32 (rows, width)) for each chunk of rows, in order.
+
+    A tensor that is in a file as it is gets read by these functions, chunk by chunk, without a mapping that would
+    count as memory; they may run in any thread.
+    """
+    import torch
+    from gguf.utility import LocalTensor
+
+    step = max(1, CHUNK // width)
+    row = 0
+    for piece in _sources(tensor):
+        if isinstance(piece, LocalTensor):
+            rows = math.prod(piece.shape) // width
+        else:
+            piece = (torch.from_numpy(piece) if isinstance(piece, np.ndarray) else piece).reshape(-1, width)
+            rows = len(piece)
+        for start in range(0, rows, step):
+            yield row + start, functools.partial(_load_rows, piece, start, min(step, rows - start), width)
+        row += rows
+
+
+def _load_rows(piece, start: int, count: int, width: int) -> np.ndarray:
+    import torch
+
+    if isinstance(piece, torch.Tensor):
+        return piece[start : start + count].to(torch.float32).numpy()
+    dtype = upstream().LazyTorchTensor._dtype_str_map[piece.dtype]
+    stored = piece.data_range
+    row_bytes = width * dtype.itemsize
+    data = np.fromfile(stored.filename, np.uint8, count * row_bytes, offset=stored.offset + start * row_bytes)
+    return torch.from_numpy(data).view(dtype).to(torch.float32).reshape(count, width).numpy()
+
+
+def _load(load: Callable[[], np.ndarray], t: Tensor) -> np.ndarray:
+    try:
+        return load()
+    except (OSError, RuntimeError) as e:
+        raise ConvertError(f"cannot read {t.source or t.name}: {e}") from e
+
+
+# ---- encoding ----
+
+
+class Encoder:
+    """Turns a tensor into the file's bytes, chunk by chunk, on several threads."""
+
+    def __init__(self, grouping: Grouping, pool: concurrent.futures.Executor):
+        from . import kernels
+
+        self.grouping, self.pool, self.kernels = grouping, pool, kernels
+
+    def chunks(self, t: Tensor) -> Iterator[tuple[int, Any]]:
+        """(weights, bytes) of each chunk; t's exactness, error and sha256 are right once all are drawn."""
+        digest = hashlib.sha256()
+        t.blocks = t.exact = 0
+        t.sums = np.zeros(4)
+        if t.raw:
+            data = _bytes(evaluate(t.data))
+            digest.update(data)
+            yield t.weights, data
+        else:
+            scale = self._tensor_scales(t)
+            for data, n, blocks, exact, sums in self._in_order(t, lambda row, x: self._encode(t, row, x, scale)):
+                digest.update(data)
+                t.blocks, t.exact, t.sums = t.blocks + blocks, t.exact + exact, t.sums + sums
+                yield n, data
+        t.sha256 = digest.digest()
+
+    def _in_order(self, t: Tensor, work: Callable[[int, np.ndarray], Any]) -> Iterator[Any]:
+        waiting: collections.deque = collections.deque()
+        jobs = row_loaders(t.data, t.shape[-1] if t.shape else 1)
+        try:
+            while True:
+                for row, load in itertools.islice(jobs, 3 - len(waiting)):
+                    waiting.append((row, self.pool.submit(lambda r=row, f=load: work(r, _load(f, t)))))
+                if not waiting:
+                    return
+                row, future = waiting.popleft()
+                try:
+                    yield future.result()
+                except _BadRow as e:
+                    raise _bad_row(t, row + e.row, e.cause) from None
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+    def _encode(self, t: Tensor, row: int, x: np.ndarray, scale: np.ndarray | None):
+        import gguf
+
+        if t.type.name != tq1_25.NAME:
+            if not np.isfinite(x).all():
+                raise _BadRow(_first_bad(x), "a weight is NaN or infinite")
+            if t.type.name in ("F32", "F16", "BF16"):
+                data = gguf.quants.quantize(x, t.type)
+            else:
+                data = llama_cpp.quantize_rows(x, t.type.name)
+            return _bytes(data), x.size, 0, 0, 0.0
+        x = np.ascontiguousarray(x)
+        if self.grouping.of_blocks:
+            try:
+                data = self.kernels.quantize(x)
+            except tq1_25.QuantizeError as e:
+                raise _BadRow(e.row, e.cause) from None
+        else:
+            data = self._quantize_groups(x, None if scale is None else scale[row : row + len(x)])
+        y = self.kernels.dequantize(data)
+        exact = (x == y).reshape(-1, tq1_25.BLOCK).all(axis=1)
+        weight = _square(x, x)
+        if exact.all():
+            sums = np.array([0.0, weight, weight, weight])
+        else:
+            value, both = _square(y, y), _square(x, y)
+            y -= x
+            sums = np.array([_square(y, y), weight, value, both])
+        return _bytes(data), x.size, exact.size, int(exact.sum()), sums
+
+    def _quantize_groups(self, x: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+        """Blocks whose scale is that of a wider group: per_group, per_channel, or per_tensor with `scale` by row."""
+        size = self.grouping.group_size if self.grouping.granularity == "per_group" else x.shape[-1]
+        if not np.isfinite(x).all():
+            raise _BadRow(_first_bad(x), "a weight is NaN or infinite")
+        lanes, d = ternary.sparse_absmean(x, size)
+        if scale is not None:
+            d = scale[:, None]
+        if (d >= F16_MAX + 16).any():  # beyond the middle between 65504 and the next power of two
+            raise _BadRow(int(np.argmax((d >= F16_MAX + 16).any(axis=-1))), f"a mean magnitude, {d.max():.6g}, is beyond fp16")
+        return tq1_25.pack(lanes, np.repeat(d.astype(np.float16), size // tq1_25.BLOCK, axis=-1))
+
+    def _tensor_scales(self, t: Tensor) -> np.ndarray | None:
+        """per_tensor: each row's scale, that of its matrix; a stack of experts is many matrices."""
+        if t.type.name != tq1_25.NAME or self.grouping.granularity != "per_tensor":
+            return None
+        rows = [ternary.sparse_absmean(x, x.shape[-1])[1][:, 0] for x in self._in_order(t, lambda row, x: x)]
+        means = np.concatenate(rows).reshape(-1, t.shape[-2]).mean(axis=1)
+        return means.repeat(t.shape[-2])
+
+
+def _bytes(data: np.ndarray) -> memoryview:
+    return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
+
+
+def _square(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->i", x, y).sum(dtype=np.float64))
+
+
+# ---- writing ----
+
+
+@dataclasses.dataclass
+class Report:
+    """What a conversion did, or with dry_run or vocab_only would do or did."""
+
+    files: list[Path]
+    tensors: list[Tensor]
+    notes: list[str]
+
+
+def convert(model_dir: Path, options: Options = Options()) -> Report:
+    """Convert a model directory. Raises ConvertError, llama_cpp.NotBuilt; then nothing was written or replaced."""
+    model_dir = Path(model_dir)
+    if not model_dir.is_dir():
+        raise ConvertError(f"{model_dir} is {'no directory' if model_dir.exists() else 'not there: no such directory'}")
+    target = _target(model_dir, options)
+    grouping = read_grouping(model_dir, options)
+    for name in (options.token_embedding_type, options.output_tensor_type):
+        if name and name.upper() not in STORED_TYPES:
+            raise ConvertError(f"unknown tensor type {name}: there are {', '.join(STORED_TYPES)}")
+    if options.metadata and not options.metadata.is_file():
+        raise ConvertError(f"--metadata {options.metadata}: no such file")
+    import torch
+
+    with torch.inference_mode(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        if not options.vocab_only:
+            check_checkpoint(model_dir, options.mistral_format)
+        model = instantiate(model_dir, options, "MOSTLY_F16", _Recorder)
+        plan = [] if options.vocab_only else make_plan(model, options, grouping)
+        _set_tensors(model.gguf_writer, plan, options)
+        notes = _kept_notes(plan)
+        if options.dry_run:
+            return Report(model.gguf_writer.format_shard_names(target), plan, notes)
+        files = _write(model, plan, target, Encoder(grouping, pool), grouping, options)
+    if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if not t.is_exact]):
+        notes.append(f"the checkpoint says that its weights are fake_quantized, yet these are not 3:4 sparse ternary in "
+                     f"{grouping} and were quantized, with loss: {starred(inexact)}. --keep keeps them")
+    return Report(files, plan, notes)
+
+
+def _target(model_dir: Path, options: Options) -> Path:
+    kind = "vocab" if options.vocab_only else tq1_25.NAME
+    default = f"{model_dir.resolve().name}-{kind}.gguf"
+    target = options.outfile or model_dir
+    if target.is_dir():
+        target = target / default
+    target = target.with_name(re.sub(r"\{(ftype|outtype)\}", kind.lower(), target.name).replace("{FTYPE}", kind.upper()))
+    if target.is_symlink():
+        target = target.resolve()  # written through, as by any program
+    if not target.parent.is_dir():
+        raise ConvertError(f"cannot write {target}: {target.parent} is "
+                           + ("no directory" if target.parent.exists() else "not there. Create it first"))
+    if target.exists():
+        if not target.is_file():
+            raise ConvertError(f"cannot write {target}: it is there and is no ordinary file")
+        if any(f.is_file() and f.suffix != ".gguf" and f.samefile(target) for f in model_dir.iterdir()):
+            raise ConvertError(f"cannot write {target}: it is a file of the checkpoint itself. Choose another --outfile")
+    return target
+
+
+def _kept_notes(plan: list[Tensor]) -> list[str]:
+    by_why = collections.defaultdict(list)
+    for t in plan:
+        if "multiple" in t.why or "magnitude" in t.why:
+            by_why[t.type.name, t.why].append(t)
+    return [f"kept in {name}, {why}: {starred(tensors)}" for (name, why), tensors in by_why.items()]
+
+
+def star(name: str) -> str:
+    """blk.7.attn_q.weight to blk.*.attn_q.weight."""
+    return re.sub(r"blk\.\d+\.", "blk.*.", name)
+
+
+def starred(tensors: list[Tensor]) -> str:
+    """The names, those of the same place in different blocks as one."""
+    count = collections.Counter(star(t.name) for t in tensors)
+    return ", ".join(name + f" ({n} blocks)" * (n > 1) for name, n in count.items())
+
+
+def _set_tensors(writer, plan: list[Tensor], options: Options):
+    """Give upstream's writer the plan instead of its own tensors; only now does it split, by the final sizes."""
+    writer.tensors = [{} for _ in range(1 + options.no_tensor_first_split)]
+    writer.split_max_tensors, writer.split_max_size = options.split_max_tensors, options.split_max_size
+    for t in plan:
+        writer.add_tensor_info(t.name, t.shape, np.float32, t.nbytes, raw_dtype=t.type)
+
+
+class _Stream:
+    """What upstream's writer takes for a tensor."""
+
+    def __init__(self, t: Tensor, encoder: Encoder, bar):
+        self.nbytes, self.t, self.encoder, self.bar = t.nbytes, t, encoder, bar
+
+    def tofile(self, file):
+        for weights, data in self.encoder.chunks(self.t):
+            file.write(data)
+            self.bar.update(weights)
+        self.t.data = None
+
+
+def _write(model, plan: list[Tensor], target: Path, encoder: Encoder, grouping: Grouping, options: Options) -> list[Path]:
+    from tqdm import tqdm
+
+    needed = sum(t.nbytes for t in plan)
+    with _staging(target, needed) as staging:
+        if needed > (free := shutil.disk_usage(staging).free):
+            raise ConvertError(_disk_full(target, needed, free))
+        add_metadata(model)
+        writer = model.gguf_writer
+        by_name = {t.name: t for t in plan}
+        quantized = [t for t in plan if t.type.name == tq1_25.NAME]
+        if quantized:
+            offset = _add_sherry(writer, quantized, grouping)
+        with contextlib.closing(writer), tqdm(
+            total=sum(t.weights for t in plan), unit=" weights", unit_scale=True, disable=None if options.progress else True
+        ) as bar:
+            for part in writer.tensors:
+                for name, info in part.items():
+                    info.tensor = _Stream(by_name[name], encoder, bar)
+            staged = writer.format_shard_names(staging / target.name)
+            layout = [list(part) for part in writer.tensors]
+            writer.write_header_to_file(staging / target.name)
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file(progress=False)
+        if options.require_exact and (inexact := [t for t in quantized if not t.is_exact]):
+            raise ConvertError(f"--require-exact: {len(inexact)} of {len(quantized)} tensors are not 3:4 sparse ternary "
+                               f"in {grouping}, bit for bit: {starred(inexact)}. Nothing was written")
+        if quantized:
+            with open(staged[0], "r+b") as f:  # what was exact is known only now; the length is the same
+                f.seek(offset)
+                f.write(_sherry_bytes(writer, _sherry(quantized, grouping)))
+        for path, names in zip(staged, layout):
+            _reread(path, [by_name[n] for n in names])
+        files = [target.with_name(p.name) for p in staged]
+        _commit(staged, files)
+    return files
+
+
+def _sherry(quantized: list[Tensor], grouping: Grouping) -> dict[str, tuple]:
+    from gguf import GGUFValueType as V
+
+    pairs: dict[str, tuple] = {
+        "sherry.version": (FORMAT_VERSION, V.UINT32),
+        "sherry.method": ("sparse_absmean", V.STRING),
+        "sherry.granularity": (grouping.granularity, V.STRING),
+    }
+    if grouping.granularity == "per_group":
+        pairs["sherry.group_size"] = (grouping.group_size, V.UINT32)
+    if grouping.weights:
+        pairs["sherry.weights"] = (grouping.weights, V.STRING)
+    return pairs | {
+        "sherry.exact": (all(t.is_exact for t in quantized), V.BOOL),
+        "sherry.tensor.names": ([t.name for t in quantized], V.ARRAY, V.STRING),
+        "sherry.tensor.exact": ([t.is_exact for t in quantized], V.ARRAY, V.BOOL),
+        "sherry.tensor.relative_error": ([t.relative_error for t in quantized], V.ARRAY, V.FLOAT32),
+    }
+
+
+def _sherry_bytes(writer, pairs: dict[str, tuple]) -> bytes:
+    from gguf import GGUFValueType as V
+
+    return b"".join(writer._pack_val(k, V.STRING, add_vtype=False)
+                    + writer._pack_val(v[0], v[1], add_vtype=True, sub_type=v[2] if len(v) > 2 else None)
+                    for k, v in pairs.items())
+
+
+def _add_sherry(writer, quantized: list[Tensor], grouping: Grouping) -> int:
+    """Put the sherry.* pairs behind the general ones, with placeholders. Returns their offset in the file."""
+    for t in quantized:
+        t.sums = np.zeros(4)
+    pairs = writer.kv_data[0]
+    head = {k: v for k, v in pairs.items() if k.startswith("general.")}
+    before = {k: (v.value, v.type, v.sub_type) for k, v in head.items()}
+    writer.kv_data[0] = head
+    for key, value in _sherry(quantized, grouping).items():
+        writer.add_key_value(key, *value)
+    head.update({k: v for k, v in pairs.items() if k not in head})
+    return 24 + len(_sherry_bytes(writer, before))  # magic, version, two counts
+
+
+def _reread(path: Path, expected: list[Tensor]):
+    """Flush the file to the disk and read it back from there. Raises ConvertError if it is not what was computed."""
+    import gguf
+
+    with open(path, "r+b") as f:
+        os.fsync(f.fileno())
+        if hasattr(os, "posix_fadvise"):  # forget the cached pages
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        stored = [(r.name, tuple(int(n) for n in reversed(r.shape)), r.tensor_type, r.data_offset, r.n_bytes)
+                  for r in gguf.GGUFReader(path).tensors]
+        good = [s[:3] for s in stored] == [(t.name, t.shape, t.type) for t in expected]
+        for t, (*_, offset, left) in zip(expected, stored if good else ()):
+            f.seek(offset)
+            digest = hashlib.sha256()
+            while left and (data := f.read(min(left, 1 << 24))):
+                digest.update(data)
+                left -= len(data)
+            good = good and digest.digest() == t.sha256
+    if not good:
+        raise ConvertError(f"{path} read back is not what was written: check the disk and its free space")
+
+
+def _disk_full(target: Path, needed: int, free: int) -> str:
+    return (f"no room for {target}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there (or a quota or "
+            "file size limit is reached). Nothing was written")
+
+
+@contextlib.contextmanager
+def _staging(target: Path, needed: int) -> Iterator[Path]:
+    """A directory beside the target, gone afterwards whatever happens. OSErrors become ConvertErrors."""
+    staging = None
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=".sherry-gguf-", dir=target.parent))
+        yield staging
+    except OSError as e:
+        if isinstance(e, llama_cpp.NotBuilt):
+            raise
+        if e.errno in _DISK_FULL:
+            raise ConvertError(_disk_full(target, needed, shutil.disk_usage(target.parent).free)) from e
+        raise ConvertError(f"cannot write {target}: {e.strerror or e}. Choose another --outfile") from e
+    finally:
+        with _uninterrupted():
+            if staging:
+                shutil.rmtree(staging, ignore_errors=True)
+
+
+def _commit(staged: list[Path], files: list[Path]):
+    """Put the files in their places: all, or none."""
+    if len(files) == 1:
+        os.replace(staged[0], files[0])
+        return
+    with _uninterrupted():
+        undo: list[tuple[Path, Path]] = []
+        try:
+            for new, file in zip(staged, files):
+                if file.exists():
+                    old = new.with_name(f"{new.name}.old")
+                    os.rename(file, old)
+                    undo.append((old, file))
+                os.rename(new, file)
+                undo.append((file, new))
+        except OSError:
+            for here, there in reversed(undo):
+                os.rename(here, there)
+            raise
+
+
+@contextlib.contextmanager
+def _uninterrupted():
+    """Hold SIGINT and SIGTERM back for a moment that must not be cut in two."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    old = {s: signal.signal(s, lambda number, _: held.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+        for number in held[:1]:
+            signal.raise_signal(number)

@@ -1,0 +1,365 @@
+"""Bad input: each has its own message, leaves nothing behind, and touches neither the checkpoint nor an older target."""
+
+import contextlib
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import conftest
+import pytest
+import small_models
+import torch
+from conftest import sherry
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    return small_models.make(tmp_path_factory.mktemp("good") / "m", "llama")
+
+
+@pytest.fixture
+def model(good, tmp_path):
+    return shutil.copytree(good, tmp_path / "m")
+
+
+@pytest.fixture
+def fails(tmp_path):
+    """Convert, which must fail with a message that holds all `told`, and leave every file as it was."""
+    target = tmp_path / "out.gguf"
+    target.write_bytes(b"an older target")
+
+    def check(*args, told, code=1, **kwargs):
+        before = small_models.snapshot(tmp_path)
+        done = sherry("convert", *args, *([] if "--outfile" in args else ["--outfile", target]), **kwargs)
+        assert done.returncode == code, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        for text in told:
+            assert text in done.stderr, done.stderr
+        assert small_models.snapshot(tmp_path) == before
+        return done
+
+    return check
+
+
+# ---- the directory ----
+
+
+def test_no_such_directory(tmp_path, fails):
+    fails(tmp_path / "none", told=["none is not there: no such directory"])
+
+
+def test_a_file(tmp_path, fails):
+    (tmp_path / "file").write_text("x")
+    fails(tmp_path / "file", told=["file is no directory"])
+
+
+def test_not_a_model(tmp_path, fails):
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "notes.txt").write_text("x")
+    fails(tmp_path / "m", told=["m is not a model directory: it has no config.json"])
+
+
+def test_config_is_no_json(model, fails):
+    (model / "config.json").write_text('{"architectures": [')
+    fails(model, told=["cannot read", "config.json"])
+
+
+def test_no_architecture(model, fails):
+    small_models.edit_config(model, architectures=None)
+    fails(model, told=["config.json names no architecture"])
+
+
+def test_unknown_architecture(model, fails):
+    small_models.edit_config(model, architectures=["NoSuchForCausalLM"])
+    fails(model, told=["the architecture NoSuchForCausalLM", "--print-supported-models"])
+
+
+def test_no_tokenizer(model, fails):
+    (model / "tokenizer.model").unlink()
+    fails(model, told=["tokenizer cannot be converted"])
+
+
+def test_home_trained_bpe(tmp_path, fails):
+    model = small_models.make(tmp_path / "m", "llama-bpe")
+    done = fails(model, told=["llama.cpp does not know the BPE tokenizer", "--tokenizer-pre", "gpt-2"])
+    assert "convert_hf_to_gguf_update" not in done.stderr
+    fails(model, "--tokenizer-pre", "gtp2", told=["--tokenizer-pre gtp2: llama.cpp does not know it, only", "gpt-2"])
+
+
+# ---- the weights ----
+
+
+def test_no_weights(model, fails):
+    (model / "model.safetensors").unlink()
+    fails(model, told=["has no weights: neither model*.safetensors nor pytorch_model*.bin"])
+
+
+@pytest.mark.parametrize("size", [4, 200, -1000, -1])
+def test_truncated_shard(model, fails, size):
+    part = model / "model.safetensors"
+    os.truncate(part, size if size > 0 else part.stat().st_size + size)
+    fails(model, told=[f"model.safetensors ({part.stat().st_size} bytes) is truncated or damaged, download it again"])
+
+
+def test_truncated_bin(tmp_path, fails):
+    model = small_models.make(tmp_path / "m", "llama", safe=False)
+    os.truncate(model / "pytorch_model.bin", 10000)
+    fails(model, told=["pytorch_model.bin (10000 bytes) is truncated or damaged", "no PyTorch zip archive"])
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_missing_shard(tmp_path, fails, index):
+    model = small_models.make(tmp_path / "m", "llama", shard="1MB")
+    parts = sorted(model.glob("*.safetensors"))
+    parts[1].unlink()
+    if not index:
+        (model / "model.safetensors.index.json").unlink()
+    fails(model, told=[f"lacks {parts[1].name}: 1 of {len(parts)} weight files"])
+
+
+def test_index_names_no_such_tensor(tmp_path, fails):
+    model = small_models.make(tmp_path / "m", "llama", shard="1MB")
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["model.layers.9.mlp.up_proj.weight"] = index["weight_map"]["lm_head.weight"]
+    path.write_text(json.dumps(index))
+    fails(model, told=["Missing tensors", "model.layers.9.mlp.up_proj.weight"])
+
+
+@pytest.mark.parametrize("name, gguf_name", [
+    ("model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"),
+    ("model.embed_tokens.weight", "token_embd.weight"),
+    ("model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_not_finite(model, fails, name, gguf_name, value):
+    def change(tensors):
+        tensors[name].view(-1, tensors[name].shape[-1])[-2:, 77] = value
+
+    small_models.edit_weights(model, change)
+    row = {"blk.1.ffn_down.weight": 254, "token_embd.weight": 510, "blk.0.attn_norm.weight": 0}[gguf_name]
+    fails(model, told=[f"{gguf_name} ({name}), row {row}: a weight is NaN or infinite"])
+
+
+def test_scale_beyond_fp16(tmp_path, fails):
+    model = small_models.make(tmp_path / "m", "llama")
+
+    def change(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][3, 128:] = 3e5
+
+    small_models.edit_weights(model, change)
+    told = "blk.0.ffn_up.weight (model.layers.0.mlp.up_proj.weight), row 3: "
+    fails(model, told=[told, "beyond fp16"])
+    fails(model, "--granularity", "per_channel", told=[told, "beyond fp16"])
+
+
+def test_nothing_to_quantize(tmp_path, fails):
+    model = small_models.make(tmp_path / "m", "llama", config=dict(hidden_size=192, intermediate_size=320))
+    fails(model, told=["no tensor can be TQ1_25", "rows of 192, not a multiple of 128"])
+
+
+# ---- what the checkpoint says of itself ----
+
+
+@pytest.mark.parametrize("config, told", [
+    (dict(group_size=64), ["sherry_config has group_size 64", "--group-size 128"]),
+    (dict(group_size=96), ["sherry_config has group_size 96", "a multiple of 128"]),
+    (dict(group_size="128"), ["sherry_config has group_size '128'"]),
+    (dict(group_size=256), ["blk.0.ffn_down.weight (model.layers.0.mlp.down_proj.weight) has rows of 384",
+                            "no whole number of groups of 256", "--keep"]),
+    (dict(n=2, m=4), ["the sparsity 2:4; TQ1_25 stores 3:4"]),
+    (dict(method="tequila"), ["method 'tequila'; TQ1_25 stores sparse_absmean"]),
+    (dict(granularity="per_token"), ["granularity 'per_token', none of per_group, per_channel, per_tensor"]),
+    (dict(weights="packed"), ["weights 'packed', neither latent nor fake_quantized"]),
+])
+def test_sherry_config(model, fails, config, told):
+    small_models.edit_config(model, sherry_config=config)
+    fails(model, told=told)
+
+
+def test_group_size_can_be_overruled(model, tmp_path):
+    small_models.edit_config(model, sherry_config=dict(group_size=64))
+    done = sherry("convert", model, "--outfile", tmp_path / "x.gguf", "--group-size", "128")
+    assert done.returncode == 0, done.stderr
+    done = sherry("convert", model, "--outfile", tmp_path / "x.gguf", "--group-size", "100")
+    assert done.returncode == 1 and "--group-size is given: group_size 100" in done.stderr
+
+
+def test_per_tensor_of_a_split_tensor(tmp_path, fails):
+    """A scale over one tensor of the checkpoint that becomes two of the file is lost, and told."""
+    model = small_models.make(tmp_path / "m", "deepseek2", latent=True)
+    fails(model, "--granularity", "per_tensor", "--tokenizer-pre", "gpt-2",
+          told=["attn_v_b.weight is not one whole tensor of the checkpoint", "--granularity per_channel"])
+
+
+# ---- flags ----
+
+
+def test_flags(model, fails, tmp_path):
+    fails(model, "--token-embedding-type", "Q9", told=["unknown tensor type Q9: there are F32, F16"])
+    fails(model, "--keep", "(", told=["--keep (: not a regular expression"])
+    fails(model, "--metadata", tmp_path / "none.json", told=["none.json: no such file"])
+    fails(model, "--mtp", told=["--mtp and --no-nextn are not for LlamaForCausalLM"])
+    fails(model, "--mtp", "--no-nextn", code=2, told=["exclude each other"])
+    fails(model, "--split-max-size", "1T", code=2, told=["not a number of bytes"])
+
+
+# ---- the target ----
+
+
+def test_no_target_directory(model, fails, tmp_path):
+    fails(model, "--outfile", tmp_path / "none" / "x.gguf", told=["cannot write", "none is not there. Create it first"])
+    fails(model, "--outfile", tmp_path / "out.gguf" / "x.gguf", told=["cannot write", "out.gguf is no directory"])
+
+
+def test_unwritable_target(model, fails):
+    fails(model, "--outfile", "/proc/x.gguf", told=["cannot write /proc/x.gguf", "Choose another --outfile"])
+    fails(model, "--outfile", "/dev/null", told=["cannot write /dev/null: it is there and is no ordinary file"])
+
+
+@contextlib.contextmanager
+def mounted(directory, options):
+    """An empty file system of its own; a test that needs one is skipped where that is not allowed."""
+    directory.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True).returncode:
+        pytest.skip("mounting a file system needs root")
+    try:
+        yield directory
+        assert not list(directory.iterdir())
+    finally:
+        subprocess.run(["umount", directory], check=True)
+
+
+def test_read_only(model, fails, tmp_path):
+    if os.geteuid():
+        (tmp_path / "ro").mkdir(mode=0o500)
+        fails(model, "--outfile", tmp_path / "ro" / "x.gguf", told=["cannot write", "Permission denied"])
+        return
+    with mounted(tmp_path / "ro", "ro") as directory:
+        fails(model, "--outfile", directory / "x.gguf", told=["cannot write", "Read-only file system"])
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_target_is_input(model, fails, file):
+    fails(model, "--outfile", model / file, told=[f"{file}: it is a file of the checkpoint itself"])
+    (model.parent / "link.gguf").symlink_to(model / file)
+    fails(model, "--outfile", model.parent / "link.gguf", told=[f"{file}: it is a file of the checkpoint itself"])
+
+
+def test_disk_full_while_writing(model, fails):
+    """A file size limit stops the write where a full disk would."""
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+
+    fails(model, told=["no room for", "it takes 0.7 MB", "Nothing was written"], preexec_fn=limit)
+
+
+def test_disk_full(model, fails, tmp_path):
+    """A file system that really is too small: told before anything is written."""
+    with mounted(tmp_path / "small", "size=300k") as directory:
+        fails(model, "--outfile", directory / "x.gguf", told=["no room for", "0.3 MB are free"])
+
+
+# ---- interruptions ----
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory):
+    """A model that takes seconds to write: 60 million weights."""
+    config = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=3)
+    return small_models.make(tmp_path_factory.mktemp("slow") / "m", "llama", config=config, latent=True, dtype=torch.float32)
+
+
+# Each chunk waits a little, so that the signal surely meets a half-written file.
+SLOW = """
+import sys, time
+from sherry_gguf import cli, convert
+convert.CHUNK = 1 << 18
+load = convert._load
+convert._load = lambda *args: time.sleep(0.02) or load(*args)
+sys.exit(cli.main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("split", [False, True])
+def test_interrupted(slow, tmp_path, number, code, split):
+    (tmp_path / "out.gguf").write_bytes(b"an older target")
+    (tmp_path / "out-00001-of-00006.gguf").write_bytes(b"an older target")
+    before, input_before = small_models.snapshot(tmp_path), sorted(p.name for p in slow.iterdir())
+    process = conftest.python(SLOW, "convert", slow, "--outfile", tmp_path / "out.gguf",
+                              *(["--split-max-tensors", 5] if split else []))
+    deadline = time.monotonic() + 100
+    while sum(p.stat().st_size for p in tmp_path.glob(".sherry*/*")) < 2_000_000:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert "interrupted: no half-written file is left" in output and "Traceback" not in output
+    assert small_models.snapshot(tmp_path) == before and sorted(p.name for p in slow.iterdir()) == input_before
+
+
+def test_interrupted_commit(good, tmp_path):
+    """A split that cannot be put in place as a whole is not put in place at all."""
+    script = """
+import os, sys
+from sherry_gguf import cli
+rename, calls = os.rename, []
+def failing(a, b):
+    calls.append(b)
+    if len(calls) == 4:
+        raise OSError(5, "Input/output error")
+    rename(a, b)
+os.rename = failing
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    for i in (1, 2, 3):
+        (tmp_path / f"x-0000{i}-of-00003.gguf").write_bytes(b"older %d" % i)
+    before = small_models.snapshot(tmp_path)
+    process = conftest.python(script, "convert", good, "--outfile", tmp_path / "x.gguf", "--split-max-tensors", 8)
+    output, _ = process.communicate()
+    assert process.returncode == 1 and "cannot write" in output and "Input/output error" in output, output
+    assert small_models.snapshot(tmp_path) == before
+
+
+def test_damage_on_the_way_to_the_disk(good, tmp_path):
+    """What is read back must be what was written."""
+    script = """
+import os, sys
+from sherry_gguf import cli, convert
+fsync = os.fsync
+def damaging(fd):
+    os.pwrite(fd, bytes([os.pread(fd, 1, 500_000)[0] ^ 1]), 500_000)
+    fsync(fd)
+os.fsync = damaging
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    process = conftest.python(script, "convert", good, "--outfile", tmp_path / "x.gguf")
+    output, _ = process.communicate()
+    assert process.returncode == 1 and "read back is not what was written" in output, output
+    assert not list(tmp_path.iterdir())
+
+
+def test_not_built(good, fails, tmp_path):
+    fails(good, told=["llama.cpp", "is not there: run scripts/build_llama_cpp"],
+          env=conftest.ENV | {"SHERRY_BUILD_DIR": str(tmp_path / "none")})
+
+
+def test_verbose_shows_the_traceback(tmp_path):
+    done = sherry("convert", tmp_path / "none", "--verbose")
+    assert done.returncode == 1 and "Traceback" in done.stderr and "no such directory" in done.stderr
+
+
+def test_runs_without_a_terminal(good, tmp_path):
+    """Output into a pipe that is closed early is no failure of the file."""
+    process = subprocess.Popen([sys.executable, "-m", "sherry_gguf.cli", "convert", str(good), "--outfile", str(tmp_path / "x.gguf")],
+                               env=conftest.ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    _, errors = process.communicate()
+    assert b"Traceback" not in errors and (tmp_path / "x.gguf").stat().st_size > 500_000

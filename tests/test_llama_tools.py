@@ -1,0 +1,283 @@
+"""llama.cpp's own tools and tests on TQ1_25, and the demo model from training to logits."""
+
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import small_models
+from conftest import ENV, python, sherry
+
+from sherry_gguf import gguf_type, kernels, llama_cpp, tq1_25
+
+gguf_type.register()
+REPO = Path(__file__).parent.parent
+
+
+def run(name, *args, **kwargs):
+    """(exit code, stdout and stderr) of a tool, which has no input."""
+    result = llama_cpp.run(name, *args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True, errors="replace", timeout=600, **kwargs)  # fmt: skip
+    return result.returncode, result.stdout
+
+
+def greedy(model, *args, prompt="def read(self):", count=16, **kwargs):
+    code, text = run("llama-completion", "-m", model, "-p", prompt, "-n", count, "--temp", 0, "-no-cnv", "-t", 2,
+                     "-c", 128, "--log-verbosity", 1, "--no-display-prompt", *args, **kwargs)  # fmt: skip
+    assert code == 0, text
+    return text
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    """One small exact model: (checkpoint, its TQ1_25 GGUF)."""
+    root = tmp_path_factory.mktemp("llama")
+    small_models.make(root / "hf", "llama")
+    result = sherry("convert", root / "hf", "--outfile", root / "model.gguf")
+    assert result.returncode == 0, result.stderr
+    return root / "hf", root / "model.gguf"
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo's checkpoint, trained now if it isn't there: (directory, upstream's F32 GGUF, our GGUF)."""
+    hf, root = llama_cpp.root() / "demo" / "hf", tmp_path_factory.mktemp("demo")
+    subprocess.run([sys.executable, REPO / "scripts" / "make_demo_checkpoint.py", "--out", hf], check=True)
+    (root / "hf").symlink_to(hf)
+    upstream = python(
+        "import runpy, sys; from sherry_gguf import llama_cpp; source = llama_cpp.source_dir(); "
+        "sys.argv = ['', sys.argv[1], '--outtype', 'f32', '--outfile', sys.argv[2]]; "
+        "sys.path[:0] = [str(source / 'gguf-py'), str(source)]; "
+        "runpy.run_path(str(source / 'convert_hf_to_gguf.py'), run_name='__main__')", root / "hf", root / "f32.gguf"
+    )  # fmt: skip
+    output, _ = upstream.communicate()
+    assert upstream.returncode == 0, output
+    result = sherry("convert", root / "hf", "--outfile", root / "demo.gguf", "--require-exact")
+    assert result.returncode == 0, result.stderr
+    return hf, root / "f32.gguf", root / "demo.gguf"
+
+
+# ---- upstream's own tests ----
+
+
+def test_quantize_fns():
+    code, text = run("test-quantize-fns", "-v")
+    assert code == 0, text
+    assert len(re.findall(r"tq1_25 .*ok", text)) == 3
+
+
+@pytest.mark.parametrize("isa", kernels.available())
+@pytest.mark.parametrize("op, least", [("MUL_MAT", 40), ("MUL_MAT_ID", 60), ("GET_ROWS", 5), ("CPY", 10)])
+def test_backend_ops(op, least, isa):
+    code, text = run("test-backend-ops", "test", "-b", "CPU", "-o", op, "-p", "tq1_25", env=ENV | {"SHERRY_ISA": isa})
+    passed = re.search(r"(\d+)/(\d+) tests passed", text)
+    assert code == 0 and passed and passed[1] == passed[2] and int(passed[1]) >= least, text[-3000:]
+
+
+# ---- the type by name ----
+
+
+def test_quantize_names_the_type():
+    assert re.search(r"125 +or +TQ1_25", run("llama-quantize", "--help")[1])
+
+
+def test_bench_names_the_type(llama):
+    code, text = run("llama-bench", "-m", llama[1], "-p", 8, "-n", 4, "-r", 1, "-t", 2, "-o", "json")
+    rows = json.loads(text[text.index("[") : text.rindex("]") + 1])
+    assert code == 0 and "TQ1_25" in rows[0]["model_type"] and all(row["avg_ts"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("name", small_models.MODELS)
+def test_every_model_of_the_zoo_runs_in_llama_cli(zoo, name):
+    root, _ = zoo
+    code, text = run("llama-cli", "-m", root / f"{name}.gguf", "-p", "def read", "-n", 8, "--temp", 0, "-st", "-t", 2,
+                     "-c", 128, "--simple-io", "--log-verbosity", 1)  # fmt: skip
+    assert code == 0 and "Error" not in text, text
+    generated = re.search(r"> def read\n(.*)\[ Prompt: .* Generation: ([0-9.]+) t/s", text, re.S)
+    assert generated and generated[1].strip(), text
+
+
+# ---- llama-quantize ----
+
+
+def tensors(path):
+    return {t.name: t for t in gguf.GGUFReader(path).tensors}
+
+
+def test_quantize_gives_what_the_reference_gives(zoo, tmp_path):
+    root, _ = zoo
+    small_models.make(tmp_path / "hf", "llama", latent=True)
+    assert sherry("convert", tmp_path / "hf", "--outfile", tmp_path / "ours.gguf").returncode == 0
+    convert = python(  # upstream's F32 file
+        "import runpy, sys; from sherry_gguf import llama_cpp; source = llama_cpp.source_dir(); "
+        "sys.argv = ['', sys.argv[1], '--outtype', 'f32', '--outfile', sys.argv[2]]; "
+        "sys.path[:0] = [str(source / 'gguf-py'), str(source)]; "
+        "runpy.run_path(str(source / 'convert_hf_to_gguf.py'), run_name='__main__')", tmp_path / "hf", tmp_path / "f32.gguf"
+    )  # fmt: skip
+    output, _ = convert.communicate()
+    assert convert.returncode == 0, output
+    code, text = run("llama-quantize", tmp_path / "f32.gguf", tmp_path / "q.gguf", "TQ1_25", 2)
+    assert code == 0, text
+    ours, theirs = tensors(tmp_path / "ours.gguf"), tensors(tmp_path / "q.gguf")
+    ternary = [name for name, t in ours.items() if t.tensor_type == tq1_25.TYPE_ID]
+    assert len(ternary) == 14
+    for name in ternary:
+        assert theirs[name].tensor_type == tq1_25.TYPE_ID
+        assert (theirs[name].data == ours[name].data).all(), name
+
+
+def test_quantize_weighs_by_an_importance_matrix(demo, tmp_path):
+    _, f32, _ = demo
+    (tmp_path / "text.txt").write_text(small_models.corpus()[:20000])
+    code, text = run("llama-imatrix", "-m", f32, "-f", tmp_path / "text.txt", "-o", tmp_path / "im.gguf", "-c", 128, "-t", 2)
+    assert code == 0, text
+    # noise, or the demo's exact matrices would come out the same with and without
+    name = "blk.0.ffn_up.weight"
+    noisy = shutil.copy(f32, tmp_path / "noisy.gguf")
+    reader = gguf.GGUFReader(noisy, "r+")
+    tensor = next(t for t in reader.tensors if t.name == name)
+    tensor.data[:] += 0.3 * np.abs(tensor.data).max() * small_models.random_rows(*tensor.data.shape)
+    weights = tensor.data.copy()
+    reader.data.flush()
+    code, text = run("llama-quantize", "--imatrix", tmp_path / "im.gguf", noisy, tmp_path / "q.gguf", "TQ1_25", 2)
+    assert code == 0, text
+    im = tensors(tmp_path / "im.gguf")
+    importance = (im[f"{name}.in_sum2"].data / im[f"{name}.counts"].data).astype(np.float32).reshape(-1)
+    packed = tensors(tmp_path / "q.gguf")[name].data
+    assert (packed == kernels.quantize(weights, importance)).all()
+    assert (packed != kernels.quantize(weights)).any()
+
+
+def test_quantize_refuses_nan(llama, demo, tmp_path):
+    broken = shutil.copy(demo[1], tmp_path / "broken.gguf")
+    reader = gguf.GGUFReader(broken, "r+")
+    next(t for t in reader.tensors if t.name == "blk.1.attn_q.weight").data[3, 5] = np.nan
+    reader.data.flush()
+    code, text = run("llama-quantize", broken, tmp_path / "q.gguf", "TQ1_25", 2)
+    assert code == 1 and "tq1_25: the scale of block" in text and "quantized data validation failed" in text, text
+
+
+# ---- files that must be refused ----
+
+
+def set_type(path, tensor, type_id):
+    """Change a tensor's type id in a GGUF: it stands right before the offset, the last 12 bytes of its table entry."""
+    field = next(t for t in gguf.GGUFReader(path).tensors if t.name == tensor).field
+    end = field.offset + sum(part.nbytes for part in field.parts)
+    with open(path, "r+b") as file:
+        file.seek(end - 12)
+        assert int.from_bytes(file.read(4), "little") == tq1_25.TYPE_ID
+        file.seek(end - 12)
+        file.write(type_id.to_bytes(4, "little"))
+
+
+@pytest.mark.parametrize("type_id", [43, 77, 124, 126, 4, 2**31])
+def test_an_unused_type_id_is_refused_with_a_message(llama, tmp_path, type_id):
+    path = shutil.copy(llama[1], tmp_path / "odd.gguf")
+    set_type(path, "blk.1.ffn_up.weight", type_id)
+    for tool, *args in [("llama-cli", "-m", path, "-p", "x", "-st"), ("llama-bench", "-v", "-m", path),
+                        ("llama-quantize", "--allow-requantize", path, tmp_path / "out.gguf", "Q8_0")]:  # fmt: skip
+        code, text = run(tool, *args)
+        assert code == 1, (tool, code, text)  # a crash is negative
+        assert re.search(r"tensor 'blk.1.ffn_up.weight' (has ggml type \d+, which is not in use|has invalid ggml type|of type 4 \(DEPRECATED\))", text), text
+    assert not (tmp_path / "out.gguf").exists() or (tmp_path / "out.gguf").stat().st_size == 0
+
+
+@pytest.mark.parametrize("d", [np.nan, -np.inf, -0.5])
+def test_check_tensors_finds_a_bad_scale(llama, tmp_path, d):
+    path = shutil.copy(llama[1], tmp_path / "odd.gguf")
+    reader = gguf.GGUFReader(path, "r+")
+    data = next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight").data
+    data[7, 20:22] = np.frombuffer(np.float16(d).tobytes(), np.uint8)
+    reader.data.flush()
+    code, text = run("llama-cli", "-m", path, "-p", "x", "-n", 1, "-st", "--check-tensors")
+    assert code == 1 and "the scale of block 14 is" in text and "blk.1.ffn_up.weight" in text, text
+
+
+# ---- other ways to run a model ----
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def wait_for(process, port):
+    for _ in range(300):
+        assert process.poll() is None, "the server ended"
+        with socket.socket() as s:
+            if s.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise AssertionError("the server did not open its port")
+
+
+def test_server(demo):
+    port = free_port()
+    server = subprocess.Popen([llama_cpp.tool("llama-server"), "-m", demo[2], "--port", str(port), "-t", "2", "-c", "256"],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        wait_for(server, port)
+        for _ in range(100):
+            try:
+                body = json.dumps({"prompt": "def read(self):", "n_predict": 16, "temperature": 0}).encode()
+                request = urllib.request.Request(f"http://127.0.0.1:{port}/completion", body, {"Content-Type": "application/json"})
+                content = json.load(urllib.request.urlopen(request, timeout=60))["content"]
+                break
+            except urllib.error.HTTPError as error:  # 503 while it loads
+                assert error.code == 503
+                time.sleep(0.1)
+        models = json.load(urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=60))
+    finally:
+        server.kill()
+        server.wait()
+    assert content.strip() == greedy(demo[2]).strip()
+    assert models["data"][0]["meta"]["n_params"] > 0
+
+
+def test_rpc_server_and_no_repack_give_the_same_text(demo):
+    port = free_port()
+    server = subprocess.Popen([llama_cpp.tool("rpc-server"), "-H", "127.0.0.1", "-p", str(port)],
+                              stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        wait_for(server, port)
+        remote = greedy(demo[2], "--rpc", f"127.0.0.1:{port}", "-ngl", 99)
+    finally:
+        server.kill()
+        server.wait()
+    assert remote == greedy(demo[2], "--no-repack") == greedy(demo[2])
+
+
+# ---- the demo model ----
+
+
+def test_logits_of_the_demo_model(demo, tmp_path):
+    """KL divergence between upstream's F32 file and ours, of the same exact checkpoint, on text it was not trained on."""
+    hf, f32, ours = demo
+    held_out = tmp_path / "held-out.txt"
+    held_out.write_text((hf / "held_out.txt").read_text()[:60000])
+    code, text = run("llama-perplexity", "-m", f32, "-f", held_out, "-c", 256, "-t", 2, "--kl-divergence-base", tmp_path / "kld")
+    assert code == 0, text
+    code, text = run("llama-perplexity", "-m", ours, "-f", held_out, "-c", 256, "-t", 2, "--kl-divergence-base", tmp_path / "kld",
+                     "--kl-divergence")  # fmt: skip
+    assert code == 0, text
+    mean = float(re.search(r"Mean +KLD: +([-0-9.e]+)", text)[1])
+    top = float(re.search(r"Same top p: +([0-9.]+)", text)[1])
+    print(f"mean KL divergence {mean:.2e}, same top token {top:.2f} %")
+    assert 0 <= mean < 1e-3 and top >= 99
+
+
+def test_text_of_the_demo_model_is_python(demo):
+    """It goes on with a class as Python does: an indented block with keywords."""
+    text = greedy(demo[2], prompt="class Reader:\n    def __init__(self", count=96)
+    assert re.search(r"^ {4,}\S", text, re.M), text
+    assert len(re.findall(r"\b(self|def|return|if|for|in|None|not|is|class|import|raise|else)\b", text)) >= 5, text
