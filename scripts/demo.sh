@@ -75,7 +75,7 @@ PYTHON
 }
 
 speed() {
-    "$bin/llama-bench" -m "$gguf" -p 128 -n 64 -r 3 -t "$threads" 2>/dev/null
+    "$bin/llama-bench" -m "$gguf" -p 128 -n 64 -r 3 -t "$threads"
 }
 
 step setup "Python environment in .venv" ./scripts/setup.sh

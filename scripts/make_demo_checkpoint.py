@@ -148,6 +148,7 @@ def corpus(work: Path, a: argparse.Namespace) -> tuple[LlamaTokenizer, np.ndarra
         train_ids = np.concatenate([x for i, x in enumerate(ids) if i % HELD_OUT]).astype(np.uint16)
         held_out = np.concatenate(ids[::HELD_OUT]).astype(np.uint16)
         write(work / "tokenizer.model", model)
+        write(work / "held_out.txt", "".join(texts[::HELD_OUT]).encode())
         buffer = io.BytesIO()
         np.savez(buffer, train=train_ids, held_out=held_out)
         write(saved, buffer.getvalue())
@@ -287,6 +288,7 @@ def train(work: Path, a: argparse.Namespace, tokenizer, train_ids: np.ndarray, h
 
     shutil.rmtree(work / "hf", ignore_errors=True)
     qat.export(model, tokenizer, work / "hf")
+    shutil.copyfile(work / "held_out.txt", work / "hf/held_out.txt")  # to measure perplexity on
     exported = AutoModelForCausalLM.from_pretrained(work / "hf", dtype=torch.float32)
     after = evaluate(exported, held_out, a.context)
     print(f"training: held-out loss {before:.3f} before, {after:.3f} after, {seconds:.0f} s", flush=True)

@@ -13,13 +13,17 @@ from .convert import ConvertError, Options
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run a command; returns the exit code: 0, 1 for a failure that is told, 130 or 143 when interrupted.
+    """Run a command; returns the exit code: 0, 1 for a failure that is told, 128 and the signal's number when
+    interrupted.
 
     With `prog`, the command's parser is used alone, under that name.
     """
     argv = sys.argv[1:] if argv is None else argv
-    commands = {"convert": (_convert_parser, _convert), "verify": (_verify_parser, _verify),
-                "inspect": (_inspect_parser, _inspect)}
+    commands = {
+        "convert": (_convert_parser, _convert),
+        "verify": (_verify_parser, _verify),
+        "inspect": (_inspect_parser, _inspect),
+    }
     if prog:
         make, run = commands[argv[0]]
         parser = argparse.ArgumentParser(prog=prog)
@@ -28,7 +32,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     else:
         parser = argparse.ArgumentParser(prog="sherry-gguf", description="Sherry models (3:4 sparse ternary) as GGUF.")
         sub = parser.add_subparsers(dest="command", required=True)
-        for name, (make, run) in commands.items():
+        for name, (make, _) in commands.items():
             make(sub.add_parser(name))
         args = parser.parse_args(argv)
         run = commands[args.command][1]
@@ -36,7 +40,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
     if not args.verbose:
         logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)  # many classes of upstream set a key twice
-    previous = signal.signal(signal.SIGTERM, _terminate)
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = [(s, signal.signal(s, _terminate)) for s in signals if signal.getsignal(s) != signal.SIG_IGN]
     try:
         return run(args, parser)
     except (ConvertError, llama_cpp.NotBuilt) as e:
@@ -46,39 +51,55 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         return 1
     except (KeyboardInterrupt, _Terminated) as e:
         print("interrupted: no half-written file is left", file=sys.stderr)
-        return 143 if isinstance(e, _Terminated) else 130
+        return 128 + (e.number if isinstance(e, _Terminated) else signal.SIGINT)
     except BrokenPipeError:  # the reader of our output has gone, as with `| head`
         sys.stdout = None
         return 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous:
+            signal.signal(number, handler)
 
 
 class _Terminated(BaseException):
-    pass
+    def __init__(self, number: int):
+        self.number = number
 
 
 def _terminate(number, frame):
-    raise _Terminated
+    raise _Terminated(number)
 
 
 # ---- convert ----
 
 
 def _convert_parser(parser: argparse.ArgumentParser):
-    parser.description = ("Convert a Hugging Face model directory to a GGUF with the blocks' weights as TQ1_25: "
-                          "bit for bit where they are 3:4 sparse ternary, else by Sparse-AbsMean.")
+    parser.description = (
+        "Convert a Hugging Face model directory to a GGUF with the blocks' weights as TQ1_25: "
+        "bit for bit where they are 3:4 sparse ternary, else by Sparse-AbsMean."
+    )
     add = parser.add_argument
     add("model", type=Path, nargs="?", help="the model directory")
     add("--outfile", type=Path, help=f"file to write (default: <model>/<its name>-{tq1_25.NAME}.gguf)")
     add("--require-exact", action="store_true", help="fail unless every quantized tensor is stored bit for bit")
-    add("--keep", metavar="REGEX", action="append", default=[],
-        help="keep the tensors whose GGUF name or Hugging Face name matches anywhere, as F16; repeatable")
-    for flag, of in (("--token-embedding-type", "token embeddings; with tied embeddings of the output too"),
-                     ("--output-tensor-type", "output tensor")):
+    add(
+        "--keep",
+        metavar="REGEX",
+        action="append",
+        default=[],
+        help="keep the tensors whose GGUF name or Hugging Face name matches anywhere, as F16; repeatable",
+    )
+    for flag, of in (
+        ("--token-embedding-type", "token embeddings; with tied embeddings of the output too"),
+        ("--output-tensor-type", "output tensor"),
+    ):
         add(flag, metavar="TYPE", help=f"type of the {of} (default: F16): {', '.join(convert.STORED_TYPES)}")
-    add("--group-size", type=int, metavar="N", help="weights that share a scale, a multiple of 128; overrules the "
-        "checkpoint's sherry_config (default: what that says, else 128)")
+    add(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale, a multiple of 128; overrules the "
+        "checkpoint's sherry_config (default: what that says, else 128)",
+    )
     add("--granularity", choices=("per_group", "per_channel", "per_tensor"), help="likewise what shares a scale")
     add("--dry-run", action="store_true", help="print each tensor's type and size, write nothing")
     add("--vocab-only", action="store_true", help="write only the vocabulary")
@@ -93,8 +114,12 @@ def _convert_parser(parser: argparse.ArgumentParser):
 
 def _upstream_flags(parser: argparse.ArgumentParser):
     add = parser.add_argument
-    add("--tokenizer-pre", metavar="NAME", help="llama.cpp's name of how a BPE tokenizer splits text, such as gpt-2, "
-        "llama-bpe or qwen2; needed for tokenizers trained at home, which llama.cpp cannot recognise")
+    add(
+        "--tokenizer-pre",
+        metavar="NAME",
+        help="llama.cpp's name of how a BPE tokenizer splits text, such as gpt-2, "
+        "llama-bpe or qwen2; needed for tokenizers trained at home, which llama.cpp cannot recognise",
+    )
     add("--mistral-format", action="store_true", help="the directory has params.json and consolidated*.safetensors")
     add("--mtp", action="store_true", help="only the multi-token prediction head")
     add("--no-nextn", "--no-mtp", action="store_true", help="without the multi-token prediction head")
@@ -120,14 +145,22 @@ def _convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("the following arguments are required: model")
     if args.mtp and args.no_nextn:
         parser.error("--mtp and --no-nextn exclude each other")
-    known = Options.__dataclass_fields__.keys() & vars(args).keys()
-    options = Options(**{name: getattr(args, name) for name in known}, progress=True)
-    report = convert.convert(args.model, options)
+    report = convert.convert(args.model, _options(args))
     if args.dry_run:
-        print("\n".join(verify.table(("tensor", "type", "shape", "bytes", "from"), [
-            (t.name, t.type.name, " x ".join(map(str, t.shape)), t.nbytes, t.source) for t in report.tensors])))
+        print(
+            "\n".join(
+                verify.table(
+                    ("tensor", "type", "shape", "bytes", "from"),
+                    [(t.name, t.type.name, " x ".join(map(str, t.shape)), t.nbytes, t.source) for t in report.tensors],
+                )
+            )
+        )
     print("\n".join(_summary(report, args.dry_run)))
     return 0
+
+
+def _options(args: argparse.Namespace) -> Options:
+    return Options(**{k: v for k, v in vars(args).items() if k in Options.__dataclass_fields__}, progress=True)
 
 
 def _summary(report: convert.Report, dry_run: bool):
@@ -156,29 +189,34 @@ def _quality(tensors: list[convert.Tensor], dry_run: bool) -> str:
     if not inexact:
         return f"exact {len(tensors)}/{len(tensors)}"
     share = sum(t.exact for t in tensors) / sum(t.blocks for t in tensors)
-    return (f"exact {len(tensors) - len(inexact)}/{len(tensors)}, {100 * share:.1f} % of blocks; quantized: error "
-            f"<= {max(t.relative_error for t in inexact):.4f}, cosine >= {min(t.cosine for t in inexact):.4f}")
+    return (
+        f"exact {len(tensors) - len(inexact)}/{len(tensors)}, {100 * share:.1f} % of blocks; quantized: error "
+        f"<= {max(t.relative_error for t in inexact):.4f}, cosine >= {min(t.cosine for t in inexact):.4f}"
+    )
 
 
 # ---- verify, inspect ----
 
 
 def _verify_parser(parser: argparse.ArgumentParser):
-    parser.description = ("Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Flags that "
-                          "the conversion was given and that change tensors or the tokenizer must be given again.")
+    parser.description = (
+        "Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Flags that "
+        "the conversion was given and that change tensors or the tokenizer must be given again."
+    )
     parser.add_argument("gguf", type=Path, help="the GGUF; of a split, any of its files")
     parser.add_argument("model", type=Path, help="the model directory that it was made from")
     _upstream_flags(parser)
 
 
 def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    known = Options.__dataclass_fields__.keys() & vars(args).keys()
-    verdict = verify.verify(args.gguf, args.model, Options(**{name: getattr(args, name) for name in known}, progress=True))
+    verdict = verify.verify(args.gguf, args.model, _options(args))
     for problem in verdict.problems:
         print(f"differs: {problem}")
-    print(f"{verdict.exact} {tq1_25.NAME} tensors bit for bit as in the checkpoint, {verdict.quantized} as the reference "
-          f"quantizes them, {verdict.kept} kept in another type; {len(verdict.problems) or 'no'} difference"
-          f"{'s' * (len(verdict.problems) != 1)}")
+    print(
+        f"{verdict.exact} {tq1_25.NAME} tensors bit for bit as in the checkpoint, {verdict.quantized} as the "
+        f"reference quantizes them, {verdict.kept} kept in another type; {len(verdict.problems) or 'no'} "
+        f"difference{'s' * (len(verdict.problems) != 1)}"
+    )
     return 1 if verdict.problems else 0
 
 

@@ -37,11 +37,28 @@ import numpy as np
 from . import gguf_type, llama_cpp, ternary, tq1_25
 
 FORMAT_VERSION = 1  # of the sherry.* metadata
-CHUNK = 1 << 22  # weights handled at a time
+CHUNK = 1 << 22  # weights handled at a time by a thread
+WORKERS = min(8, os.cpu_count() or 1)  # threads
 
 # The names of llama-quantize's --token-embedding-type and --output-tensor-type that need no importance matrix.
-STORED_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "Q5_1", "Q5_0", "Q4_1", "Q4_0",
-                "IQ4_NL", "IQ4_XS", tq1_25.NAME)
+STORED_TYPES = (
+    "F32",
+    "F16",
+    "BF16",
+    "Q8_0",
+    "Q6_K",
+    "Q5_K",
+    "Q4_K",
+    "Q3_K",
+    "Q2_K",
+    "Q5_1",
+    "Q5_0",
+    "Q4_1",
+    "Q4_0",
+    "IQ4_NL",
+    "IQ4_XS",
+    tq1_25.NAME,
+)
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 OUTPUT = "output.weight"
 F16_MAX = 65504.0
@@ -82,8 +99,10 @@ def upstream():
     source = llama_cpp.source_dir()
     gguf_py = source / "gguf-py"
     if (loaded := sys.modules.get("gguf")) and Path(loaded.__file__).resolve().parent.parent != gguf_py.resolve():
-        raise ConvertError(f"another gguf package is already imported, from {loaded.__file__}: llama.cpp's conversion "
-                           f"code needs its own, in {gguf_py}. Convert and verify in a process of their own")
+        raise ConvertError(
+            f"another gguf package is already imported, from {loaded.__file__}: llama.cpp's conversion "
+            f"code needs its own, in {gguf_py}. Convert and verify in a process of their own"
+        )
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the model directory
     sys.path[:0] = [str(gguf_py), str(source)]
     import conversion
@@ -178,12 +197,21 @@ def instantiate(model_dir: Path, options: Options, ftype: str, mixin: type | Non
         kwargs["target_model_dir"] = options.target_model_dir
 
     def build(cls):
-        attributes = {"model_arch": cls.model_arch, "tokenizer_pre": _tokenizer_pre(options.tokenizer_pre),
-                      "mtp_only": options.mtp, "no_mtp": options.no_nextn}
+        attributes = {
+            "model_arch": cls.model_arch,
+            "tokenizer_pre": _tokenizer_pre(options.tokenizer_pre),
+            "mtp_only": options.mtp,
+            "no_mtp": options.no_nextn,
+        }
         cls = type(cls.__name__, (mixin, cls) if mixin else (cls,), attributes)
         return cls(
-            model_dir, getattr(gguf.LlamaFileType, ftype), Path("model.gguf"), metadata_override=options.metadata,
-            model_name=options.model_name, small_first_shard=options.no_tensor_first_split, **kwargs,
+            model_dir,
+            getattr(gguf.LlamaFileType, ftype),
+            Path("model.gguf"),
+            metadata_override=options.metadata,
+            model_name=options.model_name,
+            small_first_shard=options.no_tensor_first_split,
+            **kwargs,
         )
 
     try:
@@ -202,7 +230,8 @@ def collect(model) -> dict[str, Any]:
     try:
         model.prepare_tensors()
     except (ValueError, KeyError, NotImplementedError, AssertionError, IndexError, RuntimeError) as e:
-        raise ConvertError(f"{model.dir_model}: llama.cpp's conversion of {type(model).__name__} failed: {_said(e)}") from e
+        name = type(model).__name__
+        raise ConvertError(f"{model.dir_model}: llama.cpp's conversion, {name}, failed: {_said(e)}") from e
     return {name: info for part in model.gguf_writer.tensors for name, info in part.items()}
 
 
@@ -243,12 +272,14 @@ def _model_class(hparams: dict[str, Any], mistral_format: bool, model_dir: Path)
     try:
         arch = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     except ValueError:
-        raise ConvertError(f"{model_dir / 'config.json'} names no architecture (key \"architectures\")") from None
+        raise ConvertError(f'{model_dir / "config.json"} names no architecture (key "architectures")') from None
     try:
         return conversion.get_model_class(arch), arch
     except NotImplementedError:
-        raise ConvertError(f"the architecture {arch} of {model_dir} is unknown to the pinned llama.cpp: "
-                           "--print-supported-models lists what it knows") from None
+        raise ConvertError(
+            f"the architecture {arch} of {model_dir} is unknown to the pinned llama.cpp: "
+            "--print-supported-models lists what it knows"
+        ) from None
 
 
 def _tokenizer_pre(name: str | None) -> str | None:
@@ -296,8 +327,9 @@ def check_checkpoint(model_dir: Path, mistral_format: bool = False):
     if not parts:
         raise ConvertError(f"{model_dir} has no weights: neither {stem}*.safetensors nor pytorch_model*.bin")
     if missing := [n for n in parts if not (model_dir / n).is_file()]:
-        raise ConvertError(f"{model_dir} lacks {', '.join(missing)}: {len(missing)} of {len(parts)} weight files. "
-                           "Download the rest")
+        raise ConvertError(
+            f"{model_dir} lacks {', '.join(missing)}: {len(missing)} of {len(parts)} weight files. Download the rest"
+        )
     for part in parts:
         _check_part(model_dir / part)
 
@@ -354,9 +386,10 @@ def read_grouping(model_dir: Path, options: Options) -> Grouping:
         raise ConvertError(f"{where}granularity {granularity!r}, none of per_group, per_channel, per_tensor")
     if granularity == "per_group" and (type(size) is not int or size <= 0 or size % tq1_25.BLOCK):
         raise ConvertError(
-            f"{where}group_size {size!r}. A TQ1_25 block holds {tq1_25.BLOCK} weights under one scale, so groups must be "
-            f"a multiple of {tq1_25.BLOCK}: train with such a group size, or pass --group-size {tq1_25.BLOCK} to "
-            "quantize these weights anew, with loss")
+            f"{where}group_size {size!r}. A TQ1_25 block holds {tq1_25.BLOCK} weights under one scale, so groups must "
+            f"be a multiple of {tq1_25.BLOCK}: train with such a group size, or pass --group-size {tq1_25.BLOCK} to "
+            "quantize these weights anew, with loss"
+        )
     return Grouping(granularity, size if granularity == "per_group" else tq1_25.BLOCK, weights)
 
 
@@ -412,29 +445,27 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
         source, forced = getattr(model, "asked", {}).get(name, ("", None))
         t = Tensor(name, source, tuple(int(n) for n in info.shape), info.dtype, info.nbytes, info.tensor)
         plan.append(t)
-        if info.dtype == types.F16:
-            t.data = _unrounded(t.data)
-        else:
-            t.raw = info.dtype != types.F32
+        if info.dtype != types.F16 or type(forced) is not bool:
+            if chosen.get(name):
+                raise ConvertError(f"{name}: llama.cpp wants it as {info.dtype.name}, not {chosen[name]}")
             t.why = "as upstream"
-            continue
-        if type(forced) is not bool:
-            t.why = "as upstream"
+            t.raw = info.dtype not in (types.F32, types.F16)
         elif chosen.get(name):
             t.why = "as asked"
             _set_type(t, types[chosen[name].upper()])
         else:
             t.why = _why_kept(t, arch, patterns)
             if not t.why:
-                if grouping.granularity == "per_group" and t.shape[-1] % grouping.group_size:
-                    raise ConvertError(f"{name} ({source}) has rows of {t.shape[-1]}, no whole number of groups of "
-                                       f"{grouping.group_size}: keep it with --keep, or pass --group-size "
-                                       f"{tq1_25.BLOCK} to quantize it anew, with loss")
-                _check_whole_matrix(model, t, grouping)
                 _set_type(t, types.TQ1_25)
+        if info.dtype == types.F16:
+            t.data = _unrounded(t.data)
+        if t.type == types.TQ1_25:
+            _check_groups(model, t, grouping)
     if options.output_tensor_type and not any(t.name == OUTPUT for t in plan):
-        raise ConvertError("--output-tensor-type: this model has no output tensor, its embeddings serve as both; "
-                           "use --token-embedding-type")
+        raise ConvertError(
+            "--output-tensor-type: this model has no output tensor, its embeddings serve as both; "
+            "use --token-embedding-type"
+        )
     if not options.vocab_only and not any(t.type == types.TQ1_25 for t in plan):
         raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME}. " + "; ".join(_kept_notes(plan)))
     for t in plan:
@@ -469,17 +500,27 @@ def _set_type(t: Tensor, qtype):
 
     block, size = gguf.GGML_QUANT_SIZES[qtype]
     if t.shape[-1] % block:
-        raise ConvertError(f"{t.name} has rows of {t.shape[-1]}, {qtype.name} needs a multiple of {block}: "
-                           "choose another type, such as Q8_0 or F16")
+        raise ConvertError(
+            f"{t.name} has rows of {t.shape[-1]}, {qtype.name} needs a multiple of {block}: "
+            "choose another type, such as Q8_0 or F16"
+        )
     t.type, t.nbytes = qtype, t.weights // block * size
 
 
-def _check_whole_matrix(model, t: Tensor, grouping: Grouping):
+def _check_groups(model, t: Tensor, grouping: Grouping):
+    if grouping.granularity == "per_group" and t.shape[-1] % grouping.group_size:
+        raise ConvertError(
+            f"{t.name} ({t.source}) has rows of {t.shape[-1]}, no whole number of groups of "
+            f"{grouping.group_size}: keep it with --keep, or pass --group-size {tq1_25.BLOCK} to "
+            "quantize it anew, with loss"
+        )
     if grouping.granularity == "per_tensor" and t.source in model.model_tensors:
         if model.model_tensors[t.source]().numel() not in (t.weights, math.prod(t.shape[-2:])):
-            raise ConvertError(f"{t.name} is not one whole tensor of the checkpoint ({t.source}), so the scale that "
-                               "per_tensor gave it is lost: keep it with --keep, or pass --granularity per_channel "
-                               "to quantize it anew, with loss")
+            raise ConvertError(
+                f"{t.name} is not one whole tensor of the checkpoint ({t.source}), so the scale that "
+                "per_tensor gave it is lost: keep it with --keep, or pass --granularity per_channel "
+                "to quantize it anew, with loss"
+            )
 
 
 def _fit_f16(t: Tensor, fixed: bool):
@@ -494,8 +535,10 @@ def _fit_f16(t: Tensor, fixed: bool):
             raise _bad_row(t, start + _first_bad(x), "a weight is NaN or infinite")
     if largest > F16_MAX:
         if fixed:
-            raise ConvertError(f"{t.name} ({t.source}) has a weight of magnitude {largest:.6g}, {t.type.name} holds "
-                               f"none beyond {F16_MAX:.0f}: BF16 or F32 does")
+            raise ConvertError(
+                f"{t.name} ({t.source}) has a weight of magnitude {largest:.6g}, {t.type.name} holds "
+                f"none beyond {F16_MAX:.0f}: BF16 or F32 does"
+            )
         t.why = f"a weight of magnitude {largest:.6g}, too large for F16"
         _set_type(t, gguf.GGMLQuantizationType.F32)
 
@@ -505,8 +548,10 @@ def _first_bad(x: np.ndarray) -> int:
 
 
 def _bad_row(t: Tensor, row: int, cause: str) -> ConvertError:
-    return ConvertError(f"{t.name} ({t.source or 'made by llama.cpp'}), row {row}: {cause}. The checkpoint is damaged "
-                        "or its training diverged")
+    return ConvertError(
+        f"{t.name} ({t.source or 'made by llama.cpp'}), row {row}: {cause}. The checkpoint is damaged "
+        "or its training diverged"
+    )
 
 
 # ---- reading by rows ----
@@ -551,8 +596,11 @@ def _sources(tensor) -> Iterator[Any]:
         yield tensor._args[0]
     elif _is_cast(tensor, torch.float32):
         yield from _sources(tensor._args[0])
-    elif (tensor._func in (torch.stack, torch.cat) and len(tensor.shape) > 1
-            and (*tensor._args[1:], *tensor._kwargs.values()) in ((), (0,))):
+    elif (
+        tensor._func in (torch.stack, torch.cat)
+        and len(tensor.shape) > 1
+        and (*tensor._args[1:], *tensor._kwargs.values()) in ((), (0,))
+    ):
         for part in tensor._args[0]:
             yield from _sources(part)
     else:
@@ -643,7 +691,7 @@ class Encoder:
         jobs = row_loaders(t.data, t.shape[-1] if t.shape else 1)
         try:
             while True:
-                for row, load in itertools.islice(jobs, 3 - len(waiting)):
+                for row, load in itertools.islice(jobs, WORKERS + 1 - len(waiting)):
                     waiting.append((row, self.pool.submit(lambda r=row, f=load: work(r, _load(f, t)))))
                 if not waiting:
                     return
@@ -694,9 +742,11 @@ class Encoder:
         lanes, d = ternary.sparse_absmean(x, size)
         if scale is not None:
             d = scale[:, None]
-        if (d >= F16_MAX + 16).any():  # beyond the middle between 65504 and the next power of two
-            raise _BadRow(int(np.argmax((d >= F16_MAX + 16).any(axis=-1))), f"a mean magnitude, {d.max():.6g}, is beyond fp16")
-        return tq1_25.pack(lanes, np.repeat(d.astype(np.float16), size // tq1_25.BLOCK, axis=-1))
+        with np.errstate(over="ignore"):
+            half = d.astype(np.float16)
+        if (too_large := np.isinf(half).any(axis=-1)).any():
+            raise _BadRow(int(too_large.argmax()), f"a mean magnitude, {d.max():.6g}, is beyond fp16 (65504)")
+        return tq1_25.pack(lanes, np.repeat(half, size // tq1_25.BLOCK, axis=-1))
 
     def _tensor_scales(self, t: Tensor) -> np.ndarray | None:
         """per_tensor: each row's scale, that of its matrix; a stack of experts is many matrices."""
@@ -741,19 +791,22 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
         raise ConvertError(f"--metadata {options.metadata}: no such file")
     import torch
 
-    with torch.inference_mode(), concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with torch.inference_mode(), concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         if not options.vocab_only:
             check_checkpoint(model_dir, options.mistral_format)
         model = instantiate(model_dir, options, "MOSTLY_F16", _Recorder)
         plan = [] if options.vocab_only else make_plan(model, options, grouping)
         _set_tensors(model.gguf_writer, plan, options)
+        add_metadata(model)
         notes = _kept_notes(plan)
         if options.dry_run:
             return Report(model.gguf_writer.format_shard_names(target), plan, notes)
         files = _write(model, plan, target, Encoder(grouping, pool), grouping, options)
     if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if not t.is_exact]):
-        notes.append(f"the checkpoint says that its weights are fake_quantized, yet these are not 3:4 sparse ternary in "
-                     f"{grouping} and were quantized, with loss: {starred(inexact)}. --keep keeps them")
+        notes.append(
+            f"the checkpoint says that its weights are fake_quantized, yet these are not 3:4 sparse ternary "
+            f"in {grouping} and were quantized, with loss: {starred(inexact)}. --keep keeps them"
+        )
     return Report(files, plan, notes)
 
 
@@ -763,17 +816,20 @@ def _target(model_dir: Path, options: Options) -> Path:
     target = options.outfile or model_dir
     if target.is_dir():
         target = target / default
-    target = target.with_name(re.sub(r"\{(ftype|outtype)\}", kind.lower(), target.name).replace("{FTYPE}", kind.upper()))
+    name = re.sub(r"\{(ftype|outtype)\}", kind.lower(), target.name)
+    target = target.with_name(name.replace("{FTYPE}", kind.upper()))
     if target.is_symlink():
         target = target.resolve()  # written through, as by any program
     if not target.parent.is_dir():
-        raise ConvertError(f"cannot write {target}: {target.parent} is "
-                           + ("no directory" if target.parent.exists() else "not there. Create it first"))
+        raise ConvertError(
+            f"cannot write {target}: {target.parent} is "
+            + ("no directory" if target.parent.exists() else "not there. Create it first")
+        )
     if target.exists():
         if not target.is_file():
             raise ConvertError(f"cannot write {target}: it is there and is no ordinary file")
         if any(f.is_file() and f.suffix != ".gguf" and f.samefile(target) for f in model_dir.iterdir()):
-            raise ConvertError(f"cannot write {target}: it is a file of the checkpoint itself. Choose another --outfile")
+            raise ConvertError(f"cannot write {target}: it is a file of the checkpoint itself. Name another --outfile")
     return target
 
 
@@ -817,22 +873,29 @@ class _Stream:
         self.t.data = None
 
 
-def _write(model, plan: list[Tensor], target: Path, encoder: Encoder, grouping: Grouping, options: Options) -> list[Path]:
+def _write(
+    model, plan: list[Tensor], target: Path, encoder: Encoder, grouping: Grouping, options: Options
+) -> list[Path]:
     from tqdm import tqdm
 
     needed = sum(t.nbytes for t in plan)
     with _staging(target, needed) as staging:
         if needed > (free := shutil.disk_usage(staging).free):
             raise ConvertError(_disk_full(target, needed, free))
-        add_metadata(model)
         writer = model.gguf_writer
         by_name = {t.name: t for t in plan}
         quantized = [t for t in plan if t.type.name == tq1_25.NAME]
         if quantized:
             offset = _add_sherry(writer, quantized, grouping)
-        with contextlib.closing(writer), tqdm(
-            total=sum(t.weights for t in plan), unit=" weights", unit_scale=True, disable=None if options.progress else True
-        ) as bar:
+        with (
+            contextlib.closing(writer),
+            tqdm(
+                total=sum(t.weights for t in plan),
+                unit=" weights",
+                unit_scale=True,
+                disable=None if options.progress else True,
+            ) as bar,
+        ):
             for part in writer.tensors:
                 for name, info in part.items():
                     info.tensor = _Stream(by_name[name], encoder, bar)
@@ -842,8 +905,10 @@ def _write(model, plan: list[Tensor], target: Path, encoder: Encoder, grouping: 
             writer.write_kv_data_to_file()
             writer.write_tensors_to_file(progress=False)
         if options.require_exact and (inexact := [t for t in quantized if not t.is_exact]):
-            raise ConvertError(f"--require-exact: {len(inexact)} of {len(quantized)} tensors are not 3:4 sparse ternary "
-                               f"in {grouping}, bit for bit: {starred(inexact)}. Nothing was written")
+            raise ConvertError(
+                f"--require-exact: {len(inexact)} of {len(quantized)} tensors are not 3:4 sparse "
+                f"ternary in {grouping}, bit for bit: {starred(inexact)}. Nothing was written"
+            )
         if quantized:
             with open(staged[0], "r+b") as f:  # what was exact is known only now; the length is the same
                 f.seek(offset)
@@ -878,9 +943,11 @@ def _sherry(quantized: list[Tensor], grouping: Grouping) -> dict[str, tuple]:
 def _sherry_bytes(writer, pairs: dict[str, tuple]) -> bytes:
     from gguf import GGUFValueType as V
 
-    return b"".join(writer._pack_val(k, V.STRING, add_vtype=False)
-                    + writer._pack_val(v[0], v[1], add_vtype=True, sub_type=v[2] if len(v) > 2 else None)
-                    for k, v in pairs.items())
+    return b"".join(
+        writer._pack_val(k, V.STRING, add_vtype=False)
+        + writer._pack_val(v[0], v[1], add_vtype=True, sub_type=v[2] if len(v) > 2 else None)
+        for k, v in pairs.items()
+    )
 
 
 def _add_sherry(writer, quantized: list[Tensor], grouping: Grouping) -> int:
@@ -905,8 +972,10 @@ def _reread(path: Path, expected: list[Tensor]):
         os.fsync(f.fileno())
         if hasattr(os, "posix_fadvise"):  # forget the cached pages
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        stored = [(r.name, tuple(int(n) for n in reversed(r.shape)), r.tensor_type, r.data_offset, r.n_bytes)
-                  for r in gguf.GGUFReader(path).tensors]
+        stored = [
+            (r.name, tuple(int(n) for n in reversed(r.shape)), r.tensor_type, r.data_offset, r.n_bytes)
+            for r in gguf.GGUFReader(path).tensors
+        ]
         good = [s[:3] for s in stored] == [(t.name, t.shape, t.type) for t in expected]
         for t, (*_, offset, left) in zip(expected, stored if good else ()):
             f.seek(offset)
@@ -920,8 +989,10 @@ def _reread(path: Path, expected: list[Tensor]):
 
 
 def _disk_full(target: Path, needed: int, free: int) -> str:
-    return (f"no room for {target}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there (or a quota or "
-            "file size limit is reached). Nothing was written")
+    return (
+        f"no room for {target}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there (or a quota or "
+        "file size limit is reached). Nothing was written"
+    )
 
 
 @contextlib.contextmanager

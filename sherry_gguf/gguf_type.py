@@ -41,6 +41,8 @@ def _member(enum, name: str, value: int):
         type.__setattr__(enum, name, member)  # Enum's own refuses new members
     member = enum.__members__.get(name)
     if member is None or member.value != value:
-        raise ValueError(f"{enum.__name__} of this gguf package has {enum._value2member_map_.get(value)!r} as {value} "
-                         f"and {member!r} as {name}: it cannot hold {name} = {value}")
+        raise ValueError(
+            f"{enum.__name__} of this gguf package has {enum._value2member_map_.get(value)!r} as {value} "
+            f"and {member!r} as {name}: it cannot hold {name} = {value}"
+        )
     return member

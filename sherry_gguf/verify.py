@@ -69,8 +69,10 @@ def read_gguf(path: Path) -> Gguf:
         try:
             reader = gguf.GGUFReader(file)
             fields = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("GGUF.")}
-            tensors = [Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), file, t.data_offset,
-                              t.n_bytes) for t in reader.tensors]
+            tensors = [
+                Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), file, t.data_offset, t.n_bytes)
+                for t in reader.tensors
+            ]
         except Exception as e:  # the reader fails in as many ways as there are bytes
             raise ConvertError(f"{file} is not a GGUF file, or is truncated or damaged: {type(e).__name__}: {e}") from e
         model.fields = fields | model.fields  # a split's later files hold only split.*
@@ -80,8 +82,10 @@ def read_gguf(path: Path) -> Gguf:
             model.tensors[t.name] = t
     expected = model.fields.get("split.tensors.count", len(model.tensors))
     if expected != len(model.tensors):
-        raise ConvertError(f"{path} is one of {model.fields.get('split.count')} files of a split with {expected} tensors, "
-                           f"{len(model.tensors)} are in {', '.join(f.name for f in files)}")
+        raise ConvertError(
+            f"{path} belongs to a split with {expected} tensors, {len(model.tensors)} are in "
+            f"{', '.join(f.name for f in files)}"
+        )
     return model
 
 
@@ -104,15 +108,27 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
     rows = collections.defaultdict(list)
     for t in model.tensors.values():
         rows[t.type.name].append(t)
-    yield from table(("type", "tensors", "weights", "bytes", "bits/weight"),
-                     [(name, len(ts), *_sizes(ts)) for name, ts in rows.items()]
-                     + [("total", len(model.tensors), *_sizes(model.tensors.values()))])
+    yield from table(
+        ("type", "tensors", "weights", "bytes", "bits/weight"),
+        [(name, len(ts), *_sizes(ts)) for name, ts in rows.items()]
+        + [("total", len(model.tensors), *_sizes(model.tensors.values()))],
+    )
     if tensors:
         exact = dict(zip(names, flags))
         yield ""
-        yield from table(("tensor", "type", "shape", "exact", "scales, from to"), [
-            (t.name, t.type.name, " x ".join(map(str, t.shape)),
-             {True: "yes", False: "no"}.get(exact.get(t.name), ""), _scales(t)) for t in model.tensors.values()])
+        yield from table(
+            ("tensor", "type", "shape", "exact", "scales, from to"),
+            [
+                (
+                    t.name,
+                    t.type.name,
+                    " x ".join(map(str, t.shape)),
+                    {True: "yes", False: "no"}.get(exact.get(t.name), ""),
+                    _scales(t),
+                )
+                for t in model.tensors.values()
+            ],
+        )
 
 
 _TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
@@ -174,8 +190,9 @@ def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict
     import torch
     from tqdm import tqdm
 
-    grouping = Grouping(stored.fields.get("sherry.granularity", "per_group"),
-                        stored.fields.get("sherry.group_size", tq1_25.BLOCK))
+    grouping = Grouping(
+        stored.fields.get("sherry.granularity", "per_group"), stored.fields.get("sherry.group_size", tq1_25.BLOCK)
+    )
     claims = dict(zip(stored.fields.get("sherry.tensor.names", ()), stored.fields.get("sherry.tensor.exact", ())))
     verdict = Verdict()
     with torch.inference_mode():
@@ -230,7 +247,8 @@ def _compare(info, t: Stored, grouping: Grouping, claim: bool | None, verdict: V
         return f"shape {t.shape}, the checkpoint has {shape}"
     if info.dtype != gguf.GGMLQuantizationType.F32:  # what upstream packs itself
         verdict.kept += 1
-        same = t.type == info.dtype and np.array_equal(t.read().reshape(-1), _bytes(gguf.LazyNumpyTensor.to_eager(info.tensor)))
+        wanted = np.ascontiguousarray(gguf.LazyNumpyTensor.to_eager(info.tensor)).reshape(-1).view(np.uint8)
+        same = t.type == info.dtype and np.array_equal(t.read().reshape(-1), wanted)
         return "" if same else f"not the {info.dtype.name} data that llama.cpp makes of it"
     if t.type.name == tq1_25.NAME:
         return _compare_blocks(info.tensor, t, grouping, claim, verdict)
@@ -260,8 +278,10 @@ def _compare_blocks(tensor, t: Stored, grouping: Grouping, claim: bool | None, v
                 d = scale[start : start + len(x), None]
             reference = tq1_25.pack(lanes, np.repeat(d.astype(np.float16), size // tq1_25.BLOCK, axis=-1))
         if (wrong := (reference != blocks).any(axis=1) & ~same.all(axis=1)).any():
-            return (f"row {start + int(wrong.argmax())} holds neither the checkpoint's values nor their Sparse-AbsMean "
-                    f"in {grouping}")
+            return (
+                f"row {start + int(wrong.argmax())} holds neither the checkpoint's values nor their Sparse-AbsMean "
+                f"in {grouping}"
+            )
     verdict.exact += exact
     verdict.quantized += not exact
     if claim is not None and claim != exact:
@@ -279,8 +299,11 @@ def _rows(tensor, width: int) -> Iterator[tuple[int, np.ndarray]]:
     import gguf
 
     start, step = 0, max(1, convert.CHUNK // width)
-    pieces = (load() for load in tensor._chunks) if isinstance(tensor, gguf.LazyChunkedTensor) else (
-        gguf.LazyNumpyTensor.to_eager(t) for t in (tensor,))
+    pieces = (
+        (load() for load in tensor._chunks)
+        if isinstance(tensor, gguf.LazyChunkedTensor)
+        else (gguf.LazyNumpyTensor.to_eager(t) for t in (tensor,))
+    )
     for piece in pieces:
         piece = piece.reshape(-1, width)
         for i in range(0, len(piece), step):
@@ -294,7 +317,3 @@ def _round(x: np.ndarray, qtype) -> np.ndarray:
     if qtype.name in ("F32", "F16", "BF16", "Q8_0"):
         return gguf.quants.quantize(x, qtype)
     return llama_cpp.quantize_rows(x, qtype.name)
-
-
-def _bytes(data: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(data).reshape(-1).view(np.uint8)

@@ -54,9 +54,12 @@ for line in sys.stdin:
 
 
 def python(script: str, *args, **kwargs) -> subprocess.Popen:
-    """Start Python code in a process of its own: conversion needs llama.cpp's gguf, the tests read with the published."""
-    return subprocess.Popen([sys.executable, "-c", script, *map(str, args)], text=True,
-                            **({"env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | kwargs))
+    """Start Python code in a process of its own: conversion needs llama.cpp's gguf, the tests the published one."""
+    return subprocess.Popen(
+        [sys.executable, "-c", script, *map(str, args)],
+        text=True,
+        **({"env": ENV, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT} | kwargs),
+    )
 
 
 @functools.cache
@@ -71,8 +74,13 @@ def sherry(*args, cwd=".", **kwargs) -> subprocess.CompletedProcess:
     """Run the `sherry-gguf` command to its end; in a fresh process if there are keyword arguments for that."""
     args = [str(a) for a in args]
     if kwargs:
-        return subprocess.run([sys.executable, "-m", "sherry_gguf.cli", *args], cwd=cwd, capture_output=True, text=True,
-                              **({"env": ENV} | kwargs))
+        return subprocess.run(
+            [sys.executable, "-m", "sherry_gguf.cli", *args],
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            **({"env": ENV} | kwargs),
+        )
     process, outputs = _server()
     print(json.dumps([args, os.path.abspath(cwd), outputs]), file=process.stdin, flush=True)
     code = process.stdout.readline()
@@ -96,8 +104,10 @@ def zoo(tmp_path_factory):
     for name in small_models.MODELS:
         small_models.make(root / name, name)
     upstream = python(UPSTREAM, *(root / name for name in small_models.MODELS))
-    results = {name: sherry("convert", root / name, "--outfile", root / f"{name}.gguf", *pre(name))
-               for name in small_models.MODELS}
+    results = {
+        name: sherry("convert", root / name, "--outfile", root / f"{name}.gguf", *pre(name))
+        for name in small_models.MODELS
+    }
     output, _ = upstream.communicate()
     assert upstream.returncode == 0, output
     return root, results

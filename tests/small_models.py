@@ -20,8 +20,14 @@ VOCAB = 512
 
 # name: (model class of transformers, tokenizer, configuration). All run in llama.cpp, which treats a model that is
 # named "phi3" as having other tokens.
-_LLAMA = dict(hidden_size=256, intermediate_size=384, num_hidden_layers=2, num_attention_heads=4,
-              num_key_value_heads=2, max_position_embeddings=256)
+_LLAMA = dict(
+    hidden_size=256,
+    intermediate_size=384,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=256,
+)
 _GEMMA = _LLAMA | dict(head_dim=64)
 _MOE = dict(num_local_experts=4, num_experts_per_tok=2)
 MODELS: dict[str, tuple[str, str, dict]] = {
@@ -29,21 +35,43 @@ MODELS: dict[str, tuple[str, str, dict]] = {
     "llama-tied": ("LlamaForCausalLM", "spm", _LLAMA | dict(tie_word_embeddings=True)),
     "llama-bpe": ("LlamaForCausalLM", "bpe", _LLAMA | dict(tie_word_embeddings=False)),
     "llama-bpe-tied": ("LlamaForCausalLM", "bpe", _LLAMA | dict(tie_word_embeddings=True)),
-    "qwen2": ("Qwen2ForCausalLM", "bpe", dict(
-        hidden_size=896, intermediate_size=1152, num_hidden_layers=1, num_attention_heads=14, num_key_value_heads=2,
-        tie_word_embeddings=True)),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        "bpe",
+        dict(
+            hidden_size=896,
+            intermediate_size=1152,
+            num_hidden_layers=1,
+            num_attention_heads=14,
+            num_key_value_heads=2,
+            tie_word_embeddings=True,
+        ),
+    ),
     "qwen3": ("Qwen3ForCausalLM", "bpe", _LLAMA | dict(head_dim=128)),
     "mistral": ("MistralForCausalLM", "spm", _LLAMA | dict(sliding_window=None)),
     "mixtral": ("MixtralForCausalLM", "spm", _LLAMA | _MOE),
-    "qwen3moe": ("Qwen3MoeForCausalLM", "bpe", _LLAMA | dict(
-        head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, decoder_sparse_step=1)),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM",
+        "bpe",
+        _LLAMA
+        | dict(head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, decoder_sparse_step=1),
+    ),
     "gemma2": ("Gemma2ForCausalLM", "spm", _GEMMA),
     "phi": ("Phi3ForCausalLM", "spm", _LLAMA | dict(pad_token_id=0)),
     "gpt2": ("GPT2LMHeadModel", "bpe", dict(n_embd=256, n_layer=2, n_head=4, n_positions=256, n_ctx=256)),
     "gptneox": ("GPTNeoXForCausalLM", "bpe", _LLAMA),
-    "falcon": ("FalconForCausalLM", "bpe", dict(
-        hidden_size=256, num_hidden_layers=2, num_attention_heads=4, num_kv_heads=2, new_decoder_architecture=True,
-        max_position_embeddings=256)),
+    "falcon": (
+        "FalconForCausalLM",
+        "bpe",
+        dict(
+            hidden_size=256,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_kv_heads=2,
+            new_decoder_architecture=True,
+            max_position_embeddings=256,
+        ),
+    ),
     "stablelm": ("StableLmForCausalLM", "bpe", _LLAMA),
     "olmo2": ("Olmo2ForCausalLM", "bpe", _LLAMA),
     "olmoe": ("OlmoeForCausalLM", "bpe", _LLAMA | dict(num_key_value_heads=4, num_experts=4, num_experts_per_tok=2)),
@@ -51,10 +79,26 @@ MODELS: dict[str, tuple[str, str, dict]] = {
     "starcoder2": ("Starcoder2ForCausalLM", "bpe", _LLAMA),
     "cohere": ("CohereForCausalLM", "bpe", _LLAMA),
     "mamba": ("MambaForCausalLM", "bpe", dict(hidden_size=256, num_hidden_layers=2, state_size=16, time_step_rank=16)),
-    "deepseek2": ("DeepseekV2ForCausalLM", "bpe", _LLAMA | dict(
-        num_key_value_heads=4, q_lora_rank=128, kv_lora_rank=128, qk_nope_head_dim=128, qk_rope_head_dim=64,
-        v_head_dim=128, n_routed_experts=4, num_experts_per_tok=2, n_shared_experts=1, moe_intermediate_size=128,
-        first_k_dense_replace=1, n_group=1, topk_group=1)),
+    "deepseek2": (
+        "DeepseekV2ForCausalLM",
+        "bpe",
+        _LLAMA
+        | dict(
+            num_key_value_heads=4,
+            q_lora_rank=128,
+            kv_lora_rank=128,
+            qk_nope_head_dim=128,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_shared_experts=1,
+            moe_intermediate_size=128,
+            first_k_dense_replace=1,
+            n_group=1,
+            topk_group=1,
+        ),
+    ),
 }
 
 
@@ -74,10 +118,12 @@ def _bpe():
     import tokenizers
 
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(corpus().splitlines(), vocab_size=VOCAB, special_tokens=["<|endoftext|>"],
-                                  show_progress=False)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<|endoftext|>",
-                                                eos_token="<|endoftext|>")
+    tokenizer.train_from_iterator(
+        corpus().splitlines(), vocab_size=VOCAB, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
+    )
 
 
 @functools.cache
@@ -86,8 +132,15 @@ def _spm() -> bytes:
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus().splitlines()), model_writer=model, vocab_size=VOCAB, model_type="bpe",
-        byte_fallback=True, pad_id=-1, minloglevel=2, num_threads=1)
+        sentence_iterator=iter(corpus().splitlines()),
+        model_writer=model,
+        vocab_size=VOCAB,
+        model_type="bpe",
+        byte_fallback=True,
+        pad_id=-1,
+        minloglevel=2,
+        num_threads=1,
+    )
     return model.getvalue()
 
 
@@ -113,8 +166,18 @@ def sparse_ternary(x: torch.Tensor, generator: torch.Generator, group: int = 128
     return (signs * scale).reshape(x.shape)
 
 
-def make(directory: Path, name: str, *, dtype=torch.bfloat16, latent: bool = False, config: dict | None = None,
-         shard: str = "5GB", safe: bool = True, seed: int = 0, group: int = 128) -> Path:
+def make(
+    directory: Path,
+    name: str,
+    *,
+    dtype=torch.bfloat16,
+    latent: bool = False,
+    config: dict | None = None,
+    shard: str = "5GB",
+    safe: bool = True,
+    seed: int = 0,
+    group: int = 128,
+) -> Path:
     """Write the model `name` of MODELS to a new directory, and return it. `config`: changes to its configuration."""
     architecture, tokenizer, settings = MODELS[name]
     cls = getattr(transformers, architecture)
@@ -130,7 +193,7 @@ def make(directory: Path, name: str, *, dtype=torch.bfloat16, latent: bool = Fal
                     w.copy_(sparse_ternary(w.float(), generator, group))
                 elif not isinstance(module, torch.nn.Linear):
                     w.copy_(sparse_ternary(w.float().T, generator, group).T)
-        for key, p in model.named_parameters():
+        for p in model.parameters():
             if p.ndim == 1:  # away from the constants that they start at, so that a mix-up shows
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     directory.mkdir(parents=True)

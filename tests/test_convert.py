@@ -16,16 +16,21 @@ gguf = gguf_type.register()
 
 # Matrices in blocks that are not stored as TQ1_25, by model.
 KEPT = {
-    "mixtral": ["ffn_gate_inp"], "qwen3moe": ["ffn_gate_inp"], "olmoe": ["ffn_gate_inp"],
-    "deepseek2": ["ffn_gate_inp", "attn_k_b"], "mamba": ["ssm_conv1d", "ssm_a", "ssm_dt"],
+    "mixtral": ["ffn_gate_inp"],
+    "qwen3moe": ["ffn_gate_inp"],
+    "olmoe": ["ffn_gate_inp"],
+    "deepseek2": ["ffn_gate_inp", "attn_k_b"],
+    "mamba": ["ssm_conv1d", "ssm_a", "ssm_dt"],
 }
 
 
 def load(path):
     """name: (type, float32 array) of all tensors of a file."""
     model = verify.read_gguf(path)
-    return {name: (t.type.name, gguf.quants.dequantize(t.read(), t.type).reshape(t.shape))
-            for name, t in model.tensors.items()}
+    return {
+        name: (t.type.name, gguf.quants.dequantize(t.read(), t.type).reshape(t.shape))
+        for name, t in model.tensors.items()
+    }
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
@@ -78,19 +83,44 @@ def test_rules_cover_what_llama_cpp_does():
         t = convert.Tensor(name, "", (256, 256), gguf.GGMLQuantizationType.F16, 0, None)
         return bool(convert._why_kept(t, arch, []))
 
-    wrong = [names[t] for t, op in ops if t in names and "blk." in names[t] and not op.startswith("MUL_MAT")
-             and not kept(names[t].replace("%d", "0") + ".weight")]
+    wrong = [
+        names[t]
+        for t, op in ops
+        if t in names
+        and "blk." in names[t]
+        and not op.startswith("MUL_MAT")
+        and not kept(names[t].replace("%d", "0") + ".weight")
+    ]
     assert not wrong
     source = (llama_cpp.source_dir() / "src" / "llama-quant.cpp").read_text()
-    body = source[source.index("static bool tensor_allows_quantization("):source.index("// tensor type selection")]
+    body = source[source.index("static bool tensor_allows_quantization(") : source.index("// tensor type selection")]
     excluded = re.findall(r'name\.find\("([^"]+)"\)\s*==', body)
     assert len(excluded) > 30
     outside = ("per_layer_model_proj", "sam.", "a.rvq.", "mm.a.")  # of any block
-    wrong = [n for n in excluded if not n.startswith(outside)
-             and not kept(f"blk.0.{n.strip('.').removesuffix('.weight')}.weight", "glm5-next")]
+    wrong = [
+        n
+        for n in excluded
+        if not n.startswith(outside) and not kept(f"blk.0.{n.strip('.').removesuffix('.weight')}.weight", "glm5-next")
+    ]
     assert not wrong
-    for name in ("attn_q", "attn_k", "attn_v", "attn_output", "attn_qkv", "ffn_up", "ffn_down_exps", "ssm_in", "ssm_out",
-                 "attn_q_a", "attn_kv_b", "attn_v_b", "shortconv.in_proj", "time_mix_key", "channel_mix_value", "nextn.eh_proj"):
+    for name in (
+        "attn_q",
+        "attn_k",
+        "attn_v",
+        "attn_output",
+        "attn_qkv",
+        "ffn_up",
+        "ffn_down_exps",
+        "ssm_in",
+        "ssm_out",
+        "attn_q_a",
+        "attn_kv_b",
+        "attn_v_b",
+        "shortconv.in_proj",
+        "time_mix_key",
+        "channel_mix_value",
+        "nextn.eh_proj",
+    ):
         assert not kept(f"blk.3.{name}.weight"), name
     assert not kept("enc.blk.0.attn_q.weight") and not kept("dec.blk.11.cross_attn_o.weight")
 
@@ -103,7 +133,9 @@ def latent(tmp_path_factory):
     return small_models.make(tmp_path_factory.mktemp("latent") / "llama", "llama", latent=True, dtype=torch.float32)
 
 
-@pytest.mark.parametrize("granularity, size", [("per_group", 128), ("per_group", 256), ("per_channel", 0), ("per_tensor", 0)])
+@pytest.mark.parametrize(
+    "granularity, size", [("per_group", 128), ("per_group", 256), ("per_channel", 0), ("per_tensor", 0)]
+)
 def test_latent(latent, tmp_path, granularity, size):
     """Blocks of a wider group all hold its scale; verify agrees."""
     flags = ["--granularity", granularity] + (["--group-size", size] if size else [])
@@ -122,7 +154,11 @@ def test_latent(latent, tmp_path, granularity, size):
     wanted = load_file(latent / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     blocks = model.tensors["blk.0.ffn_up.weight"].read()
     lanes, d = tq1_25.unpack(blocks)
-    shape = {"per_group": (384, 256 // (size or 1), size), "per_channel": (384, 1, 256), "per_tensor": (1, 1, 384 * 256)}[granularity]
+    shape = {
+        "per_group": (384, 256 // (size or 1), size),
+        "per_channel": (384, 1, 256),
+        "per_tensor": (1, 1, 384 * 256),
+    }[granularity]
     groups = np.sort(np.abs(wanted.astype(np.float64)).reshape(*shape[:2], shape[2] // 4, 4))[..., 1:]
     scale = groups.mean(axis=(2, 3)).astype(np.float16)
     assert (d == np.broadcast_to(np.repeat(scale, d.shape[1] // scale.shape[1], axis=1), d.shape)).all()
@@ -135,8 +171,16 @@ def test_latent(latent, tmp_path, granularity, size):
 def test_wide_groups_of_an_exact_checkpoint(tmp_path):
     """A checkpoint trained per channel, its config saying so, is exact in blocks of 128 too."""
     model = small_models.make(tmp_path / "m", "llama", group=256)
-    small_models.edit_config(model, sherry_config={
-        "method": "sparse_absmean", "granularity": "per_channel", "n": 3, "m": 4, "weights": "fake_quantized"})
+    small_models.edit_config(
+        model,
+        sherry_config={
+            "method": "sparse_absmean",
+            "granularity": "per_channel",
+            "n": 3,
+            "m": 4,
+            "weights": "fake_quantized",
+        },
+    )
     out = tmp_path / "x.gguf"
     done = sherry("convert", model, "--outfile", out, "--keep", "ffn_down", "--require-exact")
     assert done.returncode == 0, done.stderr
@@ -178,14 +222,35 @@ def test_inexact_is_told(tmp_path):
 def test_embedding_types(zoo, tmp_path):
     root, _ = zoo
     out = [tmp_path / f"{i}.gguf" for i in range(4)]
-    results = [sherry(*args) for args in (
-        ["convert", root / "llama", "--outfile", out[0], "--token-embedding-type", "q6_k", "--output-tensor-type", "Q8_0"],
-        ["convert", root / "llama-tied", "--outfile", out[1], "--token-embedding-type", "TQ1_25"],
-        ["convert", root / "llama-tied", "--outfile", out[2], "--output-tensor-type", "Q8_0"],
-        ["convert", root / "qwen2", "--outfile", out[3], "--token-embedding-type", "Q4_K", "--tokenizer-pre", "gpt-2"],
-        ["verify", out[0], root / "llama"],
-        ["verify", out[1], root / "llama-tied"],
-    )]
+    results = [
+        sherry(*args)
+        for args in (
+            [
+                "convert",
+                root / "llama",
+                "--outfile",
+                out[0],
+                "--token-embedding-type",
+                "q6_k",
+                "--output-tensor-type",
+                "Q8_0",
+            ],
+            ["convert", root / "llama-tied", "--outfile", out[1], "--token-embedding-type", "TQ1_25"],
+            ["convert", root / "llama-tied", "--outfile", out[2], "--output-tensor-type", "Q8_0"],
+            [
+                "convert",
+                root / "qwen2",
+                "--outfile",
+                out[3],
+                "--token-embedding-type",
+                "Q4_K",
+                "--tokenizer-pre",
+                "gpt-2",
+            ],
+            ["verify", out[0], root / "llama"],
+            ["verify", out[1], root / "llama-tied"],
+        )
+    ]
     assert [r.returncode for r in results] == [0, 0, 1, 1, 0, 0], results
     assert "has no output tensor" in results[2].stderr and "use --token-embedding-type" in results[2].stderr
     assert "token_embd.weight has rows of 896, Q4_K needs a multiple of 256" in results[3].stderr
@@ -227,7 +292,10 @@ def test_other_checkpoints(tmp_path, dtype, safe):
     model = small_models.make(tmp_path / "m", "llama", dtype=dtype, shard="1MB", safe=safe)
     assert len(list(model.glob("*-of-*"))) > 2
     before = small_models.snapshot(model)
-    for args in (["convert", model, "--outfile", tmp_path / "x.gguf", "--require-exact"], ["verify", tmp_path / "x.gguf", model]):
+    for args in (
+        ["convert", model, "--outfile", tmp_path / "x.gguf", "--require-exact"],
+        ["verify", tmp_path / "x.gguf", model],
+    ):
         done = sherry(*args)
         assert done.returncode == 0, done.stdout + done.stderr
     assert small_models.snapshot(model) == before
@@ -237,11 +305,40 @@ def test_chunks(zoo, tmp_path):
     """Reading by a few rows gives the same file as reading at once."""
     root, _ = zoo
     for name in ("mixtral", "phi", "gpt2"):
-        script = ("import sys\nfrom sherry_gguf import cli, convert\nconvert.CHUNK = 2000\nsys.exit(cli.main(sys.argv[1:]))")
-        process = conftest.python(script, "convert", root / name, "--outfile", tmp_path / f"{name}.gguf", *conftest.pre(name))
+        script = (
+            "import sys\nfrom sherry_gguf import cli, convert\nconvert.CHUNK = 2000\nsys.exit(cli.main(sys.argv[1:]))"
+        )
+        out = tmp_path / f"{name}.gguf"
+        process = conftest.python(script, "convert", root / name, "--outfile", out, *conftest.pre(name))
         output, _ = process.communicate()
         assert process.returncode == 0, output
-        assert (tmp_path / f"{name}.gguf").read_bytes() == (root / f"{name}.gguf").read_bytes()
+        assert out.read_bytes() == (root / f"{name}.gguf").read_bytes()
+
+
+def test_fused_qkv(zoo, tmp_path):
+    """Upstream's own flags: what they put together is still exact, and verify needs them too."""
+    root, _ = zoo
+    done = sherry("convert", root / "llama", "--outfile", tmp_path / "x.gguf", "--fuse-qkv", "--require-exact")
+    assert done.returncode == 0, done.stderr
+    assert verify.read_gguf(tmp_path / "x.gguf").tensors["blk.0.attn_qkv.weight"].type.name == "TQ1_25"
+    assert sherry("verify", tmp_path / "x.gguf", root / "llama", "--fuse-qkv").returncode == 0
+    assert sherry("verify", tmp_path / "x.gguf", root / "llama").returncode == 1
+
+
+def test_peak_memory(zoo, tmp_path):
+    """A model 100 times as large takes hardly more memory: tensors go through in chunks."""
+    config = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    model = small_models.make(tmp_path / "m", "llama", config=config, latent=True, dtype=torch.bfloat16)
+    assert (model / "model.safetensors").stat().st_size > 240e6
+    script = (
+        "import resource, sys\nfrom sherry_gguf import cli\nassert cli.main(sys.argv[1:]) == 0\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    peaks = []
+    for source in (zoo[0] / "llama", model):
+        output, _ = conftest.python(script, "convert", source, "--outfile", tmp_path / "x.gguf").communicate()
+        peaks.append(int(re.search(r"peak (\d+)", output)[1]) * 1024)
+    assert peaks[1] - peaks[0] < 120e6 + 30e6 * convert.WORKERS, peaks
 
 
 # ---- files ----
@@ -251,14 +348,24 @@ def test_split(zoo, tmp_path):
     root, _ = zoo
     whole = load(root / "llama.gguf")
     (tmp_path / "a-00002-of-00003.gguf").write_bytes(b"of an earlier run")
-    for args in (["convert", root / "llama", "--outfile", tmp_path / "a.gguf", "--split-max-tensors", 8],
-                 ["convert", root / "llama", "--outfile", tmp_path / "b.gguf", "--split-max-size", "300K",
-                  "--no-tensor-first-split"],
-                 ["verify", tmp_path / "a-00001-of-00003.gguf", root / "llama"]):
+    for args in (
+        ["convert", root / "llama", "--outfile", tmp_path / "a.gguf", "--split-max-tensors", 8],
+        [
+            "convert",
+            root / "llama",
+            "--outfile",
+            tmp_path / "b.gguf",
+            "--split-max-size",
+            "300K",
+            "--no-tensor-first-split",
+        ],
+        ["verify", tmp_path / "a-00001-of-00003.gguf", root / "llama"],
+    ):
         done = sherry(*args)
         assert done.returncode == 0, done.stdout + done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == (
-        [f"a-0000{i}-of-00003.gguf" for i in (1, 2, 3)] + [f"b-0000{i}-of-00004.gguf" for i in (1, 2, 3, 4)])
+        [f"a-0000{i}-of-00003.gguf" for i in (1, 2, 3)] + [f"b-0000{i}-of-00004.gguf" for i in (1, 2, 3, 4)]
+    )
     for name in ("a-00002-of-00003.gguf", "b-00001-of-00004.gguf"):
         parts = load(tmp_path / name)
         assert parts.keys() == whole.keys() and all(same(parts[k][1], whole[k][1]) for k in whole)
@@ -271,8 +378,11 @@ def test_dry_run(zoo, tmp_path):
     before = sorted(p.name for p in root.rglob("*"))
     done = sherry("convert", root / "llama", "--dry-run", "--split-max-tensors", "8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"^blk\.0\.attn_q\.weight +TQ1_25 +256 x 256 +11264 +model\.layers\.0\.self_attn\.q_proj\.weight$",
-                     done.stdout, re.M)
+    assert re.search(
+        r"^blk\.0\.attn_q\.weight +TQ1_25 +256 x 256 +11264 +model\.layers\.0\.self_attn\.q_proj\.weight$",
+        done.stdout,
+        re.M,
+    )
     assert f"would write {root}/llama/llama-TQ1_25-00001-of-00003.gguf" in done.stdout
     assert sorted(p.name for p in root.rglob("*")) == before and not list(tmp_path.iterdir())
 
@@ -281,8 +391,12 @@ def test_default_file_and_names(tmp_path):
     model = small_models.make(tmp_path / "my.model", "llama")
     (tmp_path / "meta.json").write_text(json.dumps({"general.author": "somebody"}))
     (tmp_path / "out").mkdir()
-    for args in ([], ["--vocab-only"], ["--outfile", tmp_path / "out"],
-                 ["--outfile", tmp_path / "{ftype}.gguf", "--model-name", "A Name", "--metadata", tmp_path / "meta.json"]):
+    for args in (
+        [],
+        ["--vocab-only"],
+        ["--outfile", tmp_path / "out"],
+        ["--outfile", tmp_path / "{ftype}.gguf", "--model-name", "A Name", "--metadata", tmp_path / "meta.json"],
+    ):
         done = sherry("convert", model, *args)
         assert done.returncode == 0, done.stderr
     assert (model / "my.model-TQ1_25.gguf").read_bytes() == (tmp_path / "out" / "my.model-TQ1_25.gguf").read_bytes()
@@ -297,10 +411,15 @@ def test_script_and_supported_models():
     import sys
 
     script = conftest.TESTS.parent / "scripts" / "convert_hf_to_sherry_gguf.py"
-    done = subprocess.run([script, "--print-supported-models"], capture_output=True, text=True,
-                          env=conftest.ENV | {"PATH": f"{sys.executable.rpartition('/')[0]}:/usr/bin:/bin"})
+    done = subprocess.run(
+        [script, "--print-supported-models"],
+        capture_output=True,
+        text=True,
+        env=conftest.ENV | {"PATH": f"{sys.executable.rpartition('/')[0]}:/usr/bin:/bin"},
+    )
     assert done.returncode == 0, done.stderr
     assert {"LlamaForCausalLM", "Qwen3ForCausalLM", "MixtralForCausalLM"} <= set(done.stdout.split())
     assert len(done.stdout.split()) > 100
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert done.returncode == 2 and "convert_hf_to_sherry_gguf.py: error: the following arguments are required: model" in done.stderr
+    assert done.returncode == 2
+    assert f"{script.name}: error: the following arguments are required: model" in done.stderr

@@ -1,4 +1,4 @@
-"""Bad input: each has its own message, leaves nothing behind, and touches neither the checkpoint nor an older target."""
+"""Bad input: each has its own message and leaves nothing behind; checkpoint and older targets stay as they are."""
 
 import contextlib
 import json
@@ -131,11 +131,14 @@ def test_index_names_no_such_tensor(tmp_path, fails):
     fails(model, told=["Missing tensors", "model.layers.9.mlp.up_proj.weight"])
 
 
-@pytest.mark.parametrize("name, gguf_name", [
-    ("model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"),
-    ("model.embed_tokens.weight", "token_embd.weight"),
-    ("model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
-])
+@pytest.mark.parametrize(
+    "name, gguf_name",
+    [
+        ("model.layers.1.mlp.down_proj.weight", "blk.1.ffn_down.weight"),
+        ("model.embed_tokens.weight", "token_embd.weight"),
+        ("model.layers.0.input_layernorm.weight", "blk.0.attn_norm.weight"),
+    ],
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_not_finite(model, fails, name, gguf_name, value):
     def change(tensors):
@@ -166,17 +169,26 @@ def test_nothing_to_quantize(tmp_path, fails):
 # ---- what the checkpoint says of itself ----
 
 
-@pytest.mark.parametrize("config, told", [
-    (dict(group_size=64), ["sherry_config has group_size 64", "--group-size 128"]),
-    (dict(group_size=96), ["sherry_config has group_size 96", "a multiple of 128"]),
-    (dict(group_size="128"), ["sherry_config has group_size '128'"]),
-    (dict(group_size=256), ["blk.0.ffn_down.weight (model.layers.0.mlp.down_proj.weight) has rows of 384",
-                            "no whole number of groups of 256", "--keep"]),
-    (dict(n=2, m=4), ["the sparsity 2:4; TQ1_25 stores 3:4"]),
-    (dict(method="tequila"), ["method 'tequila'; TQ1_25 stores sparse_absmean"]),
-    (dict(granularity="per_token"), ["granularity 'per_token', none of per_group, per_channel, per_tensor"]),
-    (dict(weights="packed"), ["weights 'packed', neither latent nor fake_quantized"]),
-])
+@pytest.mark.parametrize(
+    "config, told",
+    [
+        (dict(group_size=64), ["sherry_config has group_size 64", "--group-size 128"]),
+        (dict(group_size=96), ["sherry_config has group_size 96", "a multiple of 128"]),
+        (dict(group_size="128"), ["sherry_config has group_size '128'"]),
+        (
+            dict(group_size=256),
+            [
+                "blk.0.ffn_down.weight (model.layers.0.mlp.down_proj.weight) has rows of 384",
+                "no whole number of groups of 256",
+                "--keep",
+            ],
+        ),
+        (dict(n=2, m=4), ["the sparsity 2:4; TQ1_25 stores 3:4"]),
+        (dict(method="tequila"), ["method 'tequila'; TQ1_25 stores sparse_absmean"]),
+        (dict(granularity="per_token"), ["granularity 'per_token', none of per_group, per_channel, per_tensor"]),
+        (dict(weights="packed"), ["weights 'packed', neither latent nor fake_quantized"]),
+    ],
+)
 def test_sherry_config(model, fails, config, told):
     small_models.edit_config(model, sherry_config=config)
     fails(model, told=told)
@@ -193,8 +205,14 @@ def test_group_size_can_be_overruled(model, tmp_path):
 def test_per_tensor_of_a_split_tensor(tmp_path, fails):
     """A scale over one tensor of the checkpoint that becomes two of the file is lost, and told."""
     model = small_models.make(tmp_path / "m", "deepseek2", latent=True)
-    fails(model, "--granularity", "per_tensor", "--tokenizer-pre", "gpt-2",
-          told=["attn_v_b.weight is not one whole tensor of the checkpoint", "--granularity per_channel"])
+    fails(
+        model,
+        "--granularity",
+        "per_tensor",
+        "--tokenizer-pre",
+        "gpt-2",
+        told=["attn_v_b.weight is not one whole tensor of the checkpoint", "--granularity per_channel"],
+    )
 
 
 # ---- flags ----
@@ -226,7 +244,8 @@ def test_unwritable_target(model, fails):
 def mounted(directory, options):
     """An empty file system of its own; a test that needs one is skipped where that is not allowed."""
     directory.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True).returncode:
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("mounting a file system needs root")
     try:
         yield directory
@@ -253,6 +272,7 @@ def test_target_is_input(model, fails, file):
 
 def test_disk_full_while_writing(model, fails):
     """A file size limit stops the write where a full disk would."""
+
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
@@ -272,7 +292,9 @@ def test_disk_full(model, fails, tmp_path):
 def slow(tmp_path_factory):
     """A model that takes seconds to write: 60 million weights."""
     config = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=3)
-    return small_models.make(tmp_path_factory.mktemp("slow") / "m", "llama", config=config, latent=True, dtype=torch.float32)
+    return small_models.make(
+        tmp_path_factory.mktemp("slow") / "m", "llama", config=config, latent=True, dtype=torch.float32
+    )
 
 
 # Each chunk waits a little, so that the signal surely meets a half-written file.
@@ -292,8 +314,9 @@ def test_interrupted(slow, tmp_path, number, code, split):
     (tmp_path / "out.gguf").write_bytes(b"an older target")
     (tmp_path / "out-00001-of-00006.gguf").write_bytes(b"an older target")
     before, input_before = small_models.snapshot(tmp_path), sorted(p.name for p in slow.iterdir())
-    process = conftest.python(SLOW, "convert", slow, "--outfile", tmp_path / "out.gguf",
-                              *(["--split-max-tensors", 5] if split else []))
+    process = conftest.python(
+        SLOW, "convert", slow, "--outfile", tmp_path / "out.gguf", *(["--split-max-tensors", 5] if split else [])
+    )
     deadline = time.monotonic() + 100
     while sum(p.stat().st_size for p in tmp_path.glob(".sherry*/*")) < 2_000_000:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
@@ -347,8 +370,11 @@ sys.exit(cli.main(sys.argv[1:]))
 
 
 def test_not_built(good, fails, tmp_path):
-    fails(good, told=["llama.cpp", "is not there: run scripts/build_llama_cpp"],
-          env=conftest.ENV | {"SHERRY_BUILD_DIR": str(tmp_path / "none")})
+    fails(
+        good,
+        told=["llama.cpp", "is not there: run scripts/build_llama_cpp"],
+        env=conftest.ENV | {"SHERRY_BUILD_DIR": str(tmp_path / "none")},
+    )
 
 
 def test_verbose_shows_the_traceback(tmp_path):
@@ -358,8 +384,12 @@ def test_verbose_shows_the_traceback(tmp_path):
 
 def test_runs_without_a_terminal(good, tmp_path):
     """Output into a pipe that is closed early is no failure of the file."""
-    process = subprocess.Popen([sys.executable, "-m", "sherry_gguf.cli", "convert", str(good), "--outfile", str(tmp_path / "x.gguf")],
-                               env=conftest.ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "sherry_gguf.cli", "convert", str(good), "--outfile", str(tmp_path / "x.gguf")],
+        env=conftest.ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
     process.stdout.close()
     _, errors = process.communicate()
     assert b"Traceback" not in errors and (tmp_path / "x.gguf").stat().st_size > 500_000
