@@ -214,12 +214,10 @@ def instantiate(model_dir: Path, options: Options, ftype: str, mixin: type | Non
             **kwargs,
         )
 
-    try:
+    with _telling(f"{arch} in {model_dir}"):
         model = build(cls)
         if isinstance(inner := vars(model).get("impl"), conversion.ModelBase):  # a class that only picks another
             model = build(type(inner))
-    except (ImportError, ValueError, KeyError, NotImplementedError) as e:
-        raise ConvertError(f"{arch} in {model_dir}: {_said(e)}") from e
     if type(model).write is not conversion.ModelBase.write:
         raise ConvertError(f"{arch}: llama.cpp stores this architecture in several files; that is not supported here")
     return model
@@ -227,11 +225,8 @@ def instantiate(model_dir: Path, options: Options, ftype: str, mixin: type | Non
 
 def collect(model) -> dict[str, Any]:
     """Upstream's tensors of a model, name to TensorInfo, in the file's order; nothing is read yet."""
-    try:
+    with _telling(f"{model.dir_model}: llama.cpp's conversion, {type(model).__name__}, failed"):
         model.prepare_tensors()
-    except (ValueError, KeyError, NotImplementedError, AssertionError, IndexError, RuntimeError) as e:
-        name = type(model).__name__
-        raise ConvertError(f"{model.dir_model}: llama.cpp's conversion, {name}, failed: {_said(e)}") from e
     return {name: info for part in model.gguf_writer.tensors for name, info in part.items()}
 
 
@@ -240,16 +235,20 @@ def add_metadata(model):
     import gguf
 
     model.ftype = gguf.LlamaFileType.MOSTLY_TQ1_25
-    try:
+    with _telling(f"{model.dir_model}: its metadata or tokenizer cannot be converted"):
         model.prepare_metadata(vocab_only=False)
-    except ConvertError:
+
+
+@contextlib.contextmanager
+def _telling(what: str, but: tuple[type, ...] = ()):
+    """Upstream's classes fail in any way that there is on a checkpoint that is not as they expect."""
+    try:
+        yield
+    except (ConvertError, llama_cpp.NotBuilt, *but):
         raise
-    except Exception as e:  # each tokenizer fails in its own way
-        raise ConvertError(f"{model.dir_model}: its metadata or tokenizer cannot be converted: {_said(e)}") from e
-
-
-def _said(e: Exception) -> str:
-    return f"{e}" if isinstance(e, (ValueError, ImportError)) and str(e) else f"{type(e).__name__}: {e}"
+    except Exception as e:
+        plain = isinstance(e, (ValueError, ImportError, OSError)) and str(e)
+        raise ConvertError(f"{what}: {e if plain else f'{type(e).__name__}: {e}'}") from e
 
 
 def _hparams(model_dir: Path, mistral_format: bool) -> dict[str, Any]:
@@ -405,7 +404,7 @@ class Tensor:
     shape: tuple[int, ...]  # NumPy's order
     type: Any  # gguf.GGMLQuantizationType
     nbytes: int
-    data: Any  # lazy; unrounded where `kept` says so
+    data: Any  # lazy, not rounded yet unless raw
     raw: bool = False  # bytes or integers that upstream made: copied
     why: str = ""  # it is not TQ1_25
     blocks: int = 0
@@ -466,7 +465,7 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
             "--output-tensor-type: this model has no output tensor, its embeddings serve as both; "
             "use --token-embedding-type"
         )
-    if not options.vocab_only and not any(t.type == types.TQ1_25 for t in plan):
+    if not any(t.type == types.TQ1_25 for t in plan):
         raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME}. " + "; ".join(_kept_notes(plan)))
     for t in plan:
         if t.type not in (types.F32, types.BF16) and not t.raw and t.type != types.TQ1_25:
@@ -901,8 +900,9 @@ def _write(
                     info.tensor = _Stream(by_name[name], encoder, bar)
             staged = writer.format_shard_names(staging / target.name)
             layout = [list(part) for part in writer.tensors]
-            writer.write_header_to_file(staging / target.name)
-            writer.write_kv_data_to_file()
+            with _telling(f"{model.dir_model}: its metadata cannot be written", but=(OSError,)):
+                writer.write_header_to_file(staging / target.name)
+                writer.write_kv_data_to_file()
             writer.write_tensors_to_file(progress=False)
         if options.require_exact and (inexact := [t for t in quantized if not t.is_exact]):
             raise ConvertError(

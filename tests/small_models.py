@@ -79,6 +79,11 @@ MODELS: dict[str, tuple[str, str, dict]] = {
     "starcoder2": ("Starcoder2ForCausalLM", "bpe", _LLAMA),
     "cohere": ("CohereForCausalLM", "bpe", _LLAMA),
     "mamba": ("MambaForCausalLM", "bpe", dict(hidden_size=256, num_hidden_layers=2, state_size=16, time_step_rank=16)),
+    "gptoss": (
+        "GptOssForCausalLM",
+        "bpe",
+        _LLAMA | dict(head_dim=64, num_local_experts=4, num_experts_per_tok=2, sliding_window=64),
+    ),
     "deepseek2": (
         "DeepseekV2ForCausalLM",
         "bpe",
@@ -199,7 +204,20 @@ def make(
     directory.mkdir(parents=True)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard, safe_serialization=safe)
     save_tokenizer(directory, tokenizer)
+    if name == "gptoss":
+        edit_config(directory, quantization_config={"quant_method": "mxfp4"})
+        edit_weights(directory, mxfp4_experts)
     return directory
+
+
+def mxfp4_experts(tensors: dict[str, torch.Tensor]):
+    """What `edit_weights` does to a gptoss model to make its experts MXFP4, as its published checkpoints have them."""
+    generator = torch.Generator().manual_seed(0)
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, columns, rows = tensors.pop(name).shape
+        shape = experts, rows, columns // 32
+        tensors[f"{name}_blocks"] = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+        tensors[f"{name}_scales"] = torch.randint(115, 122, shape, generator=generator, dtype=torch.uint8)
 
 
 def edit_config(directory: Path, **changes):
