@@ -8,10 +8,15 @@ if [[ $# -gt 0 ]]; then
     [[ $1 == -h || $1 == --help ]] && exit 0 || exit 2
 fi
 
+if [[ -n ${SHERRY_BUILD_DIR:-} ]]; then
+    SHERRY_BUILD_DIR=$(realpath -m -- "$SHERRY_BUILD_DIR") # what was meant in the caller's directory
+    export SHERRY_BUILD_DIR
+fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-bin=${SHERRY_BUILD_DIR:-build}/bin
-hf=build/demo/hf
-gguf=build/demo/demo-TQ1_25.gguf
+build=${SHERRY_BUILD_DIR:-build}
+bin=$build/bin
+hf=$build/demo/hf
+gguf=$build/demo/demo-TQ1_25.gguf
 prompt='def read(self, size):'
 threads=$(getconf _NPROCESSORS_ONLN)
 name=start
@@ -30,7 +35,7 @@ convert() {
     if [[ $gguf -nt $hf/training.json ]]; then
         echo "    $gguf is up to date"
     else
-        .venv/bin/python scripts/convert_hf_to_sherry_gguf.py "$hf" --outfile "$gguf" --require-exact
+        .venv/bin/python scripts/convert_hf_to_sherry_gguf.py "$hf" --outfile "$gguf" --model-name "Sherry demo" --require-exact
     fi
 }
 
@@ -79,7 +84,7 @@ speed() {
 }
 
 step setup "Python environment in .venv" ./scripts/setup.sh
-step llama.cpp "fetch, patch and build it in ${SHERRY_BUILD_DIR:-build}" .venv/bin/python scripts/build_llama_cpp
+step llama.cpp "fetch, patch and build it in $build" .venv/bin/python scripts/build_llama_cpp
 step train "a small Sherry checkpoint in $hf, on this Python's standard library" \
     .venv/bin/python scripts/make_demo_checkpoint.py --out "$hf"
 step convert "$hf to $gguf, every ternary block bit for bit" convert

@@ -16,22 +16,36 @@ for tool in git cc c++; do
   command -v "$tool" >/dev/null || die "$tool is not there: install git and a C and C++ compiler (Debian: apt-get install git build-essential)"
 done
 
+# One set-up at a time.
+mkdir -p build
+exec 9>build/setup.lock
+if command -v flock >/dev/null && ! flock -n 9; then
+  say "waiting for another set-up"
+  flock 9
+fi
+
 # Each stamp says what its step was made from; it is written last, so an interrupted step is done again.
-wanted=$("$python" -c 'import sys; print(sys.version)'; cat requirements.txt)
+here=$(pwd)
+version=$("$python" -c 'import sys; print(sys.version)')
+wanted="$here
+$version
+$(cat requirements.txt)"
 if [ "$(cat .venv/requirements.stamp 2>/dev/null)" != "$wanted" ]; then
-  if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
+  # An environment of another Python, or of another place, where its programs would not start, is made anew.
+  if [ "$(.venv/bin/python -c 'import sys; print(sys.version)' 2>/dev/null)" != "$version" ] ||
+    ! grep -qF "$here/.venv/bin/python" .venv/bin/pip 2>/dev/null; then
     say "making .venv with $("$python" --version)"
     "$python" -m venv --clear .venv || die "python's venv module failed (Debian: apt-get install python3-venv)"
   fi
   rm -f .venv/*.stamp
-  say "installing the requirements (about 1 GB of disk with torch)"
+  say "installing the requirements (1.3 GB of disk with a CPU build of torch; the usual one brings GPU libraries of several GB)"
   .venv/bin/python -m pip install -q --disable-pip-version-check -r requirements.txt ||
     die "pip failed: its message is above; run this again once that is mended"
   printf '%s\n' "$wanted" >.venv/requirements.stamp
 fi
 
-wanted=$(pwd; cat setup.py pyproject.toml sherry_gguf/_kernels_build.py ggml_patch/src/* | cksum)
-if [ "$(cat .venv/package.stamp 2>/dev/null)" != "$wanted" ]; then
+wanted=$(cat setup.py pyproject.toml sherry_gguf/_kernels_build.py ggml_patch/src/* | cksum; echo "${CC-} ${CFLAGS-} ${LDFLAGS-}")
+if [ "$(cat .venv/package.stamp 2>/dev/null)" != "$wanted" ] || ! ls sherry_gguf/_kernels.*so >/dev/null 2>&1; then
   say "compiling the kernels and installing sherry-gguf"
   log=$(.venv/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e . 2>&1) ||
     die "the package did not build (Python's headers missing? Debian: apt-get install python3-dev):

@@ -21,6 +21,8 @@ enum tq1_25_status { TQ1_25_OK, TQ1_25_NOT_FINITE, TQ1_25_OVERFLOW, ... };
 enum tq1_25_status tq1_25_quantize(const float * x, block_tq1_25 * y, int64_t n, int64_t * bad);
 enum tq1_25_status tq1_25_quantize_weighted(const float * x, const float * w, block_tq1_25 * y, int64_t n, int64_t * bad);
 void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n);
+bool tq1_25_validate(const void * x, size_t nb);
+size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix);
 void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n);
 struct tq1_25_isa {
     const char * name;

@@ -35,7 +35,8 @@ def available() -> list[str]:
 
 
 def _kernel(isa: str | None):
-    isa = isa or os.environ.get("SHERRY_ISA") or available()[0]
+    if isa is None:
+        isa = os.environ.get("SHERRY_ISA") or available()[0]
     entry = _compiled().get(isa)
     if entry is None or not _supported(entry):
         lacking = "no such kernel is compiled in" if entry is None else "this CPU lacks it"
@@ -43,21 +44,15 @@ def _kernel(isa: str | None):
     return entry.vec_dot
 
 
-def _pointer(array: np.ndarray, ctype: str):
-    return ffi.cast(ctype, ffi.from_buffer(array))
+def _floats(x: np.ndarray):
+    """float * to an array, or to a copy that is contiguous and aligned; the pointer keeps it alive."""
+    return ffi.from_buffer("float[]", np.require(x, np.float32, ["C", "ALIGNED"]))
 
 
-def _weights(x: np.ndarray) -> np.ndarray:
-    x = tq1_25.check_weights(x)
-    if x.dtype != np.float32:
-        raise ValueError(f"weights are {x.dtype}, not float32")
-    return np.ascontiguousarray(x)
-
-
-def _bytes(b: np.ndarray) -> np.ndarray:
-    """Contiguous, and at an even address as the blocks' fp16 wants it: a slice of other bytes may be neither."""
+def _blocks(b: np.ndarray, ctype: str):
+    """The same for bytes that are blocks, which want an even address for their fp16."""
     b = np.ascontiguousarray(b)
-    return b.copy() if b.ctypes.data % 2 else b
+    return ffi.from_buffer(f"{ctype}[]", b.copy() if b.ctypes.data % 2 else b)
 
 
 def quantize(x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
@@ -67,26 +62,27 @@ def quantize(x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
     by it (what llama-quantize does with an importance matrix). The GIL is released meanwhile.
     Raises ValueError for another dtype or shape, QuantizeError for weights that TQ1_25 cannot hold at all.
     """
-    x = _weights(x)
-    out = np.empty((*x.shape[:-1], x.shape[-1] // tq1_25.BLOCK * tq1_25.BLOCK_BYTES), np.uint8)
+    x = tq1_25.check_weights(x)
+    if x.dtype != np.float32:
+        raise ValueError(f"weights are {x.dtype}, not float32")
+    n = x.shape[-1]
+    out = np.empty((*x.shape[:-1], n // tq1_25.BLOCK * tq1_25.BLOCK_BYTES), np.uint8)
     bad = ffi.new("int64_t *", -1)
     if importance is None:
-        status = lib.tq1_25_quantize(_pointer(x, "float *"), _pointer(out, "block_tq1_25 *"), x.size, bad)
+        status = lib.tq1_25_quantize(_floats(x), _blocks(out, "block_tq1_25"), x.size, bad)
         if status != lib.TQ1_25_OK:
-            raise _error(x.shape[-1], bad[0], status)
+            raise _error(n, bad[0], status)
         return out
     importance = np.asarray(importance)
-    if importance.dtype != np.float32 or importance.shape != x.shape[-1:]:
-        raise ValueError(f"importance is {importance.dtype} {importance.shape}, not float32 {x.shape[-1:]}")
-    importance = np.ascontiguousarray(importance)
-    rows, packed = x.reshape(-1, x.shape[-1]), out.reshape(-1, out.shape[-1])
-    for i in range(len(rows)):
-        status = lib.tq1_25_quantize_weighted(
-            _pointer(rows[i], "float *"), _pointer(importance, "float *"), _pointer(packed[i], "block_tq1_25 *"),
-            x.shape[-1], bad,
-        )  # fmt: skip
+    if importance.dtype != np.float32 or importance.shape != (n,):
+        raise ValueError(f"importance is {importance.dtype} {importance.shape}, not float32 ({n},)")
+    if not (np.isfinite(importance) & (importance >= 0)).all():
+        raise ValueError("importance has values that are negative or not finite")
+    rows, packed, weights = x.reshape(-1, n) if n else x[:0], out.reshape(-1, max(out.shape[-1], 1)), _floats(importance)
+    for i, row in enumerate(rows):
+        status = lib.tq1_25_quantize_weighted(_floats(row), weights, _blocks(packed[i], "block_tq1_25"), n, bad)
         if status != lib.TQ1_25_OK:
-            raise _error(x.shape[-1], i * (x.shape[-1] // tq1_25.BLOCK) + bad[0], status)
+            raise _error(n, i * (n // tq1_25.BLOCK) + bad[0], status)
     return out
 
 
@@ -100,9 +96,9 @@ def dequantize(b: np.ndarray) -> np.ndarray:
 
     Raises ValueError for another dtype or a length that is no whole number of blocks.
     """
-    b = _bytes(tq1_25.check_blocks(b))
+    b = tq1_25.check_blocks(b)
     out = np.empty((*b.shape[:-1], b.shape[-1] // tq1_25.BLOCK_BYTES * tq1_25.BLOCK), np.float32)
-    lib.tq1_25_dequantize(_pointer(b, "block_tq1_25 *"), _pointer(out, "float *"), out.size)
+    lib.tq1_25_dequantize(_blocks(b, "block_tq1_25"), _floats(out), out.size)
     return out
 
 
@@ -115,7 +111,7 @@ def quantize_q8_0(y: np.ndarray) -> np.ndarray:
     if y.dtype != np.float32 or y.ndim != 1 or y.size % lib.TQ1_25_QK8_0:
         raise ValueError(f"activations are {y.dtype} {y.shape}, not float32 (n,), n a multiple of {lib.TQ1_25_QK8_0}")
     out = np.empty(y.size // lib.TQ1_25_QK8_0 * Q8_0_BYTES, np.uint8)
-    lib.tq1_25_quantize_q8_0(_pointer(np.ascontiguousarray(y), "float *"), _pointer(out, "tq1_25_q8_0 *"), y.size)
+    lib.tq1_25_quantize_q8_0(_floats(y), _blocks(out, "tq1_25_q8_0"), y.size)
     return out
 
 
@@ -134,8 +130,7 @@ def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None) ->
         raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, the row of {n} weights needs "
                          f"uint8 ({n // lib.TQ1_25_QK8_0 * Q8_0_BYTES},)")  # fmt: skip
     out = ffi.new("float *")
-    b_row, q8_0 = _bytes(b_row), _bytes(q8_0)
-    kernel(n, out, _pointer(b_row, "block_tq1_25 *"), _pointer(q8_0, "tq1_25_q8_0 *"))
+    kernel(n, out, _blocks(b_row, "block_tq1_25"), _blocks(q8_0, "tq1_25_q8_0"))
     return float(out[0])
 
 

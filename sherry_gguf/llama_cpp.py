@@ -20,7 +20,7 @@ class NotBuilt(FileNotFoundError):
 
 def root() -> Path:
     """The build directory: SHERRY_BUILD_DIR, or `build` beside the package's source."""
-    return Path(os.environ.get("SHERRY_BUILD_DIR") or Path(__file__).resolve().parent.parent / "build")
+    return Path(os.environ.get("SHERRY_BUILD_DIR") or Path(__file__).resolve().parent.parent / "build").resolve()
 
 
 def _existing(path: Path) -> Path:
@@ -105,8 +105,7 @@ class Ggml:
 
     def block(self, name: str) -> tuple[int, int]:
         """Weights and bytes of a block of the type."""
-        traits = self._base.ggml_get_type_traits(self.type_id(name))
-        return traits.blck_size, traits.type_size
+        return self._traits(name).blck_size, self._traits(name).type_size
 
     def row_size(self, name: str, n: int) -> int:
         """Bytes of a row of n weights. Raises ValueError where a row is no whole number of blocks."""
@@ -125,6 +124,9 @@ class Ggml:
         needs an imatrix, and weights that give an invalid row (NaN, infinite or too large).
         """
         type_id = self.type_id(name)
+        floats, sums = ("F32", "F16", "BF16"), ("Q8_1", "Q8_K")  # the latter are for activations alone
+        if name.upper() in sums or not (name.upper() in floats or self._traits(name).is_quantized):
+            raise ValueError(f"nothing can be quantized to {name}")
         x = self._array(x, np.float32, 2)
         rows, n = x.shape
         out = np.empty((rows, self.row_size(name, n)), np.uint8)
@@ -154,15 +156,14 @@ class Ggml:
         if b.shape[1] % size:
             raise ValueError(f"rows of {b.shape[1]} bytes are not whole blocks of {size}")
         out = np.empty((b.shape[0], b.shape[1] // size * weights), np.float32)
-        to_float = self._base.ggml_get_type_traits(self.type_id(name)).to_float
-        to_float(self._pointer(b, "const void *"), self._pointer(out, "float *"), out.size)
+        self._function(name, "to_float", self._traits(name).to_float)(self._pointer(b, "const void *"), self._pointer(out, "float *"), out.size)
         return out
 
     def from_float(self, name: str, x: np.ndarray) -> np.ndarray:
         """The CPU backend's `from_float`, which activations go through: float32 (n,) to uint8 (bytes,)."""
         x = self._array(x, np.float32, 1)
         out = np.empty(self.row_size(name, x.size), np.uint8)
-        self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).from_float(
+        self._function(name, "from_float", self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).from_float)(
             self._pointer(x, "const float *"), self._pointer(out, "void *"), x.size
         )
         return out
@@ -175,14 +176,22 @@ class Ggml:
         if b_row.size % size or y.size != self.row_size(self.vec_dot_type(name), n):
             raise ValueError(f"a row of {b_row.size} bytes of {name} and {y.size} bytes of {self.vec_dot_type(name)}")
         out = np.empty(1, np.float32)
-        self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).vec_dot(
+        self._function(name, "vec_dot", self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).vec_dot)(
             n, self._pointer(out, "float *"), 0, self._pointer(b_row, "void *"), 0, self._pointer(y, "void *"), 0, 1
         )
         return float(out[0])
 
+    def _traits(self, name: str):
+        return self._base.ggml_get_type_traits(self.type_id(name))
+
+    def _function(self, name: str, what: str, pointer):
+        if pointer == self._ffi.NULL:
+            raise ValueError(f"{name} has no {what}")
+        return pointer
+
     def _check_row(self, name: str, n: int) -> None:
         weights, _ = self.block(name)
-        if n % weights:
+        if n <= 0 or n % weights:
             raise ValueError(f"rows of {n} weights are not whole {name} blocks of {weights}")
 
     @staticmethod
@@ -190,7 +199,8 @@ class Ggml:
         a = np.asarray(a)
         if a.dtype != dtype or a.ndim != ndim:
             raise ValueError(f"an array of {a.dtype} {a.shape}, not {np.dtype(dtype)} with {ndim} axes")
-        return np.ascontiguousarray(a)
+        a = np.require(a, requirements=["C", "ALIGNED"])
+        return a.copy() if a.ctypes.data % 8 else a  # blocks hold fp16 and float
 
     def _pointer(self, a: np.ndarray, ctype: str):
         return self._ffi.cast(ctype, a.ctypes.data)

@@ -35,9 +35,11 @@ def codes_to_lanes(codes: np.ndarray) -> np.ndarray:
 def lanes_to_codes(lanes: np.ndarray) -> np.ndarray:
     """Lanes, int8 (..., 4), to their codes, uint8 (...); the inverse of `codes_to_lanes`.
 
-    Raises ValueError where a group has not exactly one zero among -1, 0, +1.
+    Raises ValueError where a group has not exactly one zero among -1, 0, +1, and for another dtype or shape.
     """
     lanes = np.asarray(lanes)
+    if lanes.dtype != np.int8:
+        raise ValueError(f"lanes are {lanes.dtype}, not int8")
     if lanes.shape[-1:] != (GROUP,):
         raise ValueError(f"lanes have shape {lanes.shape}, the last axis must be {GROUP}")
     # Base-3 digits make one table index of a group: a single gather instead of a search for the zero.
@@ -80,8 +82,9 @@ def sparse_absmean(x: np.ndarray, group_size: int = 128) -> tuple[np.ndarray, np
 
     total = np.zeros(len(magnitude), np.float64)
     addends = (magnitude * kept).reshape(-1, group_size).T  # adding the zero lane's 0 changes no sum
-    for addend in addends:
-        total += addend
+    with np.errstate(over="ignore"):
+        for addend in addends:
+            total += addend
     scale = total / (group_size // GROUP * KEPT)
 
     lanes = np.where(x.reshape(magnitude.shape) < 0, np.int8(-1), np.int8(1)) * kept

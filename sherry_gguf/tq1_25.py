@@ -63,27 +63,31 @@ def check_activations(n: int, y: np.ndarray) -> np.ndarray:
         raise ValueError(f"activations are {y.dtype}, not float32")
     if y.shape != (n,):
         raise ValueError(f"activations of shape {y.shape}, the packed row needs ({n},)")
+    if not np.isfinite(y).all():
+        raise ValueError(f"activation {int(np.isfinite(y).argmin())} is NaN or infinite")
     return y
 
 
 def pack(lanes: np.ndarray, d: np.ndarray) -> np.ndarray:
     """Lanes int8 (..., n) of -1, 0, +1 and scales float16 (..., n / 128) to uint8 (..., n / 128 * 22).
 
-    Raises ValueError where a group has not exactly one zero.
+    Raises ValueError where a group has not exactly one zero, and for another dtype or shape.
     """
     lanes = np.asarray(lanes)
     if lanes.ndim == 0 or lanes.shape[-1] % BLOCK:
         raise ValueError(f"lanes of shape {lanes.shape}: rows are not whole blocks of {BLOCK}")
     codes = ternary.lanes_to_codes(lanes.reshape(-1, GROUPS, ternary.GROUP))
-    d = np.asarray(d, "<f2")
+    d = np.asarray(d)
+    if d.dtype != np.float16:
+        raise ValueError(f"scales are {d.dtype}, not float16")
     if d.shape != (*lanes.shape[:-1], lanes.shape[-1] // BLOCK):
         raise ValueError(f"scales of shape {d.shape} for lanes of shape {lanes.shape}")
     blocks = np.empty((len(codes), BLOCK_BYTES), np.uint8)
     slots = (codes & 15).reshape(-1, 4, 2, 4)
     blocks[:, :16] = (slots[:, :, 0] | slots[:, :, 1] << 4).reshape(-1, 16)
     blocks[:, 16:20] = np.packbits(codes >> 4, axis=1, bitorder="little")
-    blocks[:, 20:] = d.reshape(-1, 1).view(np.uint8)
-    return blocks.reshape(*lanes.shape[:-1], -1)
+    blocks[:, 20:] = d.astype("<f2").reshape(-1, 1).view(np.uint8)
+    return blocks.reshape(*lanes.shape[:-1], lanes.shape[-1] // BLOCK * BLOCK_BYTES)
 
 
 def unpack(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -98,7 +102,8 @@ def unpack(b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     signs = np.unpackbits(blocks[:, 16:20], axis=1, bitorder="little")
     lanes = ternary.codes_to_lanes(signs << 4 | slots)
     d = np.ascontiguousarray(blocks[:, 20:]).view("<f2")
-    return lanes.reshape(*b.shape[:-1], -1), d.reshape(*b.shape[:-1], -1)
+    n = b.shape[-1] // BLOCK_BYTES
+    return lanes.reshape(*b.shape[:-1], n * BLOCK), d.reshape(*b.shape[:-1], n)
 
 
 def quantize(x: np.ndarray) -> np.ndarray:
@@ -178,6 +183,8 @@ def vec_dot(b_row: np.ndarray, y: np.ndarray) -> float:
         raise ValueError(f"the packed row has shape {b_row.shape}, not one axis")
     lanes, d = unpack(b_row)
     y = check_activations(lanes.size, y)
+    if not lanes.size:
+        return 0.0  # gguf takes no empty array
     q8_0 = quants.quantize(y, GGMLQuantizationType.Q8_0).reshape(-1, 34)
     return dot_q8_0(lanes, d, q8_0)
 

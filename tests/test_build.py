@@ -16,21 +16,35 @@ PATCH = (REPO / "ggml_patch" / "hooks.patch").read_text()
 
 
 def build(*args, **env):
-    result = subprocess.run([sys.executable, REPO / "scripts" / "build_llama_cpp", *args], env=os.environ | env,
+    clean = {k: v for k, v in os.environ.items() if k != "LLAMA_CPP_SRC"}
+    result = subprocess.run([sys.executable, REPO / "scripts" / "build_llama_cpp", *args], env=clean | env,
                             capture_output=True, text=True)  # fmt: skip
     return result.returncode, result.stdout + result.stderr
 
 
-@pytest.fixture
-def checkout(tmp_path):
-    """The files that the hooks touch, as they were before: a stand-in for a user's own checkout."""
-    tree = tmp_path / "checkout"
-    for name in set(re.findall(r"^--- a/(.*)$", PATCH, re.M)):
-        (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(llama_cpp.source_dir() / name, tree / name)
+def unpatch(tree, tmp_path):
     env = os.environ | {"GIT_CEILING_DIRECTORIES": str(tmp_path)}
     subprocess.run(["git", "apply", "-R", REPO / "ggml_patch" / "hooks.patch"], cwd=tree, env=env, check=True)
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """The pinned llama.cpp as it was before the patch, as a user's own checkout."""
+    tree = tmp_path / "checkout"
+    shutil.copytree(llama_cpp.source_dir(), tree, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.rmtree(tree / "ggml" / "src" / "sherry")
+    unpatch(tree, tmp_path)
     return tree
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """A build directory of its own with the patched source, whose configuration failed for want of a compiler."""
+    directory = tmp_path / "stub"
+    shutil.copytree(llama_cpp.root() / "download", directory / "download")
+    code, text = build("-DCMAKE_C_COMPILER=/nonexistent", SHERRY_BUILD_DIR=str(directory))
+    assert code == 1 and "cmake failed" in text and "/nonexistent" in text, text
+    return directory
 
 
 def test_a_second_run_touches_nothing():
@@ -38,6 +52,26 @@ def test_a_second_run_touches_nothing():
     code, text = build()
     assert code == 0 and "the patched source is up to date" in text, text
     assert {p: p.stat().st_mtime_ns for p in before} == before
+
+
+def test_a_failed_configuration_is_not_taken_for_the_next_one(stub):
+    """The failure left CMake's cache behind, which names a compiler that isn't there."""
+    code, text = build("-DCMAKE_C_COMPILER=/nonexistent/either", SHERRY_BUILD_DIR=str(stub))
+    assert code == 1 and "the patched source is up to date" in text and "/nonexistent/either" in text, text
+
+
+def test_a_damaged_source_is_mended(stub):
+    source = stub / "llama.cpp"
+    before = {p: p.stat().st_mtime_ns for p in source.rglob("*") if p.is_file()}
+    (source / "ggml" / "src" / "ggml.c").write_text("")
+    (source / "CMakeLists.txt").unlink()
+    (source / "extra.txt").write_text("")
+    code, text = build("-DCMAKE_C_COMPILER=/nonexistent", SHERRY_BUILD_DIR=str(stub))
+    assert code == 1 and "unpacking" in text, text
+    after = {p: p.stat().st_mtime_ns for p in source.rglob("*") if p.is_file()}
+    assert after.keys() == before.keys()
+    assert {p.name for p in before if before[p] != after[p]} == {"ggml.c", "CMakeLists.txt"}
+    assert (source / "ggml" / "src" / "ggml.c").read_bytes() == (llama_cpp.source_dir() / "ggml/src/ggml.c").read_bytes()
 
 
 def test_the_patch_shows_little_of_upstream():
@@ -59,15 +93,20 @@ def test_a_hunk_that_does_not_apply_is_named(checkout, tmp_path):
     assert not (tmp_path / "build" / "llama.cpp").exists()
 
 
-def test_ones_own_checkout_is_copied_patched_and_left_alone(checkout, tmp_path):
-    before = {p: p.read_bytes() for p in checkout.rglob("*") if p.is_file()}
-    code, text = build(LLAMA_CPP_SRC=str(checkout), SHERRY_BUILD_DIR=str(tmp_path / "build"))
-    assert code == 1 and "cmake failed" in text, text  # it holds nothing but those files: no CMakeLists.txt at its root
-    assert {p: p.read_bytes() for p in checkout.rglob("*") if p.is_file()} == before
-    patched = tmp_path / "build" / "llama.cpp"
-    for name in set(re.findall(r"^--- a/(.*)$", PATCH, re.M)):
-        assert (patched / name).read_bytes() == (llama_cpp.source_dir() / name).read_bytes()
-    assert (patched / "ggml/src/sherry/tq1_25.c").read_bytes() == (REPO / "ggml_patch/src/tq1_25.c").read_bytes()
+def files(tree):
+    return {p.relative_to(tree): p.read_bytes() for p in tree.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+
+
+def test_ones_own_checkout_is_copied_whole_patched_and_left_alone(checkout, tmp_path):
+    (checkout / ".git").mkdir()
+    (checkout / ".git" / "HEAD").write_text("ref: refs/heads/master\n")
+    (checkout / "out").mkdir()
+    (checkout / "out" / "CMakeCache.txt").write_text("an old build")
+    before = files(checkout)
+    code, text = build("-DCMAKE_C_COMPILER=/nonexistent", LLAMA_CPP_SRC=str(checkout), SHERRY_BUILD_DIR=str(tmp_path / "build"))
+    assert code == 1 and "/nonexistent" in text, text  # no need to build it all
+    assert files(checkout) == before
+    assert files(tmp_path / "build" / "llama.cpp") == files(llama_cpp.source_dir())
 
 
 def test_not_a_checkout(tmp_path):

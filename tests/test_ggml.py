@@ -116,6 +116,29 @@ def test_other_types(ggml, x):
         ggml.quantize("Q6_K", x[:, :300])
 
 
+@pytest.mark.parametrize("call, message", [
+    (lambda g, x: g.quantize("TQ1_25", x[:, :0]), "rows of 0 weights"),
+    (lambda g, x: g.quantize("I32", x), "nothing can be quantized to I32"),
+    (lambda g, x: g.quantize("q8_k", x), "nothing can be quantized to q8_k"),
+    (lambda g, x: g.quantize("TQ1_25", x.astype(np.float64)), "float64"),
+    (lambda g, x: g.quantize("TQ1_25", x, x[0, :128]), r"\(128,\), rows have 896"),
+    (lambda g, x: g.dequantize("I32", x.view(np.uint8)), "I32 has no to_float"),
+    (lambda g, x: g.dequantize("TQ1_25", np.zeros((1, 23), np.uint8)), "rows of 23 bytes"),
+    (lambda g, x: g.from_float("IQ2_XXS", x[0, :768]), "IQ2_XXS has no from_float"),
+    (lambda g, x: g.vec_dot("I32", np.zeros(4, np.uint8), np.zeros(4, np.uint8)), "I32"),
+    (lambda g, x: g.vec_dot("TQ1_25", np.zeros(22, np.uint8), np.zeros(34, np.uint8)), "34 bytes of Q8_0"),
+])  # fmt: skip
+def test_what_would_end_the_process_raises(ggml, x, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(ggml, x)
+
+
+def test_odd_addresses(ggml, x):
+    packed = ggml.quantize("TQ1_25", x)
+    shifted = np.insert(packed.reshape(-1), 0, 0)[1:].reshape(packed.shape)
+    assert shifted.ctypes.data % 2 and (ggml.dequantize("TQ1_25", shifted) == ggml.dequantize("TQ1_25", packed)).all()
+
+
 def test_what_is_not_built_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("SHERRY_BUILD_DIR", str(tmp_path))
     for call in (lambda: llama_cpp.tool("llama-cli"), lambda: llama_cpp.library("ggml-base"), llama_cpp.source_dir):

@@ -13,7 +13,8 @@ from hypothesis.extra import numpy as hnp
 from sherry_gguf import kernels, ternary, tq1_25
 from vectors import BLOCKS, DOTS
 
-HEADER = (Path(__file__).parent.parent / "ggml_patch" / "src" / "tq1_25.h").read_text()
+SOURCES = Path(__file__).parent.parent / "ggml_patch" / "src"
+HEADER = (SOURCES / "tq1_25.h").read_text()
 ISAS = kernels.available()
 
 floats = st.floats(-(2.0**15), 2.0**15, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0**-149])
@@ -86,13 +87,56 @@ def test_dequantize_agrees_on_random_bytes(b):
 
 
 def test_every_half_is_reached_from_its_own_mean_and_its_neighbours():
-    """fp16 rounding against NumPy's, at every half, halfway to the next, and to either side of that."""
-    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float64)
-    middle = (halves[:-1] + halves[1:]) / 2
-    means = np.concatenate([halves, middle, np.nextafter(middle, 0), np.nextafter(middle, np.inf)])
-    means = means[means == means.astype(np.float32)]  # float32 holds halves and their middles
-    x = np.repeat(means.astype(np.float32), 128).reshape(-1, 128)
+    """fp16 rounding against NumPy's, at every half, halfway to the next, and at the floats to either side of that."""
+    halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
+    middle = (halves[:-1] + halves[1:]) / 2  # exact in float32
+    means = np.concatenate([halves, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(np.inf))])
+    x = np.repeat(means, 128).reshape(-1, 128)
+    expected = means.astype(np.float16)
+    assert (tq1_25.unpack(tq1_25.quantize(x))[1][:, 0] == expected).all()
     assert (kernels.quantize(x) == tq1_25.quantize(x)).all()
+
+
+def test_the_sum_is_in_order():
+    """A first addend so large that each of the others is lost on it, though together they would not be: the mean stays
+    on the tie between two halves and goes to the even one."""
+    x = np.zeros(128, np.float32)
+    x[np.arange(128) % 4 != 0] = 2.0**-47
+    x[1] = 96 * (1 + 2.0**-11)  # a mean of 1 + 2^-11, halfway from 1 to the next half
+    assert tq1_25.unpack(tq1_25.quantize(x))[1][0] == 1
+    assert (kernels.quantize(x) == tq1_25.quantize(x)).all()
+    x[1], x[127] = x[127], x[1]  # the small ones first: they count
+    assert tq1_25.unpack(tq1_25.quantize(x))[1][0] == 1 + 2.0**-10
+    assert (kernels.quantize(x) == tq1_25.quantize(x)).all()
+
+
+def test_the_first_bad_row_is_named():
+    x = np.ones((9000, 128), np.float32)  # more weights than NumPy handles at a time
+    x[8500, 3], x[8700, 3] = np.nan, 1e9
+    for module in tq1_25, kernels:
+        with pytest.raises(tq1_25.QuantizeError) as error:
+            module.quantize(x)
+        assert error.value.row == 8500 and error.value.cause == tq1_25.NOT_FINITE
+    x[8500, 3] = 1
+    for module in tq1_25, kernels:
+        with pytest.raises(tq1_25.QuantizeError) as error:
+            module.quantize(x)
+        assert error.value.row == 8700 and error.value.cause == tq1_25.OVERFLOW
+
+
+def test_what_ggml_calls():
+    """The functions in the shapes of ggml's tables: every row, an importance matrix, and no status to return."""
+    x, importance = random_rows(11, 384, "normal"), np.random.default_rng(0).random(384, np.float32)
+    out = np.zeros((8, 66), np.uint8)
+    for im in None, importance:
+        size = kernels.lib.quantize_tq1_25(kernels._floats(x), kernels.ffi.from_buffer(out), 8, 384,
+                                           kernels.ffi.NULL if im is None else kernels._floats(im))  # fmt: skip
+        assert size == out.size and (out == kernels.quantize(x, im)).all()
+    assert kernels.lib.tq1_25_validate(kernels.ffi.from_buffer(out), 24)
+    x[5, 200] = np.inf
+    kernels.lib.quantize_tq1_25(kernels._floats(x), kernels.ffi.from_buffer(out), 8, 384, kernels.ffi.NULL)
+    assert not kernels.lib.tq1_25_validate(kernels.ffi.from_buffer(out), 24)
+    assert np.isnan(tq1_25.unpack(out)[1]).nonzero()[0].tolist() == [5]
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e5])
@@ -197,6 +241,16 @@ def test_extreme_sums(isa, extreme):
     assert kernels.vec_dot_q8_0(row, q8_0.reshape(-1), isa) == 64 * (-2 * extreme + min(-extreme, 127))
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_longest_rows_keep_the_tolerance(isa):
+    """53248 weights, Llama-3.1-405B's feed-forward; all terms of one sign, where rounding adds up the most."""
+    n = 53248
+    row = tq1_25.pack(np.tile([0, 1, 1, 1], n // 4).astype(np.int8), np.full(n // 128, 0.01, np.float16))
+    y = np.random.default_rng(0).uniform(0.5, 1, n).astype(np.float32)
+    expected = tq1_25.vec_dot(row, y)
+    assert kernels.vec_dot(row, y, isa) == pytest.approx(expected, rel=1e-5)
+
+
 @given(seed=st.integers(0, 2**32 - 1), blocks=st.integers(1, 12), scale=st.floats(1e-3, 1e3))
 @settings(deadline=None)
 def test_floats_agree_within_their_rounding(seed, blocks, scale):
@@ -216,6 +270,16 @@ def test_zero_blocks(isa):
     assert kernels.vec_dot(np.zeros(0, np.uint8), np.zeros(0, np.float32), isa) == 0
 
 
+def test_q8_0_rounds_halves_away_from_zero_and_holds_any_scale():
+    y = np.zeros(32, np.float32)
+    y[:7] = 127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5
+    assert kernels.quantize_q8_0(y)[2:9].view(np.int8).tolist() == [127, 1, 2, 3, -1, -2, -127]
+    y[:] = 2.0**-149  # the scale, a 127th, is 0, and so is everything
+    assert not kernels.quantize_q8_0(y).any()
+    y[:] = 2.0**-140  # a scale whose reciprocal overflows
+    assert np.abs(kernels.quantize_q8_0(y)[2:].view(np.int8)).max() <= 127
+
+
 @given(rows)
 @settings(deadline=None)
 def test_q8_0_gives_the_bytes_of_gguf(x):
@@ -230,7 +294,11 @@ def test_q8_0_gives_the_bytes_of_gguf(x):
 
 def test_available_lists_what_the_machine_has():
     flags = Path("/proc/cpuinfo")
-    assert ISAS[-1] == "scalar"
+    best_first = ["avx512vnni", "avx512", "avx2", "scalar"]
+    assert [isa for isa in best_first if isa in ISAS] == ISAS and ISAS[-1] == "scalar"
+    table = (SOURCES / "tq1_25-dot.c").read_text().split("tq1_25_isas[] = {")[1].split("};")[0]
+    for name, kernel, check in re.findall(r'\{ "(\w+)", +tq1_25_vec_dot_(\w+), +(\w+) +\}', table):
+        assert name == kernel and check == ("NULL" if name == "scalar" else f"has_{name}")
     if flags.exists() and re.search(r"^flags", text := flags.read_text(), re.M):
         cpu = set(re.search(r"^flags\s*: (.*)$", text, re.M)[1].split())
         needs = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"}}
@@ -263,6 +331,10 @@ def test_the_environment_chooses(monkeypatch):
     (lambda: kernels.quantize(np.zeros(128, ">f4")), ">f4"),
     (lambda: kernels.quantize(np.zeros(128, np.float32), np.zeros(64, np.float32)), r"\(64,\).*\(128,\)"),
     (lambda: kernels.quantize(np.zeros(128, np.float32), np.zeros(128)), "float64"),
+    (lambda: kernels.quantize(np.zeros(128, np.float32), np.full(128, np.nan, np.float32)), "not finite"),
+    (lambda: kernels.quantize(np.zeros(128, np.float32), np.full(128, -1, np.float32)), "negative"),
+    (lambda: kernels.vec_dot(np.zeros(22, np.uint8), np.full(128, np.inf, np.float32)), "activation 0 is NaN or infinite"),
+    (lambda: kernels.vec_dot(np.zeros(22, np.uint8), np.zeros(128, np.float32), isa=""), "instruction set :"),
     (lambda: kernels.dequantize(np.zeros(21, np.uint8)), r"\(21,\).*22"),
     (lambda: kernels.dequantize(np.zeros(22, np.float32)), "float32.*uint8"),
     (lambda: kernels.dequantize(np.uint8(3)), r"\(\)"),
@@ -283,13 +355,33 @@ def test_strided_and_read_only_arrays():
     assert (kernels.quantize(x[::2, ::-1]) == tq1_25.quantize(x[::2, ::-1])).all()
     packed = kernels.quantize(x)
     assert (kernels.dequantize(packed[::-2]) == tq1_25.dequantize(packed[::-2])).all()
-    assert kernels.vec_dot(packed[1], x.T[:, 0]) == kernels.vec_dot(packed[1].copy(), x[0].copy())
+    assert (kernels.quantize(x, x[1, ::-1] ** 2) == kernels.quantize(x, np.ascontiguousarray(x[1, ::-1] ** 2))).all()
+
+
+def test_copies_live_as_long_as_the_call():
+    """Large arrays that must be copied: memory given back too early would be unmapped or written to."""
+    y = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
+    packed, importance = kernels.quantize(y), np.abs(y)
+
+    def strided(a):
+        return np.repeat(a, 2)[::2]
+
+    assert (kernels.quantize_q8_0(strided(y)) == kernels.quantize_q8_0(y)).all()
+    assert (kernels.quantize(strided(y)) == packed).all()
+    assert (kernels.dequantize(strided(packed)) == kernels.dequantize(packed)).all()
+    assert (kernels.quantize(strided(y), strided(importance)) == kernels.quantize(y, importance)).all()
+    assert kernels.vec_dot(strided(packed), strided(y)) == kernels.vec_dot(packed, y)
 
 
 def test_odd_addresses():
     x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
     packed, q8_0 = kernels.quantize(x), kernels.quantize_q8_0(x)
     shifted, shifted_q8_0 = np.insert(packed, 0, 0)[1:], np.insert(q8_0, 0, 0)[1:]
-    assert shifted.ctypes.data % 2 == 1
+    floats = np.frombuffer(b"\0" + x.tobytes(), np.float32, offset=1)
+    assert shifted.ctypes.data % 2 == 1 and floats.ctypes.data % 4 == 1
+    # what C gets is a copy at an even address
+    assert int(kernels.ffi.cast("uintptr_t", kernels._blocks(shifted, "block_tq1_25"))) % 2 == 0
+    assert int(kernels.ffi.cast("uintptr_t", kernels._floats(floats))) % 4 == 0
     assert (kernels.dequantize(shifted) == kernels.dequantize(packed)).all()
     assert kernels.vec_dot_q8_0(shifted, shifted_q8_0) == kernels.vec_dot_q8_0(packed, q8_0)
+    assert (kernels.quantize(floats) == packed).all()

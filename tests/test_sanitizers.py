@@ -17,7 +17,7 @@ WARNINGS = "-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     out = tmp_path_factory.mktemp("fuzz") / "fuzz_kernels"
-    command = [CC, "-std=c11", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-I", SOURCES,
+    command = [CC, "-std=c11", "-O1", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-I", SOURCES,
                HERE / "fuzz_kernels.c", *sorted(SOURCES.glob("*.c")), "-lm", "-o", out]  # fmt: skip
     subprocess.run(list(map(str, command)), check=True)
     return out

@@ -34,6 +34,12 @@ def test_other_lanes_are_refused_by_place(bad):
         ternary.lanes_to_codes(lanes)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8, np.int64])
+def test_lanes_of_another_dtype_are_refused(dtype):
+    with pytest.raises(ValueError, match=np.dtype(dtype).name):
+        ternary.lanes_to_codes(np.array([0, 1, 1, 1], dtype))
+
+
 def plain_sparse_absmean(row, group_size):
     """The definition, weight by weight (format.md, "Quantizing a block")."""
     lanes, scales = [], []

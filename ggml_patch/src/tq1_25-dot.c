@@ -76,6 +76,14 @@ static int has_avx512vnni(void) {
 
 // ---- the choice ----
 
+#ifdef _MSC_VER // aligned pointers are read and written whole
+#    define LOAD(p)     (*(void * volatile *) (p))
+#    define STORE(p, v) (*(void * volatile *) (p) = (void *) (v))
+#else
+#    define LOAD(p)     __atomic_load_n(p, __ATOMIC_RELAXED)
+#    define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
+#endif
+
 const struct tq1_25_isa tq1_25_isas[] = {
 #if defined(__x86_64__) || defined(_M_X64)
     { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni },
@@ -86,35 +94,43 @@ const struct tq1_25_isa tq1_25_isas[] = {
     { NULL,         NULL,                      NULL           },
 };
 
-const struct tq1_25_isa * tq1_25_best_isa(void) {
-    // Threads that race here find and store the same pointer.
-    static const struct tq1_25_isa * volatile best = NULL;
-    if (best) {
-        return best;
-    }
+static const struct tq1_25_isa * choose(void) {
     const char * forced = getenv("SHERRY_ISA");
     const struct tq1_25_isa * isa = tq1_25_isas;
-    if (forced && *forced) {
-        while (isa->name && strcmp(isa->name, forced)) {
-            ++isa;
-        }
-        if (!isa->name || (isa->supported && !isa->supported())) {
-            fprintf(stderr, "SHERRY_ISA=%s: %s; this CPU runs", forced,
-                    isa->name ? "this CPU lacks it" : "there is no such instruction set in this build");
-            for (isa = tq1_25_isas; isa->name; ++isa) {
-                if (!isa->supported || isa->supported()) {
-                    fprintf(stderr, " %s", isa->name);
-                }
-            }
-            fprintf(stderr, "\n");
-            exit(1);
-        }
-    } else {
+    if (!forced || !*forced) {
         while (isa->supported && !isa->supported()) {
             ++isa;
         }
+        return isa;
     }
-    best = isa;
+    while (isa->name && strcmp(isa->name, forced)) {
+        ++isa;
+    }
+    if (isa->name && (!isa->supported || isa->supported())) {
+        return isa;
+    }
+    char message[512]; // written in one piece, whatever other threads have to say
+    int length = snprintf(message, sizeof(message), "SHERRY_ISA=%.64s: %s; this CPU runs", forced,
+                          isa->name ? "this CPU lacks it" : "there is no such instruction set in this build");
+    for (isa = tq1_25_isas; isa->name; ++isa) {
+        if (!isa->supported || isa->supported()) {
+            length += snprintf(message + length, sizeof(message) - (size_t) length, " %s", isa->name);
+        }
+    }
+    fprintf(stderr, "%s\n", message);
+    fflush(stderr);
+    _Exit(1); // not exit: other threads may be at work
+}
+
+const struct tq1_25_isa * tq1_25_best_isa(void) {
+    // ggml_cpu_init calls this before there are threads, so that they only read. Without it, threads that meet here
+    // store the same pointer.
+    static const struct tq1_25_isa * best = NULL;
+    const struct tq1_25_isa * isa = LOAD(&best);
+    if (!isa) {
+        isa = choose();
+        STORE(&best, isa);
+    }
     return isa;
 }
 
