@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ./scripts/setup.sh
 .venv/bin/python scripts/build_llama_cpp
-exec .venv/bin/python -m pytest "$@"
+# sentencepiece warns once more when Python ends, after pytest has summed up
+exec .venv/bin/python -W "ignore:builtin type swig:DeprecationWarning" -m pytest "$@"

@@ -14,12 +14,13 @@ import gguf
 import numpy as np
 import pytest
 import small_models
-from conftest import ENV, python, sherry
+from conftest import ENV, sherry
 
 from sherry_gguf import gguf_type, kernels, llama_cpp, tq1_25
 
 gguf_type.register()
-REPO = Path(__file__).parent.parent
+HERE = Path(__file__).parent
+REPO = HERE.parent
 
 
 def run(name, *args, **kwargs):
@@ -45,6 +46,13 @@ def greedy(model, *args, prompt="def read(self):", count=16):
                    "-c", 128, "--log-verbosity", 1, "--no-display-prompt", *args)[0]  # fmt: skip
 
 
+def upstream_f32(directory, outfile):
+    """Upstream's own script, in the environment that it takes its gguf package from."""
+    script = llama_cpp.source_dir() / "convert_hf_to_gguf.py"
+    subprocess.run([sys.executable, script, directory, "--outtype", "f32", "--outfile", outfile], check=True,
+                   capture_output=True)  # fmt: skip
+
+
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     """One small exact model: (checkpoint, its TQ1_25 GGUF)."""
@@ -61,14 +69,7 @@ def demo(tmp_path_factory):
     hf, root = llama_cpp.root() / "demo" / "hf", tmp_path_factory.mktemp("demo")
     subprocess.run([sys.executable, REPO / "scripts" / "make_demo_checkpoint.py", "--out", hf], check=True)
     (root / "hf").symlink_to(hf)
-    upstream = python(
-        "import runpy, sys; from sherry_gguf import llama_cpp; source = llama_cpp.source_dir(); "
-        "sys.argv = ['', sys.argv[1], '--outtype', 'f32', '--outfile', sys.argv[2]]; "
-        "sys.path[:0] = [str(source / 'gguf-py'), str(source)]; "
-        "runpy.run_path(str(source / 'convert_hf_to_gguf.py'), run_name='__main__')", root / "hf", root / "f32.gguf"
-    )  # fmt: skip
-    output, _ = upstream.communicate()
-    assert upstream.returncode == 0, output
+    upstream_f32(root / "hf", root / "f32.gguf")
     result = sherry("convert", root / "hf", "--outfile", root / "demo.gguf", "--require-exact")
     assert result.returncode == 0, result.stderr
     return hf, root / "f32.gguf", root / "demo.gguf"
@@ -83,7 +84,7 @@ def test_quantize_fns():
     assert len(re.findall(r"tq1_25 .*ok", text)) == 3
 
 
-@pytest.mark.parametrize("isa", kernels.available())
+@pytest.mark.parametrize("isa", kernels.available())  # it shows that they run; tests/test_ops.py, that they are right
 @pytest.mark.parametrize("op, least", [("MUL_MAT", 40), ("MUL_MAT_ID", 60), ("GET_ROWS", 5), ("CPY", 10)])
 def test_backend_ops(op, least, isa):
     code, text = run("test-backend-ops", "test", "-b", "CPU", "-o", op, "-p", "tq1_25", env=ENV | {"SHERRY_ISA": isa})
@@ -137,18 +138,10 @@ def tensors(path):
     return {t.name: t for t in gguf.GGUFReader(path).tensors}
 
 
-def test_quantize_gives_what_the_reference_gives(zoo, tmp_path):
-    root, _ = zoo
+def test_quantize_gives_what_the_reference_gives(tmp_path):
     small_models.make(tmp_path / "hf", "llama", latent=True)
     assert sherry("convert", tmp_path / "hf", "--outfile", tmp_path / "ours.gguf").returncode == 0
-    convert = python(  # upstream's F32 file
-        "import runpy, sys; from sherry_gguf import llama_cpp; source = llama_cpp.source_dir(); "
-        "sys.argv = ['', sys.argv[1], '--outtype', 'f32', '--outfile', sys.argv[2]]; "
-        "sys.path[:0] = [str(source / 'gguf-py'), str(source)]; "
-        "runpy.run_path(str(source / 'convert_hf_to_gguf.py'), run_name='__main__')", tmp_path / "hf", tmp_path / "f32.gguf"
-    )  # fmt: skip
-    output, _ = convert.communicate()
-    assert convert.returncode == 0, output
+    upstream_f32(tmp_path / "hf", tmp_path / "f32.gguf")
     code, text = run("llama-quantize", tmp_path / "f32.gguf", tmp_path / "q.gguf", "TQ1_25", 2)
     assert code == 0, text
     ours, theirs = tensors(tmp_path / "ours.gguf"), tensors(tmp_path / "q.gguf")
@@ -157,6 +150,31 @@ def test_quantize_gives_what_the_reference_gives(zoo, tmp_path):
     for name in ternary:
         assert theirs[name].tensor_type == tq1_25.TYPE_ID
         assert (theirs[name].data == ours[name].data).all(), name
+
+
+def types_of(path):
+    return {name: t.tensor_type.name for name, t in tensors(path).items()}
+
+
+@pytest.mark.parametrize("flags, changed", [
+    ([], {"token_embd.weight": "Q4_K", "output.weight": "Q6_K"}),
+    (["--token-embedding-type", "tq1_25", "--output-tensor-type", "TQ1_25"], {"token_embd.weight": "TQ1_25", "output.weight": "TQ1_25"}),
+    (["--pure"], {"token_embd.weight": "TQ1_25", "output.weight": "TQ1_25"}),
+    (["--tensor-type", "attn_v=q8_0"], {"token_embd.weight": "Q4_K", "output.weight": "Q6_K", "blk.0.attn_v.weight": "Q8_0"}),
+])  # fmt: skip
+def test_quantize_flags_and_odd_rows(tmp_path_factory, tmp_path, flags, changed):
+    """Rows of 352, which are no whole blocks, become Q4_0, as for upstream's ternary types."""
+    root = Path(tmp_path_factory.getbasetemp()) / "odd-rows"
+    if not root.exists():
+        small_models.make(root / "hf", "llama", latent=True, config={"intermediate_size": 352})
+        upstream_f32(root / "hf", root / "f32.gguf")
+    code, text = run("llama-quantize", *flags, root / "f32.gguf", tmp_path / "q.gguf", "TQ1_25", 2)
+    assert code == 0, text
+    found = types_of(tmp_path / "q.gguf")
+    assert found["blk.1.ffn_down.weight"] == "Q4_0" and "not divisible by 128" in text
+    for name, wanted in ({"blk.0.ffn_up.weight": "TQ1_25", "blk.0.attn_v.weight": "TQ1_25", "blk.0.attn_norm.weight": "F32"} | changed).items():
+        assert found[name] == wanted, (name, found[name])
+    assert perplexity(tmp_path / "q.gguf", HERE / "test_llama_tools.py") > 0
 
 
 def test_quantize_weighs_by_an_importance_matrix(demo, tmp_path):
