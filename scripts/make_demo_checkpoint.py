@@ -8,6 +8,7 @@ An interrupted run saves its state and the next one goes on from there; a finish
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import io
 import json
@@ -19,6 +20,17 @@ import sys
 import sysconfig
 import time
 from pathlib import Path
+
+
+def interrupted() -> int:
+    print("make_demo_checkpoint: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
+    return 128 + signal.SIGINT
+
+
+if __name__ == "__main__":  # the imports take seconds, and an exception would come out of their middle
+    signal.signal(signal.SIGINT, lambda *_: os._exit(interrupted()))
+# PyTorch's threads wait for each other by spinning: beside other work that made a step five times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
 import sentencepiece
@@ -51,8 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"make_demo_checkpoint: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("make_demo_checkpoint: interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return interrupted()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -78,10 +89,12 @@ def run(a: argparse.Namespace) -> int:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "out"}
     record = a.out / "training.json"
     if record.is_file():
-        done = json.loads(record.read_text(encoding="utf-8"))
-        if changed := differences(done["settings"], settings):
+        with undamaged(record, a.out):
+            done = json.loads(record.read_text(encoding="utf-8"))
+            changed, loss = differences(done["settings"], settings), float(done["loss"]["after"])
+        if changed:
             raise Stop(f"{a.out} was trained with other settings ({changed}): remove it, or choose another --out")
-        print(f"checkpoint {a.out}: already trained, held-out loss {done['loss']['after']:.3f}", flush=True)
+        print(f"checkpoint {a.out}: already trained, held-out loss {loss:.3f}", flush=True)
         return 0
     if a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):
         raise Stop(f"{a.out} is not a checkpoint of this program: remove it, or choose another --out")
@@ -114,7 +127,8 @@ def begin(work: Path, settings: dict) -> None:
     mark = work / "settings.json"
     rest = [path for path in work.iterdir() if path.name not in ("lock", "settings.json.part")]
     if mark.is_file():
-        changed = differences(json.loads(mark.read_text(encoding="utf-8")), settings)
+        with undamaged(mark, work):
+            changed = differences(json.loads(mark.read_text(encoding="utf-8")), settings)
         if not changed:
             return
         print(f"training: {work} was begun with other settings ({changed}): starting over", flush=True)
@@ -127,8 +141,20 @@ def begin(work: Path, settings: dict) -> None:
 
 def write(path: Path, data: bytes) -> None:
     part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
+    with open(part, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def undamaged(path: Path, directory: Path):
+    """What a file of an earlier run holds may make anything fail."""
+    try:
+        yield
+    except Exception as e:
+        raise Stop(f"{path} is damaged ({type(e).__name__}: {e}): remove {directory} to start over") from e
 
 
 # ---------------------------------------------------------------------------------------------------- text to tokens
@@ -154,7 +180,7 @@ def corpus(work: Path, a: argparse.Namespace) -> tuple[LlamaTokenizer, np.ndarra
         write(saved, buffer.getvalue())
         print(f"corpus: {len(texts)} files of {a.corpus}, a tokenizer of {a.vocab} pieces, {len(train_ids)} tokens to "
               f"train on, {len(held_out)} held out, {time.time() - t:.0f} s", flush=True)
-    with np.load(saved) as z:
+    with undamaged(saved, work), np.load(saved) as z:
         train_ids, held_out = z["train"], z["held_out"]
     for what, ids in ("train on", train_ids), ("hold out", held_out):
         if len(ids) <= a.context:
@@ -234,10 +260,11 @@ def train(work: Path, a: argparse.Namespace, tokenizer, train_ids: np.ndarray, h
     state = work / "state.pt"
     step, seconds, before, mean = 0, 0.0, None, None
     if state.is_file():
-        s = torch.load(state, weights_only=True)
-        model.load_state_dict(s["model"])
-        optimizer.load_state_dict(s["optimizer"])
-        step, seconds, before, mean = s["step"], s["seconds"], s["before"], s["mean"]
+        with undamaged(state, work):
+            s = torch.load(state, weights_only=True)
+            model.load_state_dict(s["model"])
+            optimizer.load_state_dict(s["optimizer"])
+            step, seconds, before, mean = s["step"], s["seconds"], s["before"], s["mean"]
         print(f"training: going on from step {step}", flush=True)
     if before is None:
         before = evaluate(model, held_out, a.context)
@@ -341,4 +368,5 @@ def bf16_is_faster() -> bool:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

@@ -40,33 +40,53 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
     if not args.verbose:
         logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)  # many classes of upstream set a key twice
-    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    previous = [(s, signal.signal(s, _terminate)) for s in signals if signal.getsignal(s) != signal.SIG_IGN]
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
+    signals = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    previous = {s: signal.getsignal(s) for s in signals if signal.getsignal(s) != signal.SIG_IGN}
+
+    def terminate(number, frame):
+        for s in previous:  # what cleans up is not to be interrupted again
+            signal.signal(s, signal.SIG_IGN)
+        raise _Terminated(number)
+
     try:
-        return run(args, parser)
-    except (ConvertError, llama_cpp.NotBuilt) as e:
+        for number in previous:
+            signal.signal(number, terminate)
+        code = run(args, parser)
+        if sys.stdout:
+            sys.stdout.flush()
+        return code
+    except (ConvertError, MemoryError, OSError, RuntimeError) as e:
+        if not isinstance(e, (ConvertError, llama_cpp.NotBuilt)) and sys.stdout and not _flushes(sys.stdout):
+            sys.stdout = None  # nothing can be written there, at the exit neither
+            if isinstance(e, BrokenPipeError):  # the reader of our output has gone, as with `| head`
+                return 1
         if args.verbose:
             raise
-        print(f"error: {e}", file=sys.stderr)
+        told = str(e) or type(e).__name__
+        print(f"error: {'not enough memory: ' * isinstance(e, MemoryError)}{told}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, _Terminated) as e:
         print("interrupted: no half-written file is left", file=sys.stderr)
         return 128 + (e.number if isinstance(e, _Terminated) else signal.SIGINT)
-    except BrokenPipeError:  # the reader of our output has gone, as with `| head`
-        sys.stdout = None
-        return 1
     finally:
-        for number, handler in previous:
+        for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+def _flushes(stream) -> bool:
+    try:
+        stream.flush()
+        return True
+    except OSError:
+        return False
 
 
 class _Terminated(BaseException):
     def __init__(self, number: int):
         self.number = number
-
-
-def _terminate(number, frame):
-    raise _Terminated(number)
 
 
 # ---- convert ----
@@ -81,6 +101,20 @@ def _convert_parser(parser: argparse.ArgumentParser):
     add("model", type=Path, nargs="?", help="the model directory")
     add("--outfile", type=Path, help=f"file to write (default: <model>/<its name>-{tq1_25.NAME}.gguf)")
     add("--require-exact", action="store_true", help="fail unless every quantized tensor is stored bit for bit")
+    add("--dry-run", action="store_true", help="print each tensor's type and size, write nothing")
+    add("--vocab-only", action="store_true", help="write only the vocabulary")
+    add("--split-max-tensors", type=_size, default=0, metavar="N", help="most tensors in one file")
+    add("--split-max-size", type=_size, default=0, metavar="N(K|M|G)", help="most bytes of tensors in one file")
+    add("--no-tensor-first-split", action="store_true", help="put no tensors in the first file of a split")
+    add("--model-name", help="name of the model")
+    add("--metadata", type=Path, help="JSON file that overrides authorship metadata, as for convert_hf_to_gguf.py")
+    add("--print-supported-models", action="store_true", help="list the architectures and exit")
+    _tensor_flags(parser)
+
+
+def _tensor_flags(parser: argparse.ArgumentParser):
+    """What changes tensors, tokenizer or metadata: convert and verify must be given the same."""
+    add = parser.add_argument
     add(
         "--keep",
         metavar="REGEX",
@@ -101,26 +135,12 @@ def _convert_parser(parser: argparse.ArgumentParser):
         "checkpoint's sherry_config (default: what that says, else 128)",
     )
     add("--granularity", choices=("per_group", "per_channel", "per_tensor"), help="likewise what shares a scale")
-    add("--dry-run", action="store_true", help="print each tensor's type and size, write nothing")
-    add("--vocab-only", action="store_true", help="write only the vocabulary")
-    add("--split-max-tensors", type=int, default=0, metavar="N", help="most tensors in one file")
-    add("--split-max-size", type=_size, default=0, metavar="N(K|M|G)", help="most bytes of tensors in one file")
-    add("--no-tensor-first-split", action="store_true", help="put no tensors in the first file of a split")
-    add("--model-name", help="name of the model")
-    add("--metadata", type=Path, help="JSON file that overrides authorship metadata, as for convert_hf_to_gguf.py")
-    add("--print-supported-models", action="store_true", help="list the architectures and exit")
-    _upstream_flags(parser)
-
-
-def _upstream_flags(parser: argparse.ArgumentParser):
-    add = parser.add_argument
     add(
         "--tokenizer-pre",
         metavar="NAME",
         help="llama.cpp's name of how a BPE tokenizer splits text, such as gpt-2, "
         "llama-bpe or qwen2; needed for tokenizers trained at home, which llama.cpp cannot recognise",
     )
-    add("--mistral-format", action="store_true", help="the directory has params.json and consolidated*.safetensors")
     add("--mtp", action="store_true", help="only the multi-token prediction head")
     add("--no-nextn", "--no-mtp", action="store_true", help="without the multi-token prediction head")
     add("--target-model-dir", type=Path, help="for draft models: the directory of their target model")
@@ -131,8 +151,8 @@ def _upstream_flags(parser: argparse.ArgumentParser):
 
 def _size(text: str) -> int:
     number, unit = (text[:-1], text[-1]) if text[-1:] in "KMG" and text else (text, "")
-    if not number.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of bytes, optionally followed by K, M or G")
+    if not (number.isascii() and number.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number, optionally followed by K, M or G")
     return int(number) * 1000 ** " KMG".index(unit or " ")
 
 
@@ -200,21 +220,23 @@ def _quality(tensors: list[convert.Tensor], dry_run: bool) -> str:
 
 def _verify_parser(parser: argparse.ArgumentParser):
     parser.description = (
-        "Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Flags that "
-        "the conversion was given and that change tensors or the tokenizer must be given again."
+        "Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Give the flags below that "
+        "the conversion was given."
     )
     parser.add_argument("gguf", type=Path, help="the GGUF; of a split, any of its files")
     parser.add_argument("model", type=Path, help="the model directory that it was made from")
-    _upstream_flags(parser)
+    _tensor_flags(parser)
 
 
 def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     verdict = verify.verify(args.gguf, args.model, _options(args))
     for problem in verdict.problems:
         print(f"differs: {problem}")
+    kept = ", ".join(f"{n} {qtype}" for qtype, n in sorted(verdict.kept.items()))
     print(
         f"{verdict.exact} {tq1_25.NAME} tensors bit for bit as in the checkpoint, {verdict.quantized} as the "
-        f"reference quantizes them, {verdict.kept} kept in another type; {len(verdict.problems) or 'no'} "
+        f"reference quantizes them, {verdict.kept.total()} kept in another type{f' ({kept})' * bool(kept)}; "
+        f"{len(verdict.problems) or 'no'} "
         f"difference{'s' * (len(verdict.problems) != 1)}"
     )
     return 1 if verdict.problems else 0

@@ -61,9 +61,9 @@ STORED_TYPES = (
 )
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 OUTPUT = "output.weight"
-F16_MAX = 65504.0
+_LARGEST = {"BF16": float(np.uint32(0x7F7F0000).view(np.float32))}  # else 65504: F16, and scales are fp16
 
-_IN_BLOCK = re.compile(r"^(?:enc\.|dec\.)?blk\.\d+\.")
+_IN_BLOCK = re.compile(r"^((?:enc\.|dec\.)?blk)\.(\d+)\.")
 # Matrices of the blocks that stay: what llama-quantize leaves alone (tensor_allows_quantization), what the graphs use
 # otherwise than as a matrix product's weights (LLM_TENSOR_INFOS), the second embeddings and heads of multi-token
 # prediction, and attn_k_b, whose rows run along the outputs of the layer that was trained.
@@ -125,9 +125,19 @@ class _Recorder:
     def modify_tensors(self, data_torch, name, bid):
         import torch
 
+        lazy = upstream().LazyTorchTensor
+        # float64 goes through upstream's class as it is and is cast after it, so that what the cast changes is seen.
+        # Integers need no such care: those that float32 cannot hold are beyond fp16 too.
+        if isinstance(data_torch, lazy) and _is_cast(data_torch, torch.float32):
+            if data_torch._args[0].dtype is torch.float64:
+                data_torch = data_torch._args[0]
         for new_name, data in super().modify_tensors(data_torch, name, bid):
-            # An eager tensor would be rounded to F16 at once.
-            yield new_name, upstream().LazyTorchTensor.from_eager(data) if type(data) is torch.Tensor else data
+            if type(data) is torch.Tensor:
+                data = lazy.from_eager(data)  # an eager one would be rounded to F16 at once
+            if data.dtype is torch.float64:
+                self.__dict__.setdefault("wide", {})[new_name] = data
+                data = data.to(torch.float32)
+            yield new_name, data
 
     def get_vocab_base_pre(self, tokenizer):
         if self.tokenizer_pre:
@@ -152,7 +162,6 @@ UPSTREAM_FLAGS = {
     "fuse_gate_up_exps": "store the gate and up experts as one tensor",
     "fuse_qkv": "store the Q, K and V weights as one tensor",
     "sentence_transformers_dense_modules": "include the dense modules of sentence-transformers",
-    "disable_mistral_community_chat_template": "use no community chat template for Mistral models",
 }
 
 
@@ -175,7 +184,6 @@ class Options:
     no_tensor_first_split: bool = False
     model_name: str | None = None
     metadata: Path | None = None
-    mistral_format: bool = False
     mtp: bool = False
     no_nextn: bool = False
     target_model_dir: Path | None = None
@@ -188,8 +196,7 @@ def instantiate(model_dir: Path, options: Options, ftype: str, mixin: type | Non
     conversion = upstream()
     import gguf
 
-    hparams = _hparams(model_dir, options.mistral_format)
-    cls, arch = _model_class(hparams, options.mistral_format, model_dir)
+    cls, arch = _model_class(_hparams(model_dir), model_dir)
     if (options.mtp or options.no_nextn) and not cls.supports_mtp_export:
         raise ConvertError(f"--mtp and --no-nextn are not for {arch}: it has no multi-token prediction head")
     kwargs: dict[str, Any] = dict.fromkeys(options.flags, True)
@@ -237,6 +244,10 @@ def add_metadata(model):
     model.ftype = gguf.LlamaFileType.MOSTLY_TQ1_25
     with _telling(f"{model.dir_model}: its metadata or tokenizer cannot be converted"):
         model.prepare_metadata(vocab_only=False)
+    for key, v in model.gguf_writer.kv_data[0].items():
+        if key.startswith("general."):  # what --metadata sets
+            with _telling(f"{key} cannot be {v.value!r}"):
+                model.gguf_writer._pack_val(v.value, v.type, add_vtype=True, sub_type=v.sub_type)
 
 
 @contextlib.contextmanager
@@ -251,27 +262,28 @@ def _telling(what: str, but: tuple[type, ...] = ()):
         raise ConvertError(f"{what}: {e if plain else f'{type(e).__name__}: {e}'}") from e
 
 
-def _hparams(model_dir: Path, mistral_format: bool) -> dict[str, Any]:
+def _hparams(model_dir: Path) -> dict[str, Any]:
     base = upstream().ModelBase
-    name = "params.json" if mistral_format else "config.json"
-    if not (model_dir / name).is_file():
-        if mistral_format or not (guess := base.load_hparams_guess(model_dir)):
-            raise ConvertError(f"{model_dir} is not a model directory: it has no {name}")
+    config = model_dir / "config.json"
+    if not config.is_file():
+        if not (guess := base.load_hparams_guess(model_dir)):
+            raise ConvertError(f"{model_dir} is not a model directory: it has no config.json")
         return guess
-    read_json(model_dir / name)
-    return base.load_hparams(model_dir, mistral_format)
+    names = read_json(config).get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(n, str) for n in names)):
+        raise ConvertError(f'{config}: "architectures" is {names!r}, not a list of names')
+    with _telling(str(config)):
+        return base.load_hparams(model_dir, False)
 
 
-def _model_class(hparams: dict[str, Any], mistral_format: bool, model_dir: Path) -> tuple[type, str]:
+def _model_class(hparams: dict[str, Any], model_dir: Path) -> tuple[type, str]:
     conversion = upstream()
-    if mistral_format:
-        from conversion import mistral
-
-        return (mistral.MistralMoeModel if hparams.get("moe") is not None else mistral.MistralModel), "Mistral"
+    config = model_dir / "config.json"
     try:
-        arch = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+        with _telling(str(config), but=(ValueError,)):
+            arch = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
     except ValueError:
-        raise ConvertError(f'{model_dir / "config.json"} names no architecture (key "architectures")') from None
+        raise ConvertError(f'{config} names no architecture (key "architectures")') from None
     try:
         return conversion.get_model_class(arch), arch
     except NotImplementedError:
@@ -304,47 +316,80 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def check_checkpoint(model_dir: Path, mistral_format: bool = False):
-    """Are the weight files that upstream will read all there and whole? Raises ConvertError."""
-    _hparams(model_dir, mistral_format)  # its error is the better one for what is no model at all
-    stem = "consolidated" if mistral_format else "model"
-    names = sorted(p.name for p in model_dir.iterdir())
-    parts = [n for n in names if n.startswith(stem) and n.endswith(".safetensors")]
-    index = model_dir / "model.safetensors.index.json"
-    if not parts and not index.is_file():
-        parts = [n for n in names if n.startswith("pytorch_model") and n.endswith(".bin")]
-        index = model_dir / "pytorch_model.bin.index.json"
-    if index.is_file() and not mistral_format:
+def check_directory(model_dir: Path):
+    """Raises ConvertError."""
+    if not model_dir.is_dir():
+        raise ConvertError(f"{model_dir} is {'no directory' if model_dir.exists() else 'not there: no such directory'}")
+
+
+def check_checkpoint(model_dir: Path):
+    """Are the weight files that upstream will read all there, whole, and each tensor in one of them?
+
+    Upstream reads the files that an index names, without one every file of such a name, and of a tensor that is in
+    several the last. Raises ConvertError.
+    """
+    _hparams(model_dir)  # its error is the better one for what is no model at all
+    names = upstream().ModelBase.get_model_part_names
+    for prefix, suffix in ("model", ".safetensors"), ("pytorch_model", ".bin"):
+        index = model_dir / f"{prefix}{suffix}.index.json"
+        if (parts := names(model_dir, prefix, suffix)) or index.is_file():
+            break
+    weight_map: dict[str, str] = {}
+    if index.is_file():
         weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise ConvertError(f"{index} has no weight_map: download it again")
-        parts = sorted(set(weight_map.values()))
-    elif numbered := re.search(r"-\d{5}-of-(\d{5})\.", parts[0] if parts else ""):
-        total = numbered[1]
-        first = re.sub(r"-\d{5}-of-", "-{:05d}-of-", parts[0])
-        parts = [first.format(i + 1) for i in range(int(total))]
+        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+            raise ConvertError(f"{index} has no weight_map of tensors to files: download it again")
+        parts = list(weight_map.values())
+    else:
+        for part in list(parts):
+            if n := re.search(r"-\d{5}-of-(\d{5})\.", part):
+                parts += [f"{part[: n.start()]}-{i + 1:05}-of-{n[1]}{suffix}" for i in range(int(n[1]))]
+    parts = sorted(set(parts))
     if not parts:
-        raise ConvertError(f"{model_dir} has no weights: neither {stem}*.safetensors nor pytorch_model*.bin")
+        raise ConvertError(f"{model_dir} has no weights: neither model*.safetensors nor pytorch_model*.bin")
     if missing := [n for n in parts if not (model_dir / n).is_file()]:
         raise ConvertError(
             f"{model_dir} lacks {', '.join(missing)}: {len(missing)} of {len(parts)} weight files. Download the rest"
         )
+    found: dict[str, str] = {}
     for part in parts:
-        _check_part(model_dir / part)
+        for name in _tensor_names(model_dir / part):
+            if name in found:
+                raise ConvertError(
+                    f"{model_dir}: the tensor {name} is in {found[name]} and in {part}: "
+                    "remove the file that does not belong to the model"
+                )
+            if weight_map.get(name, part) != part:
+                raise ConvertError(
+                    f"{index} has {name} in {weight_map[name]}, it is in {part}: download the index and both again"
+                )
+            found[name] = part
 
 
-def _check_part(path: Path):
+def _tensor_names(path: Path) -> list[str]:
     broken = f"{path} ({path.stat().st_size} bytes) is truncated or damaged, download it again: "
     if path.suffix == ".safetensors":
         import safetensors
 
         try:
-            with safetensors.safe_open(path, "np"):  # checks that the header and the file's length agree
-                pass
+            with safetensors.safe_open(path, "np") as f:  # checks that the header and the file's length agree
+                return list(f.keys())
         except safetensors.SafetensorError as e:
             raise ConvertError(broken + str(e)) from e
-    elif not zipfile.is_zipfile(path):
-        raise ConvertError(broken + "no PyTorch zip archive")
+    import torch
+
+    if not zipfile.is_zipfile(path):
+        raise ConvertError(
+            broken + "no PyTorch zip archive (one saved before PyTorch 1.6 must be loaded and saved anew)"
+        )
+    try:
+        tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as e:
+        cause = type(e).__name__
+        raise ConvertError(f"{path} is damaged, or holds what only running its code could read: {cause}") from e
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ConvertError(f"{path} holds {type(tensors).__name__}, not only tensors by name")
+    return list(tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -366,14 +411,15 @@ class Grouping:
 def read_grouping(model_dir: Path, options: Options) -> Grouping:
     """The checkpoint's sherry_config, overruled by the options. Raises ConvertError for what TQ1_25 cannot hold."""
     config = read_json(path) if (path := model_dir / "config.json").is_file() else {}
-    found = config.get("sherry_config") or (config.get("text_config") or {}).get("sherry_config") or {}
+    text = config.get("text_config")
+    found = config.get("sherry_config") or (text.get("sherry_config") if isinstance(text, dict) else None) or {}
     if not isinstance(found, dict):
         raise ConvertError(f"{path}: sherry_config is {found!r}, not an object")
     where = f"{path}: sherry_config has "
     if (method := found.get("method", "sparse_absmean")) != "sparse_absmean":
         raise ConvertError(f"{where}method {method!r}; TQ1_25 stores sparse_absmean")
     if (pattern := (found.get("n", ternary.KEPT), found.get("m", ternary.GROUP))) != (ternary.KEPT, ternary.GROUP):
-        raise ConvertError(f"{where}the sparsity {pattern[0]}:{pattern[1]}; TQ1_25 stores 3:4")
+        raise ConvertError(f"{where}the sparsity {pattern[0]!r}:{pattern[1]!r}; TQ1_25 stores 3:4")
     if (weights := found.get("weights", "")) not in ("", "latent", "fake_quantized"):
         raise ConvertError(f"{where}weights {weights!r}, neither latent nor fake_quantized")
     granularity, size = found.get("granularity", "per_group"), found.get("group_size", tq1_25.BLOCK)
@@ -409,7 +455,9 @@ class Tensor:
     why: str = ""  # it is not TQ1_25
     blocks: int = 0
     exact: int = 0  # of the blocks
-    sums: Any = 0.0  # float64 (4,): error², weight², value², weight · value
+    vanished: int = 0  # of the blocks: all zero, and were not
+    # float64 (4,): error², weight², value², weight · value
+    sums: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(4))
     sha256: bytes = b""
 
     @property
@@ -428,7 +476,12 @@ class Tensor:
     @property
     def cosine(self) -> float:
         _, weight, value, both = self.sums
-        return both / math.sqrt(weight * value) if weight and value else 1.0
+        return both / math.sqrt(weight) / math.sqrt(value) if weight and value else float(weight == value)
+
+    def add(self, blocks: int, exact: int, vanished: int, sums: np.ndarray | float):
+        """Count the blocks of some more rows; see `compare`."""
+        self.blocks, self.exact, self.vanished = self.blocks + blocks, self.exact + exact, self.vanished + vanished
+        self.sums = self.sums + sums
 
 
 def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
@@ -443,6 +496,8 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
     for name, info in collect(model).items():
         source, forced = getattr(model, "asked", {}).get(name, ("", None))
         t = Tensor(name, source, tuple(int(n) for n in info.shape), info.dtype, info.nbytes, info.tensor)
+        if not t.weights:
+            raise ConvertError(f"{name} ({source}) has the shape {t.shape}: it holds no weights")
         plan.append(t)
         if info.dtype != types.F16 or type(forced) is not bool:
             if chosen.get(name):
@@ -450,7 +505,7 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
             t.why = "as upstream"
             t.raw = info.dtype not in (types.F32, types.F16)
         elif chosen.get(name):
-            t.why = "as asked"
+            t.why = "as asked" + ", which overrules --keep" * _kept(t, patterns)
             _set_type(t, types[chosen[name].upper()])
         else:
             t.why = _why_kept(t, arch, patterns)
@@ -465,12 +520,21 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
             "--output-tensor-type: this model has no output tensor, its embeddings serve as both; "
             "use --token-embedding-type"
         )
+    for p in patterns:
+        if not any(_kept(t, [p]) for t in plan):
+            raise ConvertError(f"--keep {p.pattern}: no tensor has such a name; --dry-run without it lists them")
     if not any(t.type == types.TQ1_25 for t in plan):
-        raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME}. " + "; ".join(_kept_notes(plan)))
+        by_flag = [f"--keep keeps {sum(t.why == '--keep' for t in plan)} tensors"] * bool(patterns)
+        notes = "; ".join(by_flag + _kept_notes(plan))
+        raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME}. {notes}")
     for t in plan:
-        if t.type not in (types.F32, types.BF16) and not t.raw and t.type != types.TQ1_25:
-            _fit_f16(t, fixed=t.why.startswith("as "))
+        if t.type not in (types.F32, types.TQ1_25) and not t.raw:
+            _fit(t, fixed=t.why.startswith("as "))
     return plan
+
+
+def _kept(t: Tensor, patterns: list[re.Pattern]) -> bool:
+    return any(p.search(t.name) or p.search(t.source) for p in patterns)
 
 
 def _compiled(pattern: str) -> re.Pattern:
@@ -481,7 +545,7 @@ def _compiled(pattern: str) -> re.Pattern:
 
 
 def _why_kept(t: Tensor, arch: str, patterns: list[re.Pattern]) -> str:
-    if any(p.search(t.name) or p.search(t.source) for p in patterns):
+    if _kept(t, patterns):
         return "--keep"
     if t.name in (*EMBEDDINGS, OUTPUT):
         return "embeddings and output"
@@ -522,21 +586,61 @@ def _check_groups(model, t: Tensor, grouping: Grouping):
             )
 
 
-def _fit_f16(t: Tensor, fixed: bool):
-    """F16, and the fp16 scales of quantized types, hold no larger value: such a tensor stays F32 where it may."""
+def check_blocks(model, plan: list[Tensor], options: Options):
+    """Raise ConvertError where a block, or a matrix that its siblings have, is missing; after `add_metadata`.
+
+    A matrix is missing where at most one block in eight (or one of fewer) lacks it and has nothing that half of the
+    others lack, as blocks of another kind do. Where the metadata list a figure for each block, as those of hybrid and
+    pruned models do, blocks may differ in any way, and only the last must be there.
+    """
+    if options.mtp:
+        return
+    arch = model.gguf_writer.arch
+    hybrid = any(
+        key.startswith(f"{arch}.") and isinstance(v.value, (list, tuple)) and len(v.value) == model.block_count
+        for key, v in model.gguf_writer.kv_data[0].items()
+    )
+    wanted = model.find_hparam(["num_hidden_layers", "n_layers", "n_layer", "num_layers"], optional=True)
+    wanted = min(wanted, model.block_count) if type(wanted) is int else 0
+    stacks: dict[str, dict[int, set[str]]] = collections.defaultdict(lambda: collections.defaultdict(set))
+    for t in plan:
+        if m := _IN_BLOCK.match(t.name):
+            names = stacks[m[1]][int(m[2])]
+            if not _NOT_WEIGHTS.search(t.name) and "nextn." not in t.name:
+                names.add(t.name[m.end() :])
+    if (there := max((max(blocks) + 1 for blocks in stacks.values()), default=0)) < wanted:
+        raise ConvertError(
+            f"{model.dir_model}: its configuration has {wanted} blocks, its weights have {there}: "
+            "a weight file is missing, or the configuration is another model's"
+        )
+    for stack, blocks in stacks.items() if not hybrid else ():
+        n = max(blocks) + 1
+        count = collections.Counter(name for names in blocks.values() for name in names)
+        for i in range(n):
+            lacking = sorted(name for name in count if name not in blocks[i] and count[name] >= n - max(1, n // 8))
+            if lacking and not any(count[name] <= n / 2 for name in blocks[i]):
+                raise ConvertError(
+                    f"{model.dir_model}: {', '.join(f'{stack}.{i}.{name}' for name in lacking)} missing, which the "
+                    "other blocks have: the checkpoint is not whole, download it again"
+                )
+
+
+def _fit(t: Tensor, fixed: bool):
+    """A tensor with a weight that its type makes infinite, by itself or by its scale, stays F32 where it may."""
     import gguf
 
+    limit = _LARGEST.get(t.type.name, 65504.0)
     largest = 0.0
     for start, load in row_loaders(t.data, t.shape[-1]):
         x = _load(load, t)
         largest = max(largest, float(x.max(initial=0)), -float(x.min(initial=0)))
         if not np.isfinite(x).all():
             raise _bad_row(t, start + _first_bad(x), "a weight is NaN or infinite")
-    if largest > F16_MAX:
+    if largest > limit:
         if fixed:
             raise ConvertError(
                 f"{t.name} ({t.source}) has a weight of magnitude {largest:.6g}, {t.type.name} holds "
-                f"none beyond {F16_MAX:.0f}: BF16 or F32 does"
+                f"none beyond {limit:.6g}: {'F32 does' if t.type.name == 'BF16' else 'BF16 or F32 does'}"
             )
         t.why = f"a weight of magnitude {largest:.6g}, too large for F16"
         _set_type(t, gguf.GGMLQuantizationType.F32)
@@ -617,7 +721,7 @@ def _is_cast(tensor, float32) -> bool:
 
 
 def row_loaders(tensor, width: int) -> Iterator[tuple[int, Callable[[], np.ndarray]]]:
-    """(first row, function that loads float32 (rows, width)) for each chunk of rows, in order.
+    """(first row, function that loads (rows, width)) for each chunk of rows, in order: float32, or the float64 of it.
 
     A tensor that is in a file as it is gets read by these functions, chunk by chunk, without a mapping that would
     count as memory; they may run in any thread.
@@ -642,12 +746,18 @@ def _load_rows(piece, start: int, count: int, width: int) -> np.ndarray:
     import torch
 
     if isinstance(piece, torch.Tensor):
-        return piece[start : start + count].to(torch.float32).numpy()
+        return _widened(piece[start : start + count])
     dtype = upstream().LazyTorchTensor._dtype_str_map[piece.dtype]
     stored = piece.data_range
     row_bytes = width * dtype.itemsize
     data = np.fromfile(stored.filename, np.uint8, count * row_bytes, offset=stored.offset + start * row_bytes)
-    return torch.from_numpy(data).view(dtype).to(torch.float32).reshape(count, width).numpy()
+    return _widened(torch.from_numpy(data).view(dtype).reshape(count, width))
+
+
+def _widened(x) -> np.ndarray:
+    import torch
+
+    return (x if x.dtype is torch.float64 else x.to(torch.float32)).numpy()
 
 
 def _load(load: Callable[[], np.ndarray], t: Tensor) -> np.ndarray:
@@ -671,17 +781,15 @@ class Encoder:
     def chunks(self, t: Tensor) -> Iterator[tuple[int, Any]]:
         """(weights, bytes) of each chunk; t's exactness, error and sha256 are right once all are drawn."""
         digest = hashlib.sha256()
-        t.blocks = t.exact = 0
-        t.sums = np.zeros(4)
         if t.raw:
             data = _bytes(evaluate(t.data))
             digest.update(data)
             yield t.weights, data
         else:
             scale = self._tensor_scales(t)
-            for data, n, blocks, exact, sums in self._in_order(t, lambda row, x: self._encode(t, row, x, scale)):
+            for data, n, *found in self._in_order(t, lambda row, x: self._encode(t, row, x, scale)):
                 digest.update(data)
-                t.blocks, t.exact, t.sums = t.blocks + blocks, t.exact + exact, t.sums + sums
+                t.add(*found)
                 yield n, data
         t.sha256 = digest.digest()
 
@@ -703,18 +811,21 @@ class Encoder:
             for _, future in waiting:
                 future.cancel()
 
-    def _encode(self, t: Tensor, row: int, x: np.ndarray, scale: np.ndarray | None):
+    def _encode(self, t: Tensor, row: int, source: np.ndarray, scale: np.ndarray | None):
+        """(bytes, weights, blocks, exact ones, ones that vanished, sums) of rows, given as `row_loaders` has them."""
         import gguf
 
+        with np.errstate(over="ignore"):
+            x = np.ascontiguousarray(source, np.float32)
+        if not np.isfinite(x).all():
+            raise _BadRow(_first_bad(x), "a weight is NaN or infinite")
+        if t.type.name in ("F32", "F16", "BF16"):
+            return _bytes(gguf.quants.quantize(x, t.type)), x.size, 0, 0, 0, 0.0
         if t.type.name != tq1_25.NAME:
-            if not np.isfinite(x).all():
-                raise _BadRow(_first_bad(x), "a weight is NaN or infinite")
-            if t.type.name in ("F32", "F16", "BF16"):
-                data = gguf.quants.quantize(x, t.type)
-            else:
-                data = llama_cpp.quantize_rows(x, t.type.name)
-            return _bytes(data), x.size, 0, 0, 0.0
-        x = np.ascontiguousarray(x)
+            try:
+                return _bytes(llama_cpp.quantize_rows(x, t.type.name)), x.size, 0, 0, 0, 0.0
+            except ValueError as e:
+                raise ConvertError(f"{t.name} ({t.source}) cannot be stored as {t.type.name}: {e}") from e
         if self.grouping.of_blocks:
             try:
                 data = self.kernels.quantize(x)
@@ -722,22 +833,12 @@ class Encoder:
                 raise _BadRow(e.row, e.cause) from None
         else:
             data = self._quantize_groups(x, None if scale is None else scale[row : row + len(x)])
-        y = self.kernels.dequantize(data)
-        exact = (x == y).reshape(-1, tq1_25.BLOCK).all(axis=1)
-        weight = _square(x, x)
-        if exact.all():
-            sums = np.array([0.0, weight, weight, weight])
-        else:
-            value, both = _square(y, y), _square(x, y)
-            y -= x
-            sums = np.array([_square(y, y), weight, value, both])
-        return _bytes(data), x.size, exact.size, int(exact.sum()), sums
+        exact, vanished, sums = compare(source, self.kernels.dequantize(data))
+        return _bytes(data), x.size, x.size // tq1_25.BLOCK, exact, vanished, sums
 
     def _quantize_groups(self, x: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         """Blocks whose scale is that of a wider group: per_group, per_channel, or per_tensor with `scale` by row."""
         size = self.grouping.group_size if self.grouping.granularity == "per_group" else x.shape[-1]
-        if not np.isfinite(x).all():
-            raise _BadRow(_first_bad(x), "a weight is NaN or infinite")
         lanes, d = ternary.sparse_absmean(x, size)
         if scale is not None:
             d = scale[:, None]
@@ -751,7 +852,8 @@ class Encoder:
         """per_tensor: each row's scale, that of its matrix; a stack of experts is many matrices."""
         if t.type.name != tq1_25.NAME or self.grouping.granularity != "per_tensor":
             return None
-        rows = [ternary.sparse_absmean(x, x.shape[-1])[1][:, 0] for x in self._in_order(t, lambda row, x: x)]
+        whole = self._in_order(t, lambda row, x: x.astype(np.float32))
+        rows = [ternary.sparse_absmean(x, x.shape[-1])[1][:, 0] for x in whole]
         means = np.concatenate(rows).reshape(-1, t.shape[-2]).mean(axis=1)
         return means.repeat(t.shape[-2])
 
@@ -760,8 +862,24 @@ def _bytes(data: np.ndarray) -> memoryview:
     return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
 
 
-def _square(x: np.ndarray, y: np.ndarray) -> float:
-    return float(np.einsum("ij,ij->i", x, y).sum(dtype=np.float64))
+def compare(x: np.ndarray, y: np.ndarray) -> tuple[int, int, np.ndarray]:
+    """Weights (rows, n), float32 or float64, and what is stored of them, float32 (rows, n), which is overwritten.
+
+    Returns how many blocks are exact, how many that are not became all zero, and error², weight², value² and
+    weight · value, each summed in float64.
+    """
+    same = (x == y).reshape(-1, tq1_25.BLOCK).all(axis=1)
+    weight = _dot(x, x)
+    if same.all():
+        return same.size, 0, np.array([0.0, weight, weight, weight])
+    vanished = ~same & ~y.reshape(-1, tq1_25.BLOCK).any(axis=1)
+    value, both = _dot(y, y), _dot(x, y)
+    error = np.subtract(x, y, out=y if x.dtype == y.dtype else None)
+    return int(same.sum()), int(vanished.sum()), np.array([_dot(error, error), weight, value, both])
+
+
+def _dot(x: np.ndarray, y: np.ndarray) -> float:
+    return float(np.einsum("ij,ij->", x, y, dtype=np.float64))
 
 
 # ---- writing ----
@@ -779,28 +897,40 @@ class Report:
 def convert(model_dir: Path, options: Options = Options()) -> Report:
     """Convert a model directory. Raises ConvertError, llama_cpp.NotBuilt; then nothing was written or replaced."""
     model_dir = Path(model_dir)
-    if not model_dir.is_dir():
-        raise ConvertError(f"{model_dir} is {'no directory' if model_dir.exists() else 'not there: no such directory'}")
+    check_directory(model_dir)
     target = _target(model_dir, options)
     grouping = read_grouping(model_dir, options)
     for name in (options.token_embedding_type, options.output_tensor_type):
         if name and name.upper() not in STORED_TYPES:
             raise ConvertError(f"unknown tensor type {name}: there are {', '.join(STORED_TYPES)}")
-    if options.metadata and not options.metadata.is_file():
-        raise ConvertError(f"--metadata {options.metadata}: no such file")
+    if options.metadata:
+        read_json(options.metadata)
     import torch
 
     with torch.inference_mode(), concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
         if not options.vocab_only:
-            check_checkpoint(model_dir, options.mistral_format)
+            check_checkpoint(model_dir)
         model = instantiate(model_dir, options, "MOSTLY_F16", _Recorder)
         plan = [] if options.vocab_only else make_plan(model, options, grouping)
         _set_tensors(model.gguf_writer, plan, options)
         add_metadata(model)
+        if plan:
+            check_blocks(model, plan, options)
+        names = model.gguf_writer.format_shard_names(target)
+        files = [_writable(model_dir, f) for f in names]
+        if len(set(files)) < len(files):
+            raise ConvertError(f"cannot write {target}: two files of the split are symbolic links to the same place")
         notes = _kept_notes(plan)
+        if others := _other_splits(target, names):
+            notes.append(f"beside it, of another conversion and left as they are: {', '.join(others)}")
         if options.dry_run:
-            return Report(model.gguf_writer.format_shard_names(target), plan, notes)
-        files = _write(model, plan, target, Encoder(grouping, pool), grouping, options)
+            return Report(files, plan, notes)
+        _write(model, plan, target, files, Encoder(grouping, pool), grouping, options)
+    if vanished := [t for t in plan if t.vanished]:
+        notes.append(
+            f"{sum(t.vanished for t in vanished)} blocks that are not all zero became so, their mean magnitude is "
+            f"below what fp16 holds (6e-8): {starred(vanished)}"
+        )
     if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if not t.is_exact]):
         notes.append(
             f"the checkpoint says that its weights are fake_quantized, yet these are not 3:4 sparse ternary "
@@ -813,29 +943,43 @@ def _target(model_dir: Path, options: Options) -> Path:
     kind = "vocab" if options.vocab_only else tq1_25.NAME
     default = f"{model_dir.resolve().name}-{kind}.gguf"
     target = options.outfile or model_dir
-    if target.is_dir():
+    if os.path.isdir(target):
         target = target / default
     name = re.sub(r"\{(ftype|outtype)\}", kind.lower(), target.name)
-    target = target.with_name(name.replace("{FTYPE}", kind.upper()))
-    if target.is_symlink():
-        target = target.resolve()  # written through, as by any program
-    if not target.parent.is_dir():
-        raise ConvertError(
-            f"cannot write {target}: {target.parent} is "
-            + ("no directory" if target.parent.exists() else "not there. Create it first")
-        )
-    if target.exists():
-        if not target.is_file():
-            raise ConvertError(f"cannot write {target}: it is there and is no ordinary file")
-        if any(f.is_file() and f.suffix != ".gguf" and f.samefile(target) for f in model_dir.iterdir()):
-            raise ConvertError(f"cannot write {target}: it is a file of the checkpoint itself. Name another --outfile")
+    return _writable(model_dir, target.with_name(name.replace("{FTYPE}", kind.upper())))
+
+
+def _writable(model_dir: Path, target: Path) -> Path:
+    """Where a file of that name goes. Raises ConvertError if it cannot, or would replace what it must not."""
+    try:
+        if target.is_symlink():
+            target = target.resolve()  # written through, as by any program
+        if not target.parent.is_dir():
+            raise ConvertError(
+                f"cannot write {target}: {target.parent} is "
+                + ("no directory" if target.parent.exists() else "not there. Create it first")
+            )
+        if target.exists():
+            if not target.is_file():
+                raise ConvertError(f"cannot write {target}: it is there and is no ordinary file")
+            if any(f.is_file() and f.suffix != ".gguf" and f.samefile(target) for f in model_dir.iterdir()):
+                raise ConvertError(
+                    f"cannot write {target}: it is a file of the checkpoint itself. Name another --outfile"
+                )
+    except (OSError, RuntimeError) as e:  # a name too long, a loop of symbolic links
+        raise ConvertError(f"cannot write {target}: {e}") from e
     return target
+
+
+def _other_splits(target: Path, names: list[Path]) -> list[str]:
+    pattern = re.compile(re.escape(target.stem) + r"-\d{5}-of-\d{5}\.gguf")
+    return sorted(f.name for f in target.parent.iterdir() if pattern.fullmatch(f.name) and f not in names)
 
 
 def _kept_notes(plan: list[Tensor]) -> list[str]:
     by_why = collections.defaultdict(list)
     for t in plan:
-        if "multiple" in t.why or "magnitude" in t.why:
+        if any(word in t.why for word in ("multiple", "magnitude", "overrules")):
             by_why[t.type.name, t.why].append(t)
     return [f"kept in {name}, {why}: {starred(tensors)}" for (name, why), tensors in by_why.items()]
 
@@ -859,6 +1003,13 @@ def _set_tensors(writer, plan: list[Tensor], options: Options):
         writer.add_tensor_info(t.name, t.shape, np.float32, t.nbytes, raw_dtype=t.type)
 
 
+def progress_bar(options: Options, **settings):
+    """A tqdm on standard error, where that is a terminal."""
+    from tqdm import tqdm
+
+    return tqdm(disable=None if options.progress and sys.stderr else True, **settings)
+
+
 class _Stream:
     """What upstream's writer takes for a tensor."""
 
@@ -873,10 +1024,14 @@ class _Stream:
 
 
 def _write(
-    model, plan: list[Tensor], target: Path, encoder: Encoder, grouping: Grouping, options: Options
-) -> list[Path]:
-    from tqdm import tqdm
-
+    model,
+    plan: list[Tensor],
+    target: Path,
+    files: list[Path],
+    encoder: Encoder,
+    grouping: Grouping,
+    options: Options,
+):
     needed = sum(t.nbytes for t in plan)
     with _staging(target, needed) as staging:
         if needed > (free := shutil.disk_usage(staging).free):
@@ -888,12 +1043,7 @@ def _write(
             offset = _add_sherry(writer, quantized, grouping)
         with (
             contextlib.closing(writer),
-            tqdm(
-                total=sum(t.weights for t in plan),
-                unit=" weights",
-                unit_scale=True,
-                disable=None if options.progress else True,
-            ) as bar,
+            progress_bar(options, total=sum(t.weights for t in plan), unit=" weights", unit_scale=True) as bar,
         ):
             for part in writer.tensors:
                 for name, info in part.items():
@@ -912,15 +1062,14 @@ def _write(
         if quantized:
             with open(staged[0], "r+b") as f:  # what was exact is known only now; the length is the same
                 f.seek(offset)
-                f.write(_sherry_bytes(writer, _sherry(quantized, grouping)))
+                f.write(_sherry_bytes(writer, sherry_metadata(quantized, grouping)))
         for path, names in zip(staged, layout):
             _reread(path, [by_name[n] for n in names])
-        files = [target.with_name(p.name) for p in staged]
         _commit(staged, files)
-    return files
 
 
-def _sherry(quantized: list[Tensor], grouping: Grouping) -> dict[str, tuple]:
+def sherry_metadata(quantized: list[Tensor], grouping: Grouping) -> dict[str, tuple]:
+    """The sherry.* keys: value, type and, of arrays, type of the elements."""
     from gguf import GGUFValueType as V
 
     pairs: dict[str, tuple] = {
@@ -952,13 +1101,11 @@ def _sherry_bytes(writer, pairs: dict[str, tuple]) -> bytes:
 
 def _add_sherry(writer, quantized: list[Tensor], grouping: Grouping) -> int:
     """Put the sherry.* pairs behind the general ones, with placeholders. Returns their offset in the file."""
-    for t in quantized:
-        t.sums = np.zeros(4)
     pairs = writer.kv_data[0]
     head = {k: v for k, v in pairs.items() if k.startswith("general.")}
     before = {k: (v.value, v.type, v.sub_type) for k, v in head.items()}
     writer.kv_data[0] = head
-    for key, value in _sherry(quantized, grouping).items():
+    for key, value in sherry_metadata(quantized, grouping).items():
         writer.add_key_value(key, *value)
     head.update({k: v for k, v in pairs.items() if k not in head})
     return 24 + len(_sherry_bytes(writer, before))  # magic, version, two counts
@@ -995,12 +1142,19 @@ def _disk_full(target: Path, needed: int, free: int) -> str:
     )
 
 
+_STAGING = ".sherry-gguf-"
+
+
 @contextlib.contextmanager
 def _staging(target: Path, needed: int) -> Iterator[Path]:
     """A directory beside the target, gone afterwards whatever happens. OSErrors become ConvertErrors."""
-    staging = None
+    staging = lock = None
     try:
-        staging = Path(tempfile.mkdtemp(prefix=".sherry-gguf-", dir=target.parent))
+        _sweep(target.parent)
+        with _uninterrupted():
+            while staging is None or not staging.exists():  # another process may have taken it for a dead one's
+                staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=target.parent))
+                lock = _lock(staging, wait=True)
         yield staging
     except OSError as e:
         if isinstance(e, llama_cpp.NotBuilt):
@@ -1012,24 +1166,55 @@ def _staging(target: Path, needed: int) -> Iterator[Path]:
         with _uninterrupted():
             if staging:
                 shutil.rmtree(staging, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _lock(directory: Path, wait: bool = False) -> int | None:
+    """A descriptor that holds a lock on a directory while its process lives; None where there is no such thing."""
+    try:
+        import fcntl
+
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+    except OSError:
+        os.close(fd)
+        return None
+
+
+def _sweep(directory: Path):
+    """Remove what conversions left that were killed: nobody holds its lock any more."""
+    for old in directory.glob(_STAGING + "?" * 8):
+        # One that was killed while it replaced the files of a split may hold the only copy of an older one.
+        if (lock := _lock(old)) is not None:
+            if not any(old.glob("*.old")):
+                shutil.rmtree(old, ignore_errors=True)
+            os.close(lock)
 
 
 def _commit(staged: list[Path], files: list[Path]):
-    """Put the files in their places: all, or none."""
+    """Put the files in their places, with the permissions of those that they replace: all, or none."""
+    for new, file in zip(staged, files):
+        if file.exists():
+            shutil.copymode(file, new)
     if len(files) == 1:
         os.replace(staged[0], files[0])
         return
     with _uninterrupted():
         undo: list[tuple[Path, Path]] = []
         try:
-            for new, file in zip(staged, files):
-                if file.exists():
-                    old = new.with_name(f"{new.name}.old")
+            for i, (new, file) in enumerate(zip(staged, files)):
+                if file.is_file():
+                    old = new.with_name(f"{i}.old")
                     os.rename(file, old)
                     undo.append((old, file))
                 os.rename(new, file)
                 undo.append((file, new))
-        except OSError:
+        except BaseException:
             for here, there in reversed(undo):
                 os.rename(here, there)
             raise
@@ -1037,12 +1222,13 @@ def _commit(staged: list[Path], files: list[Path]):
 
 @contextlib.contextmanager
 def _uninterrupted():
-    """Hold SIGINT and SIGTERM back for a moment that must not be cut in two."""
+    """Hold SIGINT, SIGTERM and SIGHUP back for a moment that must not be cut in two."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
-    old = {s: signal.signal(s, lambda number, _: held.append(number)) for s in (signal.SIGINT, signal.SIGTERM)}
+    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    old = {s: signal.signal(s, lambda number, _: held.append(number)) for s in numbers}
     try:
         yield
     finally:

@@ -1,13 +1,15 @@
 """Reads a TQ1_25 GGUF back: shows what is in it, and proves it against the checkpoint that it was made from.
 
-The proof shares no step with the conversion but upstream's classes: they make the tensors as for an F32 file, whole,
-and the NumPy reference decodes the file's blocks, or quantizes the tensor and gives the bytes that must be there.
+The proof takes from the conversion which tensor gets which type, and upstream's classes: they make the tensors as for
+an F32 file, whole, and the NumPy reference decodes the file's blocks, or quantizes the tensor and gives the bytes that
+must be there. Nothing that the file says of itself is believed.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import enum
 import math
 import re
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any, Iterator
 import numpy as np
 
 from . import convert, gguf_type, llama_cpp, ternary, tq1_25
-from .convert import ConvertError, Grouping, Options
+from .convert import ConvertError, Grouping, Options, Tensor
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -39,7 +41,7 @@ class Stored:
     def read(self, start: int = 0, count: int | None = None) -> np.ndarray:
         """uint8 (rows, bytes of a row) of `count` rows, by default all, read without mapping the file."""
         rows = math.prod(self.shape[:-1])
-        row_bytes = self.nbytes // rows
+        row_bytes = self.nbytes // max(rows, 1)
         count = rows - start if count is None else min(count, rows - start)
         data = np.fromfile(self.path, np.uint8, count * row_bytes, offset=self.offset + start * row_bytes)
         return data.reshape(count, row_bytes)
@@ -51,6 +53,7 @@ class Gguf:
 
     files: list[Path]
     fields: dict[str, Any]
+    types: dict[str, tuple]  # of the fields: a GGUFValueType, behind ARRAY that of the elements
     tensors: dict[str, Stored]
 
 
@@ -61,21 +64,24 @@ def read_gguf(path: Path) -> Gguf:
     files = [path]
     if split := _SHARD.search(path.name):
         stem = path.name[: split.start()]
-        files = [path.with_name(f"{stem}-{i + 1:05d}-of-{split[2]}.gguf") for i in range(int(split[2]))]
-    model = Gguf(files, {}, {})
+        named = [path.with_name(f"{stem}-{i + 1:05d}-of-{split[2]}.gguf") for i in range(int(split[2]))]
+        files = named if path in named else files
+    model = Gguf(files, {}, {}, {})
     for file in files:
         if not file.is_file():
-            raise ConvertError(f"{file}: no such file")
+            raise ConvertError(f"{file}: {'not an ordinary file' if file.exists() else 'no such file'}")
         try:
             reader = gguf.GGUFReader(file)
-            fields = {name: f.contents() for name, f in reader.fields.items() if not name.startswith("GGUF.")}
+            fields = {name: f for name, f in reader.fields.items() if not name.startswith("GGUF.")}
+            values = {name: f.contents() for name, f in fields.items()}
             tensors = [
                 Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), file, t.data_offset, t.n_bytes)
                 for t in reader.tensors
             ]
         except Exception as e:  # the reader fails in as many ways as there are bytes
             raise ConvertError(f"{file} is not a GGUF file, or is truncated or damaged: {type(e).__name__}: {e}") from e
-        model.fields = fields | model.fields  # a split's later files hold only split.*
+        model.fields = values | model.fields  # a split's later files hold only split.*
+        model.types = {name: tuple(f.types) for name, f in fields.items()} | model.types
         for t in tensors:
             if t.name in model.tensors:
                 raise ConvertError(f"{file} repeats the tensor {t.name}")
@@ -101,9 +107,11 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
         if key.startswith(("general.", f"{arch}.", "sherry.", "split.")) or key in _TOKENIZER:
             yield f"  {key:45} {_short(value)}"
     yield f"  {'tokenizer.ggml.tokens':45} {len(model.fields.get('tokenizer.ggml.tokens', ()))} tokens"
-    names, flags = (model.fields.get(f"sherry.tensor.{k}", []) for k in ("names", "exact"))
-    if names:
-        yield f"  {sum(flags)} of {len(names)} {tq1_25.NAME} tensors are exact: bit for bit those of the checkpoint"
+    names, flags = (model.fields.get(f"sherry.tensor.{k}") for k in ("names", "exact"))
+    exact = dict(zip(names, flags)) if isinstance(names, list) and isinstance(flags, list) else {}
+    if exact:
+        count = f"{sum(f is True for f in exact.values())} of {len(exact)} {tq1_25.NAME} tensors"
+        yield f"  {count} are exact: bit for bit those of the checkpoint"
     yield ""
     rows = collections.defaultdict(list)
     for t in model.tensors.values():
@@ -114,7 +122,6 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
         + [("total", len(model.tensors), *_sizes(model.tensors.values()))],
     )
     if tensors:
-        exact = dict(zip(names, flags))
         yield ""
         yield from table(
             ("tensor", "type", "shape", "exact", "scales, from to"),
@@ -147,7 +154,7 @@ def _sizes(tensors) -> tuple[str, str, str]:
 
 
 def _scales(t: Stored) -> str:
-    if t.type.name != tq1_25.NAME:
+    if t.type.name != tq1_25.NAME or not t.weights:
         return ""
     d = t.read().reshape(-1, tq1_25.BLOCK_BYTES)[:, 20:].copy().view("<f2")
     return f"{d.min():.4g} {d.max():.4g}"
@@ -170,134 +177,175 @@ class Verdict:
 
     exact: int = 0
     quantized: int = 0
-    kept: int = 0
+    kept: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by type
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
 def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict:
     """Compare a TQ1_25 GGUF with its checkpoint, tensor by tensor and key by key.
 
-    TQ1_25 tensors must decode to the checkpoint's values, or else be the bytes of the reference quantization of them;
-    kept ones must be the values rounded to the stored type. Metadata must be what upstream makes of the checkpoint,
-    but for names and authorship (general.*), which flags can set. `options`: what conversion was given, as far as it
-    changes tensors or tokenizer. Raises ConvertError, llama_cpp.NotBuilt.
+    Each tensor must have the type that conversion with these options gives it. TQ1_25 tensors must decode to the
+    checkpoint's values, or else be the bytes of the reference quantization of them; kept ones must be the values
+    rounded to their type. The sherry.* keys must be what is found here, all others what upstream makes of the
+    checkpoint, but for names and authorship (general.*), which flags can set. `options`: what conversion was given,
+    as far as it changes tensors or tokenizer. Raises ConvertError, llama_cpp.NotBuilt.
     """
     convert.upstream()  # before gguf is imported from elsewhere
     model_dir = Path(model_dir)
     stored = read_gguf(path)
-    if not model_dir.is_dir():
-        raise ConvertError(f"{model_dir}: no such directory")
+    convert.check_directory(model_dir)
     import torch
-    from tqdm import tqdm
 
-    grouping = Grouping(
-        stored.fields.get("sherry.granularity", "per_group"), stored.fields.get("sherry.group_size", tq1_25.BLOCK)
-    )
-    claims = dict(zip(stored.fields.get("sherry.tensor.names", ()), stored.fields.get("sherry.tensor.exact", ())))
+    grouping = convert.read_grouping(model_dir, options)
     verdict = Verdict()
     with torch.inference_mode():
-        convert.check_checkpoint(model_dir, options.mistral_format)
+        convert.check_checkpoint(model_dir)
+        model = convert.instantiate(model_dir, options, "MOSTLY_F16", convert._Recorder)
+        plan = convert.make_plan(model, options, grouping)
         model = convert.instantiate(model_dir, options, "ALL_F32", convert._Recorder)
         expected = convert.collect(model)
-        _compare_metadata(model, stored, verdict)
+        convert.add_metadata(model)
+        convert.check_blocks(model, plan, options)
         for name in stored.tensors.keys() - expected.keys():
             verdict.problems.append(f"{name} is in the file and not in the checkpoint")
-        for name, info in tqdm(expected.items(), unit=" tensors", disable=None if options.progress else True):
-            if name not in stored.tensors:
-                verdict.problems.append(f"{name} is missing from the file")
-                continue
-            if problem := _compare(info, stored.tensors[name], grouping, claims.get(name), verdict):
-                verdict.problems.append(f"{name}: {problem}")
-            info.tensor = None
+        sound = True
+        with convert.progress_bar(options, iterable=plan, unit=" tensors") as bar:
+            for t in bar:
+                if t.name not in stored.tensors:
+                    problem = " is missing from the file"
+                elif problem := _compare(model, expected[t.name], t, stored.tensors[t.name], grouping, verdict):
+                    problem = f": {problem}"
+                if problem:
+                    verdict.problems.append(t.name + problem)
+                    found = stored.tensors.get(t.name, t)
+                    sound = sound and tq1_25.NAME not in (t.type.name, found.type.name)
+                t.data = expected.pop(t.name).tensor = None
+        wanted = {key: (v.value, v.type, v.sub_type) for key, v in model.gguf_writer.kv_data[0].items()}
+        wanted |= convert.sherry_metadata([t for t in plan if t.type.name == tq1_25.NAME], grouping)
+        _compare_metadata(wanted, stored, sound, verdict)
     return verdict
 
 
-def _compare_metadata(model, stored: Gguf, verdict: Verdict):
-    convert.add_metadata(model)
-    wanted = {key: v.value for key, v in model.gguf_writer.kv_data[0].items()}
-    ours = ("sherry.", "split.")
+_FIXED = tuple(f"general.{k}" for k in ("architecture", "type", "file_type", "alignment", "quantization_version"))
+# What is known only when every TQ1_25 tensor is as it must be.
+_FOUND = ("sherry.exact", *(f"sherry.tensor.{k}" for k in ("names", "exact", "relative_error")))
+
+
+def _compare_metadata(wanted: dict[str, tuple], stored: Gguf, sound: bool, verdict: Verdict):
+    """wanted: key to value, type and, of an array, perhaps type of the elements."""
     for key in dict.fromkeys([*wanted, *stored.fields]):
-        if key.startswith(ours) or (key.startswith("general.") and key not in _FIXED):
+        if key.startswith("split.") or (key.startswith("general.") and key not in _FIXED):
             continue
+        if key in _FOUND and not sound:
+            continue
+        # Sums of the same numbers in another order may round to the next float32.
+        close = 2e-7 if key == "sherry.tensor.relative_error" else 0.0
         if key not in stored.fields:
             verdict.problems.append(f"{key} is missing from the file's metadata")
         elif key not in wanted:
             verdict.problems.append(f"{key} is in the file's metadata and not in the checkpoint")
-        elif not _same(stored.fields[key], wanted[key]):
-            verdict.problems.append(f"{key} is {_short(stored.fields[key])}, the checkpoint has {_short(wanted[key])}")
+        elif difference := _difference(stored.fields[key], stored.types[key], *wanted[key], close=close):
+            verdict.problems.append(key + difference)
 
 
-_FIXED = ("general.architecture", "general.type", "general.file_type", "general.alignment")
+def _difference(stored: Any, types: tuple, wanted: Any, kind, element=None, close: float = 0.0) -> str:
+    """How a value differs from the wanted one, or ""."""
+    from gguf import GGUFValueType as V
+
+    if kind == V.ARRAY:
+        element = element or (V.UINT8 if isinstance(wanted, bytes) else V.get_type(wanted[0]))
+        if types != (kind, element):
+            return f" is of type {'/'.join(t.name for t in types)}, the checkpoint has {kind.name}/{element.name}"
+        if len(stored) != len(wanted):
+            return f" has {len(stored)} values, the checkpoint has {len(wanted)}"
+        for i, (a, b) in enumerate(zip(stored, wanted)):
+            if difference := _difference(a, (element,), b, element, close=close):
+                return f"[{i}]{difference}"
+        return ""
+    if types != (kind,):
+        return f" is of type {'/'.join(t.name for t in types)}, the checkpoint has {kind.name}"
+    wanted = bytes(wanted).decode("utf-8") if isinstance(wanted, (bytes, bytearray)) else wanted
+    same = math.isclose(stored, np.float32(wanted), rel_tol=close) if kind == V.FLOAT32 else stored == wanted
+    return "" if same else f" is {_quoted(stored)}, the checkpoint has {_quoted(wanted)}"
 
 
-def _same(stored: Any, wanted: Any) -> bool:
-    if isinstance(wanted, (str, bytes)) or isinstance(stored, str):
-        return stored == (wanted.decode("utf-8") if isinstance(wanted, bytes) else wanted)
-    if isinstance(stored, list):
-        return len(stored) == len(wanted) and all(map(_same, stored, wanted))
-    return stored == wanted or (isinstance(stored, float) and np.float32(stored) == np.float32(wanted))
+def _quoted(value: Any) -> str:
+    text = repr(value.value if isinstance(value, enum.Enum) else value)
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _compare(info, t: Stored, grouping: Grouping, claim: bool | None, verdict: Verdict) -> str:
-    """What is wrong with a tensor, or ""; counts it in the verdict."""
+def _compare(model, info, planned: Tensor, t: Stored, grouping: Grouping, verdict: Verdict) -> str:
+    """What is wrong with a tensor, or ""; counts it in the verdict, and its blocks in `planned`."""
     import gguf
 
-    shape = tuple(int(n) for n in info.shape)
-    if t.shape != shape:
-        return f"shape {t.shape}, the checkpoint has {shape}"
-    if info.dtype != gguf.GGMLQuantizationType.F32:  # what upstream packs itself
-        verdict.kept += 1
+    if t.shape != planned.shape:
+        return f"shape {t.shape}, the checkpoint has {planned.shape}"
+    if t.type != planned.type:
+        return (
+            f"it is stored as {t.type.name}, conversion with these flags stores {planned.type.name} (flags that it was "
+            "given, such as --keep or --output-tensor-type, must be given again)"
+        )
+    if planned.raw:  # what upstream packs itself
+        verdict.kept[t.type.name] += 1
         wanted = np.ascontiguousarray(gguf.LazyNumpyTensor.to_eager(info.tensor)).reshape(-1).view(np.uint8)
-        same = t.type == info.dtype and np.array_equal(t.read().reshape(-1), wanted)
-        return "" if same else f"not the {info.dtype.name} data that llama.cpp makes of it"
+        return "" if np.array_equal(t.read().reshape(-1), wanted) else f"not the {t.type.name} data of llama.cpp"
+    tensor = vars(model).get("wide", {}).pop(t.name, info.tensor)
     if t.type.name == tq1_25.NAME:
-        return _compare_blocks(info.tensor, t, grouping, claim, verdict)
-    verdict.kept += 1
-    for start, x in _rows(info.tensor, t.shape[-1] if t.shape else 1):
-        if (stored := t.read(start, len(x))).tobytes() != _round(x, t.type).tobytes():
+        return _compare_blocks(tensor, planned, t, grouping, verdict)
+    verdict.kept[t.type.name] += 1
+    for start, x in _rows(tensor, planned):
+        if (stored := t.read(start, len(x))).tobytes() != _round(x.astype(np.float32), t.type).tobytes():
             return f"rows {start} to {start + len(stored) - 1} are not the checkpoint's values as {t.type.name}"
     return ""
 
 
-def _compare_blocks(tensor, t: Stored, grouping: Grouping, claim: bool | None, verdict: Verdict) -> str:
-    exact = True
+def _compare_blocks(tensor, planned: Tensor, t: Stored, grouping: Grouping, verdict: Verdict) -> str:
     size = t.shape[-1] if grouping.granularity != "per_group" else grouping.group_size
     scale = None
-    for start, x in _rows(tensor, t.shape[-1]):
+    for start, x in _rows(tensor, planned):
         blocks = t.read(start, len(x))
-        same = tq1_25.dequantize(blocks) == x
+        y = tq1_25.dequantize(blocks)
+        same = (y == x).reshape(-1, tq1_25.BLOCK).all(axis=1)
+        error, x64, y64 = (a.astype(np.float64).reshape(-1) for a in (x - y, x, y))
+        sums = np.array([error @ error, x64 @ x64, y64 @ y64, x64 @ y64])
+        planned.add(same.size, int(same.sum()), 0, sums)
         if same.all():
             continue
-        exact = False
+        x = x.astype(np.float32)
         if size == tq1_25.BLOCK:
-            reference = tq1_25.quantize(x)
+            try:
+                reference = tq1_25.quantize(x)
+            except tq1_25.QuantizeError as e:
+                raise convert._bad_row(planned, start + e.row, e.cause) from e
         else:
             lanes, d = ternary.sparse_absmean(x, size)
             if grouping.granularity == "per_tensor":
-                scale = _matrix_scales(tensor, t) if scale is None else scale
+                scale = _matrix_scales(tensor, planned) if scale is None else scale
                 d = scale[start : start + len(x), None]
+            if (large := (d >= 65520).any(axis=1)).any():
+                raise convert._bad_row(planned, start + int(large.argmax()), tq1_25.OVERFLOW)
             reference = tq1_25.pack(lanes, np.repeat(d.astype(np.float16), size // tq1_25.BLOCK, axis=-1))
-        if (wrong := (reference != blocks).any(axis=1) & ~same.all(axis=1)).any():
+        exact = same.reshape(len(x), -1).all(axis=1)
+        if (wrong := (reference != blocks).any(axis=1) & ~exact).any():
             return (
                 f"row {start + int(wrong.argmax())} holds neither the checkpoint's values nor their Sparse-AbsMean "
                 f"in {grouping}"
             )
-    verdict.exact += exact
-    verdict.quantized += not exact
-    if claim is not None and claim != exact:
-        return f"sherry.tensor.exact says {claim}, it is {'' if exact else 'not '}exact"
+    verdict.exact += planned.is_exact
+    verdict.quantized += not planned.is_exact
     return ""
 
 
-def _matrix_scales(tensor, t: Stored) -> np.ndarray:
-    rows = [ternary.sparse_absmean(x, t.shape[-1])[1][:, 0] for _, x in _rows(tensor, t.shape[-1])]
+def _matrix_scales(tensor, t: Tensor) -> np.ndarray:
+    rows = [ternary.sparse_absmean(x.astype(np.float32), t.shape[-1])[1][:, 0] for _, x in _rows(tensor, t)]
     return np.concatenate(rows).reshape(-1, t.shape[-2]).mean(axis=1).repeat(t.shape[-2])
 
 
-def _rows(tensor, width: int) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, float32 (rows, width)) of what upstream makes of a tensor."""
+def _rows(tensor, t: Tensor) -> Iterator[tuple[int, np.ndarray]]:
+    """(first row, (rows, width)) of what upstream makes of a tensor: float32, or the float64 that it is made from."""
     import gguf
 
+    width = t.shape[-1] if t.shape else 1
     start, step = 0, max(1, convert.CHUNK // width)
     pieces = (
         (load() for load in tensor._chunks)
@@ -305,9 +353,15 @@ def _rows(tensor, width: int) -> Iterator[tuple[int, np.ndarray]]:
         else (gguf.LazyNumpyTensor.to_eager(t) for t in (tensor,))
     )
     for piece in pieces:
-        piece = piece.reshape(-1, width)
+        piece = np.asarray(piece).reshape(-1, width)
         for i in range(0, len(piece), step):
-            yield start + i, piece[i : i + step].astype(np.float32, copy=False)
+            x = piece[i : i + step]
+            x = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(x.astype(np.float32, copy=False)).all(axis=1)
+            if not finite.all():
+                raise convert._bad_row(t, start + i + int(finite.argmin()), tq1_25.NOT_FINITE)
+            yield start + i, x
         start += len(piece)
 
 

@@ -28,19 +28,25 @@ for directory in sys.argv[1:]:
     runpy.run_path(str(source / "convert_hf_to_gguf.py"), run_name="__main__")
 """
 
-# The `sherry-gguf` command again and again in one process, since the imports take longer than most conversions.
+# The `sherry-gguf` command again and again in one process, since the imports take longer than most conversions; with a
+# patch, Python code to run before it, in a fork. A fork must not meet threads that were left behind, so there are none.
 SERVER = """
 import json, os, sys, traceback
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 from sherry_gguf.cli import main
 done = os.fdopen(os.dup(1), "w")
 for line in sys.stdin:
-    arguments, directory, outputs = json.loads(line)
+    arguments, directory, outputs, patch = json.loads(line)
+    if patch and (pid := os.fork()):
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), file=done, flush=True)
+        continue
     os.chdir(directory)
     for fd, path in zip((1, 2), outputs):
         new = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(new, fd)
         os.close(new)
     try:
+        exec(patch or "", {})
         code = main(arguments)
     except SystemExit as e:
         code = e.code
@@ -49,6 +55,8 @@ for line in sys.stdin:
         code = 1
     sys.stdout.flush()
     sys.stderr.flush()
+    if patch:
+        os._exit(code)
     print(code, file=done, flush=True)
 """
 
@@ -70,8 +78,9 @@ def _server() -> tuple[subprocess.Popen, list[str]]:
     return process, [f"{directory.name}/{name}" for name in ("stdout", "stderr")]
 
 
-def sherry(*args, cwd=".", **kwargs) -> subprocess.CompletedProcess:
-    """Run the `sherry-gguf` command to its end; in a fresh process if there are keyword arguments for that."""
+def sherry(*args, cwd=".", patch="", **kwargs) -> subprocess.CompletedProcess:
+    """Run the `sherry-gguf` command to its end, after the Python code `patch` if there is some; in a fresh process if
+    there are keyword arguments for that."""
     args = [str(a) for a in args]
     if kwargs:
         return subprocess.run(
@@ -82,7 +91,7 @@ def sherry(*args, cwd=".", **kwargs) -> subprocess.CompletedProcess:
             **({"env": ENV} | kwargs),
         )
     process, outputs = _server()
-    print(json.dumps([args, os.path.abspath(cwd), outputs]), file=process.stdin, flush=True)
+    print(json.dumps([args, os.path.abspath(cwd), outputs, patch]), file=process.stdin, flush=True)
     code = process.stdout.readline()
     stdout, stderr = (Path(p).read_text() for p in outputs)
     assert code, f"the process died: {stdout}{stderr}"

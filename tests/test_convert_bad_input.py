@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
@@ -166,6 +167,80 @@ def test_nothing_to_quantize(tmp_path, fails):
     fails(model, told=["no tensor can be TQ1_25", "rows of 192, not a multiple of 128"])
 
 
+def test_tensor_in_two_files(tmp_path, fails):
+    """Upstream would take the last without a word, so a stray file of another model is told, with or without index."""
+    from safetensors.torch import load_file, save_file
+
+    model = small_models.make(tmp_path / "m", "llama", shard="1MB")
+    index, parts = model / "model.safetensors.index.json", sorted(model.glob("*.safetensors"))
+    name = next(iter(load_file(parts[0])))
+    small_models.edit_weights(model, lambda t: t.update({name: torch.zeros(2, 2)}), parts[2].name)
+    fails(model, told=[f"the tensor {name} is in {parts[0].name} and in {parts[2].name}"])
+    small_models.edit_weights(model, lambda t: t.pop(name), parts[2].name)
+    whole = {k: v for part in parts for k, v in load_file(part).items()}
+    index.rename(tmp_path / "index.json")
+    for stray in "model.safetensors", "model-old.safetensors":
+        save_file(whole, model / stray, metadata={"format": "pt"})
+        fails(model, told=["the tensor ", f" and in {stray}: remove the file that does not belong"])
+        (model / stray).unlink()
+    (model / "pytorch_model.bin").write_bytes(b"not read, as there is safetensors")
+    assert sherry("convert", model, "--dry-run").returncode == 0
+
+
+def test_index_disagrees(tmp_path, fails):
+    model = small_models.make(tmp_path / "m", "llama", shard="1MB")
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    files = sorted(set(index["weight_map"].values()))
+    name = next(k for k, v in index["weight_map"].items() if v == files[0])
+    for value, told in [
+        (files[1], [f"index.json has {name} in {files[1]}, it is in {files[0]}"]),
+        (["a"], ["index.json has no weight_map of tensors to files"]),
+        (5, ["index.json has no weight_map of tensors to files"]),
+    ]:
+        path.write_text(json.dumps({"weight_map": index["weight_map"] | {name: value}}))
+        fails(model, told=told)
+
+
+def test_bin_that_holds_no_tensors(tmp_path, fails):
+    model = small_models.make(tmp_path / "m", "llama", safe=False)
+    path = model / "pytorch_model.bin"
+    tensors = torch.load(path)
+    torch.save([1, 2], path)
+    fails(model, told=["pytorch_model.bin holds list, not only tensors by name"])
+    torch.save(tensors | {"x": 3}, path)
+    fails(model, told=["pytorch_model.bin holds dict, not only tensors by name"])
+    torch.save(tensors | {"x": pathlib.Path("y")}, path)
+    fails(model, told=["pytorch_model.bin is damaged, or holds what only running its code could read: Unpick"])
+    torch.save(tensors, path, _use_new_zipfile_serialization=False)
+    fails(model, told=["no PyTorch zip archive (one saved before PyTorch 1.6 must be loaded and saved anew)"])
+
+
+def test_missing_tensors(model, fails, tmp_path):
+    lost = "model.layers.1.mlp.up_proj.weight"
+    small_models.edit_weights(model, lambda tensors: tensors.pop(lost))
+    fails(model, told=["blk.1.ffn_up.weight missing, which the other blocks have"])
+    fails(model, "--dry-run", told=["blk.1.ffn_up.weight missing"])
+    small_models.edit_weights(model, lambda tensors: tensors.update({lost: torch.zeros(0, 256)}))
+    fails(model, told=[f"blk.1.ffn_up.weight ({lost}) has the shape (0, 256): it holds no weights"])
+    small_models.edit_weights(model, lambda tensors: tensors.update({lost: torch.zeros(384, 0)}))
+    fails(model, told=[f"blk.1.ffn_up.weight ({lost}) has the shape (384, 0): it holds no weights"])
+
+
+def test_missing_blocks(tmp_path, fails):
+    model = small_models.make(tmp_path / "m", "llama", config=dict(num_hidden_layers=3))
+    small_models.edit_config(model, num_hidden_layers=4)
+    fails(model, told=["its configuration has 4 blocks, its weights have 3"])
+    small_models.edit_config(model, num_hidden_layers=3)
+
+    def lose(tensors):
+        for name in [n for n in tensors if n.startswith("model.layers.1.")]:
+            del tensors[name]
+
+    small_models.edit_weights(model, lose)
+    fails(model, told=["blk.1.attn_q.weight, ", " missing, which the other blocks have"])
+
+
 # ---- what the checkpoint says of itself ----
 
 
@@ -192,6 +267,30 @@ def test_nothing_to_quantize(tmp_path, fails):
 def test_sherry_config(model, fails, config, told):
     small_models.edit_config(model, sherry_config=config)
     fails(model, told=told)
+
+
+def test_config_of_another_kind(model, fails):
+    small_models.edit_config(model, text_config=[1])
+    fails(model, told=["config.json"])
+    small_models.edit_config(model, text_config={"sherry_config": {"group_size": 64}})
+    fails(model, told=["sherry_config has group_size 64"])
+    small_models.edit_config(model, text_config=None, sherry_config=dict(n="3", m="4"))
+    fails(model, told=["the sparsity '3':'4'; TQ1_25 stores 3:4"])
+    small_models.edit_config(model, sherry_config=None, architectures="LlamaForCausalLM")
+    fails(model, told=["\"architectures\" is 'LlamaForCausalLM', not a list of names"])
+
+
+def test_several_files(good, tmp_path):
+    """Upstream's classes that write more than one file are not supported, and say so."""
+    patch = """
+from sherry_gguf import convert
+convert.upstream()
+from conversion import llama
+llama.LlamaModel.write = lambda self: None
+"""
+    done = sherry("convert", good, "--outfile", tmp_path / "x.gguf", patch=patch)
+    assert "llama.cpp stores this architecture in several files; that is not supported here" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_group_size_can_be_overruled(model, tmp_path):
@@ -221,10 +320,14 @@ def test_per_tensor_of_a_split_tensor(tmp_path, fails):
 def test_flags(model, fails, tmp_path):
     fails(model, "--token-embedding-type", "Q9", told=["unknown tensor type Q9: there are F32, F16"])
     fails(model, "--keep", "(", told=["--keep (: not a regular expression"])
-    fails(model, "--metadata", tmp_path / "none.json", told=["none.json: no such file"])
+    fails(model, "--metadata", tmp_path / "none.json", told=["cannot read", "none.json: "])
     fails(model, "--mtp", told=["--mtp and --no-nextn are not for LlamaForCausalLM"])
     fails(model, "--mtp", "--no-nextn", code=2, told=["exclude each other"])
-    fails(model, "--split-max-size", "1T", code=2, told=["not a number of bytes"])
+    fails(model, "--split-max-size", "1T", code=2, told=["not a number"])
+    fails(model, "--split-max-tensors", "-1", code=2, told=["not a number"])
+    for text, told in ('{"general.author": 5}', "general.author cannot be 5: "), ("[1]", "holds no JSON object"):
+        (tmp_path / "meta.json").write_text(text)
+        fails(model, "--metadata", tmp_path / "meta.json", told=[told])
 
 
 # ---- the target ----
@@ -238,6 +341,30 @@ def test_no_target_directory(model, fails, tmp_path):
 def test_unwritable_target(model, fails):
     fails(model, "--outfile", "/proc/x.gguf", told=["cannot write /proc/x.gguf", "Choose another --outfile"])
     fails(model, "--outfile", "/dev/null", told=["cannot write /dev/null: it is there and is no ordinary file"])
+
+
+def test_unusable_target_names(model, fails, tmp_path):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop2")
+    (tmp_path / "loop2").symlink_to(tmp_path / "loop")
+    (tmp_path / "away").symlink_to(tmp_path / "none" / "x")
+    for name in "loop", "away", "x" * 300:
+        fails(model, "--outfile", tmp_path / name, told=["error: cannot write"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry-run"]])
+def test_every_file_of_a_split_is_checked(model, fails, tmp_path, flags):
+    shards = [tmp_path / f"out-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    flags = [*flags, "--split-max-tensors", 8]
+    shards[1].mkdir()
+    (shards[1] / "precious").write_text("x")
+    fails(model, *flags, told=["out-00002-of-00003.gguf: it is there and is no ordinary file"])
+    shutil.rmtree(shards[1])
+    os.link(model / "config.json", shards[1])
+    fails(model, *flags, told=["out-00002-of-00003.gguf: it is a file of the checkpoint itself"])
+    shards[1].unlink()
+    for i in 0, 2:
+        shards[i].symlink_to(tmp_path / "same")
+    fails(model, *flags, told=["two files of the split are symbolic links to the same place"])
 
 
 @contextlib.contextmanager
@@ -308,7 +435,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("split", [False, True])
 def test_interrupted(slow, tmp_path, number, code, split):
     (tmp_path / "out.gguf").write_bytes(b"an older target")
@@ -328,44 +455,119 @@ def test_interrupted(slow, tmp_path, number, code, split):
     assert small_models.snapshot(tmp_path) == before and sorted(p.name for p in slow.iterdir()) == input_before
 
 
-def test_interrupted_commit(good, tmp_path):
+@pytest.mark.parametrize(
+    "error, code, told",
+    [('OSError(5, "Input/output error")', 1, "Input/output error"), ("KeyboardInterrupt()", 130, "interrupted")],
+)
+def test_interrupted_commit(good, tmp_path, error, code, told):
     """A split that cannot be put in place as a whole is not put in place at all."""
-    script = """
-import os, sys
-from sherry_gguf import cli
+    patch = f"""
+import os
 rename, calls = os.rename, []
 def failing(a, b):
     calls.append(b)
     if len(calls) == 4:
-        raise OSError(5, "Input/output error")
+        raise {error}
     rename(a, b)
 os.rename = failing
-sys.exit(cli.main(sys.argv[1:]))
 """
     for i in (1, 2, 3):
         (tmp_path / f"x-0000{i}-of-00003.gguf").write_bytes(b"older %d" % i)
     before = small_models.snapshot(tmp_path)
-    process = conftest.python(script, "convert", good, "--outfile", tmp_path / "x.gguf", "--split-max-tensors", 8)
-    output, _ = process.communicate()
-    assert process.returncode == 1 and "cannot write" in output and "Input/output error" in output, output
+    done = sherry("convert", good, "--outfile", tmp_path / "x.gguf", "--split-max-tensors", 8, patch=patch)
+    assert done.returncode == code and told in done.stderr, done.stderr
     assert small_models.snapshot(tmp_path) == before
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signals_at_the_worst_moments(good, tmp_path, number):
+    """While the staging directory is made: it goes again. While a split is put in place: all of it comes first."""
+    patch = """
+import os, signal, tempfile
+def raising(function, call):
+    calls = []
+    def wrapped(*args, **kwargs):
+        result = function(*args, **kwargs)
+        calls.append(args)
+        if len(calls) == call:
+            signal.raise_signal(NUMBER)
+        return result
+    return wrapped
+""".replace("NUMBER", str(int(number)))
+    shards = [tmp_path / f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for shard in shards:
+        shard.write_bytes(b"older")
+    before = small_models.snapshot(tmp_path)
+    arguments = ["convert", good, "--outfile", tmp_path / "x.gguf", "--split-max-tensors", 8]
+    for where, call in ("tempfile.mkdtemp", 1), ("os.rename", 3):
+        done = sherry(*arguments, patch=f"{patch}\n{where} = raising({where}, {call})")
+        assert done.returncode == 128 + number and "Traceback" not in done.stderr, done.stderr
+        if call == 1:
+            assert small_models.snapshot(tmp_path) == before
+    assert sorted(tmp_path.iterdir()) == shards
+    assert all(shard.read_bytes()[:4] == b"GGUF" for shard in shards)
+
+
+def test_killed(slow, good, tmp_path):
+    """What a killed conversion left is removed by the next one; what another one is writing is not."""
+    import fcntl
+
+    process = conftest.python(SLOW, "convert", slow, "--outfile", tmp_path / "out.gguf")
+    deadline = time.monotonic() + 100
+    while not (left := list(tmp_path.glob(".sherry*/out.gguf"))):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    old = left[0].parent
+    convert = ["convert", good, "--outfile", tmp_path / "x.gguf"]
+    assert sherry(*convert).returncode == 0 and old.is_dir()  # it is at work
+    process.kill()
+    process.communicate()
+    others = [tmp_path / f".sherry-gguf-{name}" for name in ("abcdefgh", "a_split_", "notes")]
+    for other in others:
+        other.mkdir()
+    (others[1] / "0.old").write_bytes(b"the only copy of an older file")
+    lock = os.open(others[0], os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    assert sherry(*convert).returncode == 0
+    os.close(lock)
+    assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "x.gguf"])
+
+
+@pytest.mark.parametrize(
+    "where, error, told",
+    [
+        ("check_checkpoint", "MemoryError()", "error: not enough memory: MemoryError"),
+        ("make_plan", 'RuntimeError("can\'t start new thread")', "error: can't start new thread"),
+        ("_write", 'OSError(24, "Too many open files")', "error: [Errno 24] Too many open files"),
+    ],
+)
+def test_whatever_else(good, tmp_path, where, error, told):
+    """One line, and a traceback only where it is asked for."""
+    patch = f"""
+from sherry_gguf import convert
+def failing(*args, **kwargs):
+    raise {error}
+convert.{where} = failing
+"""
+    for flags in [], ["--verbose"]:
+        done = sherry("convert", good, "--outfile", tmp_path / "x.gguf", *flags, patch=patch)
+        assert done.returncode == 1 and ("Traceback" in done.stderr) == bool(flags), done.stderr
+        assert flags or done.stderr == told + "\n"
+    assert not list(tmp_path.iterdir())
 
 
 def test_damage_on_the_way_to_the_disk(good, tmp_path):
     """What is read back must be what was written."""
-    script = """
-import os, sys
-from sherry_gguf import cli, convert
+    patch = """
+import os
 fsync = os.fsync
 def damaging(fd):
     os.pwrite(fd, bytes([os.pread(fd, 1, 500_000)[0] ^ 1]), 500_000)
     fsync(fd)
 os.fsync = damaging
-sys.exit(cli.main(sys.argv[1:]))
 """
-    process = conftest.python(script, "convert", good, "--outfile", tmp_path / "x.gguf")
-    output, _ = process.communicate()
-    assert process.returncode == 1 and "read back is not what was written" in output, output
+    done = sherry("convert", good, "--outfile", tmp_path / "x.gguf", patch=patch)
+    assert done.returncode == 1 and "read back is not what was written" in done.stderr, done.stderr
     assert not list(tmp_path.iterdir())
 
 
@@ -380,6 +582,20 @@ def test_not_built(good, fails, tmp_path):
 def test_verbose_shows_the_traceback(tmp_path):
     done = sherry("convert", tmp_path / "none", "--verbose")
     assert done.returncode == 1 and "Traceback" in done.stderr and "no such directory" in done.stderr
+
+
+def test_output_that_cannot_be_shown(good, tmp_path):
+    """A terminal's encoding that lacks the path's letters; a full device behind standard output."""
+    target = tmp_path / "\u00f6 \u6a21.gguf"
+    command = [sys.executable, "-m", "sherry_gguf.cli", "convert", str(good), "--outfile", str(target)]
+    env = conftest.ENV | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and r"\xf6 \u6a21.gguf" in done.stdout, done.stderr
+    target.unlink()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, env=conftest.ENV, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr == "error: [Errno 28] No space left on device\n", done.stderr
+    assert target.stat().st_size > 500_000
 
 
 def test_runs_without_a_terminal(good, tmp_path):

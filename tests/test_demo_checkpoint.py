@@ -169,3 +169,37 @@ def test_interrupted_run_goes_on_and_ends_the_same(run, tmp_path, corpus):
     assert sorted(os.listdir(tmp_path)) == ["cut", "whole"]
     a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_damaged_files_are_named(run, trained, tmp_path, corpus):
+    out, work = tmp_path / "hf", tmp_path / "hf.training"
+    out.mkdir()
+    for text in ("", "{}", "[]", '{"settings": {}, "loss": 3}'):
+        (out / "training.json").write_text(text)
+        result = run(out, corpus)
+        assert result.status == 1
+        assert f"{out}/training.json is damaged" in result.stderr and f"remove {out} to" in result.stderr
+    (out / "training.json").unlink()
+    work.mkdir()
+    for text in ("", "[]"):
+        (work / "settings.json").write_text(text)
+        assert f"{work}/settings.json is damaged" in run(out, corpus).stderr
+    settings = json.loads((trained / "training.json").read_text())["settings"]
+    (work / "settings.json").write_text(json.dumps(settings))
+    for name in "state.pt", "tokens.npz":
+        (work / name).write_bytes(b"junk")
+        result = run(out, corpus)
+        assert result.status == 1 and f"{work}/{name} is damaged" in result.stderr
+        assert f"remove {work} to start over" in result.stderr
+
+
+def test_interrupted_while_it_imports(tmp_path, corpus):
+    (tmp_path / "numpy.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    process = subprocess.Popen([sys.executable, SCRIPT, *arguments(tmp_path / "hf", corpus)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and "interrupted; run the same command again" in errors
+    assert "Traceback" not in errors and not (tmp_path / "hf").exists()
