@@ -1100,7 +1100,7 @@ def _sherry_bytes(writer, pairs: dict[str, tuple]) -> bytes:
 
 
 def _add_sherry(writer, quantized: list[Tensor], grouping: Grouping) -> int:
-    """Put the sherry.* pairs behind the general ones, with placeholders. Returns their offset in the file."""
+    """Put the sherry.* pairs behind the general ones, with figures that `_write` corrects in place. Returns their offset in the file."""
     pairs = writer.kv_data[0]
     head = {k: v for k, v in pairs.items() if k.startswith("general.")}
     before = {k: (v.value, v.type, v.sub_type) for k, v in head.items()}

@@ -78,9 +78,11 @@ def quantize(x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         raise ValueError(f"importance is {importance.dtype} {importance.shape}, not float32 ({n},)")
     if not (np.isfinite(importance) & (importance >= 0)).all():
         raise ValueError("importance has values that are negative or not finite")
-    rows, packed, weights = x.reshape(-1, n) if n else x[:0], out.reshape(-1, max(out.shape[-1], 1)), _floats(importance)
-    for i, row in enumerate(rows):
-        status = lib.tq1_25_quantize_weighted(_floats(row), weights, _blocks(packed[i], "block_tq1_25"), n, bad)
+    if not x.size:
+        return out
+    weights = _floats(importance)
+    for i, (row, packed) in enumerate(zip(x.reshape(-1, n), out.reshape(-1, out.shape[-1]))):
+        status = lib.tq1_25_quantize_weighted(_floats(row), weights, _blocks(packed, "block_tq1_25"), n, bad)
         if status != lib.TQ1_25_OK:
             raise _error(n, i * (n // tq1_25.BLOCK) + bad[0], status)
     return out

@@ -156,7 +156,8 @@ class Ggml:
         if b.shape[1] % size:
             raise ValueError(f"rows of {b.shape[1]} bytes are not whole blocks of {size}")
         out = np.empty((b.shape[0], b.shape[1] // size * weights), np.float32)
-        self._function(name, "to_float", self._traits(name).to_float)(self._pointer(b, "const void *"), self._pointer(out, "float *"), out.size)
+        to_float = self._function(name, "to_float", self._traits(name).to_float)
+        to_float(self._pointer(b, "const void *"), self._pointer(out, "float *"), out.size)
         return out
 
     def from_float(self, name: str, x: np.ndarray) -> np.ndarray:

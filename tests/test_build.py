@@ -38,9 +38,9 @@ def checkout(tmp_path):
 
 
 @pytest.fixture
-def stub(tmp_path):
+def unconfigured(tmp_path):
     """A build directory of its own with the patched source, whose configuration failed for want of a compiler."""
-    directory = tmp_path / "stub"
+    directory = tmp_path / "unconfigured"
     shutil.copytree(llama_cpp.root() / "download", directory / "download")
     code, text = build("-DCMAKE_C_COMPILER=/nonexistent", SHERRY_BUILD_DIR=str(directory))
     assert code == 1 and "cmake failed" in text and "/nonexistent" in text, text
@@ -54,19 +54,19 @@ def test_a_second_run_touches_nothing():
     assert {p: p.stat().st_mtime_ns for p in before} == before
 
 
-def test_a_failed_configuration_is_not_taken_for_the_next_one(stub):
+def test_a_failed_configuration_is_not_taken_for_the_next_one(unconfigured):
     """The failure left CMake's cache behind, which names a compiler that isn't there."""
-    code, text = build("-DCMAKE_C_COMPILER=/nonexistent/either", SHERRY_BUILD_DIR=str(stub))
+    code, text = build("-DCMAKE_C_COMPILER=/nonexistent/either", SHERRY_BUILD_DIR=str(unconfigured))
     assert code == 1 and "the patched source is up to date" in text and "/nonexistent/either" in text, text
 
 
-def test_a_damaged_source_is_mended(stub):
-    source = stub / "llama.cpp"
+def test_a_damaged_source_is_mended(unconfigured):
+    source = unconfigured / "llama.cpp"
     before = {p: p.stat().st_mtime_ns for p in source.rglob("*") if p.is_file()}
     (source / "ggml" / "src" / "ggml.c").write_text("")
     (source / "CMakeLists.txt").unlink()
     (source / "extra.txt").write_text("")
-    code, text = build("-DCMAKE_C_COMPILER=/nonexistent", SHERRY_BUILD_DIR=str(stub))
+    code, text = build("-DCMAKE_C_COMPILER=/nonexistent", SHERRY_BUILD_DIR=str(unconfigured))
     assert code == 1 and "unpacking" in text, text
     after = {p: p.stat().st_mtime_ns for p in source.rglob("*") if p.is_file()}
     assert after.keys() == before.keys()
