@@ -1,19 +1,10 @@
 // TQ1_25 dot product for AVX2 with FMA and F16C.
 
-#include "tq1_25.h"
+#include "tq1_25-x86.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include <immintrin.h>
 #include <string.h>
-
-#ifdef _MSC_VER
-#    define TARGET
-#else
-#    define TARGET __attribute__((target("avx2,fma,f16c")))
-#endif
-
-static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
 
 #define TABLE(lane) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) lanes[lane]))
 #define BY_LANE(y) _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *) (y).qs), by_lane)
@@ -24,7 +15,7 @@ static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_
 // the sums of one Q8_0 block and four scales apply to the block's sums at once. The other way round, interleaving the
 // weights to meet the activations in order, has fewer shuffles but must add up and scale four vectors: 0.85 of this
 // rate. Weights plus one, corrected by the activations' sum, instead of signs: 0.8.
-TARGET void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
+TARGET(AVX2) void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
     const __m256i table0 = TABLE(0), table1 = TABLE(1), table2 = TABLE(2), table3 = TABLE(3);
     const __m256i nibble = _mm256_set1_epi8(15), one8 = _mm256_set1_epi8(1), one16 = _mm256_set1_epi16(1);
     const __m256i shift = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);

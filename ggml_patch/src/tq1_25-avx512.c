@@ -1,22 +1,10 @@
 // TQ1_25 dot product for AVX-512: F, DQ, BW, VL; and with VNNI.
 
-#include "tq1_25.h"
+#include "tq1_25-x86.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
-#include <immintrin.h>
 #include <string.h>
-
-#ifdef _MSC_VER
-#    define TARGET(isa)
-#    define INLINE static __forceinline
-#else
-#    define TARGET(isa) __attribute__((target(isa)))
-#    define INLINE static inline __attribute__((always_inline))
-#endif
-
-#define AVX512     "avx512f,avx512dq,avx512bw,avx512vl,avx2,fma,f16c"
-#define AVX512VNNI AVX512 ",avx512vnni"
 
 // A code's four weights plus one, lane 0 in the low byte: 0, 1 or 2, so unsigned as the multiplications want it.
 #define W(z, a, b, c) ( (z) == 0 ? 0x1u       | (a) << 8 | (b) << 16 | (c) << 24 \

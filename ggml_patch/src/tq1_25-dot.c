@@ -34,12 +34,12 @@ void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const t
 
 #ifdef _MSC_VER
 #    include <intrin.h>
-static void cpuid(unsigned leaf, unsigned r[4]) { __cpuidex((int *) r, (int) leaf, 0); }
+static void cpuid_sub(unsigned leaf, unsigned sub, unsigned r[4]) { __cpuidex((int *) r, (int) leaf, (int) sub); }
 static uint64_t xcr0(void) { return _xgetbv(0); }
 #else
 #    include <cpuid.h>
-static void cpuid(unsigned leaf, unsigned r[4]) {
-    if (!__get_cpuid_count(leaf, 0, r, r + 1, r + 2, r + 3)) {
+static void cpuid_sub(unsigned leaf, unsigned sub, unsigned r[4]) {
+    if (!__get_cpuid_count(leaf, sub, r, r + 1, r + 2, r + 3)) {
         r[0] = r[1] = r[2] = r[3] = 0;
     }
 }
@@ -49,6 +49,8 @@ static uint64_t xcr0(void) {
     return (uint64_t) high << 32 | low;
 }
 #endif
+
+static void cpuid(unsigned leaf, unsigned r[4]) { cpuid_sub(leaf, 0, r); }
 
 #define ALL(word, mask) (((word) & (mask)) == (mask))
 
@@ -72,6 +74,18 @@ static int has_avx512vnni(void) {
     return has_avx512() && ALL(seven[2], 1u << 11);
 }
 
+static int has_avx512vbmi(void) { // with VNNI
+    unsigned seven[4];
+    cpuid(7, seven);
+    return has_avx512vnni() && ALL(seven[2], 1u << 1);
+}
+
+static int has_avxvnni(void) {
+    unsigned seven[4];
+    cpuid_sub(7, 1, seven);
+    return has_avx2() && ALL(seven[0], 1u << 4);
+}
+
 #endif
 
 // ---- the choice ----
@@ -84,14 +98,24 @@ static int has_avx512vnni(void) {
 #    define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
 #endif
 
+#define TABLES(max, size, isa)     .max_tables = max, .table_size = size, .table = tq1_25_table_##isa
+#define PANELS(decoder, isa, mask) .decode = tq1_25_decode_##decoder, .gemm = tq1_25_gemm_##isa, .bias_mask = mask
+
 const struct tq1_25_isa tq1_25_isas[] = {
 #if defined(__x86_64__) || defined(_M_X64)
-    { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni },
-    { "avx512",     tq1_25_vec_dot_avx512,     has_avx512     },
-    { "avx2",       tq1_25_vec_dot_avx2,       has_avx2       },
+    { "avx512vbmi", tq1_25_vec_dot_avx512vnni, has_avx512vbmi, TABLES(4, 512, avx512vbmi), .gemv = tq1_25_gemv_avx512vbmi,
+      PANELS(avx512, avx512vnni, 0xffffffff) },
+    { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni, TABLES(4, 256, avx2), .gemv = tq1_25_gemv_avx512,
+      PANELS(avx512, avx512vnni, 0xffffffff) },
+    { "avx512",     tq1_25_vec_dot_avx512,     has_avx512,     TABLES(4, 256, avx2), .gemv = tq1_25_gemv_avx512,
+      PANELS(avx512, avx512, 0xffff) },
+    { "avxvnni",    tq1_25_vec_dot_avx2,       has_avxvnni,    TABLES(3, 256, avx2), .gemv = tq1_25_gemv_avx2,
+      PANELS(avx2, avxvnni, 0xffffffff) },
+    { "avx2",       tq1_25_vec_dot_avx2,       has_avx2,       TABLES(3, 256, avx2), .gemv = tq1_25_gemv_avx2,
+      PANELS(avx2, avx2, 0xffff) },
 #endif
-    { "scalar",     tq1_25_vec_dot_scalar,     NULL           },
-    { NULL,         NULL,                      NULL           },
+    { "scalar",     tq1_25_vec_dot_scalar,     NULL },
+    { NULL },
 };
 
 static const struct tq1_25_isa * choose(void) {
@@ -109,7 +133,7 @@ static const struct tq1_25_isa * choose(void) {
     if (isa->name && (!isa->supported || isa->supported())) {
         return isa;
     }
-    char message[512]; // written in one piece, whatever other threads have to say
+    char message[640]; // written in one piece, whatever other threads have to say
     int length = snprintf(message, sizeof(message), "SHERRY_ISA=%.64s: %s; this CPU runs", forced,
                           isa->name ? "this CPU lacks it" : "there is no such instruction set in this build");
     for (isa = tq1_25_isas; isa->name; ++isa) {

@@ -85,10 +85,62 @@ TQ1_25_API size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int6
 // *s = sum over blocks i of d_w[i] * sum over j of d_y[4i+j] * (integer sum of the 32 products), n weights
 typedef void (*tq1_25_vec_dot_t)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 
+// ---- repacked (tq1_25-repack.c, tq1_25-gemv-*.c, tq1_25-gemm-*.c) ----
+//
+// At load, 64 rows are interleaved, so that one instruction meets the same place of each. A matrix of `rows` rows of n
+// weights takes as many bytes as before: rows / 64 rows of tiles, each n / 128 tiles that follow one another, then
+// the rows that are left over, up to 63, as the plain blocks they were.
+
+#define TQ1_25_TILE 64
+
+// 64 rows, a block of each: 22 cache lines
+typedef struct {
+    struct {
+        uint8_t qs[TQ1_25_QK8_0 / TQ1_25_GROUP / 2][TQ1_25_TILE]; // byte 4j+i of each row's qs: groups 8j+i and 8j+4+i
+        uint8_t sign[TQ1_25_TILE];                                // byte j of each row's sign
+    } part[QK_TQ1_25 / TQ1_25_QK8_0];                             // the 32 weights that meet one Q8_0 block
+    uint16_t d[TQ1_25_TILE];                                      // of the row TQ1_25_ROW(place)
+} tq1_25_tile;
+TQ1_25_ASSERT(sizeof(tq1_25_tile) == TQ1_25_TILE * sizeof(block_tq1_25), "tq1_25_tile has padding");
+
+// The row whose scale is at a place of tq1_25_tile.d: the order in which sums come out of the lookup. A place is
+// upper eight of sixteen, odd, sixteen, pair: h o kk mm; its row kk h mm o.
+#define TQ1_25_ROW(place) (((place) >> 2 & 3) << 4 | ((place) >> 5) << 3 | ((place) & 3) << 1 | ((place) >> 4 & 1))
+
+// Matrix by vector. For four activations a group of weights has one of 32 sums t, one for each code; they are tabulated
+// once for a vector, and a row's share is looked up. t = TQ1_25_SPLIT * high + low, both small enough for a byte to hold
+// eight of them, which is as many as share a scale: |t| <= 3 * 128, |high| <= 14, |low| <= 15.
+#define TQ1_25_SPLIT 28
+
+// Matrix by matrix. Weights plus one as bytes, so unsigned as the multiplications want them: 64 rows, a block of each.
+typedef struct {
+    uint8_t w[TQ1_25_TILE / 16][TQ1_25_GROUPS][16][TQ1_25_GROUP]; // sixteen rows, group, row, lane
+    float   d[TQ1_25_TILE];
+} tq1_25_decoded;
+
+// Activations of up to six vectors, the columns of a panel. For each Q8_0 block of them: eight groups by nc columns by
+// four int8; nc int32, minus the sum of the block, which takes the one from the weights again; nc floats, the scales.
+#define TQ1_25_COLUMNS 6
+
 struct tq1_25_isa {
     const char *     name;
     tq1_25_vec_dot_t vec_dot;
     int (*supported)(void); // by this CPU; NULL: everywhere
+
+    // The rest is 0 where there are no kernels for repacked rows.
+
+    int max_tables; // up to so many vectors, tables are faster than panels (scripts/bench measures it)
+
+    // Tables of nb Q8_0 blocks, table_size bytes each, and their scales.
+    int64_t table_size;
+    void (*table)(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d);
+    // The 64 dot products of a row of tiles, rows of n weights.
+    void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
+
+    void (*decode)(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
+    // s[c][r] = or += the dot products of 64 rows, nb decoded tiles, with the nc columns of a panel.
+    void (*gemm)(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
+    uint32_t bias_mask; // of the int32 in a panel: what sums in pairs of int16 holds it in one of them
 };
 
 // Those compiled in, the best first; the last is "scalar". Ends with a NULL name.
@@ -103,10 +155,51 @@ void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const t
 void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_avx512(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_avx512vnni(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d);
+void tq1_25_table_avx512vbmi(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d);
+void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
+void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
+void tq1_25_gemv_avx512vbmi(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
+void tq1_25_decode_avx2(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
+void tq1_25_decode_avx512(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
+void tq1_25_gemm_avx2(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
+void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
+void tq1_25_gemm_avx512(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
+void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
 #endif
 
 // In the shape of ggml's table: the best instruction set's; one row (nrc = 1).
 void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
+
+// Blocks of rows to tiles, as many bytes; x and y do not overlap.
+TQ1_25_API void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
+
+// What follows works on tile rows begin .. end - 1 of a repacked matrix x, of which there are (rows + 63) / 64, and on
+// vectors of n Q8_0 activations. Threads share the work by ranges; each part of a result is written by one.
+
+// The tables of a vector: their bytes, and those of activations begin .. end - 1, multiples of 32.
+int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n);
+void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
+
+// s[c][row] for columns c < nc, from their activations y[c] and tables[c].
+void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s);
+
+// The panel of nc columns, nc <= TQ1_25_COLUMNS: its bytes, and those of activations begin .. end - 1, multiples of 32.
+int64_t tq1_25_panel_size(int64_t n, int nc);
+void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
+
+#define TQ1_25_DEPTH 8 // blocks of a row that are decoded at once, for all columns: 66 KB
+
+struct tq1_25_scratch { // of a thread
+    tq1_25_decoded decoded[TQ1_25_DEPTH];
+    tq1_25_tile    tiles[TQ1_25_DEPTH];               // of the rows that are left over
+    float          sums[TQ1_25_COLUMNS][TQ1_25_TILE];
+};
+
+// s[c][row] for columns c < nc, from panels of TQ1_25_COLUMNS columns that follow one another, the last of the rest.
+void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+                       int64_t nc, const void * panels, float * const * s, struct tq1_25_scratch * scratch);
 
 // ---- shared by the above ----
 
@@ -136,6 +229,9 @@ static inline float tq1_25_fp16_to_float(uint16_t h) {
     out.u |= sign;
     return out.f;
 }
+
+// Scales of a tile to those of its rows.
+void tq1_25_decode_scales(const tq1_25_tile * x, tq1_25_decoded * w);
 
 #ifdef __cplusplus
 }

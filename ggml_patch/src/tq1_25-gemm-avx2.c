@@ -1,0 +1,116 @@
+// Repacked TQ1_25, matrix by matrix, for AVX2 with FMA and F16C, and with AVX-VNNI.
+
+#include "tq1_25-x86.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#define LOAD(p)      _mm256_loadu_si256((const __m256i *) (p))
+#define BROADCAST(p) _mm256_set1_epi32(*(const int32_t *) (p))
+
+enum { WIDTH = 3 }; // columns at a time: the sums of a Q8_0 block and of a block of weights fill twelve of sixteen registers
+
+// 16 rows, the quarter of a tile, by columns first .. first + width - 1 of a panel's nc.
+#define BODY(STEP, SUM)                                                                                                \
+    for (int64_t i = 0; i < nb; ++i, ++w) {                                                                            \
+        __m256 block[WIDTH][2];                                                                                        \
+        const uint8_t * rows = w->w[quarter][0][0];                                                                    \
+        for (int j = 0; j < PARTS; ++j) {                                                                              \
+            __m256i sum[WIDTH][2];                                                                                     \
+            UNROLL for (int c = 0; c < width; ++c) {                                                                   \
+                sum[c][0] = sum[c][1] = BROADCAST(panel + 4 * (GROUPS * nc + first + c));                              \
+            }                                                                                                          \
+            UNROLL for (int g = 0; g < GROUPS; ++g, rows += 64) {                                                      \
+                const __m256i w0 = LOAD(rows), w1 = LOAD(rows + 32);                                                   \
+                UNROLL for (int c = 0; c < width; ++c) {                                                               \
+                    const __m256i y = BROADCAST(panel + 4 * (g * nc + first + c));                                     \
+                    STEP(sum[c][0], w0, y);                                                                            \
+                    STEP(sum[c][1], w1, y);                                                                            \
+                }                                                                                                      \
+            }                                                                                                          \
+            UNROLL for (int c = 0; c < width; ++c) {                                                                   \
+                const __m256 d = _mm256_set1_ps(*(const float *) (panel + 4 * ((GROUPS + 1) * nc + first + c)));       \
+                const __m256 f0 = _mm256_cvtepi32_ps(SUM(sum[c][0])), f1 = _mm256_cvtepi32_ps(SUM(sum[c][1]));         \
+                block[c][0] = j == 0 ? _mm256_mul_ps(f0, d) : _mm256_fmadd_ps(f0, d, block[c][0]);                     \
+                block[c][1] = j == 0 ? _mm256_mul_ps(f1, d) : _mm256_fmadd_ps(f1, d, block[c][1]);                     \
+            }                                                                                                          \
+            panel += 4 * (GROUPS + 2) * nc;                                                                            \
+        }                                                                                                              \
+        const __m256 d0 = _mm256_loadu_ps(w->d + 16 * quarter), d1 = _mm256_loadu_ps(w->d + 16 * quarter + 8);         \
+        UNROLL for (int c = 0; c < width; ++c) {                                                                       \
+            float * to = s[first + c] + 16 * quarter;                                                                  \
+            const __m256 t0 = add ? _mm256_loadu_ps(to)     : _mm256_setzero_ps();                                     \
+            const __m256 t1 = add ? _mm256_loadu_ps(to + 8) : _mm256_setzero_ps();                                     \
+            _mm256_storeu_ps(to,     _mm256_fmadd_ps(block[c][0], d0, t0));                                            \
+            _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(block[c][1], d1, t1));                                            \
+        }                                                                                                              \
+        add = true;                                                                                                    \
+    }
+
+#define ARGUMENTS int64_t nb, int nc, int first, int width, float * const * s, bool add, const tq1_25_decoded * w, int quarter, const int8_t * panel
+
+// int16 holds eight sums of two products of at most 2 * 128 each, with the bias in one of a pair.
+#define STEP(sum, w, y) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, y)); IN_ORDER(sum)
+#define SUM(sum) _mm256_madd_epi16(sum, _mm256_set1_epi16(1))
+TARGET(AVX2) INLINE void quarter_avx2(ARGUMENTS) { BODY(STEP, SUM) }
+
+#define STEP_VNNI(sum, w, y) sum = _mm256_dpbusd_avx_epi32(sum, w, y)
+#define SUM_VNNI(sum) (sum)
+TARGET(AVXVNNI) INLINE void quarter_avxvnni(ARGUMENTS) { BODY(STEP_VNNI, SUM_VNNI) }
+
+// The numbers of columns are constants in each: with strides that are not, the registers for addresses run out.
+#define PASS(KERNEL, nc, first, width) KERNEL(nb, nc, first, width, s, add, w, quarter, panel)
+#define BY_COLUMNS(KERNEL)                                                                  \
+    for (int quarter = 0; quarter < TQ1_25_TILE / 16; ++quarter) {                          \
+        switch (nc) {                                                                       \
+            case 1:  PASS(KERNEL, 1, 0, 1); break;                                          \
+            case 2:  PASS(KERNEL, 2, 0, 2); break;                                          \
+            case 3:  PASS(KERNEL, 3, 0, 3); break;                                          \
+            case 4:  PASS(KERNEL, 4, 0, 2); PASS(KERNEL, 4, 2, 2); break;                   \
+            case 5:  PASS(KERNEL, 5, 0, 3); PASS(KERNEL, 5, 3, 2); break;                   \
+            default: PASS(KERNEL, TQ1_25_COLUMNS, 0, 3); PASS(KERNEL, TQ1_25_COLUMNS, 3, 3); \
+        }                                                                                   \
+    }
+
+TARGET(AVX2) void tq1_25_gemm_avx2(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel) {
+    BY_COLUMNS(quarter_avx2)
+}
+
+TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel) {
+    BY_COLUMNS(quarter_avxvnni)
+}
+
+// ---- weights to bytes ----
+
+TARGET(AVX2) void tq1_25_decode_avx2(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w) {
+    const __m256i one = _mm256_set1_epi8(1), nibble = _mm256_set1_epi8(15);
+    __m256i table[TQ1_25_GROUP];
+    for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+        table[lane] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) lanes[lane]));
+    }
+    for (int64_t i = 0; i < nb; ++i, ++x, ++w) {
+        for (int at = 0; at < TQ1_25_TILE; at += 32) {
+            for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+                const int j = g / GROUPS, bit = g % GROUPS;
+                const __m256i bits  = _mm256_srl_epi16(LOAD(x->part[j].qs[bit % 4] + at), _mm_cvtsi32_si128(bit < 4 ? 0 : 4));
+                const __m256i slots = _mm256_and_si256(bits, nibble);
+                const __m256i signs = _mm256_sll_epi16(LOAD(x->part[j].sign + at), _mm_cvtsi32_si128(7 - bit));
+                const __m256i sign  = _mm256_or_si256(signs, one); // the group's bit is on top
+#define OF_LANE(l) _mm256_add_epi8(one, _mm256_sign_epi8(_mm256_shuffle_epi8(table[l], slots), sign))
+                const __m256i l0 = OF_LANE(0), l1 = OF_LANE(1), l2 = OF_LANE(2), l3 = OF_LANE(3);
+                // Four bytes a row: 128-bit half k holds rows 16k and on, 16k + 4, 16k + 8, 16k + 12.
+                const __m256i l01 = _mm256_unpacklo_epi8(l0, l1), h01 = _mm256_unpackhi_epi8(l0, l1);
+                const __m256i l23 = _mm256_unpacklo_epi8(l2, l3), h23 = _mm256_unpackhi_epi8(l2, l3);
+                const __m256i r0 = _mm256_unpacklo_epi16(l01, l23), r4  = _mm256_unpackhi_epi16(l01, l23);
+                const __m256i r8 = _mm256_unpacklo_epi16(h01, h23), r12 = _mm256_unpackhi_epi16(h01, h23);
+                __m256i * lower = (__m256i *) w->w[at / 16][g], * upper = (__m256i *) w->w[at / 16 + 1][g];
+                _mm256_storeu_si256(lower,     _mm256_permute2x128_si256(r0, r4, 0x20));
+                _mm256_storeu_si256(lower + 1, _mm256_permute2x128_si256(r8, r12, 0x20));
+                _mm256_storeu_si256(upper,     _mm256_permute2x128_si256(r0, r4, 0x31));
+                _mm256_storeu_si256(upper + 1, _mm256_permute2x128_si256(r8, r12, 0x31));
+            }
+        }
+        tq1_25_decode_scales(x, w);
+    }
+}
+
+#endif

@@ -1,0 +1,287 @@
+// TQ1_25 in ggml's repack buffer: included by ggml-cpu/repack.cpp. Finds the rows and shares the work among the threads;
+// the arithmetic is in tq1_25-repack.c and the kernels that it calls.
+
+#pragma once
+
+#include "tq1_25.h"
+
+#include <algorithm>
+#include <numeric>
+
+#ifdef __linux__
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
+
+namespace ggml::cpu::repack {
+
+// MUL_MAT and MUL_MAT_ID of a repacked TQ1_25 tensor. The vectors that meet one matrix are its columns: MUL_MAT has one
+// matrix, MUL_MAT_ID one an expert. Few columns are multiplied through tables, many through panels.
+class tq1_25_traits : public tensor_traits_base {
+    // The work buffer.
+    struct layout {
+        bool    ids;
+        int64_t n, rows, columns, experts, units; // rows: of src1; units: rows of tiles of a matrix
+        bool    all_tables;                       // whatever the experts' columns are
+        int64_t slots;                            // for tables
+        size_t  row_size, table_size;
+        size_t  q8_0, tables, panels, scratch;    // offsets
+        size_t  y, s, table;                      // of each column, by expert: pointers to activations, result and table
+        size_t  first, cursor;                    // the first column of each expert, and the first after the last; where to add one
+        size_t  slot, row;                        // the slot of a row, or -1; the row of a slot
+        size_t  counts;                           // experts that have columns, slots that are taken
+        size_t  size = 0;
+
+        layout(const ggml_tensor * op, int n_threads) {
+            const ggml_tensor * src0 = op->src[0], * src1 = op->src[1];
+            const tq1_25_isa *  isa  = tq1_25_best_isa();
+            ids        = op->op == GGML_OP_MUL_MAT_ID;
+            n          = src0->ne[0];
+            rows       = ggml_nrows(src1);
+            columns    = ggml_nrows(op);
+            experts    = ids ? src0->ne[2] : 1;
+            units      = (src0->ne[1] + TQ1_25_TILE - 1) / TQ1_25_TILE;
+            all_tables = (ids ? op->ne[2] : columns) <= isa->max_tables;
+            slots      = all_tables ? rows : ids ? std::min(rows, experts * isa->max_tables) : 0;
+            row_size   = ggml_row_size(GGML_TYPE_Q8_0, n);
+            table_size = (size_t) tq1_25_table_size(isa, n);
+            q8_0    = take(row_size, rows);
+            tables  = take(table_size, slots);
+            panels  = take((size_t) tq1_25_panel_size(n, 1), all_tables ? 0 : columns);
+            scratch = take(sizeof(tq1_25_scratch), all_tables ? 0 : n_threads);
+            y       = take(sizeof(void *), columns);
+            s       = take(sizeof(void *), columns);
+            table   = take(sizeof(void *), columns);
+            first   = take(sizeof(int64_t), experts + 1);
+            cursor  = take(sizeof(int64_t), experts);
+            slot    = take(sizeof(int64_t), rows);
+            row     = take(sizeof(int64_t), slots);
+            counts  = take(sizeof(int64_t), 2);
+        }
+
+        size_t take(size_t bytes, int64_t count) {
+            const size_t at = size;
+            size = GGML_PAD(at + bytes * (size_t) count, 64);
+            return at;
+        }
+    };
+
+    struct job : layout {
+        ggml_compute_params * params;
+        ggml_tensor *         op;
+        const tq1_25_isa *    isa = tq1_25_best_isa();
+        char *                base;
+
+        job(ggml_compute_params * params, ggml_tensor * op) : layout(op, params->nth), params(params), op(op) {
+            base = (char *) GGML_PAD((uintptr_t) params->wdata, 64);
+            GGML_ASSERT(base + size <= (char *) params->wdata + params->wsize);
+        }
+
+        template <typename T> T * at(size_t offset) const { return (T *) (base + offset); }
+
+        const tq1_25_q8_0 ** columns_y() const     { return at<const tq1_25_q8_0 *>(y); }
+        float **             columns_s() const     { return at<float *>(s); }
+        void **              columns_table() const { return at<void *>(table); }
+        int64_t *            firsts() const        { return at<int64_t>(first); }
+        int64_t &            active_experts() const { return at<int64_t>(counts)[0]; }
+        int64_t &            taken_slots() const    { return at<int64_t>(counts)[1]; }
+
+        tq1_25_q8_0 * activations(int64_t row_) const { return at<tq1_25_q8_0>(q8_0 + row_size * (size_t) row_); }
+        void *        table_of(int64_t slot_) const   { return base + tables + table_size * (size_t) slot_; }
+        // Panels of an expert follow one another, each as large as its columns ask for.
+        void *        panel_at(int64_t column) const  { return base + panels + tq1_25_panel_size(n, 1) * column; }
+        bool          by_tables(int64_t count) const  { return all_tables || count <= isa->max_tables; }
+
+        // f(item, begin, end) for this thread's part of the items. Where there are fewer of them than threads, each is
+        // cut along the vector.
+        template <typename F> void share(int64_t count, F f) const {
+            const int64_t blocks = n / QK_TQ1_25;
+            const int64_t cuts   = count < params->nth ? std::min((params->nth + count - 1) / std::max<int64_t>(count, 1), blocks) : 1;
+            for (int64_t i = params->ith; i < count * cuts; i += params->nth) {
+                const int64_t cut = i % cuts;
+                f(i / cuts, blocks * cut / cuts * QK_TQ1_25, blocks * (cut + 1) / cuts * QK_TQ1_25);
+            }
+        }
+
+        void quantize(int64_t row_, int64_t begin, int64_t end) const {
+            const ggml_tensor * src1 = op->src[1];
+            const int64_t i1 = row_ % src1->ne[1], i2 = row_ / src1->ne[1] % src1->ne[2], i3 = row_ / src1->ne[1] / src1->ne[2];
+            const char *  x  = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
+            ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float((const float *) x + begin, activations(row_) + begin / TQ1_25_QK8_0, end - begin);
+        }
+
+        void find_columns() const {
+            for (int64_t c = 0; c < columns; ++c) {
+                const int64_t i1 = c % op->ne[1], i2 = c / op->ne[1] % op->ne[2], i3 = c / op->ne[1] / op->ne[2];
+                columns_y()[c] = activations(c);
+                columns_s()[c] = (float *) ((char *) op->data + i1 * op->nb[1] + i2 * op->nb[2] + i3 * op->nb[3]);
+                columns_table()[c] = all_tables ? table_of(c) : nullptr;
+            }
+            firsts()[0]      = 0;
+            firsts()[1]      = columns;
+            active_experts() = columns > 0;
+        }
+
+        void find_columns_of_experts() const {
+            const ggml_tensor * src1 = op->src[1], * id = op->src[2];
+            const auto expert = [&](int64_t token, int64_t k) {
+                const int32_t e = *(const int32_t *) ((const char *) id->data + token * id->nb[1] + k * id->nb[0]);
+                GGML_ASSERT(e >= 0 && e < experts);
+                return e;
+            };
+            std::fill(firsts(), firsts() + experts + 1, 0);
+            for (int64_t token = 0; token < id->ne[1]; ++token) {
+                for (int64_t k = 0; k < id->ne[0]; ++k) {
+                    ++firsts()[expert(token, k) + 1];
+                }
+            }
+            active_experts() = std::count_if(firsts() + 1, firsts() + experts + 1, [](int64_t count) { return count > 0; });
+            std::partial_sum(firsts(), firsts() + experts + 1, firsts());
+            std::copy(firsts(), firsts() + experts, at<int64_t>(cursor));
+            std::fill(at<int64_t>(slot), at<int64_t>(slot) + rows, -1);
+            taken_slots() = 0;
+            for (int64_t token = 0; token < id->ne[1]; ++token) {
+                for (int64_t k = 0; k < id->ne[0]; ++k) {
+                    const int64_t e = expert(token, k), row_ = k % src1->ne[1] + token * src1->ne[1];
+                    const int64_t c = at<int64_t>(cursor)[e]++;
+                    columns_y()[c]     = activations(row_);
+                    columns_s()[c]     = (float *) ((char *) op->data + k * op->nb[1] + token * op->nb[2]);
+                    columns_table()[c] = nullptr;
+                    if (all_tables) {
+                        columns_table()[c] = table_of(row_);
+                    } else if (by_tables(firsts()[e + 1] - firsts()[e])) {
+                        int64_t & slot_ = at<int64_t>(slot)[row_];
+                        if (slot_ < 0) {
+                            slot_ = taken_slots()++;
+                            at<int64_t>(row)[slot_] = row_;
+                        }
+                        columns_table()[c] = table_of(slot_);
+                    }
+                }
+            }
+        }
+
+        // Activations to Q8_0, and on to tables or panels.
+        void prepare() const {
+            if (params->ith == 0) {
+                if (ids) {
+                    find_columns_of_experts();
+                } else {
+                    find_columns();
+                }
+                ggml_threadpool_chunk_set(params->threadpool, params->nth); // of multiply
+            }
+            if (all_tables) {
+                share(rows, [&](int64_t row_, int64_t begin, int64_t end) {
+                    quantize(row_, begin, end);
+                    tq1_25_make_table(isa, n, begin, end, activations(row_), table_of(row_));
+                });
+            } else if (!ids) {
+                share((columns + TQ1_25_COLUMNS - 1) / TQ1_25_COLUMNS, [&](int64_t panel, int64_t begin, int64_t end) {
+                    const int64_t c = panel * TQ1_25_COLUMNS;
+                    const int     count = (int) std::min<int64_t>(columns - c, TQ1_25_COLUMNS);
+                    const tq1_25_q8_0 * of[TQ1_25_COLUMNS];
+                    for (int k = 0; k < count; ++k) {
+                        quantize(c + k, begin, end);
+                        of[k] = activations(c + k);
+                    }
+                    tq1_25_make_panel(isa, begin, end, count, of, panel_at(c));
+                });
+            } else {
+                share(rows, [&](int64_t row_, int64_t begin, int64_t end) { quantize(row_, begin, end); });
+                ggml_barrier(params->threadpool);
+                share(taken_slots(), [&](int64_t slot_, int64_t begin, int64_t end) {
+                    tq1_25_make_table(isa, n, begin, end, activations(at<int64_t>(row)[slot_]), table_of(slot_));
+                });
+                int64_t panel = 0;
+                for (int64_t e = 0; e < experts; ++e) {
+                    const int64_t end = firsts()[e + 1];
+                    for (int64_t c = firsts()[e]; !by_tables(end - firsts()[e]) && c < end; c += TQ1_25_COLUMNS) {
+                        if (panel++ % params->nth == params->ith) {
+                            tq1_25_make_panel(isa, 0, n, (int) std::min<int64_t>(end - c, TQ1_25_COLUMNS), columns_y() + c, panel_at(c));
+                        }
+                    }
+                }
+            }
+            ggml_barrier(params->threadpool);
+        }
+
+        // A matrix's units are cut into chunks, and where these are few, its panels too. Threads take them in turn; with
+        // NUMA each has its own.
+        void multiply() const {
+            const bool    numa = ggml_is_numa();
+            const int64_t nth = params->nth, wanted = (numa ? nth : 4 * nth) / std::max<int64_t>(active_experts(), 1) + 1;
+            int64_t next = params->ith, base_ = 0;
+            for (int64_t e = 0; e < experts; ++e) {
+                const int64_t begin = firsts()[e], count = firsts()[e + 1] - begin;
+                if (count == 0) {
+                    continue;
+                }
+                enum { PANELS = 8 }; // at least, for what a row of tiles costs to decode
+                const int64_t panels_ = (count + TQ1_25_COLUMNS - 1) / TQ1_25_COLUMNS;
+                const int64_t cuts    = std::min(units, wanted);
+                const int64_t groups  = by_tables(count) ? 1 : std::clamp<int64_t>((wanted + cuts - 1) / cuts, 1, (panels_ + PANELS - 1) / PANELS);
+                while (next < base_ + cuts * groups) {
+                    const int64_t cut = (next - base_) % cuts, group = (next - base_) / cuts;
+                    const int64_t from = begin + panels_ * group / groups * TQ1_25_COLUMNS;
+                    const int64_t to   = std::min(begin + panels_ * (group + 1) / groups * TQ1_25_COLUMNS, begin + count);
+                    multiply(e, units * cut / cuts, units * (cut + 1) / cuts, from, to);
+                    next = numa ? next + nth : ggml_threadpool_chunk_add(params->threadpool, 1);
+                }
+                base_ += cuts * groups;
+            }
+        }
+
+        void multiply(int64_t e, int64_t unit, int64_t end, int64_t column, int64_t last) const {
+            const ggml_tensor * src0 = op->src[0];
+            const char *        x = (const char *) src0->data + e * src0->nb[2];
+            if (by_tables(firsts()[e + 1] - firsts()[e])) {
+                tq1_25_mul_tables(isa, src0->ne[1], n, x, unit, end, (int) (last - column), columns_y() + column, columns_table() + column, columns_s() + column);
+            } else {
+                tq1_25_mul_panels(isa, src0->ne[1], n, x, unit, end, last - column, panel_at(column), columns_s() + column, at<tq1_25_scratch>(scratch) + params->ith);
+            }
+        }
+    };
+
+  public:
+    // Where the CPU has kernels for it and there is a tile to fill.
+    static const ggml::cpu::tensor_traits * choose(const ggml_tensor * t) {
+        static const tq1_25_traits traits;
+        return tq1_25_best_isa()->gemv && t->ne[1] >= TQ1_25_TILE ? &traits : nullptr;
+    }
+
+    bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
+        if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
+            return false;
+        }
+        size = layout(op, n_threads).size + 64; // for the alignment
+        return true;
+    }
+
+    bool compute_forward(ggml_compute_params * params, ggml_tensor * op) override {
+        if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
+            return false;
+        }
+        GGML_ASSERT(op->src[1]->type == GGML_TYPE_F32 && op->src[1]->nb[0] == sizeof(float) && op->nb[0] == sizeof(float));
+        const job job_(params, op);
+        job_.prepare();
+        job_.multiply();
+        return true;
+    }
+
+    int repack(ggml_tensor * t, const void * data, size_t size) override {
+        GGML_ASSERT(size == ggml_nbytes(t));
+#ifdef __linux__
+        // Weights stream by, so that a page's address is looked up often: large pages read 6 % faster.
+        const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE), begin = (uintptr_t) t->data / page * page;
+        madvise((void *) begin, (uintptr_t) t->data + size - begin, MADV_HUGEPAGE); // advice: may fail
+#endif
+        const size_t matrix = t->nb[2];
+        for (int64_t i = 0; i < t->ne[2] * t->ne[3]; ++i) {
+            tq1_25_repack(t->ne[1], t->ne[0], (const block_tq1_25 *) ((const char *) data + matrix * i), (char *) t->data + matrix * i);
+        }
+        return 0;
+    }
+};
+
+}  // namespace ggml::cpu::repack
