@@ -98,24 +98,20 @@ static int has_avxvnni(void) {
 #    define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
 #endif
 
-#define TABLES(max, size, isa)     .max_tables = max, .table_size = size, .table = tq1_25_table_##isa
+#define TABLES(max, isa)           .max_tables = max, .table = tq1_25_table_avx2, .gemv = tq1_25_gemv_##isa
 #define PANELS(decoder, isa, mask) .decode = tq1_25_decode_##decoder, .gemm = tq1_25_gemm_##isa, .bias_mask = mask
 
 const struct tq1_25_isa tq1_25_isas[] = {
 #if defined(__x86_64__) || defined(_M_X64)
-    { "avx512vbmi", tq1_25_vec_dot_avx512vnni, has_avx512vbmi, TABLES(4, 512, avx512vbmi), .gemv = tq1_25_gemv_avx512vbmi,
-      PANELS(avx512, avx512vnni, 0xffffffff) },
-    { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni, TABLES(4, 256, avx2), .gemv = tq1_25_gemv_avx512,
-      PANELS(avx512, avx512vnni, 0xffffffff) },
-    { "avx512",     tq1_25_vec_dot_avx512,     has_avx512,     TABLES(4, 256, avx2), .gemv = tq1_25_gemv_avx512,
-      PANELS(avx512, avx512, 0xffff) },
-    { "avxvnni",    tq1_25_vec_dot_avx2,       has_avxvnni,    TABLES(3, 256, avx2), .gemv = tq1_25_gemv_avx2,
-      PANELS(avx2, avxvnni, 0xffffffff) },
-    { "avx2",       tq1_25_vec_dot_avx2,       has_avx2,       TABLES(3, 256, avx2), .gemv = tq1_25_gemv_avx2,
-      PANELS(avx2, avx2, 0xffff) },
+    { "avx512vbmi", tq1_25_vec_dot_avx512vnni, has_avx512vbmi, TABLES(16, avx512vbmi), PANELS(avx512, avx512vnni, 0xffffffff),
+      .widen = tq1_25_widen_avx512vbmi },
+    { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni, TABLES(12, avx512), PANELS(avx512, avx512vnni, 0xffffffff) },
+    { "avx512",     tq1_25_vec_dot_avx512,     has_avx512,     TABLES(20, avx512), PANELS(avx512, avx512, 0xffff) },
+    { "avxvnni",    tq1_25_vec_dot_avx2,       has_avxvnni,    TABLES(16, avx2),  PANELS(avx2, avxvnni, 0xffffffff) },
+    { "avx2",       tq1_25_vec_dot_avx2,       has_avx2,       TABLES(24, avx2),  PANELS(avx2, avx2, 0xffff) },
 #endif
-    { "scalar",     tq1_25_vec_dot_scalar,     NULL },
-    { NULL },
+    { .name = "scalar", .vec_dot = tq1_25_vec_dot_scalar },
+    { .name = NULL },
 };
 
 static const struct tq1_25_isa * choose(void) {

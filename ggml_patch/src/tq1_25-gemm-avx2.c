@@ -37,16 +37,15 @@ enum { WIDTH = 3 }; // columns at a time: the sums of a Q8_0 block and of a bloc
         }                                                                                                              \
         const __m256 d0 = _mm256_loadu_ps(w->d + 16 * quarter), d1 = _mm256_loadu_ps(w->d + 16 * quarter + 8);         \
         UNROLL for (int c = 0; c < width; ++c) {                                                                       \
-            float * to = s[first + c] + 16 * quarter;                                                                  \
-            const __m256 t0 = add ? _mm256_loadu_ps(to)     : _mm256_setzero_ps();                                     \
-            const __m256 t1 = add ? _mm256_loadu_ps(to + 8) : _mm256_setzero_ps();                                     \
-            _mm256_storeu_ps(to,     _mm256_fmadd_ps(block[c][0], d0, t0));                                            \
-            _mm256_storeu_ps(to + 8, _mm256_fmadd_ps(block[c][1], d1, t1));                                            \
+            float * to = s + TQ1_25_TILE * (first + c) + 16 * quarter;                                                 \
+            const __m256 t0 = i == 0 ? _mm256_setzero_ps() : _mm256_load_ps(to);                                       \
+            const __m256 t1 = i == 0 ? _mm256_setzero_ps() : _mm256_load_ps(to + 8);                                   \
+            _mm256_store_ps(to,     _mm256_fmadd_ps(block[c][0], d0, t0));                                             \
+            _mm256_store_ps(to + 8, _mm256_fmadd_ps(block[c][1], d1, t1));                                             \
         }                                                                                                              \
-        add = true;                                                                                                    \
     }
 
-#define ARGUMENTS int64_t nb, int nc, int first, int width, float * const * s, bool add, const tq1_25_decoded * w, int quarter, const int8_t * panel
+#define ARGUMENTS int64_t nb, int nc, int first, int width, float * s, const tq1_25_decoded * w, int quarter, const int8_t * panel
 
 // int16 holds eight sums of two products of at most 2 * 128 each, with the bias in one of a pair.
 #define STEP(sum, w, y) sum = _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, y)); IN_ORDER(sum)
@@ -58,7 +57,7 @@ TARGET(AVX2) INLINE void quarter_avx2(ARGUMENTS) { BODY(STEP, SUM) }
 TARGET(AVXVNNI) INLINE void quarter_avxvnni(ARGUMENTS) { BODY(STEP_VNNI, SUM_VNNI) }
 
 // The numbers of columns are constants in each: with strides that are not, the registers for addresses run out.
-#define PASS(KERNEL, nc, first, width) KERNEL(nb, nc, first, width, s, add, w, quarter, panel)
+#define PASS(KERNEL, nc, first, width) KERNEL(nb, nc, first, width, s, w, quarter, panel)
 #define BY_COLUMNS(KERNEL)                                                                  \
     for (int quarter = 0; quarter < TQ1_25_TILE / 16; ++quarter) {                          \
         switch (nc) {                                                                       \
@@ -71,11 +70,11 @@ TARGET(AVXVNNI) INLINE void quarter_avxvnni(ARGUMENTS) { BODY(STEP_VNNI, SUM_VNN
         }                                                                                   \
     }
 
-TARGET(AVX2) void tq1_25_gemm_avx2(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel) {
+TARGET(AVX2) void tq1_25_gemm_avx2(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
     BY_COLUMNS(quarter_avx2)
 }
 
-TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel) {
+TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
     BY_COLUMNS(quarter_avxvnni)
 }
 
@@ -89,24 +88,35 @@ TARGET(AVX2) void tq1_25_decode_avx2(int64_t nb, const tq1_25_tile * x, tq1_25_d
     }
     for (int64_t i = 0; i < nb; ++i, ++x, ++w) {
         for (int at = 0; at < TQ1_25_TILE; at += 32) {
-            for (int g = 0; g < TQ1_25_GROUPS; ++g) {
-                const int j = g / GROUPS, bit = g % GROUPS;
-                const __m256i bits  = _mm256_srl_epi16(LOAD(x->part[j].qs[bit % 4] + at), _mm_cvtsi32_si128(bit < 4 ? 0 : 4));
-                const __m256i slots = _mm256_and_si256(bits, nibble);
-                const __m256i signs = _mm256_sll_epi16(LOAD(x->part[j].sign + at), _mm_cvtsi32_si128(7 - bit));
-                const __m256i sign  = _mm256_or_si256(signs, one); // the group's bit is on top
+            for (int j = 0; j < PARTS; ++j) {
+                uint8_t * lower = w->w[at / 16][GROUPS * j][0], * upper = w->w[at / 16 + 1][GROUPS * j][0];
+                const __m256i signs = LOAD(x->part[j].sign + at);
 #define OF_LANE(l) _mm256_add_epi8(one, _mm256_sign_epi8(_mm256_shuffle_epi8(table[l], slots), sign))
-                const __m256i l0 = OF_LANE(0), l1 = OF_LANE(1), l2 = OF_LANE(2), l3 = OF_LANE(3);
-                // Four bytes a row: 128-bit half k holds rows 16k and on, 16k + 4, 16k + 8, 16k + 12.
-                const __m256i l01 = _mm256_unpacklo_epi8(l0, l1), h01 = _mm256_unpackhi_epi8(l0, l1);
-                const __m256i l23 = _mm256_unpacklo_epi8(l2, l3), h23 = _mm256_unpackhi_epi8(l2, l3);
-                const __m256i r0 = _mm256_unpacklo_epi16(l01, l23), r4  = _mm256_unpackhi_epi16(l01, l23);
-                const __m256i r8 = _mm256_unpacklo_epi16(h01, h23), r12 = _mm256_unpackhi_epi16(h01, h23);
-                __m256i * lower = (__m256i *) w->w[at / 16][g], * upper = (__m256i *) w->w[at / 16 + 1][g];
-                _mm256_storeu_si256(lower,     _mm256_permute2x128_si256(r0, r4, 0x20));
-                _mm256_storeu_si256(lower + 1, _mm256_permute2x128_si256(r8, r12, 0x20));
-                _mm256_storeu_si256(upper,     _mm256_permute2x128_si256(r0, r4, 0x31));
-                _mm256_storeu_si256(upper + 1, _mm256_permute2x128_si256(r8, r12, 0x31));
+#define STORE(to, v) _mm256_storeu_si256((__m256i *) (to), v)
+// The slots of a group, and its sign with the group's bit on top.
+#define WEIGHTS(g, bits, turned) {                                                                                     \
+                    const __m256i slots = _mm256_and_si256(bits, nibble), sign = _mm256_or_si256(turned, one);         \
+                    const __m256i l0 = OF_LANE(0), l1 = OF_LANE(1), l2 = OF_LANE(2), l3 = OF_LANE(3);                  \
+                    /* four bytes a row: 128-bit half k holds rows 16k and on, 16k + 4, 16k + 8, 16k + 12 */           \
+                    const __m256i l01 = _mm256_unpacklo_epi8(l0, l1), h01 = _mm256_unpackhi_epi8(l0, l1);              \
+                    const __m256i l23 = _mm256_unpacklo_epi8(l2, l3), h23 = _mm256_unpackhi_epi8(l2, l3);              \
+                    const __m256i r0 = _mm256_unpacklo_epi16(l01, l23), r4  = _mm256_unpackhi_epi16(l01, l23);         \
+                    const __m256i r8 = _mm256_unpacklo_epi16(h01, h23), r12 = _mm256_unpackhi_epi16(h01, h23);         \
+                    STORE(lower + 64 * (g),      _mm256_permute2x128_si256(r0, r4, 0x20));                             \
+                    STORE(lower + 64 * (g) + 32, _mm256_permute2x128_si256(r8, r12, 0x20));                            \
+                    STORE(upper + 64 * (g),      _mm256_permute2x128_si256(r0, r4, 0x31));                             \
+                    STORE(upper + 64 * (g) + 32, _mm256_permute2x128_si256(r8, r12, 0x31));                            \
+                }
+                const __m256i b0 = LOAD(x->part[j].qs[0] + at), b1 = LOAD(x->part[j].qs[1] + at);
+                const __m256i b2 = LOAD(x->part[j].qs[2] + at), b3 = LOAD(x->part[j].qs[3] + at);
+                WEIGHTS(0, b0, _mm256_slli_epi16(signs, 7))
+                WEIGHTS(1, b1, _mm256_slli_epi16(signs, 6))
+                WEIGHTS(2, b2, _mm256_slli_epi16(signs, 5))
+                WEIGHTS(3, b3, _mm256_slli_epi16(signs, 4))
+                WEIGHTS(4, _mm256_srli_epi16(b0, 4), _mm256_slli_epi16(signs, 3))
+                WEIGHTS(5, _mm256_srli_epi16(b1, 4), _mm256_slli_epi16(signs, 2))
+                WEIGHTS(6, _mm256_srli_epi16(b2, 4), _mm256_slli_epi16(signs, 1))
+                WEIGHTS(7, _mm256_srli_epi16(b3, 4), signs)
             }
         }
         tq1_25_decode_scales(x, w);

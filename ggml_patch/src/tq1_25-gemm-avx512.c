@@ -36,16 +36,15 @@
         }                                                                                                              \
         const __m512 d0 = _mm512_loadu_ps(w->d + 32 * half), d1 = _mm512_loadu_ps(w->d + 32 * half + 16);              \
         UNROLL for (int c = 0; c < nc; ++c) {                                                                          \
-            float * to = s[c] + 32 * half;                                                                             \
-            const __m512 t0 = add ? _mm512_loadu_ps(to)      : _mm512_setzero_ps();                                    \
-            const __m512 t1 = add ? _mm512_loadu_ps(to + 16) : _mm512_setzero_ps();                                    \
-            _mm512_storeu_ps(to,      _mm512_fmadd_ps(block[c][0], d0, t0));                                           \
-            _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(block[c][1], d1, t1));                                           \
+            float * to = s + TQ1_25_TILE * c + 32 * half;                                                              \
+            const __m512 t0 = i == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to);                                       \
+            const __m512 t1 = i == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to + 16);                                  \
+            _mm512_store_ps(to,      _mm512_fmadd_ps(block[c][0], d0, t0));                                            \
+            _mm512_store_ps(to + 16, _mm512_fmadd_ps(block[c][1], d1, t1));                                            \
         }                                                                                                              \
-        add = true;                                                                                                    \
     }
 
-#define ARGUMENTS int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, int half, const int8_t * panel
+#define ARGUMENTS int64_t nb, int nc, float * s, const tq1_25_decoded * w, int half, const int8_t * panel
 
 #define STEP_VNNI(sum, w, y) sum = _mm512_dpbusd_epi32(sum, w, y)
 #define SUM_VNNI(sum) (sum)
@@ -60,20 +59,20 @@ TARGET(AVX512) INLINE void half_bw(ARGUMENTS) { BODY(STEP, SUM) }
 #define BY_COLUMNS(KERNEL)                                                  \
     for (int half = 0; half < 2; ++half) {                                  \
         switch (nc) {                                                       \
-            case 1:  KERNEL(nb, 1, s, add, w, half, panel); break;          \
-            case 2:  KERNEL(nb, 2, s, add, w, half, panel); break;          \
-            case 3:  KERNEL(nb, 3, s, add, w, half, panel); break;          \
-            case 4:  KERNEL(nb, 4, s, add, w, half, panel); break;          \
-            case 5:  KERNEL(nb, 5, s, add, w, half, panel); break;          \
-            default: KERNEL(nb, TQ1_25_COLUMNS, s, add, w, half, panel);    \
+            case 1:  KERNEL(nb, 1, s, w, half, panel); break;          \
+            case 2:  KERNEL(nb, 2, s, w, half, panel); break;          \
+            case 3:  KERNEL(nb, 3, s, w, half, panel); break;          \
+            case 4:  KERNEL(nb, 4, s, w, half, panel); break;          \
+            case 5:  KERNEL(nb, 5, s, w, half, panel); break;          \
+            default: KERNEL(nb, TQ1_25_COLUMNS, s, w, half, panel);    \
         }                                                                   \
     }
 
-TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel) {
+TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
     BY_COLUMNS(half_vnni)
 }
 
-TARGET(AVX512) void tq1_25_gemm_avx512(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel) {
+TARGET(AVX512) void tq1_25_gemm_avx512(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
     BY_COLUMNS(half_bw)
 }
 

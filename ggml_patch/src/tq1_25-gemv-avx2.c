@@ -1,10 +1,8 @@
-// Repacked TQ1_25, matrix by vector, for AVX2 with FMA and F16C; the tables of all x86 kernels.
+// Repacked TQ1_25, matrix by vector, for AVX2 with FMA and F16C; the tables, for AVX-512 too.
 
 #include "tq1_25-x86.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
-
-enum { TABLE = 32 * GROUPS }; // for each group 16 high parts by slot, then 16 low ones
 
 #define SLOTS(at) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) (table + (at))))
 #define SHUFFLE(g, slots, turned) {                                                           \
@@ -22,7 +20,7 @@ TARGET(AVX2) INLINE void half(__m256 * total, const tq1_25_tile * x, int at, con
     const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1), first = _mm256_set1_epi32(1);
     const __m256i both = _mm256_set1_epi16(TQ1_25_SPLIT << 8 | 1);
     __m256 block[4];
-    for (int j = 0; j < PARTS; ++j, table += TABLE) {
+    for (int j = 0; j < PARTS; ++j, table += TQ1_25_TABLE) {
         if (at == 0) {
             prefetch_part(x, j);
         }
@@ -72,7 +70,7 @@ TARGET(AVX2) void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, 
     for (int k = 0; k < 8; ++k) {
         total[k] = _mm256_setzero_ps();
     }
-    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, table += PARTS * TABLE, d += PARTS) {
+    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, table += PARTS * TQ1_25_TABLE, d += PARTS) {
         half(total, x, 0, table, d);
         half(total + 4, x, 32, table, d);
     }
@@ -82,52 +80,36 @@ TARGET(AVX2) void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, 
 
 // ---- tables ----
 
-// A Q8_0 block's tables to out(g, 16 high parts, 16 low parts by slot in one register).
-#define TABLES(OUT)                                                                                                    \
-    const __m256i one = _mm256_set1_epi8(1);                                                                           \
-    const __m128i l0 = _mm_loadu_si128((const __m128i *) lanes[0]), l1 = _mm_loadu_si128((const __m128i *) lanes[1]);  \
-    const __m128i l2 = _mm_loadu_si128((const __m128i *) lanes[2]), l3 = _mm_loadu_si128((const __m128i *) lanes[3]);  \
-    /* word k: lanes of slot k, plus one, as maddubs wants one factor unsigned */                                      \
-    const __m256i l01 = _mm256_add_epi8(one, _mm256_set_m128i(_mm_unpackhi_epi8(l0, l1), _mm_unpacklo_epi8(l0, l1)));  \
-    const __m256i l23 = _mm256_add_epi8(one, _mm256_set_m128i(_mm_unpackhi_epi8(l2, l3), _mm_unpacklo_epi8(l2, l3)));  \
-    /* even words meet the activations' dword as it is, odd ones turned by half of it, and the other way round */      \
-    const __m256i straight = _mm256_blend_epi16(l01, l23, 0xaa), turned = _mm256_blend_epi16(l23, l01, 0xaa);          \
-    const __m256i reciprocal = _mm256_set1_epi16((32768 + TQ1_25_SPLIT / 2) / TQ1_25_SPLIT);                           \
-    const __m256i split = _mm256_set1_epi16(TQ1_25_SPLIT);                                                             \
-    for (int64_t i = 0; i < nb; ++i, table += SIZE) {                                                                  \
-        int32_t q[3][GROUPS]; /* activations; turned; their sum twice */                                               \
-        const __m256i y0 = _mm256_loadu_si256((const __m256i *) y[i].qs);                                              \
-        const __m256i pairs = _mm256_maddubs_epi16(one, y0);                                                           \
-        _mm256_storeu_si256((__m256i *) q[0], y0);                                                                     \
-        _mm256_storeu_si256((__m256i *) q[1], _mm256_or_si256(_mm256_slli_epi32(y0, 16), _mm256_srli_epi32(y0, 16)));  \
-        _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, _mm256_or_si256(_mm256_slli_epi32(pairs, 16), _mm256_srli_epi32(pairs, 16)))); \
-        d[i] = tq1_25_fp16_to_float(y[i].d);                                                                           \
-        for (int g = 0; g < GROUPS; ++g) {                                                                             \
-            const __m256i t = _mm256_sub_epi16(_mm256_add_epi16(_mm256_maddubs_epi16(straight, _mm256_set1_epi32(q[0][g])),  \
-                                                                _mm256_maddubs_epi16(turned, _mm256_set1_epi32(q[1][g]))),   \
-                                               _mm256_set1_epi32(q[2][g]));                                            \
-            const __m256i high = _mm256_mulhrs_epi16(t, reciprocal);                                                   \
-            const __m256i low  = _mm256_sub_epi16(t, _mm256_mullo_epi16(high, split));                                 \
-            OUT(g, _mm256_packs_epi16(high, low))                                                                      \
-        }                                                                                                              \
-    }
-
 TARGET(AVX2) void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d) {
-    enum { SIZE = TABLE };
-#define OUT(g, packed) _mm256_storeu_si256((__m256i *) (table + 32 * (g)), _mm256_permute4x64_epi64(packed, 0xd8));
-    TABLES(OUT)
-#undef OUT
-}
-
-TARGET(AVX512VBMI) void tq1_25_table_avx512vbmi(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d) {
-    enum { SIZE = 2 * TABLE };
-    // high parts, their negatives, low parts, their negatives
-    const __m512i twice = _mm512_setr_epi64(0, 2, 0, 2, 1, 3, 1, 3);
-#define OUT(g, packed)                                                                                 \
-    const __m512i all = _mm512_permutexvar_epi64(twice, _mm512_castsi256_si512(packed));               \
-    _mm512_storeu_si512(table + 64 * (g), _mm512_mask_sub_epi8(all, 0xffff0000ffff0000, _mm512_setzero_si512(), all));
-    TABLES(OUT)
-#undef OUT
+    const __m256i one = _mm256_set1_epi8(1);
+    const __m128i l0 = _mm_loadu_si128((const __m128i *) lanes[0]), l1 = _mm_loadu_si128((const __m128i *) lanes[1]);
+    const __m128i l2 = _mm_loadu_si128((const __m128i *) lanes[2]), l3 = _mm_loadu_si128((const __m128i *) lanes[3]);
+    // Word k: two lanes of slot k, plus one, since maddubs wants one factor unsigned.
+    const __m256i l01 = _mm256_add_epi8(one, _mm256_set_m128i(_mm_unpackhi_epi8(l0, l1), _mm_unpacklo_epi8(l0, l1)));
+    const __m256i l23 = _mm256_add_epi8(one, _mm256_set_m128i(_mm_unpackhi_epi8(l2, l3), _mm_unpacklo_epi8(l2, l3)));
+    // A group's four activations come as dwords. Even words of these meet lanes 0 and 1 and odd ones lanes 2 and 3;
+    // turned by half a dword the other way round.
+    const __m256i straight = _mm256_blend_epi16(l01, l23, 0xaa), turned = _mm256_blend_epi16(l23, l01, 0xaa);
+    const __m256i reciprocal = _mm256_set1_epi16((32768 + TQ1_25_SPLIT / 2) / TQ1_25_SPLIT);
+    const __m256i split = _mm256_set1_epi16(TQ1_25_SPLIT);
+#define TURN(v) _mm256_or_si256(_mm256_slli_epi32(v, 16), _mm256_srli_epi32(v, 16))
+    for (int64_t i = 0; i < nb; ++i, table += TQ1_25_TABLE) {
+        int32_t q[3][GROUPS]; // activations; turned; the sum of a group in both words
+        const __m256i y0 = _mm256_loadu_si256((const __m256i *) y[i].qs), pairs = _mm256_maddubs_epi16(one, y0);
+        _mm256_storeu_si256((__m256i *) q[0], y0);
+        _mm256_storeu_si256((__m256i *) q[1], TURN(y0));
+        _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, TURN(pairs)));
+        d[i] = tq1_25_fp16_to_float(y[i].d);
+        for (int g = 0; g < GROUPS; ++g) {
+            const __m256i a = _mm256_maddubs_epi16(straight, _mm256_set1_epi32(q[0][g]));
+            const __m256i b = _mm256_maddubs_epi16(turned, _mm256_set1_epi32(q[1][g]));
+            const __m256i t = _mm256_sub_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi32(q[2][g]));
+            const __m256i high = _mm256_mulhrs_epi16(t, reciprocal);
+            const __m256i low  = _mm256_sub_epi16(t, _mm256_mullo_epi16(high, split));
+            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(high, low), 0xd8);
+            _mm256_storeu_si256((__m256i *) (table + 32 * g), packed);
+        }
+    }
 }
 
 #endif

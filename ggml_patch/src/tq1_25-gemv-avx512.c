@@ -58,9 +58,17 @@ TARGET(AVX512) INLINE void store(float * s, const __m512 t[4]) {
 
 // ---- VBMI: one lookup by the five-bit code ----
 
-// For each group 32 high parts by code, then 32 low ones. The lookup minds six bits of an index; with the 32 twice the
-// sixth may be anything, so what shifts leave there needs no mask.
-enum { TABLE_VBMI = 64 * GROUPS };
+TARGET(AVX512VBMI) void tq1_25_widen_avx512vbmi(int64_t nb, const int8_t * table, int8_t * wide) {
+    const __m512i twice = _mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3); // high parts and their negatives, low parts and theirs
+    for (int64_t g = 0; g < GROUPS * nb; ++g) {
+        const __m512i both = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) (table + 32 * g)));
+        const __m512i parts = _mm512_permutexvar_epi64(twice, both);
+        _mm512_storeu_si512(wide + 64 * g, _mm512_mask_sub_epi8(parts, 0xffff0000ffff0000, ZERO, parts));
+    }
+}
+
+// The lookup minds six bits of an index; with the 32 entries twice the sixth may be anything, so what shifts leave there
+// needs no mask.
 
 #define ENTRIES(at) _mm512_broadcast_i64x4(_mm256_loadu_si256((const __m256i *) (table + (at))))
 #define LOOKUP(g, bits, turned) {                                                             \
@@ -89,12 +97,10 @@ enum { TABLE_VBMI = 64 * GROUPS };
 TARGET(AVX512VBMI) void tq1_25_gemv_avx512vbmi(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i even = _mm512_set1_epi32(TQ1_25_SPLIT << 8 | 1), odd = _mm512_slli_epi32(even, 16);
-    BODY(SUMS_VBMI, FLUSH_VNNI, TABLE_VBMI)
+    BODY(SUMS_VBMI, FLUSH_VNNI, TQ1_25_WIDE)
 }
 
 // ---- without: two lookups by slot, the sign by a masked negation ----
-
-enum { TABLE = 32 * GROUPS }; // for each group 16 high parts by slot, then 16 low ones
 
 #define SLOTS(at) _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *) (table + (at))))
 #define SHUFFLE(g, slots) {                                                                   \
@@ -125,7 +131,7 @@ enum { TABLE = 32 * GROUPS }; // for each group 16 high parts by slot, then 16 l
 TARGET(AVX512) void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d) {
     const __m512i nibble = _mm512_set1_epi8(15);
     const __m512i both = _mm512_set1_epi16(TQ1_25_SPLIT << 8 | 1), first = _mm512_set1_epi32(1);
-    BODY(SUMS, FLUSH, TABLE)
+    BODY(SUMS, FLUSH, TQ1_25_TABLE)
 }
 
 #endif

@@ -24,8 +24,8 @@ class tq1_25_traits : public tensor_traits_base {
         int64_t n, rows, columns, experts, units; // rows: of src1; units: rows of tiles of a matrix
         bool    all_tables;                       // whatever the experts' columns are
         int64_t slots;                            // for tables
-        size_t  row_size, table_size;
-        size_t  q8_0, tables, panels, scratch;    // offsets
+        size_t  row_size, table_size, wide_size;
+        size_t  q8_0, tables, panels, wide, scratch; // offsets, the last two of what is for each thread
         size_t  y, s, table;                      // of each column, by expert: pointers to activations, result and table
         size_t  first, cursor;                    // the first column of each expert, and the first after the last; where to add one
         size_t  slot, row;                        // the slot of a row, or -1; the row of a slot
@@ -44,10 +44,12 @@ class tq1_25_traits : public tensor_traits_base {
             all_tables = (ids ? op->ne[2] : columns) <= isa->max_tables;
             slots      = all_tables ? rows : ids ? std::min(rows, experts * isa->max_tables) : 0;
             row_size   = ggml_row_size(GGML_TYPE_Q8_0, n);
-            table_size = (size_t) tq1_25_table_size(isa, n);
+            table_size = (size_t) tq1_25_table_size(n);
+            wide_size  = (size_t) tq1_25_wide_size(isa, n, isa->max_tables);
             q8_0    = take(row_size, rows);
             tables  = take(table_size, slots);
             panels  = take((size_t) tq1_25_panel_size(n, 1), all_tables ? 0 : columns);
+            wide    = take(wide_size, slots > 0 ? n_threads : 0);
             scratch = take(sizeof(tq1_25_scratch), all_tables ? 0 : n_threads);
             y       = take(sizeof(void *), columns);
             s       = take(sizeof(void *), columns);
@@ -177,9 +179,9 @@ class tq1_25_traits : public tensor_traits_base {
                     tq1_25_make_table(isa, n, begin, end, activations(row_), table_of(row_));
                 });
             } else if (!ids) {
-                share((columns + TQ1_25_COLUMNS - 1) / TQ1_25_COLUMNS, [&](int64_t panel, int64_t begin, int64_t end) {
-                    const int64_t c = panel * TQ1_25_COLUMNS;
-                    const int     count = (int) std::min<int64_t>(columns - c, TQ1_25_COLUMNS);
+                share(tq1_25_panels(columns), [&](int64_t panel, int64_t begin, int64_t end) {
+                    const int64_t c = tq1_25_first_column(columns, panel);
+                    const int     count = (int) (tq1_25_first_column(columns, panel + 1) - c);
                     const tq1_25_q8_0 * of[TQ1_25_COLUMNS];
                     for (int k = 0; k < count; ++k) {
                         quantize(c + k, begin, end);
@@ -193,12 +195,13 @@ class tq1_25_traits : public tensor_traits_base {
                 share(taken_slots(), [&](int64_t slot_, int64_t begin, int64_t end) {
                     tq1_25_make_table(isa, n, begin, end, activations(at<int64_t>(row)[slot_]), table_of(slot_));
                 });
-                int64_t panel = 0;
+                int64_t item = 0;
                 for (int64_t e = 0; e < experts; ++e) {
-                    const int64_t end = firsts()[e + 1];
-                    for (int64_t c = firsts()[e]; !by_tables(end - firsts()[e]) && c < end; c += TQ1_25_COLUMNS) {
-                        if (panel++ % params->nth == params->ith) {
-                            tq1_25_make_panel(isa, 0, n, (int) std::min<int64_t>(end - c, TQ1_25_COLUMNS), columns_y() + c, panel_at(c));
+                    const int64_t begin = firsts()[e], count = firsts()[e + 1] - begin;
+                    for (int64_t panel = 0; !by_tables(count) && panel < tq1_25_panels(count); ++panel) {
+                        if (item++ % params->nth == params->ith) {
+                            const int64_t c = tq1_25_first_column(count, panel);
+                            tq1_25_make_panel(isa, 0, n, (int) (tq1_25_first_column(count, panel + 1) - c), columns_y() + begin + c, panel_at(begin + c));
                         }
                     }
                 }
@@ -206,40 +209,55 @@ class tq1_25_traits : public tensor_traits_base {
             ggml_barrier(params->threadpool);
         }
 
-        // A matrix's units are cut into chunks, and where these are few, its panels too. Threads take them in turn; with
-        // NUMA each has its own.
+        // Threads take items in turn, with NUMA each its own. Of a matrix by tables: first a share of the units to each
+        // thread, three quarters in all, since fetching ahead likes long runs; then one by one, so that all end together. By
+        // panels: unit by unit, and where these are few, the panels in groups.
         void multiply() const {
             const bool    numa = ggml_is_numa();
-            const int64_t nth = params->nth, wanted = (numa ? nth : 4 * nth) / std::max<int64_t>(active_experts(), 1) + 1;
-            int64_t next = params->ith, base_ = 0;
+            const int64_t nth  = params->nth, each = numa ? units / nth : units * 3 / 4 / nth;
+            int64_t next = params->ith, before = 0, widened = -1; // the first of the columns whose wide tables this thread has
             for (int64_t e = 0; e < experts; ++e) {
-                const int64_t begin = firsts()[e], count = firsts()[e + 1] - begin;
+                const int64_t count = firsts()[e + 1] - firsts()[e];
                 if (count == 0) {
                     continue;
                 }
-                enum { PANELS = 8 }; // at least, for what a row of tiles costs to decode
-                const int64_t panels_ = (count + TQ1_25_COLUMNS - 1) / TQ1_25_COLUMNS;
-                const int64_t cuts    = std::min(units, wanted);
-                const int64_t groups  = by_tables(count) ? 1 : std::clamp<int64_t>((wanted + cuts - 1) / cuts, 1, (panels_ + PANELS - 1) / PANELS);
-                while (next < base_ + cuts * groups) {
-                    const int64_t cut = (next - base_) % cuts, group = (next - base_) / cuts;
-                    const int64_t from = begin + panels_ * group / groups * TQ1_25_COLUMNS;
-                    const int64_t to   = std::min(begin + panels_ * (group + 1) / groups * TQ1_25_COLUMNS, begin + count);
-                    multiply(e, units * cut / cuts, units * (cut + 1) / cuts, from, to);
-                    next = numa ? next + nth : ggml_threadpool_chunk_add(params->threadpool, 1);
+                enum { FEWEST = 8 }; // panels that are worth decoding the weights for
+                const int64_t panels_ = tq1_25_panels(count);
+                const int64_t groups  = by_tables(count) ? 1 : std::clamp<int64_t>(4 * nth / units, 1, (panels_ + FEWEST - 1) / FEWEST);
+                const int64_t shares  = by_tables(count) && each > 0 ? nth : 0, items = shares + (units - shares * each) * groups;
+                for (; next < before + items; next = numa ? next + nth : ggml_threadpool_chunk_add(params->threadpool, 1)) {
+                    const int64_t item = next - before;
+                    const int64_t unit = item < shares ? item * each : shares * each + (item - shares) / groups;
+                    const int64_t end  = item < shares ? unit + each : unit + 1;
+                    if (by_tables(count)) {
+                        by_table(e, unit, end, widened);
+                    } else {
+                        const int64_t group = (item - shares) % groups;
+                        by_panel(e, unit, end, panels_ * group / groups, panels_ * (group + 1) / groups);
+                    }
                 }
-                base_ += cuts * groups;
+                before += items;
             }
         }
 
-        void multiply(int64_t e, int64_t unit, int64_t end, int64_t column, int64_t last) const {
-            const ggml_tensor * src0 = op->src[0];
-            const char *        x = (const char *) src0->data + e * src0->nb[2];
-            if (by_tables(firsts()[e + 1] - firsts()[e])) {
-                tq1_25_mul_tables(isa, src0->ne[1], n, x, unit, end, (int) (last - column), columns_y() + column, columns_table() + column, columns_s() + column);
-            } else {
-                tq1_25_mul_panels(isa, src0->ne[1], n, x, unit, end, last - column, panel_at(column), columns_s() + column, at<tq1_25_scratch>(scratch) + params->ith);
+        const void * matrix(int64_t e) const { return (const char *) op->src[0]->data + e * op->src[0]->nb[2]; }
+
+        void by_table(int64_t e, int64_t unit, int64_t end, int64_t & widened) const {
+            void * own = base + wide + wide_size * (size_t) params->ith;
+            for (int64_t c = firsts()[e]; c < firsts()[e + 1]; c += isa->max_tables) {
+                const int count = (int) std::min<int64_t>(firsts()[e + 1] - c, isa->max_tables);
+                if (widened != c) {
+                    tq1_25_widen(isa, n, count, columns_table() + c, own);
+                    widened = c;
+                }
+                tq1_25_mul_tables(isa, op->src[0]->ne[1], n, matrix(e), unit, end, count, columns_y() + c, columns_table() + c, own, columns_s() + c);
             }
+        }
+
+        void by_panel(int64_t e, int64_t unit, int64_t end, int64_t panel, int64_t last) const {
+            const int64_t c = firsts()[e];
+            tq1_25_mul_panels(isa, op->src[0]->ne[1], n, matrix(e), unit, end, firsts()[e + 1] - c, panel, last, panel_at(c), columns_s() + c,
+                              at<tq1_25_scratch>(scratch) + params->ith);
         }
     };
 

@@ -40,31 +40,42 @@ void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y) {
 
 // ---- matrix by vectors ----
 
-int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n) {
-    const int64_t size = n / TQ1_25_QK8_0 * (isa->table_size + (int64_t) sizeof(float));
+int64_t tq1_25_table_size(int64_t n) {
+    const int64_t size = n / TQ1_25_QK8_0 * (int64_t) (TQ1_25_TABLE + sizeof(float));
     return (size + 63) / 64 * 64;
 }
 
-// The scales follow the tables.
-static float * table_scales(const struct tq1_25_isa * isa, int64_t n, void * table) {
-    return (float *) ((int8_t *) table + n / TQ1_25_QK8_0 * isa->table_size);
+// They follow the tables.
+static float * scales(int64_t n, void * table) {
+    return (float *) ((int8_t *) table + n / TQ1_25_QK8_0 * TQ1_25_TABLE);
 }
 
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table) {
     begin /= TQ1_25_QK8_0;
     end /= TQ1_25_QK8_0;
-    isa->table(end - begin, y + begin, (int8_t *) table + begin * isa->table_size, table_scales(isa, n, table) + begin);
+    isa->table(end - begin, y + begin, (int8_t *) table + begin * TQ1_25_TABLE, scales(n, table) + begin);
+}
+
+int64_t tq1_25_wide_size(const struct tq1_25_isa * isa, int64_t n, int nc) {
+    return isa->widen ? n / TQ1_25_QK8_0 * TQ1_25_WIDE * nc : 0;
+}
+
+void tq1_25_widen(const struct tq1_25_isa * isa, int64_t n, int nc, void * const * tables, void * wide) {
+    for (int c = 0; isa->widen && c < nc; ++c) {
+        isa->widen(n / TQ1_25_QK8_0, (const int8_t *) tables[c], (int8_t *) wide + tq1_25_wide_size(isa, n, c));
+    }
 }
 
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s) {
+                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, const void * wide, float * const * s) {
     const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
         const tq1_25_tile * tiles = (const tq1_25_tile *) x + t * nb;
         for (int c = 0; c < nc; ++c) {
             float * to = s[c] + t * TQ1_25_TILE;
             if (t < whole) {
-                isa->gemv(n, to, tiles, (const int8_t *) tables[c], table_scales(isa, n, tables[c]));
+                const int8_t * table = isa->widen ? (const int8_t *) wide + tq1_25_wide_size(isa, n, c) : (const int8_t *) tables[c];
+                isa->gemv(n, to, tiles, table, scales(n, tables[c]));
                 continue;
             }
             for (int64_t r = 0; r < rows % TQ1_25_TILE; ++r) {
@@ -76,7 +87,7 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
 
 // ---- matrix by matrix ----
 
-int64_t tq1_25_panel_size(int64_t n, int nc) {
+int64_t tq1_25_panel_size(int64_t n, int64_t nc) {
     return n / TQ1_25_QK8_0 * nc * (int64_t) (TQ1_25_QK8_0 + sizeof(int32_t) + sizeof(float));
 }
 
@@ -85,16 +96,16 @@ void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end
     for (int64_t j = begin / TQ1_25_QK8_0; j < end / TQ1_25_QK8_0; ++j) {
         for (int c = 0; c < nc; ++c) {
             const tq1_25_q8_0 * block = y[c] + j;
+            int8_t * column = to + TQ1_25_GROUP * c;
             int32_t sum = 0;
             for (int k = 0; k < TQ1_25_QK8_0; ++k) {
                 sum += block->qs[k];
             }
-            const uint32_t bias = (uint32_t) -sum & isa->bias_mask;
-            const float    d    = tq1_25_fp16_to_float(block->d);
-            int8_t * column = to + TQ1_25_GROUP * c;
             for (int g = 0; g < TQ1_25_QK8_0 / TQ1_25_GROUP; ++g, column += TQ1_25_GROUP * nc) {
                 memcpy(column, block->qs + TQ1_25_GROUP * g, TQ1_25_GROUP);
             }
+            const uint32_t bias = (uint32_t) -sum & isa->bias_mask;
+            const float    d    = tq1_25_fp16_to_float(block->d);
             memcpy(column, &bias, sizeof(bias));
             memcpy(column + sizeof(bias) * (size_t) nc, &d, sizeof(d));
         }
@@ -109,7 +120,7 @@ void tq1_25_decode_scales(const tq1_25_tile * x, tq1_25_decoded * w) {
 }
 
 void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int64_t nc, const void * panels, float * const * s, struct tq1_25_scratch * scratch) {
+                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_scratch * scratch) {
     const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
         const tq1_25_tile * tiles = (const tq1_25_tile *) x + t * nb;
@@ -124,22 +135,17 @@ void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
                 }
             }
             isa->decode(depth, part, scratch->decoded);
-            const int8_t * panel = (const int8_t *) panels;
-            for (int64_t c = 0; c < nc; c += TQ1_25_COLUMNS) {
-                const int columns = nc - c < TQ1_25_COLUMNS ? (int) (nc - c) : TQ1_25_COLUMNS;
-                float * to[TQ1_25_COLUMNS];
+            for (int64_t p = first; p < last; ++p) {
+                const int64_t c = tq1_25_first_column(nc, p);
+                const int columns = (int) (tq1_25_first_column(nc, p + 1) - c);
+                const int8_t * panel = (const int8_t *) panels + tq1_25_panel_size(n, c) + tq1_25_panel_size(i * QK_TQ1_25, columns);
+                isa->gemm(depth, columns, scratch->sums[0], scratch->decoded, panel);
                 for (int k = 0; k < columns; ++k) {
-                    to[k] = left < TQ1_25_TILE ? scratch->sums[k] : s[c + k] + t * TQ1_25_TILE;
+                    float * to = s[c + k] + t * TQ1_25_TILE;
+                    for (int r = 0; r < left; ++r) {
+                        to[r] = scratch->sums[k][r] + (i > 0 ? to[r] : 0.0f);
+                    }
                 }
-                const bool over = left < TQ1_25_TILE; // the sums of a tile that is not full go where there is room
-                for (int k = 0; over && i > 0 && k < columns; ++k) {
-                    memcpy(to[k], s[c + k] + t * TQ1_25_TILE, (size_t) left * sizeof(float));
-                }
-                isa->gemm(depth, columns, to, i > 0, scratch->decoded, panel + tq1_25_panel_size(i * QK_TQ1_25, columns));
-                for (int k = 0; over && k < columns; ++k) {
-                    memcpy(s[c + k] + t * TQ1_25_TILE, to[k], (size_t) left * sizeof(float));
-                }
-                panel += tq1_25_panel_size(n, columns);
             }
         }
     }

@@ -111,6 +111,8 @@ TQ1_25_ASSERT(sizeof(tq1_25_tile) == TQ1_25_TILE * sizeof(block_tq1_25), "tq1_25
 // once for a vector, and a row's share is looked up. t = TQ1_25_SPLIT * high + low, both small enough for a byte to hold
 // eight of them, which is as many as share a scale: |t| <= 3 * 128, |high| <= 14, |low| <= 15.
 #define TQ1_25_SPLIT 28
+#define TQ1_25_TABLE (TQ1_25_QK8_0 / TQ1_25_GROUP * 32) // of a Q8_0 block: for each group 16 high parts by slot, 16 low ones
+#define TQ1_25_WIDE  (2 * TQ1_25_TABLE)                 // 32 high parts by code (sign << 4 | slot), 32 low ones
 
 // Matrix by matrix. Weights plus one as bytes, so unsigned as the multiplications want them: 64 rows, a block of each.
 typedef struct {
@@ -129,17 +131,17 @@ struct tq1_25_isa {
 
     // The rest is 0 where there are no kernels for repacked rows.
 
-    int max_tables; // up to so many vectors, tables are faster than panels (scripts/bench measures it)
-
-    // Tables of nb Q8_0 blocks, table_size bytes each, and their scales.
-    int64_t table_size;
+    int max_tables; // up to so many columns, tables are faster than panels (scripts/bench measures it)
+    // Tables of nb Q8_0 blocks, TQ1_25_TABLE bytes each, and their scales.
     void (*table)(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d);
+    // The same twice as wide, where the lookup wants them so: TQ1_25_WIDE bytes each. NULL: it takes them as they are.
+    void (*widen)(int64_t nb, const int8_t * table, int8_t * wide);
     // The 64 dot products of a row of tiles, rows of n weights.
     void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 
     void (*decode)(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
-    // s[c][r] = or += the dot products of 64 rows, nb decoded tiles, with the nc columns of a panel.
-    void (*gemm)(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
+    // s[64 * c + r]: the dot products of 64 rows, nb decoded tiles, with the nc columns of a panel. s is aligned to 64 bytes.
+    void (*gemm)(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
     uint32_t bias_mask; // of the int32 in a panel: what sums in pairs of int16 holds it in one of them
 };
 
@@ -156,16 +158,16 @@ void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1
 void tq1_25_vec_dot_avx512(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_avx512vnni(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d);
-void tq1_25_table_avx512vbmi(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d);
+void tq1_25_widen_avx512vbmi(int64_t nb, const int8_t * table, int8_t * wide);
 void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 void tq1_25_gemv_avx512vbmi(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 void tq1_25_decode_avx2(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
 void tq1_25_decode_avx512(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
-void tq1_25_gemm_avx2(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
-void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
-void tq1_25_gemm_avx512(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
-void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * const * s, bool add, const tq1_25_decoded * w, const int8_t * panel);
+void tq1_25_gemm_avx2(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
+void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
+void tq1_25_gemm_avx512(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
+void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 #endif
 
 // In the shape of ggml's table: the best instruction set's; one row (nrc = 1).
@@ -178,28 +180,36 @@ TQ1_25_API void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, v
 // vectors of n Q8_0 activations. Threads share the work by ranges; each part of a result is written by one.
 
 // The tables of a vector: their bytes, and those of activations begin .. end - 1, multiples of 32.
-int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n);
+int64_t tq1_25_table_size(int64_t n);
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
 
-// s[c][row] for columns c < nc, from their activations y[c] and tables[c].
-void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s);
+// Wide tables of nc vectors are a thread's own: half as many bytes go from core to core. 0 bytes where none are wanted.
+int64_t tq1_25_wide_size(const struct tq1_25_isa * isa, int64_t n, int nc);
+void tq1_25_widen(const struct tq1_25_isa * isa, int64_t n, int nc, void * const * tables, void * wide);
 
-// The panel of nc columns, nc <= TQ1_25_COLUMNS: its bytes, and those of activations begin .. end - 1, multiples of 32.
-int64_t tq1_25_panel_size(int64_t n, int nc);
+// s[c][row] for columns c < nc, from their activations y[c], tables[c] and the wide tables of them all.
+void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, const void * wide, float * const * s);
+
+// nc columns are spread over as few panels as can be, evenly: the first column of a panel, in 0 .. nc.
+static inline int64_t tq1_25_panels(int64_t nc) { return (nc + TQ1_25_COLUMNS - 1) / TQ1_25_COLUMNS; }
+static inline int64_t tq1_25_first_column(int64_t nc, int64_t panel) { return nc * panel / tq1_25_panels(nc); }
+
+// A panel of nc columns, nc <= TQ1_25_COLUMNS: its bytes, and those of activations begin .. end - 1, multiples of 32.
+int64_t tq1_25_panel_size(int64_t n, int64_t nc);
 void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
 
-#define TQ1_25_DEPTH 8 // blocks of a row that are decoded at once, for all columns: 66 KB
+#define TQ1_25_DEPTH 16 // blocks of a row that are decoded at once, for all columns: 132 KB
 
-struct tq1_25_scratch { // of a thread
+struct tq1_25_scratch { // of a thread; aligned to 64 bytes
     tq1_25_decoded decoded[TQ1_25_DEPTH];
-    tq1_25_tile    tiles[TQ1_25_DEPTH];               // of the rows that are left over
+    tq1_25_tile    tiles[TQ1_25_DEPTH]; // of the rows that are left over
     float          sums[TQ1_25_COLUMNS][TQ1_25_TILE];
 };
 
-// s[c][row] for columns c < nc, from panels of TQ1_25_COLUMNS columns that follow one another, the last of the rest.
+// s[c][row] for the columns c of panels first .. last - 1, of all nc columns' panels, which follow one another.
 void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int64_t nc, const void * panels, float * const * s, struct tq1_25_scratch * scratch);
+                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_scratch * scratch);
 
 // ---- shared by the above ----
 
