@@ -4,38 +4,96 @@
 
 #include <string.h>
 
+#ifdef __SSE2__
+#    include <immintrin.h>
+#endif
+
+#ifdef _MSC_VER
+#    define PREFETCH_WRITE(p) ((void) (p))
+#else
+#    define PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
+#endif
+
 // ---- layout ----
 
-// Up to 64 rows of nb blocks, block i of each, to a tile; rows that are not there are zero.
-static void make_tile(const block_tq1_25 * x, int64_t nb, int64_t i, int rows, tq1_25_tile * y) {
-    if (rows < TQ1_25_TILE) {
-        memset(y, 0, sizeof(*y));
+// Place of a row's scale: the inverse of TQ1_25_ROW.
+static int place_of(int row) {
+    return (row >> 3 & 1) << 5 | (row & 1) << 4 | (row >> 4) << 2 | (row >> 1 & 3);
+}
+
+static void put_row(const block_tq1_25 * x, tq1_25_tile * y, int row) {
+    for (int j = 0; j < QK_TQ1_25 / TQ1_25_QK8_0; ++j) {
+        for (int k = 0; k < 4; ++k) {
+            y->part[j].qs[k][row] = x->qs[4 * j + k];
+        }
+        y->part[j].sign[row] = x->sign[j];
     }
-    for (int r = 0; r < rows; ++r) {
-        const block_tq1_25 * block = x + nb * r + i;
-        for (int j = 0; j < QK_TQ1_25 / TQ1_25_QK8_0; ++j) {
-            for (int k = 0; k < 4; ++k) {
-                y->part[j].qs[k][r] = block->qs[4 * j + k];
-            }
-            y->part[j].sign[r] = block->sign[j];
+    y->d[place_of(row)] = x->d;
+}
+
+#ifdef __SSE2__
+// Sixteen rows of sixteen bytes to rows of bytes at the same place: each round doubles the rows
+// whose bytes are neighbours.
+static inline void transpose(__m128i a[16]) {
+    __m128i b[16];
+    for (int round = 0; round < 2; ++round) {
+        for (int r = 0; r < 8; ++r) {
+            b[2 * r]     = _mm_unpacklo_epi8(a[r], a[r + 8]);
+            b[2 * r + 1] = _mm_unpackhi_epi8(a[r], a[r + 8]);
+        }
+        for (int r = 0; r < 8; ++r) {
+            a[2 * r]     = _mm_unpacklo_epi8(b[r], b[r + 8]);
+            a[2 * r + 1] = _mm_unpackhi_epi8(b[r], b[r + 8]);
         }
     }
-    for (int place = 0; place < TQ1_25_TILE; ++place) {
-        if (TQ1_25_ROW(place) < rows) {
-            y->d[place] = x[nb * TQ1_25_ROW(place) + i].d;
-        }
+}
+#endif
+
+// Sixteen rows, the first a multiple of sixteen, nb blocks from one to the next.
+static void put_sixteen(const block_tq1_25 * x, int64_t nb, tq1_25_tile * y, int row) {
+#ifdef __SSE2__
+    __m128i a[16];
+    for (int r = 0; r < 16; ++r) {
+        a[r] = _mm_loadu_si128((const __m128i *) x[nb * r].qs);
+        _mm_prefetch((const char *) &x[nb * r] + 512, _MM_HINT_T0);
     }
+    transpose(a);
+    for (int k = 0; k < 16; ++k) {
+        _mm_storeu_si128((__m128i *) (y->part[k / 4].qs[k % 4] + row), a[k]);
+    }
+    enum { LAST = sizeof(*x) - 16 }; // the last sixteen bytes: ten of qs, sign, d
+    for (int r = 0; r < 16; ++r) {
+        a[r] = _mm_loadu_si128((const __m128i *) ((const char *) &x[nb * r] + LAST));
+    }
+    transpose(a); // what isn't stored isn't computed: the compiler sees to it
+    for (int j = 0; j < 4; ++j) {
+        _mm_storeu_si128((__m128i *) (y->part[j].sign + row), a[10 + j]);
+    }
+    for (int h = 0; h < 2; ++h) { // rows 8h and on: even ones to a place, odd ones sixteen further
+        __m128i d = h ? _mm_unpackhi_epi8(a[14], a[15]) : _mm_unpacklo_epi8(a[14], a[15]);
+        d = _mm_shufflehi_epi16(_mm_shufflelo_epi16(d, 0xd8), 0xd8);
+        d = _mm_shuffle_epi32(d, 0xd8);
+        _mm_storel_epi64((__m128i *) (y->d + place_of(row + 8 * h)), d);
+        _mm_storel_epi64((__m128i *) (y->d + place_of(row + 8 * h + 1)), _mm_unpackhi_epi64(d, d));
+    }
+#else
+    for (int r = 0; r < 16; ++r) {
+        put_row(x + nb * r, y, row + r);
+    }
+#endif
 }
 
 void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y) {
     const int64_t nb = n / QK_TQ1_25;
-    tq1_25_tile * tile = (tq1_25_tile *) y;
-    for (; rows >= TQ1_25_TILE; rows -= TQ1_25_TILE, x += nb * TQ1_25_TILE) {
-        for (int64_t i = 0; i < nb; ++i) {
-            make_tile(x, nb, i, TQ1_25_TILE, tile++);
+    tq1_25_tile * tiles = (tq1_25_tile *) y;
+    for (; rows >= TQ1_25_TILE; rows -= TQ1_25_TILE, tiles += nb) {
+        for (int row = 0; row < TQ1_25_TILE; row += 16, x += 16 * nb) {
+            for (int64_t i = 0; i < nb; ++i) {
+                put_sixteen(x + i, nb, tiles + i, row);
+            }
         }
     }
-    memcpy(tile, x, (size_t) (rows * nb) * sizeof(*x));
+    memcpy(tiles, x, (size_t) (rows * nb) * sizeof(*x));
 }
 
 // ---- matrix by vectors ----
@@ -130,8 +188,9 @@ void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
             const tq1_25_tile * part = tiles + i;
             if (left < TQ1_25_TILE) {
                 part = scratch->tiles;
-                for (int64_t k = 0; k < depth; ++k) {
-                    make_tile((const block_tq1_25 *) tiles, nb, i + k, left, &scratch->tiles[k]);
+                memset(scratch->tiles, 0, sizeof(scratch->tiles));
+                for (int64_t k = 0; k < depth * left; ++k) {
+                    put_row((const block_tq1_25 *) tiles + k / depth * nb + i + k % depth, &scratch->tiles[k % depth], (int) (k / depth));
                 }
             }
             isa->decode(depth, part, scratch->decoded);
@@ -139,6 +198,11 @@ void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
                 const int64_t c = tq1_25_first_column(nc, p);
                 const int columns = (int) (tq1_25_first_column(nc, p + 1) - c);
                 const int8_t * panel = (const int8_t *) panels + tq1_25_panel_size(n, c) + tq1_25_panel_size(i * QK_TQ1_25, columns);
+                for (int k = 0; k < columns; ++k) {
+                    for (int r = 0; r < left; r += 16) {
+                        PREFETCH_WRITE(s[c + k] + t * TQ1_25_TILE + r); // else the sums wait for each of these lines
+                    }
+                }
                 isa->gemm(depth, columns, scratch->sums[0], scratch->decoded, panel);
                 for (int k = 0; k < columns; ++k) {
                     float * to = s[c + k] + t * TQ1_25_TILE;

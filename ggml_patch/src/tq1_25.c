@@ -1,5 +1,11 @@
 // TQ1_25 codec: quantize, dequantize. Plain C11, the same bytes as sherry_gguf/tq1_25.py.
 
+#ifdef __linux__
+#    define _DEFAULT_SOURCE // madvise
+#    include <sys/mman.h>
+#    include <unistd.h>
+#endif
+
 #include "tq1_25.h"
 
 #include <assert.h>
@@ -231,4 +237,18 @@ size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int64_t n_per_r
         tq1_25_quantize_weighted(x + row * n_per_row, imatrix, (block_tq1_25 *) y + row * blocks, n_per_row, NULL);
     }
     return (size_t) (nrows * blocks) * sizeof(block_tq1_25);
+}
+
+// ---- memory ----
+
+void tq1_25_release(const void * x, size_t size) {
+#ifdef __linux__ // elsewhere MADV_DONTNEED means less, or something else
+    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
+    const uintptr_t begin = ((uintptr_t) x + page - 1) / page * page, end = ((uintptr_t) x + size) / page * page;
+    if (begin < end) {
+        madvise((void *) begin, end - begin, MADV_DONTNEED); // advice: that it fails does no harm
+    }
+#else
+    (void) x; (void) size;
+#endif
 }

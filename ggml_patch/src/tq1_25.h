@@ -75,7 +75,11 @@ TQ1_25_API bool tq1_25_validate(const void * x, size_t nb);
 // n activations, n a multiple of 32, to Q8_0: scale max|x| / 127, halves away from zero; the bytes of ggml's reference.
 TQ1_25_API void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n);
 
-// The same in the shapes of ggml's tables.
+// Tells the system that these bytes of a mapped file are not needed for now; they can still be read. They stay in the
+// page cache, no longer in this process. Never for bytes that are not of a file.
+TQ1_25_API void tq1_25_release(const void * x, size_t size);
+
+// The codec in the shapes of ggml's tables.
 TQ1_25_API void   quantize_row_tq1_25_ref(const float * x, void * y, int64_t n);
 TQ1_25_API void   dequantize_row_tq1_25(const void * x, float * y, int64_t n);
 TQ1_25_API size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix);
