@@ -1,0 +1,234 @@
+// Times products of matrices in one thread: with one vector, weights from memory, each type's vec_dot row by row and each
+// instruction set's repacked TQ1_25; with more vectors, TQ1_25 by tables and by panels; and what the CPU multiplies at most.
+// usage: bench_matmul MIB TYPE...     a round for each line of input, so that others can be measured between rounds
+// prints "vector NAME RATE", "columns ISA KERNEL COLUMNS RATE", "switch ISA COLUMNS" (tables up to so many), "peak ISA RATE" and
+// "end"; rates in 1e9 weights times columns a second, which are multiply-adds
+
+#define _GNU_SOURCE // madvise
+
+#include "ggml-cpu.h"
+#include "ggml.h"
+#include "sherry/tq1_25.h"
+
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+enum {
+    N           = 2048, // weights of a row
+    DIFFERENT   = 256,  // rows that are not repeated
+    MOST        = 512,  // columns
+    FEW         = 64,   // columns up to which all of the matrix is used, so that weights come from memory
+    SOME_ROWS   = 2048, // beyond
+    HUGE_PAGE   = 2 << 20,
+    MAX_TYPES   = 64,
+    PEAK_CHAINS = 12,   // sums that do not wait for one another
+};
+
+static double now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
+}
+
+static void * allocate(size_t size) {
+    size = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
+    void * p = aligned_alloc(HUGE_PAGE, size);
+    if (!p) {
+        fprintf(stderr, "no memory for %zu MiB\n", size >> 20);
+        exit(1);
+    }
+    madvise(p, size, MADV_HUGEPAGE);
+    return p;
+}
+
+static float * noise(size_t n, float above) {
+    float * x = allocate(n * sizeof(float));
+    for (size_t i = 0; i < n; ++i) {
+        x[i] = (float) rand() / (float) RAND_MAX - above;
+    }
+    return x;
+}
+
+// ---- what multiplies at most: nothing but multiplications, in registers ----
+
+#if defined(__x86_64__)
+#ifdef __clang__
+#    define UNROLL _Pragma("unroll")
+#else
+#    define UNROLL _Pragma("GCC unroll 16") // else the sums are in memory
+#endif
+#define PEAK(name, isa, bytes, type, set1, multiply)                                          \
+    __attribute__((target(isa))) static double name(void) {                                   \
+        type sum[PEAK_CHAINS];                                                                \
+        type x = set1(1);                                                                     \
+        UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) {                                        \
+            sum[c] = set1((char) c);                                                          \
+        }                                                                                     \
+        enum { TIMES = 1 << 20 };                                                             \
+        const double start = now();                                                           \
+        for (int i = 0; i < TIMES; ++i) {                                                     \
+            UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) {                                    \
+                __asm__ volatile("" : "+v"(x)); /* not the same as before */                  \
+                multiply;                                                                     \
+                __asm__ volatile("" : "+v"(sum[c]));                                          \
+            }                                                                                 \
+        }                                                                                     \
+        return (double) bytes * PEAK_CHAINS * TIMES / (now() - start) * 1e-9;                 \
+    }
+PEAK(peak_avx512vnni, "avx512f,avx512bw,avx512vnni", 64, __m512i, _mm512_set1_epi8, sum[c] = _mm512_dpbusd_epi32(sum[c], x, x))
+PEAK(peak_avx512, "avx512f,avx512bw", 64, __m512i, _mm512_set1_epi8, sum[c] = _mm512_add_epi16(sum[c], _mm512_maddubs_epi16(x, x)))
+PEAK(peak_avxvnni, "avx2,avxvnni", 32, __m256i, _mm256_set1_epi8, sum[c] = _mm256_dpbusd_avx_epi32(sum[c], x, x))
+PEAK(peak_avx2, "avx2", 32, __m256i, _mm256_set1_epi8, sum[c] = _mm256_add_epi16(sum[c], _mm256_maddubs_epi16(x, x)))
+#endif
+
+static double peak(const char * isa) {
+#if defined(__x86_64__)
+    if (!strcmp(isa, "avx512vbmi") || !strcmp(isa, "avx512vnni")) {
+        return peak_avx512vnni();
+    }
+    return !strcmp(isa, "avx512") ? peak_avx512() : !strcmp(isa, "avxvnni") ? peak_avxvnni() : !strcmp(isa, "avx2") ? peak_avx2() : 0;
+#else
+    (void) isa;
+    return 0;
+#endif
+}
+
+// ---- matrices ----
+
+struct matrix {
+    enum ggml_type type;
+    int64_t        rows;
+    char *         data;
+    char *         y; // MOST activation rows
+    size_t         row_size, y_size;
+};
+
+static struct matrix make(enum ggml_type type, size_t bytes, const float * x, const float * y, const float * importance) {
+    const enum ggml_type other = ggml_get_type_traits_cpu(type)->vec_dot_type;
+    struct matrix m = { .type = type, .row_size = ggml_row_size(type, N), .y_size = ggml_row_size(other, N) };
+    m.rows = (int64_t) (bytes / m.row_size) / DIFFERENT * DIFFERENT;
+    m.data = allocate((size_t) m.rows * m.row_size);
+    ggml_quantize_chunk(type, x, m.data, 0, DIFFERENT, N, importance);
+    for (int64_t r = DIFFERENT; r < m.rows; r += DIFFERENT) {
+        memcpy(m.data + (size_t) r * m.row_size, m.data, DIFFERENT * m.row_size);
+    }
+    m.y = allocate(MOST * m.y_size);
+    for (int c = 0; c < MOST; ++c) {
+        ggml_get_type_traits_cpu(other)->from_float(y + (size_t) c * N, m.y + (size_t) c * m.y_size, N);
+    }
+    return m;
+}
+
+static void by_vec_dot(const struct matrix * m, float * s) {
+    const ggml_vec_dot_t dot = ggml_get_type_traits_cpu(m->type)->vec_dot;
+    const double start = now();
+    for (int64_t r = 0; r < m->rows; ++r) {
+        dot(N, s + r, 0, m->data + (size_t) r * m->row_size, 0, m->y, 0, 1);
+    }
+    printf("vector %s %.3f\n", ggml_type_name(m->type), (double) N * (double) m->rows / (now() - start) * 1e-9);
+}
+
+struct columns {
+    const tq1_25_q8_0 * y[MOST];
+    float *             s[MOST];
+    void *              tables[MOST];
+    void *              wide;
+    void *              panels;
+    struct tq1_25_scratch * scratch;
+};
+
+static double by_tables(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
+    const double start = now();
+    for (int k = 0; k < nc; ++k) {
+        tq1_25_make_table(isa, N, 0, N, c->y[k], c->tables[k]);
+    }
+    tq1_25_widen(isa, N, nc, c->tables, c->wide);
+    tq1_25_mul_tables(isa, rows, N, x, 0, rows / TQ1_25_TILE, nc, c->y, c->tables, c->wide, c->s);
+    return (double) N * (double) rows * nc / (now() - start) * 1e-9;
+}
+
+static double by_panels(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
+    const double start = now();
+    for (int64_t p = 0; p < tq1_25_panels(nc); ++p) {
+        const int64_t k = tq1_25_first_column(nc, p);
+        tq1_25_make_panel(isa, 0, N, (int) (tq1_25_first_column(nc, p + 1) - k), c->y + k, (char *) c->panels + tq1_25_panel_size(N, k));
+    }
+    tq1_25_mul_panels(isa, rows, N, x, 0, rows / TQ1_25_TILE, nc, 0, tq1_25_panels(nc), c->panels, c->s, c->scratch);
+    return (double) N * (double) rows * nc / (now() - start) * 1e-9;
+}
+
+int main(int argc, char ** argv) {
+    const long mib = argc > 2 ? atol(argv[1]) : 0;
+    if (mib < 1 || mib > 65536 || argc - 2 > MAX_TYPES) {
+        fprintf(stderr, "usage: %s MIB TYPE...     (1 to 65536 MiB of weights of each type)\n", argv[0]);
+        return 2;
+    }
+    ggml_cpu_init();
+    const float * x = noise((size_t) N * DIFFERENT, 0.5f), * y = noise((size_t) N * MOST, 0.5f), * importance = noise(N, -0.5f);
+    struct matrix types[MAX_TYPES];
+    int count = 0;
+    for (int a = 2; a < argc; ++a) {
+        int type = 0;
+        while (type < GGML_TYPE_COUNT && (!ggml_type_name(type) || strcmp(ggml_type_name(type), argv[a]) != 0)) {
+            ++type;
+        }
+        if (type == GGML_TYPE_COUNT || ggml_blck_size(type) == 0) {
+            fprintf(stderr, "%s: no such type\n", argv[a]);
+            return 1;
+        }
+        types[count++] = make(type, (size_t) mib << 20, x, y, importance);
+    }
+    const struct matrix ours = make(GGML_TYPE_TQ1_25, (size_t) mib << 20, x, y, importance);
+    char * tiles = allocate((size_t) ours.rows * ours.row_size);
+    tq1_25_repack(ours.rows, N, (const block_tq1_25 *) ours.data, tiles);
+    float * s = allocate(sizeof(float) * ((size_t) ours.rows + 64) * FEW + sizeof(float) * (size_t) SOME_ROWS * MOST);
+    struct columns c = { .panels = allocate((size_t) tq1_25_panel_size(N, MOST)), .scratch = allocate(sizeof(*c.scratch)) };
+    for (int k = 0; k < MOST; ++k) {
+        c.y[k] = (const tq1_25_q8_0 *) (ours.y + (size_t) k * ours.y_size);
+        if (k < FEW) {
+            c.tables[k] = aligned_alloc(64, (size_t) tq1_25_table_size(N));
+        }
+    }
+    c.wide = allocate((size_t) (N / TQ1_25_QK8_0) * TQ1_25_WIDE * FEW);
+    float * results = allocate(sizeof(float) * (size_t) (2 << 20)); // vec_dot's, of any type's rows
+    static const int some[] = { 1, 2, 4, 8, 12, 16, 20, 24, 32, 48, FEW, 128, MOST };
+
+    for (int in = getchar(); in != EOF; in = getchar()) {
+        if (in != '\n') {
+            continue;
+        }
+        for (int t = 0; t < count; ++t) {
+            by_vec_dot(&types[t], results);
+        }
+        for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
+            if (!isa->gemv || (isa->supported && !isa->supported())) {
+                continue;
+            }
+            for (size_t i = 0; i < sizeof(some) / sizeof(some[0]); ++i) {
+                const int     nc   = some[i];
+                const int64_t rows = nc <= FEW ? ours.rows : SOME_ROWS < ours.rows ? SOME_ROWS : ours.rows;
+                for (int k = 0; k < nc; ++k) {
+                    c.s[k] = s + (size_t) k * (size_t) rows;
+                }
+                if (nc == 1) {
+                    printf("vector tq1_25-%s %.3f\n", isa->name, by_tables(isa, tiles, rows, nc, &c));
+                }
+                if (nc <= FEW) {
+                    printf("columns %s tables %d %.3f\n", isa->name, nc, by_tables(isa, tiles, rows, nc, &c));
+                }
+                printf("columns %s panels %d %.3f\n", isa->name, nc, by_panels(isa, tiles, rows, nc, &c));
+            }
+            printf("switch %s %d\npeak %s %.3f\n", isa->name, isa->max_tables, isa->name, peak(isa->name));
+        }
+        puts("end");
+        fflush(stdout);
+    }
+    return 0;
+}
