@@ -80,11 +80,13 @@ static int has_avx512vbmi(void) { // with VNNI
     return has_avx512vnni() && ALL(seven[2], 1u << 1);
 }
 
+#ifdef TQ1_25_AVXVNNI
 static int has_avxvnni(void) {
     unsigned seven[4];
     cpuid_sub(7, 1, seven);
     return has_avx2() && ALL(seven[0], 1u << 4);
 }
+#endif
 
 #endif
 
@@ -107,7 +109,9 @@ const struct tq1_25_isa tq1_25_isas[] = {
       .widen = tq1_25_widen_avx512vbmi },
     { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni, TABLES(12, avx512), PANELS(avx512, avx512vnni, 0xffffffff) },
     { "avx512",     tq1_25_vec_dot_avx512,     has_avx512,     TABLES(20, avx512), PANELS(avx512, avx512, 0xffff) },
+#    ifdef TQ1_25_AVXVNNI
     { "avxvnni",    tq1_25_vec_dot_avx2,       has_avxvnni,    TABLES(16, avx2),  PANELS(avx2, avxvnni, 0xffffffff) },
+#    endif
     { "avx2",       tq1_25_vec_dot_avx2,       has_avx2,       TABLES(24, avx2),  PANELS(avx2, avx2, 0xffff) },
 #endif
     { .name = "scalar", .vec_dot = tq1_25_vec_dot_scalar },

@@ -5,14 +5,14 @@
 #if defined(__x86_64__) || defined(_M_X64)
 
 #define SLOTS(at) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) (table + (at))))
-#define SHUFFLE(g, slots, turned) {                                                           \
-        const __m256i signed_one = _mm256_or_si256(turned, one); /* the sign's bit is on top */ \
+#define SHUFFLE(g, slots, turned) {                                                                       \
+        const __m256i signed_one = _mm256_or_si256(turned, one); /* the sign's bit is on top */           \
         const __m256i h = _mm256_sign_epi8(_mm256_shuffle_epi8(SLOTS(32 * (g)), slots), signed_one);      \
         const __m256i l = _mm256_sign_epi8(_mm256_shuffle_epi8(SLOTS(32 * (g) + 16), slots), signed_one); \
-        high = (g) == 0 ? h : _mm256_add_epi8(high, h);                                       \
-        low  = (g) == 0 ? l : _mm256_add_epi8(low, l);                                        \
-        IN_ORDER(high);                                                                       \
-        IN_ORDER(low);                                                                        \
+        high = (g) == 0 ? h : _mm256_add_epi8(high, h);                                                   \
+        low  = (g) == 0 ? l : _mm256_add_epi8(low, l);                                                    \
+        IN_ORDER(high);                                                                                   \
+        IN_ORDER(low);                                                                                    \
     }
 
 // Rows at .. at + 31 of a tile: adds to total[4], in the order of tq1_25_tile.d.

@@ -33,7 +33,7 @@ class tq1_25_traits : public tensor_traits_base {
         size_t  y, s, table;                      // of each column, by expert: pointers to activations, result and table
         size_t  first, cursor;                    // the first column of each expert, and the first after the last; where to add one
         size_t  slot, row;                        // the slot of a row, or -1; the row of a slot
-        size_t  counts;                           // experts that have columns, slots that are taken
+        size_t  taken;                            // how many slots are
         size_t  size = 0;
 
         layout(const ggml_tensor * op, int n_threads) {
@@ -49,7 +49,7 @@ class tq1_25_traits : public tensor_traits_base {
             slots      = all_tables ? rows : ids ? std::min(rows, experts * isa->max_tables) : 0;
             row_size   = ggml_row_size(GGML_TYPE_Q8_0, n);
             table_size = (size_t) tq1_25_table_size(n);
-            wide_size  = (size_t) tq1_25_wide_size(isa, n, isa->max_tables);
+            wide_size  = (size_t) tq1_25_wide_size(isa, n, (int) std::min<int64_t>(columns, isa->max_tables));
             q8_0    = take(row_size, rows);
             tables  = take(table_size, slots);
             panels  = take((size_t) tq1_25_panel_size(n, 1), all_tables ? 0 : columns);
@@ -62,7 +62,7 @@ class tq1_25_traits : public tensor_traits_base {
             cursor  = take(sizeof(int64_t), experts);
             slot    = take(sizeof(int64_t), rows);
             row     = take(sizeof(int64_t), slots);
-            counts  = take(sizeof(int64_t), 2);
+            taken   = take(sizeof(int64_t), 1);
         }
 
         size_t take(size_t bytes, int64_t count) {
@@ -89,8 +89,7 @@ class tq1_25_traits : public tensor_traits_base {
         float **             columns_s() const     { return at<float *>(s); }
         void **              columns_table() const { return at<void *>(table); }
         int64_t *            firsts() const        { return at<int64_t>(first); }
-        int64_t &            active_experts() const { return at<int64_t>(counts)[0]; }
-        int64_t &            taken_slots() const    { return at<int64_t>(counts)[1]; }
+        int64_t &            taken_slots() const   { return *at<int64_t>(taken); }
 
         tq1_25_q8_0 * activations(int64_t row_) const { return at<tq1_25_q8_0>(q8_0 + row_size * (size_t) row_); }
         void *        table_of(int64_t slot_) const   { return base + tables + table_size * (size_t) slot_; }
@@ -123,9 +122,8 @@ class tq1_25_traits : public tensor_traits_base {
                 columns_s()[c] = (float *) ((char *) op->data + i1 * op->nb[1] + i2 * op->nb[2] + i3 * op->nb[3]);
                 columns_table()[c] = all_tables ? table_of(c) : nullptr;
             }
-            firsts()[0]      = 0;
-            firsts()[1]      = columns;
-            active_experts() = columns > 0;
+            firsts()[0] = 0;
+            firsts()[1] = columns;
         }
 
         void find_columns_of_experts() const {
@@ -141,7 +139,6 @@ class tq1_25_traits : public tensor_traits_base {
                     ++firsts()[expert(token, k) + 1];
                 }
             }
-            active_experts() = std::count_if(firsts() + 1, firsts() + experts + 1, [](int64_t count) { return count > 0; });
             std::partial_sum(firsts(), firsts() + experts + 1, firsts());
             std::copy(firsts(), firsts() + experts, at<int64_t>(cursor));
             std::fill(at<int64_t>(slot), at<int64_t>(slot) + rows, -1);
@@ -204,8 +201,8 @@ class tq1_25_traits : public tensor_traits_base {
                     const int64_t begin = firsts()[e], count = firsts()[e + 1] - begin;
                     for (int64_t panel = 0; !by_tables(count) && panel < tq1_25_panels(count); ++panel) {
                         if (item++ % params->nth == params->ith) {
-                            const int64_t c = tq1_25_first_column(count, panel);
-                            tq1_25_make_panel(isa, 0, n, (int) (tq1_25_first_column(count, panel + 1) - c), columns_y() + begin + c, panel_at(begin + c));
+                            const int64_t c = begin + tq1_25_first_column(count, panel), last = begin + tq1_25_first_column(count, panel + 1);
+                            tq1_25_make_panel(isa, 0, n, (int) (last - c), columns_y() + c, panel_at(c));
                         }
                     }
                 }
@@ -213,7 +210,7 @@ class tq1_25_traits : public tensor_traits_base {
             ggml_barrier(params->threadpool);
         }
 
-        // Threads take items in turn, with NUMA each its own. Of a matrix by tables: first a share of the units to each
+        // Threads take items in turn; with NUMA it is settled which. Of a matrix by tables: first a share of the units to each
         // thread, three quarters in all, since fetching ahead likes long runs; then one by one, so that all end together. By
         // panels: unit by unit, and where these are few, the panels in groups.
         void multiply() const {
@@ -284,7 +281,10 @@ class tq1_25_traits : public tensor_traits_base {
         if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
             return false;
         }
-        GGML_ASSERT(op->src[1]->type == GGML_TYPE_F32 && op->src[1]->nb[0] == sizeof(float) && op->nb[0] == sizeof(float));
+        const ggml_tensor * src0 = op->src[0], * src1 = op->src[1];
+        GGML_ASSERT(src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && op->nb[0] == sizeof(float));
+        GGML_ASSERT(!src0->view_src); // some rows of tiles are no rows
+        GGML_ASSERT(src0->ne[3] == 1 && (op->op == GGML_OP_MUL_MAT_ID ? src1->ne[3] : src0->ne[2]) == 1);
         const job job_(params, op);
         job_.prepare();
         job_.multiply();
@@ -299,7 +299,8 @@ class tq1_25_traits : public tensor_traits_base {
         madvise((void *) begin, (uintptr_t) t->data + size - begin, MADV_HUGEPAGE); // advice: may fail
 #endif
         // Runs of tile rows, shared by some threads: half of the time goes into pages that are touched first.
-        const int64_t n = t->ne[0], matrix = t->ne[1], run = std::max<int64_t>(((1 << 20) / (int64_t) t->nb[1] + TQ1_25_TILE - 1) / TQ1_25_TILE, 1) * TQ1_25_TILE;
+        const int64_t n = t->ne[0], matrix = t->ne[1];
+        const int64_t run  = ((1 << 20) / (int64_t) t->nb[1] / TQ1_25_TILE + 1) * TQ1_25_TILE; // rows of about 1 MiB
         const int64_t runs = (matrix + run - 1) / run, count = runs * t->ne[2] * t->ne[3];
         std::atomic<int64_t> next = 0;
         const auto work = [&] {
@@ -310,6 +311,7 @@ class tq1_25_traits : public tensor_traits_base {
             }
         };
         std::vector<std::thread> helpers;
+        helpers.reserve(8);
         try {
             for (int64_t i = 1; i < std::min<int64_t>({ count, std::thread::hardware_concurrency(), 8 }); ++i) {
                 helpers.emplace_back(work);

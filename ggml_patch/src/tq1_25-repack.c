@@ -4,7 +4,8 @@
 
 #include <string.h>
 
-#ifdef __SSE2__
+#if defined(__SSE2__) || defined(_M_X64)
+#    define SSE2
 #    include <immintrin.h>
 #endif
 
@@ -31,7 +32,7 @@ static void put_row(const block_tq1_25 * x, tq1_25_tile * y, int row) {
     y->d[place_of(row)] = x->d;
 }
 
-#ifdef __SSE2__
+#ifdef SSE2
 // Sixteen rows of sixteen bytes to rows of bytes at the same place: each round doubles the rows
 // whose bytes are neighbours.
 static inline void transpose(__m128i a[16]) {
@@ -51,7 +52,7 @@ static inline void transpose(__m128i a[16]) {
 
 // Sixteen rows, the first a multiple of sixteen, nb blocks from one to the next.
 static void put_sixteen(const block_tq1_25 * x, int64_t nb, tq1_25_tile * y, int row) {
-#ifdef __SSE2__
+#ifdef SSE2
     __m128i a[16];
     for (int r = 0; r < 16; ++r) {
         a[r] = _mm_loadu_si128((const __m128i *) x[nb * r].qs);
@@ -188,7 +189,7 @@ void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
             const tq1_25_tile * part = tiles + i;
             if (left < TQ1_25_TILE) {
                 part = scratch->tiles;
-                memset(scratch->tiles, 0, sizeof(scratch->tiles));
+                memset(scratch->tiles, 0, (size_t) depth * sizeof(scratch->tiles[0]));
                 for (int64_t k = 0; k < depth * left; ++k) {
                     put_row((const block_tq1_25 *) tiles + k / depth * nb + i + k % depth, &scratch->tiles[k % depth], (int) (k / depth));
                 }

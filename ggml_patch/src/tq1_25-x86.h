@@ -2,13 +2,13 @@
 
 #pragma once
 
-#if defined(__x86_64__) || defined(_M_X64)
-
 #include "tq1_25.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
 
 #include <immintrin.h>
 
-#ifdef _MSC_VER
+#if defined(_MSC_VER) && !defined(__clang__)
 #    define TARGET(isa)
 #    define INLINE static __forceinline
 #    define UNROLL

@@ -113,7 +113,7 @@ TQ1_25_ASSERT(sizeof(tq1_25_tile) == TQ1_25_TILE * sizeof(block_tq1_25), "tq1_25
 
 // Matrix by vector. For four activations a group of weights has one of 32 sums t, one for each code; they are tabulated
 // once for a vector, and a row's share is looked up. t = TQ1_25_SPLIT * high + low, both small enough for a byte to hold
-// eight of them, which is as many as share a scale: |t| <= 3 * 128, |high| <= 14, |low| <= 15.
+// eight of them, which is as many as share a scale: |t| <= 3 * 128, |high| <= 14, |low| <= 14.
 #define TQ1_25_SPLIT 28
 #define TQ1_25_TABLE (TQ1_25_QK8_0 / TQ1_25_GROUP * 32) // of a Q8_0 block: for each group 16 high parts by slot, 16 low ones
 #define TQ1_25_WIDE  (2 * TQ1_25_TABLE)                 // 32 high parts by code (sign << 4 | slot), 32 low ones
@@ -157,6 +157,11 @@ extern const struct tq1_25_isa tq1_25_isas[];
 const struct tq1_25_isa * tq1_25_best_isa(void);
 
 void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+// Compilers that know AVX-VNNI.
+#if !defined(__GNUC__) || (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#    define TQ1_25_AVXVNNI
+#endif
+
 #if defined(__x86_64__) || defined(_M_X64)
 void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_avx512(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
@@ -178,12 +183,12 @@ void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded 
 void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 
 // Blocks of rows to tiles, as many bytes; x and y do not overlap.
-TQ1_25_API void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
+void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
 
 // What follows works on tile rows begin .. end - 1 of a repacked matrix x, of which there are (rows + 63) / 64, and on
 // vectors of n Q8_0 activations. Threads share the work by ranges; each part of a result is written by one.
 
-// The tables of a vector: their bytes, and those of activations begin .. end - 1, multiples of 32.
+// The tables of a vector, aligned to 64 bytes: their bytes, and those of activations begin .. end - 1, multiples of 32.
 int64_t tq1_25_table_size(int64_t n);
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
 
@@ -199,7 +204,7 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
 static inline int64_t tq1_25_panels(int64_t nc) { return (nc + TQ1_25_COLUMNS - 1) / TQ1_25_COLUMNS; }
 static inline int64_t tq1_25_first_column(int64_t nc, int64_t panel) { return nc * panel / tq1_25_panels(nc); }
 
-// A panel of nc columns, nc <= TQ1_25_COLUMNS: its bytes, and those of activations begin .. end - 1, multiples of 32.
+// A panel of nc columns, nc <= TQ1_25_COLUMNS, aligned to 4 bytes: its bytes, and those of activations begin .. end - 1, multiples of 32.
 int64_t tq1_25_panel_size(int64_t n, int64_t nc);
 void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
 
