@@ -15,21 +15,44 @@ ffibuilder.cdef("""
 #define QK_TQ1_25 ...
 #define TQ1_25_GROUP ...
 #define TQ1_25_QK8_0 ...
+#define TQ1_25_TILE ...
+#define TQ1_25_COLUMNS ...
+#define TQ1_25_DEPTH ...
 typedef struct { ...; } block_tq1_25;
 typedef struct { ...; } tq1_25_q8_0;
+typedef struct { ...; } tq1_25_tile;
+struct tq1_25_scratch { ...; };
 enum tq1_25_status { TQ1_25_OK, TQ1_25_NOT_FINITE, TQ1_25_OVERFLOW, ... };
 enum tq1_25_status tq1_25_quantize(const float * x, block_tq1_25 * y, int64_t n, int64_t * bad);
 enum tq1_25_status tq1_25_quantize_weighted(const float * x, const float * w, block_tq1_25 * y, int64_t n, int64_t * bad);
 void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n);
 bool tq1_25_validate(const void * x, size_t nb);
+void tq1_25_release(const void * x, size_t size);
 size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix);
 void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n);
 struct tq1_25_isa {
     const char * name;
     void (*vec_dot)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
     int (*supported)(void);
+    int max_tables;
+    void (*widen)(int64_t nb, const int8_t * table, int8_t * wide);
+    void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
+    ...;
 };
 extern const struct tq1_25_isa tq1_25_isas[];
+void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
+int64_t tq1_25_table_size(int64_t n);
+void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
+int64_t tq1_25_wide_size(const struct tq1_25_isa * isa, int64_t n, int nc);
+void tq1_25_widen(const struct tq1_25_isa * isa, int64_t n, int nc, void * const * tables, void * wide);
+void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, const void * wide, float * const * s);
+int64_t tq1_25_panels(int64_t nc);
+int64_t tq1_25_first_column(int64_t nc, int64_t panel);
+int64_t tq1_25_panel_size(int64_t n, int64_t nc);
+void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
+void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_scratch * scratch);
 """)
 ffibuilder.set_source(
     "sherry_gguf._kernels",

@@ -34,14 +34,27 @@ def available() -> list[str]:
     return [name for name, entry in _compiled().items() if _supported(entry)]
 
 
-def _kernel(isa: str | None):
+def available_repacked() -> list[str]:
+    """Those of `available()` with kernels for repacked rows, the best first; on a CPU without any it is empty."""
+    return [name for name, entry in _compiled().items() if _supported(entry) and entry.gemv != ffi.NULL]
+
+
+def _entry(isa: str | None):
     if isa is None:
         isa = os.environ.get("SHERRY_ISA") or available()[0]
     entry = _compiled().get(isa)
     if entry is None or not _supported(entry):
         lacking = "no such kernel is compiled in" if entry is None else "this CPU lacks it"
         raise ValueError(f"instruction set {isa}: {lacking}; it runs {', '.join(available())}")
-    return entry.vec_dot
+    return entry
+
+
+def _repacked_entry(isa: str | None):
+    entry = _entry(isa)
+    if entry.gemv == ffi.NULL:
+        raise ValueError(f"instruction set {ffi.string(entry.name).decode()} has no kernels for repacked rows; "
+                         f"those that this CPU runs: {', '.join(available_repacked()) or 'none'}")  # fmt: skip
+    return ffi.addressof(entry)
 
 
 def _floats(x: np.ndarray):
@@ -123,7 +136,7 @@ def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None) ->
     isa: an instruction set of `available()`; by default the one that SHERRY_ISA names, else the best.
     Raises ValueError for one that is missing, another dtype, shape or length.
     """
-    kernel = _kernel(isa)
+    kernel = _entry(isa).vec_dot
     b_row, q8_0 = tq1_25.check_blocks(b_row), np.asarray(q8_0)
     if b_row.ndim != 1:
         raise ValueError(f"the packed row has shape {b_row.shape}, not one axis")
@@ -145,3 +158,115 @@ def vec_dot(b_row: np.ndarray, y: np.ndarray, isa: str | None = None) -> float:
     b_row = tq1_25.check_blocks(b_row)
     y = tq1_25.check_activations(b_row.size // tq1_25.BLOCK_BYTES * tq1_25.BLOCK, y)
     return vec_dot_q8_0(b_row, quantize_q8_0(y), isa)
+
+
+# ---- repacked rows ----
+
+
+def repack(b: np.ndarray) -> np.ndarray:
+    """Packed rows, uint8 (rows, nb), to as many bytes, uint8 (rows * nb,), interleaved as llama.cpp does when it loads.
+
+    64 rows at a time become tiles; rows that are left over stay as they are (tq1_25.h, "repacked").
+    Raises ValueError for another dtype, shape, or a length that is no whole number of blocks.
+    """
+    b = tq1_25.check_blocks(b)
+    if b.ndim != 2:
+        raise ValueError(f"packed rows have shape {b.shape}, not (rows, bytes of a row)")
+    out = np.empty(b.size, np.uint8)
+    n = b.shape[1] // tq1_25.BLOCK_BYTES * tq1_25.BLOCK
+    lib.tq1_25_repack(b.shape[0], n, _blocks(b, "block_tq1_25"), ffi.from_buffer(out))
+    return out
+
+
+def _check_repacked(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, pieces: int) -> tuple[np.ndarray, np.ndarray]:
+    repacked, q8_0 = np.asarray(repacked), np.asarray(q8_0)
+    if n <= 0 or n % tq1_25.BLOCK or rows < 0:
+        raise ValueError(f"{rows} rows of {n} weights: rows are not whole blocks of {tq1_25.BLOCK}, at least one")
+    size = rows * (n // tq1_25.BLOCK) * tq1_25.BLOCK_BYTES
+    if repacked.dtype != np.uint8 or repacked.shape != (size,):
+        raise ValueError(f"repacked rows are {repacked.dtype} {repacked.shape}, "
+                         f"{rows} rows of {n} weights need uint8 ({size},)")  # fmt: skip
+    width = n // lib.TQ1_25_QK8_0 * Q8_0_BYTES
+    if q8_0.dtype != np.uint8 or q8_0.ndim != 2 or q8_0.shape[1] != width:
+        raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, rows of {n} weights need "
+                         f"uint8 (columns, {width})")  # fmt: skip
+    if pieces < 1:
+        raise ValueError(f"{pieces} pieces: at least 1 is needed")
+    return repacked, q8_0
+
+
+def _aligned(size: int) -> np.ndarray:
+    """size bytes from a multiple of 64."""
+    out = np.empty(size + 64, np.uint8)
+    skip = -out.ctypes.data % 64
+    return out[skip : skip + size]
+
+
+def _pointers(ctype: str, arrays: np.ndarray):
+    """Pointers to the rows of an array that is contiguous and that the caller keeps alive; those to bytes that are
+    blocks want an even address."""
+    return ffi.new(f"{ctype}[]", [ffi.cast(ctype, row.ctypes.data) for row in arrays])
+
+
+def _columns(q8_0: np.ndarray) -> np.ndarray:
+    q8_0 = np.ascontiguousarray(q8_0)
+    return q8_0.copy() if q8_0.ctypes.data % 2 else q8_0
+
+
+def _pieces(count: int, pieces: int) -> list[tuple[int, int]]:
+    """0 .. count in `pieces` ranges, the last first: none may rely on one before it."""
+    cuts = [count * i // pieces for i in range(pieces + 1)]
+    return list(zip(cuts, cuts[1:]))[::-1]
+
+
+def mul_tables(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1) -> np.ndarray:
+    """Repacked rows, uint8 (rows * n / 128 * 22,) of `repack`, times Q8_0 activations, uint8 (columns, n / 32 * 34), by
+    table lookup: float32 (columns, rows).
+
+    isa: an instruction set of `available_repacked()`; by default the one that SHERRY_ISA names, else the best.
+    pieces: into how many the tables and the rows of tiles are cut, as threads would; the result is the same, bit by bit.
+    Raises ValueError for one that is missing, another dtype, shape or length.
+    """
+    isa = _repacked_entry(isa)
+    repacked, q8_0 = _check_repacked(repacked, rows, n, q8_0, pieces)
+    q8_0, columns = _columns(q8_0), len(q8_0)
+    y = _pointers("const tq1_25_q8_0 *", q8_0)
+    size = lib.tq1_25_table_size(n)
+    tables = _aligned(columns * size).reshape(columns, size)
+    to_tables = _pointers("void *", tables)
+    for begin, end in _pieces(n // lib.TQ1_25_QK8_0, pieces):
+        for c in range(columns):
+            lib.tq1_25_make_table(isa, n, begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, y[c], to_tables[c])
+    wide = _aligned(lib.tq1_25_wide_size(isa, n, columns))
+    lib.tq1_25_widen(isa, n, columns, to_tables, ffi.from_buffer(wide))
+    out = np.empty((columns, rows), np.float32)
+    x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
+    for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
+        lib.tq1_25_mul_tables(isa, rows, n, x, begin, end, columns, y, to_tables, ffi.from_buffer(wide), s)
+    return out
+
+
+def mul_panels(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1) -> np.ndarray:
+    """The same by decoded weights and panels of columns, which is faster for many columns.
+
+    pieces: into how many the panels, the rows of tiles and the panels of the product are cut.
+    """
+    isa = _repacked_entry(isa)
+    repacked, q8_0 = _check_repacked(repacked, rows, n, q8_0, pieces)
+    q8_0, columns = _columns(q8_0), len(q8_0)
+    y = _pointers("const tq1_25_q8_0 *", q8_0)
+    panels = _aligned(lib.tq1_25_panel_size(n, columns))
+    count = lib.tq1_25_panels(columns)
+    for p in range(count):
+        first, last = (lib.tq1_25_first_column(columns, k) for k in (p, p + 1))
+        panel = ffi.from_buffer("uint8_t[]", panels) + lib.tq1_25_panel_size(n, first)
+        for begin, end in _pieces(n // lib.TQ1_25_QK8_0, pieces):
+            lib.tq1_25_make_panel(isa, begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, last - first, y + first, panel)
+    scratch = _aligned(ffi.sizeof("struct tq1_25_scratch"))
+    out = np.empty((columns, rows), np.float32)
+    x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
+    for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
+        for first, last in _pieces(count, pieces):
+            lib.tq1_25_mul_panels(isa, rows, n, x, begin, end, columns, first, last, ffi.from_buffer(panels), s,
+                                  ffi.from_buffer("struct tq1_25_scratch *", scratch))  # fmt: skip
+    return out

@@ -1,5 +1,5 @@
-// Random bytes through every decoder, encoder and dot product of ggml_patch/src, in allocations of exactly the size that
-// they may touch, for a run under AddressSanitizer and UBSan. usage: fuzz_kernels SEED ROUNDS
+// Random bytes through every decoder, encoder and product of ggml_patch/src, plain and repacked, in allocations of exactly
+// the size that they may touch, for a run under AddressSanitizer and UBSan. usage: fuzz_kernels SEED ROUNDS
 
 #include "tq1_25.h"
 
@@ -23,6 +23,64 @@ static void * bytes(size_t n, size_t skew) { // random, skew bytes off an aligne
         p[i] = (uint8_t) next();
     }
     return p;
+}
+
+// Repacked rows by both products: exact sizes everywhere but for prefetches, which do not count.
+static long repacked(int64_t nb, size_t skew) {
+    const int64_t n = nb * QK_TQ1_25, units_of_64 = next() % 4 == 0 ? 1 + next() % 2 : 0;
+    const int64_t rows = units_of_64 * TQ1_25_TILE + next() % 4, nc = 1 + next() % 14, units = (rows + TQ1_25_TILE - 1) / TQ1_25_TILE;
+    uint8_t * blocks = bytes((size_t) (rows * nb) * sizeof(block_tq1_25), skew);
+    uint8_t * x      = bytes((size_t) (rows * nb) * sizeof(block_tq1_25), skew);
+    tq1_25_repack(rows, n, (const block_tq1_25 *) (blocks + skew), x + skew);
+    uint8_t *           activations[14];
+    const tq1_25_q8_0 * y[14];
+    void *              tables[14];
+    float *             s[14];
+    for (int64_t c = 0; c < nc; ++c) {
+        activations[c] = bytes((size_t) (n / TQ1_25_QK8_0) * sizeof(tq1_25_q8_0), skew);
+        y[c]      = (const tq1_25_q8_0 *) (activations[c] + skew);
+        tables[c] = aligned_alloc(64, (size_t) tq1_25_table_size(n));
+        s[c]      = bytes((size_t) rows * sizeof(float), 0);
+    }
+    void * panels = bytes((size_t) tq1_25_panel_size(n, nc), 0);
+    struct tq1_25_scratch * scratch = aligned_alloc(64, (sizeof(*scratch) + 63) / 64 * 64);
+    long calls = 0;
+    for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
+        if (!isa->gemv || !isa->supported()) {
+            continue;
+        }
+        void * wide = bytes((size_t) tq1_25_wide_size(isa, n, (int) nc), 0);
+        const int64_t cut = next() % (nb * 4 + 1) * TQ1_25_QK8_0, middle = next() % (uint32_t) (units + 1);
+        for (int64_t c = 0; c < nc; ++c) {
+            tq1_25_make_table(isa, n, 0, cut, y[c], tables[c]);
+            tq1_25_make_table(isa, n, cut, n, y[c], tables[c]);
+        }
+        tq1_25_widen(isa, n, (int) nc, tables, wide);
+        tq1_25_mul_tables(isa, rows, n, x + skew, 0, middle, (int) nc, y, tables, wide, s);
+        tq1_25_mul_tables(isa, rows, n, x + skew, middle, units, (int) nc, y, tables, wide, s);
+        const int64_t count = tq1_25_panels(nc), between = next() % (uint32_t) (count + 1);
+        for (int64_t p = 0; p < count; ++p) {
+            const int64_t c = tq1_25_first_column(nc, p);
+            const int     columns = (int) (tq1_25_first_column(nc, p + 1) - c);
+            uint8_t *     panel = (uint8_t *) panels + tq1_25_panel_size(n, c);
+            tq1_25_make_panel(isa, 0, cut, columns, y + c, panel);
+            tq1_25_make_panel(isa, cut, n, columns, y + c, panel);
+        }
+        tq1_25_mul_panels(isa, rows, n, x + skew, 0, units, nc, between, count, panels, s, scratch);
+        tq1_25_mul_panels(isa, rows, n, x + skew, 0, units, nc, 0, between, panels, s, scratch);
+        free(wide);
+        calls += 2;
+    }
+    for (int64_t c = 0; c < nc; ++c) {
+        free(activations[c]);
+        free(tables[c]);
+        free(s[c]);
+    }
+    free(scratch);
+    free(panels);
+    free(x);
+    free(blocks);
+    return calls;
 }
 
 int main(int argc, char ** argv) {
@@ -65,6 +123,9 @@ int main(int argc, char ** argv) {
             quantize_tq1_25(x, blocks + skew, 1, n, importance);
             tq1_25_quantize_q8_0(x, (tq1_25_q8_0 *) (q8_0 + skew), n);
             calls += 4;
+        }
+        if (round % 5 == 0) {
+            calls += repacked(1 + next() % 20, skew);
         }
         free(blocks);
         free(q8_0);

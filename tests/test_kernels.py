@@ -1,6 +1,8 @@
 """C against NumPy on bytes, every instruction set against scalar on integers, and what Python may not do to C."""
 
+import mmap
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -137,6 +139,28 @@ def test_what_ggml_calls():
     kernels.lib.quantize_tq1_25(kernels._floats(x), kernels.ffi.from_buffer(out), 8, 384, kernels.ffi.NULL)
     assert not kernels.lib.tq1_25_validate(kernels.ffi.from_buffer(out), 24)
     assert np.isnan(tq1_25.unpack(out)[1]).nonzero()[0].tolist() == [5]
+
+
+def test_released_bytes_of_a_file_can_still_be_read(tmp_path):
+    """Ranges that begin and end anywhere, as tensors do; on Linux whole pages within leave the process."""
+    expected = np.random.default_rng(0).integers(0, 256, 64 << 12, dtype=np.uint8)
+    expected.tofile(tmp_path / "file")
+    mapped = np.memmap(tmp_path / "file", np.uint8, "r")
+
+    def resident():
+        mapping = Path("/proc/self/smaps").read_text().split(str(tmp_path / "file"))[1]
+        return int(re.search(r"Rss: +(\d+) kB", mapping)[1]) << 10
+
+    page = mmap.PAGESIZE
+    for begin, end in [(0, 10), (5, 5), (page + 22, 40 * page + 3), (3, 3 * page - 1), (0, len(expected))]:
+        assert (mapped == expected).all()
+        pointer = kernels.ffi.from_buffer(mapped) + begin
+        if sys.platform == "linux":
+            before = resident()
+        kernels.lib.tq1_25_release(pointer, end - begin)
+        if sys.platform == "linux":
+            assert before - resident() == max(end // page - -(-begin // page), 0) * page
+        assert (mapped == expected).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e5])
@@ -294,15 +318,21 @@ def test_q8_0_gives_the_bytes_of_gguf(x):
 
 def test_available_lists_what_the_machine_has():
     flags = Path("/proc/cpuinfo")
-    best_first = ["avx512vnni", "avx512", "avx2", "scalar"]
+    best_first = ["avx512vbmi", "avx512vnni", "avx512", "avxvnni", "avx2", "scalar"]
     assert [isa for isa in best_first if isa in ISAS] == ISAS and ISAS[-1] == "scalar"
     table = (SOURCES / "tq1_25-dot.c").read_text().split("tq1_25_isas[] = {")[1].split("};")[0]
-    for name, kernel, check in re.findall(r'\{ "(\w+)", +tq1_25_vec_dot_(\w+), +(\w+) +\}', table):
-        assert name == kernel and check == ("NULL" if name == "scalar" else f"has_{name}")
+    checks = re.findall(r'\{ "(\w+)", +tq1_25_vec_dot_(\w+), +has_(\w+),', table)
+    assert [name for name, _, _ in checks] == best_first[:-1]
+    plain = {"avx512vbmi": "avx512vnni", "avxvnni": "avx2"}  # the dot product of another, that has all it needs
+    for name, kernel, check in checks:
+        assert kernel == plain.get(name, name) and check == name
     if flags.exists() and re.search(r"^flags", text := flags.read_text(), re.M):
         cpu = set(re.search(r"^flags\s*: (.*)$", text, re.M)[1].split())
-        needs = {"avx2": {"avx2", "fma", "f16c"}, "avx512": {"avx512f", "avx512dq", "avx512bw", "avx512vl"}}
+        needs = {"avx2": {"avx2", "fma", "f16c"}}
+        needs["avxvnni"] = needs["avx2"] | {"avx_vnni"}
+        needs["avx512"] = needs["avx2"] | {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
         needs["avx512vnni"] = needs["avx512"] | {"avx512_vnni"}
+        needs["avx512vbmi"] = needs["avx512vnni"] | {"avx512vbmi"}
         assert set(ISAS) == {"scalar"} | {isa for isa, flags in needs.items() if flags <= cpu}
 
 

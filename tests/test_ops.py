@@ -25,6 +25,20 @@ def test_operations(isa, threads):
     assert result.stdout.split() == ["mul_mat", "mul_mat_id", "get_rows", "cpy", "cpy_back", "set_rows"], result.stdout
 
 
+@pytest.mark.parametrize("isa", kernels.available_repacked())
+def test_operations_on_repacked_weights(isa):
+    result = subprocess.run([sys.executable, __file__, "repacked"], capture_output=True, text=True,
+                            env=os.environ | {"SHERRY_ISA": isa, "PYTHONPATH": str(HERE.parent)})  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.split() == ["buffer", "mul_mat", "strided", "floats", "mul_mat_id"], result.stdout
+
+
+def test_nothing_is_repacked_without_kernels_for_it():
+    result = subprocess.run([sys.executable, __file__, "plain"], capture_output=True, text=True,
+                            env=os.environ | {"SHERRY_ISA": "scalar", "PYTHONPATH": str(HERE.parent)})  # fmt: skip
+    assert result.returncode == 0 and not result.stdout, result.stdout + result.stderr
+
+
 # ---- in the process of its own ----
 
 CDEF = """
@@ -42,6 +56,22 @@ void * ggml_new_graph(void * ctx);
 void ggml_build_forward_expand(void * graph, void * tensor);
 int ggml_graph_compute_with_ctx(void * ctx, void * graph, int n_threads);
 void ggml_cpu_init(void);
+
+void ggml_free(void * ctx);
+void * ggml_new_tensor(void * ctx, int type, int n_dims, const int64_t * ne);
+void * ggml_view_4d(void * ctx, void * a, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3,
+                    size_t nb1, size_t nb2, size_t nb3, size_t offset);
+void * ggml_backend_cpu_init(void);
+void ggml_backend_cpu_set_n_threads(void * backend, int n_threads);
+int ggml_backend_graph_compute(void * backend, void * graph);
+void * ggml_backend_cpu_reg(void);
+void * ggml_backend_reg_get_proc_address(void * reg, const char * name);
+void * ggml_backend_reg_dev_get(void * reg, size_t index);
+const char * ggml_backend_buft_name(void * buft);
+void * ggml_backend_alloc_ctx_tensors_from_buft(void * ctx, void * buft);
+void ggml_backend_buffer_free(void * buffer);
+void ggml_backend_tensor_set(void * tensor, const void * data, size_t offset, size_t size);
+bool ggml_backend_dev_supports_op(void * device, const void * op);
 """
 F32, I32, I64, TQ1_25 = 0, 26, 27, 125
 
@@ -140,5 +170,173 @@ def main(threads):
     print("set_rows")
 
 
+def main_repacked(expected):
+    """Weights in the CPU_REPACK buffer. Inputs whose sums are exact, so that results equal NumPy's to the last bit."""
+    import cffi
+    import numpy as np
+
+    from sherry_gguf import llama_cpp, tq1_25
+
+    ffi = cffi.FFI()
+    ffi.cdef(CDEF)
+    base, cpu = (ffi.dlopen(str(llama_cpp.library(name))) for name in ("ggml-base", "ggml-cpu"))
+    backend, reg = cpu.ggml_backend_cpu_init(), cpu.ggml_backend_cpu_reg()
+    device = base.ggml_backend_reg_dev_get(reg, 0)
+    get_bufts = ffi.cast("void ** (*)(void *)", base.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_dev_get_extra_bufts"))
+    bufts, names = get_bufts(device), {}
+    while bufts[len(names)]:
+        buft = bufts[len(names)]
+        names[ffi.string(base.ggml_backend_buft_name(buft)).decode()] = buft
+    repack_buft = names["CPU_REPACK"]
+    rng = np.random.default_rng(0)
+
+    def data(tensor, dtype):
+        return np.frombuffer(ffi.buffer(base.ggml_get_data(tensor), base.ggml_nbytes(tensor)), dtype)
+
+    class Context:
+        """Tensors of one case, and weights in a buffer of their own."""
+
+        def __init__(self):
+            self.ctx = base.ggml_init((256 << 20, ffi.NULL, False))
+            self.freed = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            base.ggml_free(self.ctx)
+            for free, what in self.freed:
+                free(what)
+
+        def tensor(self, type_id, values, ne=None):
+            values = np.ascontiguousarray(values)
+            ne = list(values.shape[::-1]) if ne is None else ne
+            t = base.ggml_new_tensor(self.ctx, type_id, len(ne), ne)
+            data(t, np.uint8)[:] = values.reshape(-1).view(np.uint8)
+            return t
+
+        def repacked(self, packed, ne, fill=True):
+            ctx = base.ggml_init((1 << 20, ffi.NULL, True))
+            t = base.ggml_new_tensor(ctx, TQ1_25, len(ne), ne)
+            buffer = base.ggml_backend_alloc_ctx_tensors_from_buft(ctx, repack_buft)
+            self.freed += [(base.ggml_backend_buffer_free, buffer), (base.ggml_free, ctx)]
+            if fill:
+                base.ggml_backend_tensor_set(t, ffi.from_buffer(packed), 0, packed.nbytes)
+                bytes_ = np.concatenate([kernels.repack(matrix) for matrix in packed.reshape(-1, ne[1], ne[0] // 128 * 22)])
+                assert (data(t, np.uint8) == bytes_).all()  # it is repacked indeed
+            return t
+
+        def compute(self, result, threads):
+            data(result, np.uint8)[:] = 0xFF  # NaN
+            graph = base.ggml_new_graph(self.ctx)
+            base.ggml_build_forward_expand(graph, result)
+            cpu.ggml_backend_cpu_set_n_threads(backend, threads)
+            assert base.ggml_backend_graph_compute(backend, graph) == 0
+            return data(result, np.float32)
+
+    def weights(*shape):
+        """Packed and dense; scales are powers of two."""
+        codes = rng.integers(0, 256, (*shape[:-1], shape[-1] // 128, 22), dtype=np.uint8)
+        codes[..., 20:] = np.ascontiguousarray(rng.choice([0.5, 1, 2], codes.shape[:-1]).astype("<f2"))[..., None].view(np.uint8)
+        packed = codes.reshape(*shape[:-1], -1)
+        return packed, tq1_25.dequantize(packed).astype(np.float64)
+
+    def activations(*shape):
+        """What Q8_0 holds exactly: whole numbers up to 127, which is in each 32, times powers of two."""
+        y = rng.integers(-127, 128, (*shape[:-1], shape[-1] // 32, 32)).astype(np.float32)
+        y[..., rng.integers(0, 32)] = 127
+        return (y * rng.choice([0.5, 1, 2], (*y.shape[:-1], 1))).astype(np.float32).reshape(shape)
+
+    with Context() as c:
+        for rows, wanted in (63, False), (64, expected), (65, expected):
+            a = c.repacked(None, (256, rows), fill=False)
+            op = base.ggml_mul_mat(c.ctx, a, c.tensor(F32, activations(3, 256)))
+            assert base.ggml_backend_dev_supports_op(device, op) == wanted, rows
+            experts = c.repacked(None, (256, rows, 4), fill=False)
+            ids = c.tensor(I32, np.zeros((3, 2), np.int32))
+            op = base.ggml_mul_mat_id(c.ctx, experts, c.tensor(F32, activations(3, 2, 256)), ids)
+            assert base.ggml_backend_dev_supports_op(device, op) == wanted, rows
+    if not expected:
+        return
+    print("buffer")
+
+    most = kernels._compiled()[os.environ["SHERRY_ISA"]].max_tables
+    around = [1, 2, 3, 5, 6, 7, 12, 13, most - 1, most, most + 1, 2 * most + 1]
+    cases = [(n, rows, columns) for n, rows in [(128, 64), (384, 130), (2176, 65)] for columns in around]
+    cases += [(256, 200, 2048), (640, 1030, 1), (640, 1030, most), (640, 1030, most + 1), (128, 127, 257), (4864, 191, 48)]
+    cases += [(4864, 2750, 3)]  # repacked by several threads
+    for n, rows, columns in cases:
+        with Context() as c:
+            packed, w = weights(rows, n)
+            y = activations(columns, n)
+            op = base.ggml_mul_mat(c.ctx, c.repacked(packed, (n, rows)), c.tensor(F32, y))
+            plain = base.ggml_mul_mat(c.ctx, c.tensor(TQ1_25, packed, (n, rows)), c.tensor(F32, y))
+            wanted = y.astype(np.float64) @ w.T
+            assert (c.compute(plain, 2).reshape(columns, rows) == wanted).all()
+            for threads in 1, 2, 3, 8:
+                found = c.compute(op, threads).reshape(columns, rows)
+                assert (found == wanted).all(), (n, rows, columns, threads)
+    print("mul_mat")
+
+    n, rows = 384, 130
+    packed, w = weights(rows, n)
+    for batch in (2, 3, 1), (1, 3, 2), (3, 5, 7):  # ne3, ne2, ne1: columns that lie apart, and batches in another order
+        with Context() as c:
+            a = c.repacked(packed, (n, rows))
+            y = activations(*batch, n)
+            wide = np.concatenate([y, np.full((*batch, 128), np.nan, np.float32)], axis=-1).swapaxes(1, 2)
+            b = c.tensor(F32, wide)
+            size = 4 * (n + 128)
+            view = base.ggml_view_4d(c.ctx, b, n, batch[2], batch[1], batch[0], size * batch[1], size, size * batch[1] * batch[2], 0)
+            op = base.ggml_mul_mat(c.ctx, a, view)
+            assert base.ggml_backend_dev_supports_op(device, op)
+            for threads in 1, 2, 3, 8:
+                assert (c.compute(op, threads).reshape(*batch, rows) == y.astype(np.float64) @ w.T).all()
+    print("strided")
+
+    for columns in 1, most, most + 1, 50:  # any floats
+        with Context() as c:
+            packed = tq1_25.quantize(rng.standard_normal((rows, n)).astype(np.float32))
+            y = rng.standard_normal((columns, n)).astype(np.float32)
+            plain = c.compute(base.ggml_mul_mat(c.ctx, c.tensor(TQ1_25, packed, (n, rows)), c.tensor(F32, y)), 1)
+            found = c.compute(base.ggml_mul_mat(c.ctx, c.repacked(packed, (n, rows)), c.tensor(F32, y)), 3)
+            terms = np.abs(y.astype(np.float64)) @ np.abs(tq1_25.dequantize(packed)).T
+            assert (np.abs(found - plain).reshape(columns, rows) <= 1e-5 * terms).all()
+    print("floats")
+
+    experts = 6
+    for n, rows in (256, 130), (2176, 64):
+        packed, w = weights(experts, rows, n)
+        for tokens, used in [(1, 1), (1, 4), (3, 2), (most, 3), (most + 1, 2), (60, 2), (150, 6)]:
+            for choice in "distinct", "repeated", "skewed", "one":
+                weight = {"skewed": [0.75, 0.2, 0.04, 0.01, 0, 0], "one": [0, 0, 0, 1, 0, 0]}.get(choice, [1 / experts] * experts)
+                ids = rng.choice(experts, (tokens, used), p=weight)
+                if choice == "distinct":
+                    ids = np.stack([rng.permutation(experts)[:used] for _ in range(tokens)])
+                for per_token in {1, used}:  # src1 of all the experts of a token, or one for each
+                    with Context() as c:
+                        y = activations(tokens, per_token, n)
+                        # ids as llama.cpp has them: a view of the first few of all experts in order
+                        wide = np.concatenate([ids, np.full((tokens, experts), -1)], axis=1).astype(np.int32)
+                        view = base.ggml_view_4d(c.ctx, c.tensor(I32, wide), used, tokens, 1, 1,
+                                                 wide.strides[0], wide.nbytes, wide.nbytes, 0)  # fmt: skip
+                        b = c.tensor(F32, y)
+                        op = base.ggml_mul_mat_id(c.ctx, c.repacked(packed, (n, rows, experts)), b, view)
+                        assert base.ggml_backend_dev_supports_op(device, op)
+                        plain = base.ggml_mul_mat_id(c.ctx, c.tensor(TQ1_25, packed, (n, rows, experts)), b, view)
+                        each = np.broadcast_to(y, (tokens, used, n))
+                        wanted = np.zeros((tokens, used, rows))
+                        for e in range(experts):
+                            wanted[ids == e] = each[ids == e].astype(np.float64) @ w[e].T
+                        assert (c.compute(plain, 2).reshape(tokens, used, rows) == wanted).all()
+                        for threads in 1, 2, 3, 8:
+                            found = c.compute(op, threads).reshape(tokens, used, rows)
+                            assert (found == wanted).all(), (n, rows, tokens, used, choice, per_token, threads)
+    print("mul_mat_id")
+
+
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    if sys.argv[1].isdigit():
+        main(int(sys.argv[1]))
+    else:
+        main_repacked(sys.argv[1] == "repacked")

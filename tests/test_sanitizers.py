@@ -1,4 +1,5 @@
-"""The C files under AddressSanitizer and UBSan, compiled as strictly as the compiler can."""
+"""The C files under AddressSanitizer and UBSan, the glue of the repack buffer under ThreadSanitizer too, and all compiled as
+strictly as the compiler can."""
 
 import os
 import subprocess
@@ -6,38 +7,85 @@ from pathlib import Path
 
 import pytest
 
-from sherry_gguf import kernels
+from sherry_gguf import kernels, llama_cpp
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parent / "ggml_patch" / "src"
-CC = os.environ.get("CC", "cc")
+CC, CXX = os.environ.get("CC", "cc"), os.environ.get("CXX", "c++")
 WARNINGS = "-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Wstrict-prototypes -Werror".split()
+MEMORY = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+THREADS = ["-fsanitize=thread"]
+
+
+def call(*command):
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def compile_kernels(directory, flags):
+    """The C files, and a function that links a program with them."""
+    for source in SOURCES.glob("*.c"):
+        call(CC, "-std=c11", "-O1", "-g", *flags, "-I", SOURCES, "-c", source, "-o", directory / f"{source.stem}.o")
+    objects = sorted(directory.glob("*.o"))
+
+    def link(source):
+        compiler = [CC, "-std=c11"]
+        if source.suffix == ".cpp":
+            ggml = llama_cpp.source_dir() / "ggml"
+            compiler = [CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+            for headers in "include", "src", "src/ggml-cpu":
+                compiler += ["-isystem", ggml / headers]
+        call(*compiler, "-O1", "-g", *flags, "-I", SOURCES, source, *objects, "-lm", "-pthread", "-o", directory / source.stem)
+        return directory / source.stem
+
+    return link
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    out = tmp_path_factory.mktemp("fuzz") / "fuzz_kernels"
-    command = [CC, "-std=c11", "-O1", "-g", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all", "-I", SOURCES,
-               HERE / "fuzz_kernels.c", *sorted(SOURCES.glob("*.c")), "-lm", "-o", out]  # fmt: skip
-    subprocess.run(list(map(str, command)), check=True)
-    return out
+def with_memory_checks(tmp_path_factory):
+    return compile_kernels(tmp_path_factory.mktemp("memory"), MEMORY)
+
+
+@pytest.fixture(scope="module")
+def fuzz(with_memory_checks):
+    return with_memory_checks(HERE / "fuzz_kernels.c")
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_random_bytes(program, seed):
-    result = subprocess.run([program, str(seed), "3000"], capture_output=True, text=True)
+def test_random_bytes(fuzz, seed):
+    result = subprocess.run([fuzz, str(seed), "3000"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
-    assert int(result.stdout.split()[0]) == 3000 * (8 + len(kernels.available()))
+    repacked = 3000 // 5 * 2 * len(kernels.available_repacked())
+    assert int(result.stdout.split()[0]) == 3000 * (8 + len(kernels.available())) + repacked
+
+
+@pytest.fixture(scope="module")
+def threads_and_memory(with_memory_checks):
+    return with_memory_checks(HERE / "threads_repacked.cpp")
+
+
+@pytest.fixture(scope="module")
+def threads_and_races(tmp_path_factory):
+    return compile_kernels(tmp_path_factory.mktemp("races"), THREADS)(HERE / "threads_repacked.cpp")
+
+
+@pytest.mark.parametrize("isa", kernels.available_repacked())
+@pytest.mark.parametrize("program", ["threads_and_memory", "threads_and_races"])
+def test_threads_share_repacked_products(program, isa, request):
+    """With and without NUMA, 1 to 8 threads, few and many columns, experts: right, and no race."""
+    command, env = [request.getfixturevalue(program), "1"], os.environ | {"SHERRY_ISA": isa, "TSAN_OPTIONS": "halt_on_error=1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    if "unexpected memory mapping" in result.stderr:  # older ThreadSanitizers, where addresses are very random
+        result = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True, env=env)
+    assert result.returncode == 0 and result.stdout == "78 operations\n", result.stdout + result.stderr[:8000]
 
 
 @pytest.mark.parametrize("source", sorted(SOURCES.glob("*.c")), ids=lambda p: p.name)
 def test_compiles_without_a_warning(source):
     # Intrinsics headers are not ours; every file compiles for a plain CPU, whatever instruction set it holds.
-    subprocess.run([CC, "-std=c11", "-O2", *WARNINGS, "-c", str(source), "-o", os.devnull], check=True)
+    call(CC, "-std=c11", "-O2", *WARNINGS, "-c", source, "-o", os.devnull)
 
 
 @pytest.mark.parametrize("source", sorted(SOURCES.glob("*.h")), ids=lambda p: p.name)
 def test_headers_serve_cpp_too(source, tmp_path):
     (tmp_path / "use.cpp").write_text(f'#include "{source}"\nint main() {{ return sizeof(block_tq1_25) != 22; }}\n')
-    subprocess.run([os.environ.get("CXX", "c++"), "-std=c++17", "-Wall", "-Wextra", "-Werror", "-c",
-                    str(tmp_path / "use.cpp"), "-o", os.devnull], check=True)  # fmt: skip
+    call(CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-c", tmp_path / "use.cpp", "-o", os.devnull)

@@ -1,0 +1,231 @@
+// The glue of ggml's repack buffer on threads, without ggml: for a run under ThreadSanitizer, or AddressSanitizer and UBSan.
+// What it calls of ggml is below, with atomics and barriers that order what ggml's do. Inputs are such that sums are
+// exact, so that results equal those of the plain scalar kernel. The work buffer has the very size that was asked for, at
+// any address, and holds the bytes of what came before. usage: threads_repacked SEED; an instruction set by SHERRY_ISA
+
+#include "traits.h"
+
+#include "ggml-cpu.h"
+
+#include <atomic>
+#include <cmath>
+#include <condition_variable>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <random>
+#include <thread>
+#include <vector>
+
+#ifdef __has_feature
+#    if __has_feature(address_sanitizer) // clang
+#        define __SANITIZE_ADDRESS__
+#    endif
+#endif
+
+namespace ggml::cpu {
+tensor_traits::~tensor_traits() {}
+namespace repack {
+struct tensor_traits_base : public ggml::cpu::tensor_traits {
+    virtual int repack(struct ggml_tensor * t, const void * data, size_t data_size) = 0;
+};
+}  // namespace repack
+}  // namespace ggml::cpu
+
+#include "tq1_25-ggml.hpp"
+
+// ---- of ggml ----
+
+struct ggml_threadpool {
+    int                     n_threads = 1, waiting = 0, passed = 0;
+    std::mutex              mutex;
+    std::condition_variable all_there;
+    std::atomic<int>        current_chunk{ 0 };
+};
+
+static bool numa;
+
+bool ggml_is_numa(void) { return numa; }
+
+void ggml_barrier(ggml_threadpool * tp) { // sleeps, where ggml spins
+    std::unique_lock<std::mutex> lock(tp->mutex);
+    const int passed = tp->passed;
+    if (++tp->waiting == tp->n_threads) {
+        tp->waiting = 0;
+        ++tp->passed;
+        tp->all_there.notify_all();
+        return;
+    }
+    tp->all_there.wait(lock, [&] { return tp->passed != passed; });
+}
+
+void ggml_threadpool_chunk_set(ggml_threadpool * tp, int value) { tp->current_chunk.store(value, std::memory_order_relaxed); }
+
+int ggml_threadpool_chunk_add(ggml_threadpool * tp, int value) {
+    return tp->current_chunk.fetch_add(value, std::memory_order_relaxed);
+}
+
+void ggml_abort(const char * file, int line, const char * fmt, ...) {
+    fprintf(stderr, "%s:%d: %s\n", file, line, fmt);
+    abort();
+}
+
+int64_t ggml_nrows(const ggml_tensor * t) { return t->ne[1] * t->ne[2] * t->ne[3]; }
+
+static size_t bytes_of(ggml_type type, int64_t n) {
+    switch (type) {
+        case GGML_TYPE_TQ1_25: return n / QK_TQ1_25 * sizeof(block_tq1_25);
+        case GGML_TYPE_Q8_0:   return n / TQ1_25_QK8_0 * sizeof(tq1_25_q8_0);
+        default:               return n * 4; // float and int32
+    }
+}
+
+size_t ggml_row_size(ggml_type type, int64_t n) { return bytes_of(type, n); }
+
+size_t ggml_nbytes(const ggml_tensor * t) { return t->nb[3] * t->ne[3]; }
+
+static void q8_0(const float * x, void * y, int64_t n) { tq1_25_quantize_q8_0(x, (tq1_25_q8_0 *) y, n); }
+
+const ggml_type_traits_cpu * ggml_get_type_traits_cpu(ggml_type) {
+    static const ggml_type_traits_cpu of_q8_0 = { q8_0, nullptr, GGML_TYPE_Q8_0, 1 };
+    return &of_q8_0;
+}
+
+// ---- the cases ----
+
+static std::mt19937 generator;
+
+static int64_t below(int64_t n) { return (int64_t) (generator() % (uint64_t) n); }
+
+static ggml_tensor tensor(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3) {
+    ggml_tensor t = {};
+    t.type = type;
+    const int64_t ne[] = { ne0, ne1, ne2, ne3 };
+    std::copy(ne, ne + 4, t.ne);
+    t.nb[0] = type == GGML_TYPE_TQ1_25 ? sizeof(block_tq1_25) : 4;
+    t.nb[1] = bytes_of(type, ne0);
+    t.nb[2] = t.nb[1] * ne1;
+    t.nb[3] = t.nb[2] * ne2;
+    return t;
+}
+
+#define CHECK(condition, ...) if (!(condition)) { fprintf(stderr, #condition " does not hold: " __VA_ARGS__); exit(1); } else (void) 0
+
+// One operation by every number of threads. used = 0: MUL_MAT of columns; else MUL_MAT_ID of tokens with that many experts.
+static void run(int64_t n, int64_t rows, int64_t columns, int64_t experts, int64_t used, bool one_row, bool skewed) {
+    const int64_t nb = n / QK_TQ1_25;
+    ggml_tensor w = tensor(GGML_TYPE_TQ1_25, n, rows, experts, 1);
+    ggml_tensor y = used ? tensor(GGML_TYPE_F32, n, one_row ? 1 : used, columns, 1) : tensor(GGML_TYPE_F32, n, columns, 1, 1);
+    ggml_tensor id = tensor(GGML_TYPE_I32, used, columns, 1, 1);
+    ggml_tensor op = used ? tensor(GGML_TYPE_F32, rows, used, columns, 1) : tensor(GGML_TYPE_F32, rows, columns, 1, 1);
+    op.op = used ? GGML_OP_MUL_MAT_ID : GGML_OP_MUL_MAT;
+
+    std::vector<block_tq1_25> blocks((size_t) (nb * rows * experts)), repacked(blocks.size());
+    for (block_tq1_25 & b : blocks) {
+        for (uint8_t & q : b.qs)   { q = (uint8_t) generator(); }
+        for (uint8_t & s : b.sign) { s = (uint8_t) generator(); }
+        b.d = (uint16_t) (0x3c00 + 0x400 * below(2)); // 1 or 2
+    }
+    std::vector<float> activations((size_t) ggml_nrows(&y) * n), result((size_t) ggml_nrows(&op) * rows);
+    for (size_t i = 0; i < activations.size(); ++i) { // a scale of 1 for each 32
+        activations[i] = i % TQ1_25_QK8_0 == 0 ? 127.0f : (float) (below(255) - 127);
+    }
+    std::vector<int32_t> chosen((size_t) (used * columns));
+    for (int32_t & e : chosen) {
+        e = (int32_t) (skewed ? std::min(below(experts), below(2 * experts) / 2 * below(2)) : below(experts));
+    }
+    w.data = repacked.data();
+    y.data = activations.data();
+    id.data = chosen.data();
+    op.data = result.data();
+    op.src[0] = &w;
+    op.src[1] = &y;
+    op.src[2] = used ? &id : nullptr;
+
+    ggml::cpu::tensor_traits * traits = const_cast<ggml::cpu::tensor_traits *>(ggml::cpu::repack::tq1_25_traits::choose(&w));
+    CHECK(traits, "%d rows\n", (int) rows);
+    ((ggml::cpu::repack::tensor_traits_base *) traits)->repack(&w, blocks.data(), blocks.size() * sizeof(block_tq1_25));
+
+    std::vector<tq1_25_q8_0> quantized(activations.size() / TQ1_25_QK8_0);
+    tq1_25_quantize_q8_0(activations.data(), quantized.data(), (int64_t) activations.size());
+    std::vector<float> expected(result.size());
+    for (int64_t c = 0; c < ggml_nrows(&op); ++c) {
+        const int64_t row = used && one_row ? c / used : c;
+        const int64_t e   = used ? chosen[(size_t) c] : 0;
+        for (int64_t r = 0; r < rows; ++r) {
+            tq1_25_vec_dot_scalar(n, &expected[(size_t) (c * rows + r)], &blocks[(size_t) ((e * rows + r) * nb)],
+                                  &quantized[(size_t) (row * n / TQ1_25_QK8_0)]);
+        }
+    }
+
+    for (int threads : { 1, 2, 3, 8 }) {
+        size_t size = 0;
+        CHECK(traits->work_size(threads, &op, size), "\n");
+        const size_t skew = 16 * (size_t) below(4); // as malloc has it
+#ifdef __SANITIZE_ADDRESS__ // it sees what lies past the end
+        enum { GUARD = 0 };
+#else
+        enum { GUARD = 64 };
+#endif
+        uint8_t * work = (uint8_t *) malloc(skew + size + GUARD), * end = work + skew + size;
+        memset(work, 0xa5, skew + size + GUARD);
+        std::fill(result.begin(), result.end(), NAN);
+        ggml_threadpool pool;
+        pool.n_threads = threads;
+        std::vector<std::thread> team;
+        for (int ith = 0; ith < threads; ++ith) {
+            team.emplace_back([&, ith] {
+                ggml_compute_params params = {};
+                params.ith        = ith;
+                params.nth        = threads;
+                params.wsize      = size;
+                params.wdata      = work + skew;
+                params.threadpool = &pool;
+                for (int again = 0; again < 2; ++again) { // one operation after another, a barrier between them
+                    CHECK(traits->compute_forward(&params, &op), "\n");
+                    ggml_barrier(&pool);
+                }
+            });
+        }
+        for (std::thread & t : team) {
+            t.join();
+        }
+        CHECK(result == expected, "n %d, %d rows, %d columns, %d experts, %d used, %d threads\n", (int) n, (int) rows, (int) columns,
+              (int) experts, (int) used, threads);
+        for (int i = 0; i < GUARD; ++i) {
+            CHECK(end[i] == 0xa5, "written past the work buffer\n");
+        }
+        free(work);
+    }
+}
+
+int main(int argc, char ** argv) {
+    if (argc != 2) {
+        return 2;
+    }
+    generator.seed((unsigned) atoi(argv[1]));
+    const int most = tq1_25_best_isa()->max_tables;
+    int operations = 0;
+    for (bool on_numa : { false, true }) {
+        numa = on_numa;
+        for (int64_t rows : { 64, 130, 1100 }) {
+            for (int64_t columns : { 1, 2, 7, most, most + 1, 3 * most }) {
+                run(rows == 1100 ? 128 : 384, rows, columns, 1, 0, false, false);
+                ++operations;
+            }
+        }
+        for (int64_t tokens : { 1, 3, most, most + 1, 3 * most }) {
+            for (bool one_row : { false, true }) {
+                for (bool skewed : { false, true }) {
+                    run(256, tokens % 2 ? 130 : 64, tokens, 5, 1 + below(3), one_row, skewed);
+                    ++operations;
+                }
+            }
+        }
+    }
+    run(4864, 2750, 1, 1, 0, false, false); // matrices that are more than a megabyte are repacked by several threads
+    run(4864, 1300, 2, 2, 1, false, false);
+    printf("%d operations\n", operations + 2);
+    return 0;
+}
