@@ -7,8 +7,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <numeric>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -316,7 +316,7 @@ class tq1_25_traits : public tensor_traits_base {
             for (int64_t i = 1; i < std::min<int64_t>({ count, std::thread::hardware_concurrency(), 8 }); ++i) {
                 helpers.emplace_back(work);
             }
-        } catch (const std::system_error &) { // no more threads: those there are do it
+        } catch (const std::exception &) { // no more threads or memory: those there are do it
         }
         work();
         for (std::thread & helper : helpers) {
