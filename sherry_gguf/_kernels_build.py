@@ -16,12 +16,16 @@ ffibuilder.cdef("""
 #define TQ1_25_GROUP ...
 #define TQ1_25_QK8_0 ...
 #define TQ1_25_TILE ...
+#define TQ1_25_CODE_COLUMNS ...
+#define TQ1_25_CODE_PAIRS ...
 #define TQ1_25_COLUMNS ...
 #define TQ1_25_DEPTH ...
 typedef struct { ...; } block_tq1_25;
 typedef struct { ...; } tq1_25_q8_0;
 typedef struct { ...; } tq1_25_tile;
-struct tq1_25_scratch { ...; };
+typedef struct { ...; } tq1_25_decoded;
+struct tq1_25_code_scratch { ...; };
+struct tq1_25_panel_scratch { ...; };
 enum tq1_25_status { TQ1_25_OK, TQ1_25_NOT_FINITE, TQ1_25_OVERFLOW, ... };
 enum tq1_25_status tq1_25_quantize(const float * x, block_tq1_25 * y, int64_t n, int64_t * bad);
 enum tq1_25_status tq1_25_quantize_weighted(const float * x, const float * w, block_tq1_25 * y, int64_t n, int64_t * bad);
@@ -34,9 +38,10 @@ struct tq1_25_isa {
     const char * name;
     void (*vec_dot)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
     int (*supported)(void);
-    int max_tables;
+    int max_tables, max_codes;
     void (*widen)(int64_t nb, const int8_t * table, int8_t * wide);
     void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
+    void (*gemm)(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
     ...;
 };
 extern const struct tq1_25_isa tq1_25_isas[];
@@ -47,12 +52,16 @@ int64_t tq1_25_wide_size(const struct tq1_25_isa * isa, int64_t n, int nc);
 void tq1_25_widen(const struct tq1_25_isa * isa, int64_t n, int nc, void * const * tables, void * wide);
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int nc, const tq1_25_q8_0 * const * y, void * const * tables, const void * wide, float * const * s);
+int64_t tq1_25_code_groups(int64_t nc);
+int64_t tq1_25_first_of_group(int64_t nc, int64_t group);
+void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+                      int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch);
 int64_t tq1_25_panels(int64_t nc);
 int64_t tq1_25_first_column(int64_t nc, int64_t panel);
 int64_t tq1_25_panel_size(int64_t n, int64_t nc);
-void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
+void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
 void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_scratch * scratch);
+                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_panel_scratch * scratch);
 """)
 ffibuilder.set_source(
     "sherry_gguf._kernels",

@@ -57,6 +57,11 @@ def _repacked_entry(isa: str | None):
     return ffi.addressof(entry)
 
 
+def available_panels() -> list[str]:
+    """Those of `available_repacked()` that multiply many columns by panels, the best first."""
+    return [name for name in available_repacked() if _compiled()[name].gemm != ffi.NULL]
+
+
 def _floats(x: np.ndarray):
     """float * to an array, or to a copy that is contiguous and aligned; the pointer keeps it alive."""
     return ffi.from_buffer("float[]", np.require(x, np.float32, ["C", "ALIGNED"]))
@@ -246,12 +251,36 @@ def mul_tables(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: s
     return out
 
 
+def mul_codes(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1) -> np.ndarray:
+    """The same by codes that are spread once for a group of columns, which is faster for several columns.
+
+    pieces: into how many the rows of tiles are cut.
+    """
+    isa = _repacked_entry(isa)
+    repacked, q8_0 = _check_repacked(repacked, rows, n, q8_0, pieces)
+    q8_0, columns = _columns(q8_0), len(q8_0)
+    y = _pointers("const tq1_25_q8_0 *", q8_0)
+    scratch = _aligned(ffi.sizeof("struct tq1_25_code_scratch"))
+    out = np.empty((columns, rows), np.float32)
+    x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
+    for group in range(lib.tq1_25_code_groups(columns)):
+        first, last = (lib.tq1_25_first_of_group(columns, k) for k in (group, group + 1))
+        for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
+            lib.tq1_25_mul_codes(isa, rows, n, x, begin, end, last - first, y + first, s + first,
+                                 ffi.from_buffer("struct tq1_25_code_scratch *", scratch))  # fmt: skip
+    return out
+
+
 def mul_panels(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1) -> np.ndarray:
-    """The same by decoded weights and panels of columns, which is faster for many columns.
+    """The same by decoded weights and panels of columns, for instruction sets of `available_panels()`: faster for many
+    columns on CPUs with two full multipliers.
 
     pieces: into how many the panels, the rows of tiles and the panels of the product are cut.
     """
     isa = _repacked_entry(isa)
+    if isa.gemm == ffi.NULL:
+        raise ValueError(f"instruction set {ffi.string(isa.name).decode()} has no panels; "
+                         f"those that this CPU runs: {', '.join(available_panels()) or 'none'}")  # fmt: skip
     repacked, q8_0 = _check_repacked(repacked, rows, n, q8_0, pieces)
     q8_0, columns = _columns(q8_0), len(q8_0)
     y = _pointers("const tq1_25_q8_0 *", q8_0)
@@ -261,12 +290,12 @@ def mul_panels(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: s
         first, last = (lib.tq1_25_first_column(columns, k) for k in (p, p + 1))
         panel = ffi.from_buffer("uint8_t[]", panels) + lib.tq1_25_panel_size(n, first)
         for begin, end in _pieces(n // lib.TQ1_25_QK8_0, pieces):
-            lib.tq1_25_make_panel(isa, begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, last - first, y + first, panel)
-    scratch = _aligned(ffi.sizeof("struct tq1_25_scratch"))
+            lib.tq1_25_make_panel(begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, last - first, y + first, panel)
+    scratch = _aligned(ffi.sizeof("struct tq1_25_panel_scratch"))
     out = np.empty((columns, rows), np.float32)
     x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
     for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
         for first, last in _pieces(count, pieces):
             lib.tq1_25_mul_panels(isa, rows, n, x, begin, end, columns, first, last, ffi.from_buffer(panels), s,
-                                  ffi.from_buffer("struct tq1_25_scratch *", scratch))  # fmt: skip
+                                  ffi.from_buffer("struct tq1_25_panel_scratch *", scratch))  # fmt: skip
     return out

@@ -1,4 +1,4 @@
-// Repacked TQ1_25, matrix by matrix, for AVX-512: with VNNI and without.
+// Repacked TQ1_25, matrix by matrix, for AVX-512 with VNNI.
 
 #include "tq1_25-x86.h"
 
@@ -9,71 +9,53 @@
 // 32 rows by nc columns in registers, sums of a Q8_0 block and of a block of weights: two loads of weights and six of
 // activations feed twelve products. 16 by 12 in as many registers loads more than it multiplies (0.9 of this rate),
 // 32 by 12 with the sums of blocks in the L1 cache 0.8.
-#define BODY(STEP, SUM)                                                                                        \
-    for (int64_t i = 0; i < nb; ++i, ++w) {                                                                    \
-        __m512 block[TQ1_25_COLUMNS][2];                                                                       \
-        const uint8_t * rows0 = w->w[2 * half][0][0], * rows1 = w->w[2 * half + 1][0][0];                      \
-        for (int j = 0; j < PARTS; ++j) {                                                                      \
-            __m512i sum[TQ1_25_COLUMNS][2];                                                                    \
-            UNROLL for (int c = 0; c < nc; ++c) {                                                              \
-                sum[c][0] = sum[c][1] = BROADCAST(panel + 4 * (GROUPS * nc + c));                              \
-            }                                                                                                  \
-            UNROLL for (int g = 0; g < GROUPS; ++g, rows0 += 64, rows1 += 64) {                                \
-                const __m512i w0 = _mm512_loadu_si512(rows0), w1 = _mm512_loadu_si512(rows1);                  \
-                UNROLL for (int c = 0; c < nc; ++c) {                                                          \
-                    const __m512i y = BROADCAST(panel + 4 * (g * nc + c));                                     \
-                    STEP(sum[c][0], w0, y);                                                                    \
-                    STEP(sum[c][1], w1, y);                                                                    \
-                }                                                                                              \
-            }                                                                                                  \
-            UNROLL for (int c = 0; c < nc; ++c) {                                                              \
-                const __m512 d = _mm512_set1_ps(*(const float *) (panel + 4 * ((GROUPS + 1) * nc + c)));       \
-                const __m512 f0 = _mm512_cvtepi32_ps(SUM(sum[c][0])), f1 = _mm512_cvtepi32_ps(SUM(sum[c][1])); \
-                block[c][0] = j == 0 ? _mm512_mul_ps(f0, d) : _mm512_fmadd_ps(f0, d, block[c][0]);             \
-                block[c][1] = j == 0 ? _mm512_mul_ps(f1, d) : _mm512_fmadd_ps(f1, d, block[c][1]);             \
-            }                                                                                                  \
-            panel += 4 * (GROUPS + 2) * nc;                                                                    \
-        }                                                                                                      \
-        const __m512 d0 = _mm512_loadu_ps(w->d + 32 * half), d1 = _mm512_loadu_ps(w->d + 32 * half + 16);      \
-        UNROLL for (int c = 0; c < nc; ++c) {                                                                  \
-            float * to = s + TQ1_25_TILE * c + 32 * half;                                                      \
-            const __m512 t0 = i == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to);                               \
-            const __m512 t1 = i == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to + 16);                          \
-            _mm512_store_ps(to,      _mm512_fmadd_ps(block[c][0], d0, t0));                                    \
-            _mm512_store_ps(to + 16, _mm512_fmadd_ps(block[c][1], d1, t1));                                    \
-        }                                                                                                      \
+TARGET(AVX512VNNI) INLINE void half_tile(int64_t nb, int nc, float * s, const tq1_25_decoded * w, int half, const int8_t * panel) {
+    for (int64_t i = 0; i < nb; ++i, ++w) {
+        __m512 block[TQ1_25_COLUMNS][2];
+        const uint8_t * rows0 = w->w[2 * half][0][0], * rows1 = w->w[2 * half + 1][0][0];
+        for (int j = 0; j < PARTS; ++j) {
+            __m512i sum[TQ1_25_COLUMNS][2];
+            UNROLL for (int c = 0; c < nc; ++c) {
+                sum[c][0] = sum[c][1] = BROADCAST(panel + 4 * (GROUPS * nc + c));
+            }
+            UNROLL for (int g = 0; g < GROUPS; ++g, rows0 += 64, rows1 += 64) {
+                const __m512i w0 = _mm512_loadu_si512(rows0), w1 = _mm512_loadu_si512(rows1);
+                UNROLL for (int c = 0; c < nc; ++c) {
+                    const __m512i y = BROADCAST(panel + 4 * (g * nc + c));
+                    sum[c][0] = _mm512_dpbusd_epi32(sum[c][0], w0, y);
+                    sum[c][1] = _mm512_dpbusd_epi32(sum[c][1], w1, y);
+                }
+            }
+            UNROLL for (int c = 0; c < nc; ++c) {
+                const __m512 d = _mm512_set1_ps(*(const float *) (panel + 4 * ((GROUPS + 1) * nc + c)));
+                const __m512 f0 = _mm512_cvtepi32_ps(sum[c][0]), f1 = _mm512_cvtepi32_ps(sum[c][1]);
+                block[c][0] = j == 0 ? _mm512_mul_ps(f0, d) : _mm512_fmadd_ps(f0, d, block[c][0]);
+                block[c][1] = j == 0 ? _mm512_mul_ps(f1, d) : _mm512_fmadd_ps(f1, d, block[c][1]);
+            }
+            panel += 4 * (GROUPS + 2) * nc;
+        }
+        const __m512 d0 = _mm512_loadu_ps(w->d + 32 * half), d1 = _mm512_loadu_ps(w->d + 32 * half + 16);
+        UNROLL for (int c = 0; c < nc; ++c) {
+            float * to = s + TQ1_25_TILE * c + 32 * half;
+            const __m512 t0 = i == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to);
+            const __m512 t1 = i == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to + 16);
+            _mm512_store_ps(to,      _mm512_fmadd_ps(block[c][0], d0, t0));
+            _mm512_store_ps(to + 16, _mm512_fmadd_ps(block[c][1], d1, t1));
+        }
     }
-
-#define ARGUMENTS int64_t nb, int nc, float * s, const tq1_25_decoded * w, int half, const int8_t * panel
-
-#define STEP_VNNI(sum, w, y) sum = _mm512_dpbusd_epi32(sum, w, y)
-#define SUM_VNNI(sum) (sum)
-TARGET(AVX512VNNI) INLINE void half_vnni(ARGUMENTS) { BODY(STEP_VNNI, SUM_VNNI) }
-
-// int16 holds eight sums of two products of at most 2 * 128 each, with the bias in one of a pair.
-#define STEP(sum, w, y) sum = _mm512_add_epi16(sum, _mm512_maddubs_epi16(w, y)); IN_ORDER(sum)
-#define SUM(sum) _mm512_madd_epi16(sum, _mm512_set1_epi16(1))
-TARGET(AVX512) INLINE void half_bw(ARGUMENTS) { BODY(STEP, SUM) }
-
-// The number of columns is a constant in each.
-#define BY_COLUMNS(KERNEL)                                          \
-    for (int half = 0; half < 2; ++half) {                          \
-        switch (nc) {                                               \
-            case 1:  KERNEL(nb, 1, s, w, half, panel); break;       \
-            case 2:  KERNEL(nb, 2, s, w, half, panel); break;       \
-            case 3:  KERNEL(nb, 3, s, w, half, panel); break;       \
-            case 4:  KERNEL(nb, 4, s, w, half, panel); break;       \
-            case 5:  KERNEL(nb, 5, s, w, half, panel); break;       \
-            default: KERNEL(nb, TQ1_25_COLUMNS, s, w, half, panel); \
-        }                                                           \
-    }
-
-TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
-    BY_COLUMNS(half_vnni)
 }
 
-TARGET(AVX512) void tq1_25_gemm_avx512(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
-    BY_COLUMNS(half_bw)
+TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
+    for (int half = 0; half < 2; ++half) {
+        switch (nc) { // a constant in each
+            case 1:  half_tile(nb, 1, s, w, half, panel); break;
+            case 2:  half_tile(nb, 2, s, w, half, panel); break;
+            case 3:  half_tile(nb, 3, s, w, half, panel); break;
+            case 4:  half_tile(nb, 4, s, w, half, panel); break;
+            case 5:  half_tile(nb, 5, s, w, half, panel); break;
+            default: half_tile(nb, TQ1_25_COLUMNS, s, w, half, panel);
+        }
+    }
 }
 
 // ---- weights to bytes ----

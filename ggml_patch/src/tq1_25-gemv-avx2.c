@@ -55,14 +55,12 @@ TARGET(AVX2) INLINE void half(__m256 * total, const tq1_25_tile * x, int at, con
     }
 }
 
-// From the order of tq1_25_tile.d to that of the rows.
 TARGET(AVX2) INLINE void store(float * s, const __m256 t[4]) {
-    const __m256 r0 = _mm256_unpacklo_ps(t[0], t[1]), r1 = _mm256_unpackhi_ps(t[0], t[1]);
-    const __m256 r2 = _mm256_unpacklo_ps(t[2], t[3]), r3 = _mm256_unpackhi_ps(t[2], t[3]);
-    _mm256_storeu_ps(s,      _mm256_permute2f128_ps(r0, r1, 0x20));
-    _mm256_storeu_ps(s + 8,  _mm256_permute2f128_ps(r2, r3, 0x20));
-    _mm256_storeu_ps(s + 16, _mm256_permute2f128_ps(r0, r1, 0x31));
-    _mm256_storeu_ps(s + 24, _mm256_permute2f128_ps(r2, r3, 0x31));
+    __m256 rows[4];
+    order_rows(t, rows);
+    for (int k = 0; k < 4; ++k) {
+        _mm256_storeu_ps(s + 8 * k, rows[k]);
+    }
 }
 
 TARGET(AVX2) void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d) {
@@ -80,34 +78,29 @@ TARGET(AVX2) void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, 
 
 // ---- tables ----
 
-TARGET(AVX2) void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d) {
+TARGET(AVX2) void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride) {
     const __m256i one = _mm256_set1_epi8(1);
-    const __m128i l0 = _mm_loadu_si128((const __m128i *) lanes[0]), l1 = _mm_loadu_si128((const __m128i *) lanes[1]);
-    const __m128i l2 = _mm_loadu_si128((const __m128i *) lanes[2]), l3 = _mm_loadu_si128((const __m128i *) lanes[3]);
-    // Word k: two lanes of slot k, plus one, since maddubs wants one factor unsigned.
-    const __m256i l01 = _mm256_add_epi8(one, _mm256_set_m128i(_mm_unpackhi_epi8(l0, l1), _mm_unpacklo_epi8(l0, l1)));
-    const __m256i l23 = _mm256_add_epi8(one, _mm256_set_m128i(_mm_unpackhi_epi8(l2, l3), _mm_unpacklo_epi8(l2, l3)));
-    // A group's four activations come as dwords. Even words of these meet lanes 0 and 1 and odd ones lanes 2 and 3;
-    // turned by half a dword the other way round.
-    const __m256i straight = _mm256_blend_epi16(l01, l23, 0xaa), turned = _mm256_blend_epi16(l23, l01, 0xaa);
+    __m256i patterns[2];
+    slot_patterns(patterns);
     const __m256i reciprocal = _mm256_set1_epi16((32768 + TQ1_25_SPLIT / 2) / TQ1_25_SPLIT);
     const __m256i split = _mm256_set1_epi16(TQ1_25_SPLIT);
-#define TURN(v) _mm256_or_si256(_mm256_slli_epi32(v, 16), _mm256_srli_epi32(v, 16))
-    for (int64_t i = 0; i < nb; ++i, table += TQ1_25_TABLE) {
-        int32_t q[3][GROUPS]; // activations; turned; the sum of a group in both words
-        const __m256i y0 = _mm256_loadu_si256((const __m256i *) y[i].qs), pairs = _mm256_maddubs_epi16(one, y0);
-        _mm256_storeu_si256((__m256i *) q[0], y0);
-        _mm256_storeu_si256((__m256i *) q[1], TURN(y0));
-        _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, TURN(pairs)));
-        d[i] = tq1_25_fp16_to_float(y[i].d);
-        for (int g = 0; g < GROUPS; ++g) {
-            const __m256i a = _mm256_maddubs_epi16(straight, _mm256_set1_epi32(q[0][g]));
-            const __m256i b = _mm256_maddubs_epi16(turned, _mm256_set1_epi32(q[1][g]));
-            const __m256i t = _mm256_sub_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi32(q[2][g]));
-            const __m256i high = _mm256_mulhrs_epi16(t, reciprocal);
-            const __m256i low  = _mm256_sub_epi16(t, _mm256_mullo_epi16(high, split));
-            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(high, low), 0xd8);
-            _mm256_storeu_si256((__m256i *) (table + 32 * g), packed);
+    for (int64_t i = 0; i < nb; ++i, table += table_stride, d += d_stride) {
+        for (int j = 0; j < PARTS; ++j, ++y) {
+            int32_t q[3][GROUPS]; // activations; turned; the sum of a group in both words
+            const __m256i y0 = _mm256_loadu_si256((const __m256i *) y->qs), pairs = _mm256_maddubs_epi16(one, y0);
+            _mm256_storeu_si256((__m256i *) q[0], y0);
+            _mm256_storeu_si256((__m256i *) q[1], turn_words(y0));
+            _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, turn_words(pairs)));
+            d[j] = tq1_25_fp16_to_float(y->d);
+            for (int g = 0; g < GROUPS; ++g) {
+                const __m256i a = _mm256_maddubs_epi16(patterns[0], _mm256_set1_epi32(q[0][g]));
+                const __m256i b = _mm256_maddubs_epi16(patterns[1], _mm256_set1_epi32(q[1][g]));
+                const __m256i t = _mm256_sub_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi32(q[2][g]));
+                const __m256i high = _mm256_mulhrs_epi16(t, reciprocal);
+                const __m256i low  = _mm256_sub_epi16(t, _mm256_mullo_epi16(high, split));
+                const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(high, low), 0xd8);
+                _mm256_storeu_si256((__m256i *) (table + TQ1_25_TABLE * j + 32 * g), packed);
+            }
         }
     }
 }

@@ -20,20 +20,18 @@
 namespace ggml::cpu::repack {
 
 // MUL_MAT and MUL_MAT_ID of a repacked TQ1_25 tensor. The vectors that meet one matrix are its columns: MUL_MAT has one
-// matrix, MUL_MAT_ID one an expert. Few columns are multiplied through tables, many through panels.
+// matrix, MUL_MAT_ID one an expert. One column is multiplied through tables, several through codes or panels.
 class tq1_25_traits : public tensor_traits_base {
     // The work buffer.
     struct layout {
         bool    ids;
         int64_t n, rows, columns, experts, units; // rows: of src1; units: rows of tiles of a matrix
-        bool    all_tables;                       // whatever the experts' columns are
-        int64_t slots;                            // for tables
+        bool    all_tables;                       // through tables; else each matrix through codes or panels
         size_t  row_size, table_size, wide_size;
-        size_t  q8_0, tables, panels, wide, scratch; // offsets, the last two of what is for each thread
+        size_t  q8_0, tables, panels;             // offsets
+        size_t  wide, code_scratch, panel_scratch; // of what is for each thread
         size_t  y, s, table;                      // of each column, by expert: pointers to activations, result and table
         size_t  first, cursor;                    // the first column of each expert, and the first after the last; where to add one
-        size_t  slot, row;                        // the slot of a row, or -1; the row of a slot
-        size_t  taken;                            // how many slots are
         size_t  size = 0;
 
         layout(const ggml_tensor * op, int n_threads) {
@@ -46,23 +44,21 @@ class tq1_25_traits : public tensor_traits_base {
             experts    = ids ? src0->ne[2] : 1;
             units      = (src0->ne[1] + TQ1_25_TILE - 1) / TQ1_25_TILE;
             all_tables = (ids ? op->ne[2] : columns) <= isa->max_tables;
-            slots      = all_tables ? rows : ids ? std::min(rows, experts * isa->max_tables) : 0;
             row_size   = ggml_row_size(GGML_TYPE_Q8_0, n);
             table_size = (size_t) tq1_25_table_size(n);
             wide_size  = (size_t) tq1_25_wide_size(isa, n, (int) std::min<int64_t>(columns, isa->max_tables));
+            const bool any_panels = !all_tables && columns > isa->max_codes;
             q8_0    = take(row_size, rows);
-            tables  = take(table_size, slots);
-            panels  = take((size_t) tq1_25_panel_size(n, 1), all_tables ? 0 : columns);
-            wide    = take(wide_size, slots > 0 ? n_threads : 0);
-            scratch = take(sizeof(tq1_25_scratch), all_tables ? 0 : n_threads);
+            tables  = take(table_size, all_tables ? rows : 0);
+            panels  = take((size_t) tq1_25_panel_size(n, 1), any_panels ? columns : 0);
+            wide    = take(wide_size, all_tables ? n_threads : 0);
+            code_scratch  = take(sizeof(tq1_25_code_scratch), all_tables ? 0 : n_threads);
+            panel_scratch = take(sizeof(tq1_25_panel_scratch), any_panels ? n_threads : 0);
             y       = take(sizeof(void *), columns);
             s       = take(sizeof(void *), columns);
             table   = take(sizeof(void *), columns);
             first   = take(sizeof(int64_t), experts + 1);
             cursor  = take(sizeof(int64_t), experts);
-            slot    = take(sizeof(int64_t), rows);
-            row     = take(sizeof(int64_t), slots);
-            taken   = take(sizeof(int64_t), 1);
         }
 
         size_t take(size_t bytes, int64_t count) {
@@ -89,13 +85,12 @@ class tq1_25_traits : public tensor_traits_base {
         float **             columns_s() const     { return at<float *>(s); }
         void **              columns_table() const { return at<void *>(table); }
         int64_t *            firsts() const        { return at<int64_t>(first); }
-        int64_t &            taken_slots() const   { return *at<int64_t>(taken); }
 
         tq1_25_q8_0 * activations(int64_t row_) const { return at<tq1_25_q8_0>(q8_0 + row_size * (size_t) row_); }
-        void *        table_of(int64_t slot_) const   { return base + tables + table_size * (size_t) slot_; }
+        void *        table_of(int64_t row_) const    { return base + tables + table_size * (size_t) row_; }
         // Panels of an expert follow one another, each as large as its columns ask for.
         void *        panel_at(int64_t column) const  { return base + panels + tq1_25_panel_size(n, 1) * column; }
-        bool          by_tables(int64_t count) const  { return all_tables || count <= isa->max_tables; }
+        bool          by_panels(int64_t count) const  { return !all_tables && count > isa->max_codes; }
 
         // f(item, begin, end) for this thread's part of the items. Where there are fewer of them than threads, each is
         // cut along the vector.
@@ -141,24 +136,28 @@ class tq1_25_traits : public tensor_traits_base {
             }
             std::partial_sum(firsts(), firsts() + experts + 1, firsts());
             std::copy(firsts(), firsts() + experts, at<int64_t>(cursor));
-            std::fill(at<int64_t>(slot), at<int64_t>(slot) + rows, -1);
-            taken_slots() = 0;
             for (int64_t token = 0; token < id->ne[1]; ++token) {
                 for (int64_t k = 0; k < id->ne[0]; ++k) {
                     const int64_t e = expert(token, k), row_ = k % src1->ne[1] + token * src1->ne[1];
                     const int64_t c = at<int64_t>(cursor)[e]++;
                     columns_y()[c]     = activations(row_);
                     columns_s()[c]     = (float *) ((char *) op->data + k * op->nb[1] + token * op->nb[2]);
-                    columns_table()[c] = nullptr;
-                    if (all_tables) {
-                        columns_table()[c] = table_of(row_);
-                    } else if (by_tables(firsts()[e + 1] - firsts()[e])) {
-                        int64_t & slot_ = at<int64_t>(slot)[row_];
-                        if (slot_ < 0) {
-                            slot_ = taken_slots()++;
-                            at<int64_t>(row)[slot_] = row_;
-                        }
-                        columns_table()[c] = table_of(slot_);
+                    columns_table()[c] = all_tables ? table_of(row_) : nullptr;
+                }
+            }
+        }
+
+        void make_panels_of_experts() const {
+            int64_t item = 0;
+            for (int64_t e = 0; e < experts; ++e) {
+                const int64_t begin = firsts()[e], count = firsts()[e + 1] - begin;
+                for (int64_t panel = 0; by_panels(count) && panel < tq1_25_panels(count); ++panel) {
+                    if (item == 0) {
+                        ggml_barrier(params->threadpool); // for the activations
+                    }
+                    if (item++ % params->nth == params->ith) {
+                        const int64_t c = begin + tq1_25_first_column(count, panel), last = begin + tq1_25_first_column(count, panel + 1);
+                        tq1_25_make_panel(0, n, (int) (last - c), columns_y() + c, panel_at(c));
                     }
                 }
             }
@@ -179,7 +178,7 @@ class tq1_25_traits : public tensor_traits_base {
                     quantize(row_, begin, end);
                     tq1_25_make_table(isa, n, begin, end, activations(row_), table_of(row_));
                 });
-            } else if (!ids) {
+            } else if (!ids && by_panels(columns)) {
                 share(tq1_25_panels(columns), [&](int64_t panel, int64_t begin, int64_t end) {
                     const int64_t c = tq1_25_first_column(columns, panel);
                     const int     count = (int) (tq1_25_first_column(columns, panel + 1) - c);
@@ -188,53 +187,53 @@ class tq1_25_traits : public tensor_traits_base {
                         quantize(c + k, begin, end);
                         of[k] = activations(c + k);
                     }
-                    tq1_25_make_panel(isa, begin, end, count, of, panel_at(c));
+                    tq1_25_make_panel(begin, end, count, of, panel_at(c));
                 });
             } else {
                 share(rows, [&](int64_t row_, int64_t begin, int64_t end) { quantize(row_, begin, end); });
-                ggml_barrier(params->threadpool);
-                share(taken_slots(), [&](int64_t slot_, int64_t begin, int64_t end) {
-                    tq1_25_make_table(isa, n, begin, end, activations(at<int64_t>(row)[slot_]), table_of(slot_));
-                });
-                int64_t item = 0;
-                for (int64_t e = 0; e < experts; ++e) {
-                    const int64_t begin = firsts()[e], count = firsts()[e + 1] - begin;
-                    for (int64_t panel = 0; !by_tables(count) && panel < tq1_25_panels(count); ++panel) {
-                        if (item++ % params->nth == params->ith) {
-                            const int64_t c = begin + tq1_25_first_column(count, panel), last = begin + tq1_25_first_column(count, panel + 1);
-                            tq1_25_make_panel(isa, 0, n, (int) (last - c), columns_y() + c, panel_at(c));
-                        }
-                    }
-                }
+                make_panels_of_experts();
             }
             ggml_barrier(params->threadpool);
         }
 
-        // Threads take items in turn; with NUMA it is settled which. Of a matrix by tables: first a share of the units to each
-        // thread, three quarters in all, since fetching ahead likes long runs; then one by one, so that all end together. By
-        // panels: unit by unit, and where these are few, the panels in groups.
+        // What threads take in turn; with NUMA it is settled which. By tables: first a share of the units to each thread, three
+        // quarters in all, since fetching ahead likes long runs; then one by one, so that all end together. By codes: groups
+        // of columns, and parts of the units where there are few, no smaller than makes up for the tables that each makes.
+        // By panels: unit by unit, and where these are few, the panels in groups.
         void multiply() const {
             const bool    numa = ggml_is_numa();
             const int64_t nth  = params->nth, each = numa ? units / nth : units * 3 / 4 / nth;
             int64_t next = params->ith, before = 0, widened = -1; // the first of the columns whose wide tables this thread has
+            int64_t code_groups = 0;
+            for (int64_t e = 0; e < experts; ++e) {
+                const int64_t count = firsts()[e + 1] - firsts()[e];
+                code_groups += by_panels(count) ? 0 : tq1_25_code_groups(count);
+            }
+            enum { FEWEST_UNITS = 16, FEWEST_PANELS = 8 }; // that are worth tables, decoding
+            const auto    parts_of = [&](int64_t times) { return code_groups ? (times * nth + code_groups - 1) / code_groups : 1; };
+            const int64_t parts = std::clamp<int64_t>(std::min(parts_of(4), units / FEWEST_UNITS), std::min(parts_of(1), units), units);
             for (int64_t e = 0; e < experts; ++e) {
                 const int64_t count = firsts()[e + 1] - firsts()[e];
                 if (count == 0) {
                     continue;
                 }
-                enum { FEWEST = 8 }; // panels that are worth decoding the weights for
                 const int64_t panels_ = tq1_25_panels(count);
-                const int64_t groups  = by_tables(count) ? 1 : std::clamp<int64_t>(4 * nth / units, 1, (panels_ + FEWEST - 1) / FEWEST);
-                const int64_t shares  = by_tables(count) && each > 0 ? nth : 0, items = shares + (units - shares * each) * groups;
+                const int64_t groups  = std::clamp<int64_t>(4 * nth / units, 1, (panels_ + FEWEST_PANELS - 1) / FEWEST_PANELS);
+                const int64_t shares  = each > 0 ? nth : 0;
+                const int64_t items   = all_tables       ? shares + units - shares * each
+                                      : by_panels(count) ? units * groups
+                                                         : parts * tq1_25_code_groups(count);
                 for (; next < before + items; next = numa ? next + nth : ggml_threadpool_chunk_add(params->threadpool, 1)) {
                     const int64_t item = next - before;
-                    const int64_t unit = item < shares ? item * each : shares * each + (item - shares) / groups;
-                    const int64_t end  = item < shares ? unit + each : unit + 1;
-                    if (by_tables(count)) {
-                        by_table(e, unit, end, widened);
+                    if (all_tables) {
+                        const int64_t unit = item < shares ? item * each : shares * each + (item - shares);
+                        by_table(e, unit, item < shares ? unit + each : unit + 1, widened);
+                    } else if (by_panels(count)) {
+                        const int64_t unit = item / groups, group = item % groups;
+                        by_panel(e, unit, unit + 1, panels_ * group / groups, panels_ * (group + 1) / groups);
                     } else {
-                        const int64_t group = (item - shares) % groups;
-                        by_panel(e, unit, end, panels_ * group / groups, panels_ * (group + 1) / groups);
+                        const int64_t group = item / parts, part = item % parts;
+                        by_code(e, group, units * part / parts, units * (part + 1) / parts);
                     }
                 }
                 before += items;
@@ -255,10 +254,17 @@ class tq1_25_traits : public tensor_traits_base {
             }
         }
 
+        void by_code(int64_t e, int64_t group, int64_t unit, int64_t end) const {
+            const int64_t count = firsts()[e + 1] - firsts()[e], begin = tq1_25_first_of_group(count, group);
+            const int64_t c = firsts()[e] + begin;
+            tq1_25_mul_codes(isa, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (tq1_25_first_of_group(count, group + 1) - begin),
+                             columns_y() + c, columns_s() + c, at<tq1_25_code_scratch>(code_scratch) + params->ith);
+        }
+
         void by_panel(int64_t e, int64_t unit, int64_t end, int64_t panel, int64_t last) const {
             const int64_t c = firsts()[e];
             tq1_25_mul_panels(isa, op->src[0]->ne[1], n, matrix(e), unit, end, firsts()[e + 1] - c, panel, last, panel_at(c), columns_s() + c,
-                              at<tq1_25_scratch>(scratch) + params->ith);
+                              at<tq1_25_panel_scratch>(panel_scratch) + params->ith);
         }
     };
 

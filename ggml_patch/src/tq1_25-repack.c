@@ -10,10 +10,14 @@
 #endif
 
 #ifdef _MSC_VER
+#    define PREFETCH(p)       ((void) (p))
 #    define PREFETCH_WRITE(p) ((void) (p))
 #else
+#    define PREFETCH(p)       __builtin_prefetch(p, 0, 2)
 #    define PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
 #endif
+
+enum { PARTS = QK_TQ1_25 / TQ1_25_QK8_0 }; // Q8_0 blocks that meet a block of weights
 
 // ---- layout ----
 
@@ -23,7 +27,7 @@ static int place_of(int row) {
 }
 
 static void put_row(const block_tq1_25 * x, tq1_25_tile * y, int row) {
-    for (int j = 0; j < QK_TQ1_25 / TQ1_25_QK8_0; ++j) {
+    for (int j = 0; j < PARTS; ++j) {
         for (int k = 0; k < 4; ++k) {
             y->part[j].qs[k][row] = x->qs[4 * j + k];
         }
@@ -110,9 +114,8 @@ static float * scales(int64_t n, void * table) {
 }
 
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table) {
-    begin /= TQ1_25_QK8_0;
-    end /= TQ1_25_QK8_0;
-    isa->table(end - begin, y + begin, (int8_t *) table + begin * TQ1_25_TABLE, scales(n, table) + begin);
+    const int64_t from = begin / TQ1_25_QK8_0;
+    isa->table((end - begin) / QK_TQ1_25, y + from, (int8_t *) table + from * TQ1_25_TABLE, PARTS * TQ1_25_TABLE, scales(n, table) + from, PARTS);
 }
 
 int64_t tq1_25_wide_size(const struct tq1_25_isa * isa, int64_t n, int nc) {
@@ -144,6 +147,73 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
     }
 }
 
+// ---- matrix by several vectors ----
+
+// To the L2 cache: what comes next is further than hardware looks. An address behind the matrix does no harm.
+static inline void prefetch_tile(const tq1_25_tile * x) {
+    for (size_t i = 0; i < sizeof(*x); i += 64) {
+        PREFETCH((const char *) x + i);
+    }
+}
+
+// Block i of the rows that are left over, as a tile whose other rows are zero.
+static void leftover_tile(int64_t rows, int64_t nb, const block_tq1_25 * x, int64_t i, tq1_25_tile * tile) {
+    memset(tile, 0, sizeof(*tile));
+    for (int64_t r = 0; r < rows; ++r) {
+        put_row(x + r * nb + i, tile, (int) r);
+    }
+}
+
+void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+                      int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch) {
+    const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE, size = isa->code_table_size, tiles = isa->code_tiles;
+    const int64_t depth = nc > 0 ? TQ1_25_CODE_PAIRS / nc : nb; // blocks of a row at a time
+    for (int64_t i = 0; i < nb; i += depth) {
+        const int64_t blocks = nb - i < depth ? nb - i : depth;
+        for (int c = 0; c < nc; ++c) {
+            isa->code_table(blocks, y[c] + PARTS * i, scratch->tables + c * size, nc * size, scratch->d + PARTS * c, PARTS * nc);
+        }
+        for (int64_t t = begin; t < end; t += tiles) {
+            const int64_t count = end - t < tiles ? end - t : tiles;
+            memset(scratch->sums, 0, sizeof(float) * (size_t) (nc * tiles * TQ1_25_TILE));
+            for (int c = 0; c < nc; ++c) {
+                for (int64_t r = t * TQ1_25_TILE; r < (t + count) * TQ1_25_TILE && r < rows; r += 16) {
+                    PREFETCH(s[c] + r); // else the stores wait for each of these lines
+                }
+            }
+            for (int64_t k = 0; k < blocks; ++k) {
+                const tq1_25_tile * of[2];
+                for (int64_t u = 0; u < tiles; ++u) { // without a second one, the first one twice
+                    const int64_t       row = u < count ? t + u : t;
+                    const tq1_25_tile * tile = (const tq1_25_tile *) x + row * nb;
+                    of[u] = row < whole ? tile + i + k : &scratch->tile;
+                    if (row < whole) {
+                        prefetch_tile(tile + tiles * nb + i + k);
+                    } else {
+                        leftover_tile(rows % TQ1_25_TILE, nb, (const block_tq1_25 *) tile, i + k, &scratch->tile);
+                    }
+                }
+                isa->expand(of, &scratch->codes);
+                isa->lookup(&scratch->codes, nc, scratch->tables + k * nc * size, scratch->d + PARTS * k * nc, scratch->sums);
+            }
+            for (int c = 0; c < nc; ++c) {
+                for (int64_t u = 0; u < count; ++u) {
+                    const float * sums = scratch->sums + (c * tiles + u) * TQ1_25_TILE;
+                    float *       to   = s[c] + (t + u) * TQ1_25_TILE;
+                    if (t + u < whole) {
+                        isa->store(to, sums, i > 0);
+                        continue;
+                    }
+                    isa->store(scratch->rows, sums, false);
+                    for (int64_t r = 0; r < rows % TQ1_25_TILE; ++r) {
+                        to[r] = scratch->rows[r] + (i > 0 ? to[r] : 0.0f);
+                    }
+                }
+            }
+        }
+    }
+}
+
 // ---- matrix by matrix ----
 
 int64_t tq1_25_panel_size(int64_t n, int64_t nc) {
@@ -166,7 +236,7 @@ static int32_t sum_of(const int8_t q[TQ1_25_QK8_0]) {
 #endif
 }
 
-void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel) {
+void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel) {
     int8_t * to = (int8_t *) panel + tq1_25_panel_size(begin, nc);
     for (int64_t j = begin / TQ1_25_QK8_0; j < end / TQ1_25_QK8_0; ++j) {
         for (int c = 0; c < nc; ++c) {
@@ -176,7 +246,7 @@ void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end
             for (int g = 0; g < TQ1_25_QK8_0 / TQ1_25_GROUP; ++g, column += TQ1_25_GROUP * nc) {
                 memcpy(column, block->qs + TQ1_25_GROUP * g, TQ1_25_GROUP);
             }
-            const uint32_t bias = (uint32_t) -sum & isa->bias_mask;
+            const int32_t bias = -sum;
             const float    d    = tq1_25_fp16_to_float(block->d);
             memcpy(column, &bias, sizeof(bias));
             memcpy(column + sizeof(bias) * (size_t) nc, &d, sizeof(d));
@@ -192,7 +262,7 @@ void tq1_25_decode_scales(const tq1_25_tile * x, tq1_25_decoded * w) {
 }
 
 void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_scratch * scratch) {
+                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_panel_scratch * scratch) {
     const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
         const tq1_25_tile * tiles = (const tq1_25_tile *) x + t * nb;
@@ -202,9 +272,8 @@ void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
             const tq1_25_tile * part = tiles + i;
             if (left < TQ1_25_TILE) {
                 part = scratch->tiles;
-                memset(scratch->tiles, 0, (size_t) depth * sizeof(scratch->tiles[0]));
-                for (int64_t k = 0; k < depth * left; ++k) {
-                    put_row((const block_tq1_25 *) tiles + k / depth * nb + i + k % depth, &scratch->tiles[k % depth], (int) (k / depth));
+                for (int64_t k = 0; k < depth; ++k) {
+                    leftover_tile(left, nb, (const block_tq1_25 *) tiles, i + k, &scratch->tiles[k]);
                 }
             }
             isa->decode(depth, part, scratch->decoded);

@@ -89,7 +89,7 @@ TQ1_25_API size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int6
 // *s = sum over blocks i of d_w[i] * sum over j of d_y[4i+j] * (integer sum of the 32 products), n weights
 typedef void (*tq1_25_vec_dot_t)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 
-// ---- repacked (tq1_25-repack.c, tq1_25-gemv-*.c, tq1_25-gemm-*.c) ----
+// ---- repacked (tq1_25-repack.c, tq1_25-gemv-*.c, tq1_25-codes-*.c, tq1_25-gemm-*.c) ----
 //
 // At load, 64 rows are interleaved, so that one instruction meets the same place of each. A matrix of `rows` rows of n
 // weights takes as many bytes as before: rows / 64 rows of tiles, each n / 128 tiles that follow one another, then
@@ -118,6 +118,25 @@ TQ1_25_ASSERT(sizeof(tq1_25_tile) == TQ1_25_TILE * sizeof(block_tq1_25), "tq1_25
 #define TQ1_25_TABLE (TQ1_25_QK8_0 / TQ1_25_GROUP * 32) // of a Q8_0 block: for each group 16 high parts by slot, 16 low ones
 #define TQ1_25_WIDE  (2 * TQ1_25_TABLE)                 // 32 high parts by code (sign << 4 | slot), 32 low ones
 
+// Matrix by several vectors. The same lookup, with the codes of one or two tiles spread to bytes for all of the vectors.
+typedef union {
+    struct { // AVX-512
+        uint8_t code[TQ1_25_GROUPS][2][TQ1_25_TILE]; // group, tile, row: sign << 4 | slot, the upper bits may be anything
+        uint8_t after[TQ1_25_TILE];                  // is read, and does not count
+        float   d[2][TQ1_25_TILE];                   // in the order of the sums
+    } two;
+    struct { // AVX2
+        uint8_t slot[TQ1_25_GROUPS][TQ1_25_TILE];
+        uint8_t mask[TQ1_25_GROUPS][TQ1_25_TILE];                        // 255 where the sign is negative
+        uint8_t negative[QK_TQ1_25 / TQ1_25_QK8_0][TQ1_25_TILE];         // how many groups of a part are
+        float   d[TQ1_25_TILE];                                          // in the order of the sums
+    } one;
+} tq1_25_codes;
+
+#define TQ1_25_CODE_TABLE   (TQ1_25_GROUPS * 64) // at most, of 128 activations: for each group 32 int16 by code
+#define TQ1_25_CODE_COLUMNS 16                   // vectors at a time
+#define TQ1_25_CODE_PAIRS   128                  // vectors times blocks whose tables are there at a time: 256 KB of the L2 cache
+
 // Matrix by matrix. Weights plus one as bytes, so unsigned as the multiplications want them: 64 rows, a block of each.
 typedef struct {
     uint8_t w[TQ1_25_TILE / 16][TQ1_25_GROUPS][16][TQ1_25_GROUP]; // sixteen rows, group, row, lane
@@ -135,18 +154,30 @@ struct tq1_25_isa {
 
     // The rest is 0 where there are no kernels for repacked rows.
 
-    int max_tables; // up to so many columns, tables are faster than panels (scripts/bench measures it)
-    // Tables of nb Q8_0 blocks, TQ1_25_TABLE bytes each, and their scales.
-    void (*table)(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d);
+    // Up to how many columns tables are the fastest, and from there on codes (scripts/bench measures it); then panels.
+    int max_tables, max_codes;
+
+    // Tables of nb times 128 activations and their scales: TQ1_25_TABLE bytes and a float a Q8_0 block; strides in bytes and floats.
+    void (*table)(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
     // The same twice as wide, where the lookup wants them so: TQ1_25_WIDE bytes each. NULL: it takes them as they are.
     void (*widen)(int64_t nb, const int8_t * table, int8_t * wide);
     // The 64 dot products of a row of tiles, rows of n weights.
     void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 
+    // Tables as codes want them, likewise, code_table_size bytes for 128 activations.
+    int64_t code_table_size;
+    void (*code_table)(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
+    int code_tiles; // 1 or 2 at a time
+    void (*expand)(const tq1_25_tile * const x[2], tq1_25_codes * codes);
+    // Adds to sums[c][64 * code_tiles], in an order of its own, what a block of each row and of nc columns makes.
+    void (*lookup)(const tq1_25_codes * codes, int nc, const int8_t * tables, const float * d, float * sums);
+    // 64 of the sums to their rows.
+    void (*store)(float * s, const float * sums, bool add);
+
+    // NULL where there are no panels.
     void (*decode)(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
     // s[64 * c + r]: the dot products of 64 rows, nb decoded tiles, with the nc columns of a panel. s is aligned to 64 bytes.
     void (*gemm)(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
-    uint32_t bias_mask; // of the int32 in a panel: what sums in pairs of int16 holds it in one of them
 };
 
 // Those compiled in, the best first; the last is "scalar". Ends with a NULL name.
@@ -166,16 +197,21 @@ void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const t
 void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_avx512(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_avx512vnni(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
-void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, float * d);
+void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
 void tq1_25_widen_avx512vbmi(int64_t nb, const int8_t * table, int8_t * wide);
 void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 void tq1_25_gemv_avx512vbmi(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
-void tq1_25_decode_avx2(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
+void tq1_25_expand_avx2(const tq1_25_tile * const x[2], tq1_25_codes * codes);
+void tq1_25_lookup_avx2(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
+void tq1_25_store_avx2(float * s, const float * sums, bool add);
+void tq1_25_code_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
+void tq1_25_expand_avx512(const tq1_25_tile * const x[2], tq1_25_codes * codes);
+void tq1_25_lookup_avx512(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
+void tq1_25_store_avx512(float * s, const float * sums, bool add);
+void tq1_25_decode_avxvnni(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
 void tq1_25_decode_avx512(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
-void tq1_25_gemm_avx2(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
-void tq1_25_gemm_avx512(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 #endif
 
@@ -200,17 +236,37 @@ void tq1_25_widen(const struct tq1_25_isa * isa, int64_t n, int nc, void * const
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int nc, const tq1_25_q8_0 * const * y, void * const * tables, const void * wide, float * const * s);
 
+// nc columns are spread over as few groups of TQ1_25_CODE_COLUMNS as can be, evenly but for pairs: the first column of a group.
+static inline int64_t tq1_25_code_groups(int64_t nc) { return (nc + TQ1_25_CODE_COLUMNS - 1) / TQ1_25_CODE_COLUMNS; }
+static inline int64_t tq1_25_first_of_group(int64_t nc, int64_t group) {
+    const int64_t first = (nc * group / tq1_25_code_groups(nc) + 1) / 2 * 2;
+    return first < nc ? first : nc;
+}
+
+struct tq1_25_code_scratch { // of a thread; aligned to 64 bytes
+    int8_t       tables[TQ1_25_CODE_PAIRS * TQ1_25_CODE_TABLE];
+    float        d[TQ1_25_CODE_PAIRS * (QK_TQ1_25 / TQ1_25_QK8_0)];
+    float        sums[TQ1_25_CODE_COLUMNS * 2 * TQ1_25_TILE];
+    float        rows[TQ1_25_TILE];
+    tq1_25_codes codes;
+    tq1_25_tile  tile; // of the rows that are left over
+};
+
+// s[c][row] for columns c < nc, nc <= TQ1_25_CODE_COLUMNS, from their activations y[c].
+void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+                      int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch);
+
 // nc columns are spread over as few panels as can be, evenly: the first column of a panel, in 0 .. nc.
 static inline int64_t tq1_25_panels(int64_t nc) { return (nc + TQ1_25_COLUMNS - 1) / TQ1_25_COLUMNS; }
 static inline int64_t tq1_25_first_column(int64_t nc, int64_t panel) { return nc * panel / tq1_25_panels(nc); }
 
 // A panel of nc columns, nc <= TQ1_25_COLUMNS, aligned to 4 bytes: its bytes, and those of activations begin .. end - 1, multiples of 32.
 int64_t tq1_25_panel_size(int64_t n, int64_t nc);
-void tq1_25_make_panel(const struct tq1_25_isa * isa, int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
+void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
 
 #define TQ1_25_DEPTH 16 // blocks of a row that are decoded at once, for all columns: 132 KB
 
-struct tq1_25_scratch { // of a thread; aligned to 64 bytes
+struct tq1_25_panel_scratch { // of a thread; aligned to 64 bytes
     tq1_25_decoded decoded[TQ1_25_DEPTH];
     tq1_25_tile    tiles[TQ1_25_DEPTH]; // of the rows that are left over
     float          sums[TQ1_25_COLUMNS][TQ1_25_TILE];
@@ -218,7 +274,7 @@ struct tq1_25_scratch { // of a thread; aligned to 64 bytes
 
 // s[c][row] for the columns c of panels first .. last - 1, of all nc columns' panels, which follow one another.
 void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_scratch * scratch);
+                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_panel_scratch * scratch);
 
 // ---- shared by the above ----
 
