@@ -21,6 +21,13 @@ enum { PARTS = QK_TQ1_25 / TQ1_25_QK8_0 }; // Q8_0 blocks that meet a block of w
 
 // ---- layout ----
 
+// To the L2 cache: what comes next is further than hardware looks. An address behind the matrix does no harm.
+static inline void prefetch_tile(const tq1_25_tile * x) {
+    for (size_t i = 0; i < sizeof(*x); i += 64) {
+        PREFETCH((const char *) x + i);
+    }
+}
+
 // Place of a row's scale: the inverse of TQ1_25_ROW.
 static int place_of(int row) {
     return (row >> 3 & 1) << 5 | (row & 1) << 4 | (row >> 4) << 2 | (row >> 1 & 3);
@@ -60,7 +67,6 @@ static void put_sixteen(const block_tq1_25 * x, int64_t nb, tq1_25_tile * y, int
     __m128i a[16];
     for (int r = 0; r < 16; ++r) {
         a[r] = _mm_loadu_si128((const __m128i *) x[nb * r].qs);
-        _mm_prefetch((const char *) &x[nb * r] + 512, _MM_HINT_T0);
     }
     transpose(a);
     for (int k = 0; k < 16; ++k) {
@@ -88,16 +94,36 @@ static void put_sixteen(const block_tq1_25 * x, int64_t nb, tq1_25_tile * y, int
 #endif
 }
 
+// Past the caches where it can be: what is written is not read soon, and lines need not be fetched to be written (two thirds
+// of the time).
+static void put_tile(const tq1_25_tile * x, tq1_25_tile * y) {
+#ifdef SSE2
+    if ((uintptr_t) y % 16 == 0) {
+        for (size_t i = 0; i < sizeof(*x); i += 16) {
+            _mm_stream_si128((__m128i *) ((char *) y + i), _mm_loadu_si128((const __m128i *) ((const char *) x + i)));
+        }
+        return;
+    }
+#endif
+    memcpy(y, x, sizeof(*x));
+}
+
 void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y) {
     const int64_t nb = n / QK_TQ1_25;
     tq1_25_tile * tiles = (tq1_25_tile *) y;
-    for (; rows >= TQ1_25_TILE; rows -= TQ1_25_TILE, tiles += nb) {
-        for (int row = 0; row < TQ1_25_TILE; row += 16, x += 16 * nb) {
-            for (int64_t i = 0; i < nb; ++i) {
-                put_sixteen(x + i, nb, tiles + i, row);
+    for (; rows >= TQ1_25_TILE; rows -= TQ1_25_TILE, x += TQ1_25_TILE * nb) {
+        for (int64_t i = 0; i < nb; ++i, ++tiles) {
+            prefetch_tile((const tq1_25_tile *) (x + TQ1_25_TILE * (nb + i))); // as many bytes of the next 64 rows
+            tq1_25_tile tile;
+            for (int row = 0; row < TQ1_25_TILE; row += 16) {
+                put_sixteen(x + nb * row + i, nb, &tile, row);
             }
+            put_tile(&tile, tiles);
         }
     }
+#ifdef SSE2
+    _mm_sfence(); // others are to see what was streamed
+#endif
     memcpy(tiles, x, (size_t) (rows * nb) * sizeof(*x));
 }
 
@@ -148,13 +174,6 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
 }
 
 // ---- matrix by several vectors ----
-
-// To the L2 cache: what comes next is further than hardware looks. An address behind the matrix does no harm.
-static inline void prefetch_tile(const tq1_25_tile * x) {
-    for (size_t i = 0; i < sizeof(*x); i += 64) {
-        PREFETCH((const char *) x + i);
-    }
-}
 
 // Block i of the rows that are left over, as a tile whose other rows are zero.
 static void leftover_tile(int64_t rows, int64_t nb, const block_tq1_25 * x, int64_t i, tq1_25_tile * tile) {
