@@ -1,8 +1,8 @@
 // Times products of matrices in one thread: with one vector, weights from memory, each type's vec_dot row by row and each
-// instruction set's repacked TQ1_25; with more vectors, TQ1_25 by tables and by panels; and what the CPU multiplies at most.
+// instruction set's repacked TQ1_25; with more vectors, TQ1_25 by tables, codes and panels; and what the CPU multiplies at most.
 // usage: bench_matmul MIB TYPE...     a round for each line of input, so that others can be measured between rounds
-// prints "vector NAME RATE", "columns ISA KERNEL COLUMNS RATE", "switch ISA COLUMNS" (tables up to so many), "peak ISA RATE" and
-// "end"; rates in 1e9 weights times columns a second, which are multiply-adds
+// prints "vector NAME RATE", "columns ISA KERNEL COLUMNS RATE", "tables ISA COLUMNS" and "codes ISA COLUMNS" (used up to so
+// many), "peak ISA RATE" and "end"; rates in 1e9 weights times columns a second, which are multiply-adds
 
 #define _GNU_SOURCE // madvise
 
@@ -90,7 +90,7 @@ PEAK(peak_avx2, "avx2", 32, __m256i, _mm256_set1_epi8, sum[c] = _mm256_add_epi16
 
 static double peak(const char * isa) {
 #if defined(__x86_64__)
-    if (!strcmp(isa, "avx512vbmi") || !strcmp(isa, "avx512vnni")) {
+    if (!strcmp(isa, "zen4") || !strcmp(isa, "avx512vbmi") || !strcmp(isa, "avx512vnni")) {
         return peak_avx512vnni();
     }
     return !strcmp(isa, "avx512") ? peak_avx512() : !strcmp(isa, "avxvnni") ? peak_avxvnni() : !strcmp(isa, "avx2") ? peak_avx2() : 0;
@@ -141,7 +141,8 @@ struct columns {
     void *              tables[MOST];
     void *              wide;
     void *              panels;
-    struct tq1_25_scratch * scratch;
+    struct tq1_25_panel_scratch * panel_scratch;
+    struct tq1_25_code_scratch *  code_scratch;
 };
 
 static double by_tables(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
@@ -154,13 +155,22 @@ static double by_tables(const struct tq1_25_isa * isa, const void * x, int64_t r
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
 
+static double by_codes(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
+    const double start = now();
+    for (int64_t g = 0; g < tq1_25_code_groups(nc); ++g) {
+        const int64_t k = tq1_25_first_of_group(nc, g);
+        tq1_25_mul_codes(isa, rows, N, x, 0, rows / TQ1_25_TILE, (int) (tq1_25_first_of_group(nc, g + 1) - k), c->y + k, c->s + k, c->code_scratch);
+    }
+    return (double) N * (double) rows * nc / (now() - start) * 1e-9;
+}
+
 static double by_panels(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
     const double start = now();
     for (int64_t p = 0; p < tq1_25_panels(nc); ++p) {
         const int64_t k = tq1_25_first_column(nc, p);
-        tq1_25_make_panel(isa, 0, N, (int) (tq1_25_first_column(nc, p + 1) - k), c->y + k, (char *) c->panels + tq1_25_panel_size(N, k));
+        tq1_25_make_panel(0, N, (int) (tq1_25_first_column(nc, p + 1) - k), c->y + k, (char *) c->panels + tq1_25_panel_size(N, k));
     }
-    tq1_25_mul_panels(isa, rows, N, x, 0, rows / TQ1_25_TILE, nc, 0, tq1_25_panels(nc), c->panels, c->s, c->scratch);
+    tq1_25_mul_panels(isa, rows, N, x, 0, rows / TQ1_25_TILE, nc, 0, tq1_25_panels(nc), c->panels, c->s, c->panel_scratch);
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
 
@@ -189,7 +199,9 @@ int main(int argc, char ** argv) {
     char * tiles = allocate((size_t) ours.rows * ours.row_size);
     tq1_25_repack(ours.rows, N, (const block_tq1_25 *) ours.data, tiles);
     float * s = allocate(sizeof(float) * ((size_t) ours.rows + 64) * FEW + sizeof(float) * (size_t) SOME_ROWS * MOST);
-    struct columns c = { .panels = allocate((size_t) tq1_25_panel_size(N, MOST)), .scratch = allocate(sizeof(*c.scratch)) };
+    struct columns c = { .panels = allocate((size_t) tq1_25_panel_size(N, MOST)) };
+    c.panel_scratch = allocate(sizeof(*c.panel_scratch));
+    c.code_scratch  = allocate(sizeof(*c.code_scratch));
     for (int k = 0; k < MOST; ++k) {
         c.y[k] = (const tq1_25_q8_0 *) (ours.y + (size_t) k * ours.y_size);
         if (k < FEW) {
@@ -198,7 +210,7 @@ int main(int argc, char ** argv) {
     }
     c.wide = allocate((size_t) (N / TQ1_25_QK8_0) * TQ1_25_WIDE * FEW);
     float * results = allocate(sizeof(float) * (size_t) (2 << 20)); // vec_dot's, of any type's rows
-    static const int some[] = { 1, 2, 4, 8, 12, 16, 20, 24, 32, 48, FEW, 128, MOST };
+    static const int some[] = { 1, 2, 3, 4, 8, 12, 16, 24, 32, FEW, 128, MOST };
 
     for (int in = getchar(); in != EOF; in = getchar()) {
         if (in != '\n') {
@@ -223,9 +235,13 @@ int main(int argc, char ** argv) {
                 if (nc <= FEW) {
                     printf("columns %s tables %d %.3f\n", isa->name, nc, by_tables(isa, tiles, rows, nc, &c));
                 }
-                printf("columns %s panels %d %.3f\n", isa->name, nc, by_panels(isa, tiles, rows, nc, &c));
+                printf("columns %s codes %d %.3f\n", isa->name, nc, by_codes(isa, tiles, rows, nc, &c));
+                if (isa->gemm) {
+                    printf("columns %s panels %d %.3f\n", isa->name, nc, by_panels(isa, tiles, rows, nc, &c));
+                }
             }
-            printf("switch %s %d\npeak %s %.3f\n", isa->name, isa->max_tables, isa->name, peak(isa->name));
+            printf("tables %s %d\ncodes %s %d\n", isa->name, isa->max_tables, isa->name, isa->max_codes);
+            printf("peak %s %.3f\n", isa->name, peak(isa->name));
         }
         puts("end");
         fflush(stdout);

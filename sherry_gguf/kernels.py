@@ -239,9 +239,9 @@ def mul_tables(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: s
     size = lib.tq1_25_table_size(n)
     tables = _aligned(columns * size).reshape(columns, size)
     to_tables = _pointers("void *", tables)
-    for begin, end in _pieces(n // lib.TQ1_25_QK8_0, pieces):
+    for begin, end in _pieces(n // tq1_25.BLOCK, pieces):
         for c in range(columns):
-            lib.tq1_25_make_table(isa, n, begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, y[c], to_tables[c])
+            lib.tq1_25_make_table(isa, n, begin * tq1_25.BLOCK, end * tq1_25.BLOCK, y[c], to_tables[c])
     wide = _aligned(lib.tq1_25_wide_size(isa, n, columns))
     lib.tq1_25_widen(isa, n, columns, to_tables, ffi.from_buffer(wide))
     out = np.empty((columns, rows), np.float32)

@@ -25,17 +25,17 @@ static void * bytes(size_t n, size_t skew) { // random, skew bytes off an aligne
     return p;
 }
 
-// Repacked rows by both products: exact sizes everywhere but for prefetches, which do not count.
+// Repacked rows by every product: exact sizes everywhere but for prefetches, which do not count.
 static long repacked(int64_t nb, size_t skew) {
     const int64_t n = nb * QK_TQ1_25, units_of_64 = next() % 4 == 0 ? 1 + next() % 2 : 0;
-    const int64_t rows = units_of_64 * TQ1_25_TILE + next() % 4, nc = 1 + next() % 14, units = (rows + TQ1_25_TILE - 1) / TQ1_25_TILE;
+    const int64_t rows = units_of_64 * TQ1_25_TILE + next() % 4, nc = 1 + next() % 20, units = (rows + TQ1_25_TILE - 1) / TQ1_25_TILE;
     uint8_t * blocks = bytes((size_t) (rows * nb) * sizeof(block_tq1_25), skew);
     uint8_t * x      = bytes((size_t) (rows * nb) * sizeof(block_tq1_25), skew);
     tq1_25_repack(rows, n, (const block_tq1_25 *) (blocks + skew), x + skew);
-    uint8_t *           activations[14];
-    const tq1_25_q8_0 * y[14];
-    void *              tables[14];
-    float *             s[14];
+    uint8_t *           activations[20];
+    const tq1_25_q8_0 * y[20];
+    void *              tables[20];
+    float *             s[20];
     for (int64_t c = 0; c < nc; ++c) {
         activations[c] = bytes((size_t) (n / TQ1_25_QK8_0) * sizeof(tq1_25_q8_0), skew);
         y[c]      = (const tq1_25_q8_0 *) (activations[c] + skew);
@@ -43,14 +43,15 @@ static long repacked(int64_t nb, size_t skew) {
         s[c]      = bytes((size_t) rows * sizeof(float), 0);
     }
     void * panels = bytes((size_t) tq1_25_panel_size(n, nc), 0);
-    struct tq1_25_scratch * scratch = aligned_alloc(64, (sizeof(*scratch) + 63) / 64 * 64);
+    struct tq1_25_panel_scratch * panel_scratch = aligned_alloc(64, (sizeof(*panel_scratch) + 63) / 64 * 64);
+    struct tq1_25_code_scratch *  code_scratch  = aligned_alloc(64, (sizeof(*code_scratch) + 63) / 64 * 64);
     long calls = 0;
     for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
         if (!isa->gemv || !isa->supported()) {
             continue;
         }
         void * wide = bytes((size_t) tq1_25_wide_size(isa, n, (int) nc), 0);
-        const int64_t cut = next() % (nb * 4 + 1) * TQ1_25_QK8_0, middle = next() % (uint32_t) (units + 1);
+        const int64_t cut = next() % (nb + 1) * QK_TQ1_25, middle = next() % (uint32_t) (units + 1);
         for (int64_t c = 0; c < nc; ++c) {
             tq1_25_make_table(isa, n, 0, cut, y[c], tables[c]);
             tq1_25_make_table(isa, n, cut, n, y[c], tables[c]);
@@ -58,25 +59,35 @@ static long repacked(int64_t nb, size_t skew) {
         tq1_25_widen(isa, n, (int) nc, tables, wide);
         tq1_25_mul_tables(isa, rows, n, x + skew, 0, middle, (int) nc, y, tables, wide, s);
         tq1_25_mul_tables(isa, rows, n, x + skew, middle, units, (int) nc, y, tables, wide, s);
-        const int64_t count = tq1_25_panels(nc), between = next() % (uint32_t) (count + 1);
-        for (int64_t p = 0; p < count; ++p) {
-            const int64_t c = tq1_25_first_column(nc, p);
+        for (int64_t g = 0; g < tq1_25_code_groups(nc); ++g) {
+            const int64_t c = tq1_25_first_of_group(nc, g);
+            const int     columns = (int) (tq1_25_first_of_group(nc, g + 1) - c);
+            tq1_25_mul_codes(isa, rows, n, x + skew, middle, units, columns, y + c, s + c, code_scratch);
+            tq1_25_mul_codes(isa, rows, n, x + skew, 0, middle, columns, y + c, s + c, code_scratch);
+        }
+        calls += 2;
+        const int64_t count = tq1_25_panels(nc), between = next() % (uint32_t) (count + 1), narrow = cut + next() % 4 * TQ1_25_QK8_0;
+        for (int64_t p = 0; isa->gemm && p < count; ++p) {
+            const int64_t c = tq1_25_first_column(nc, p), middle_ = narrow < n ? narrow : n;
             const int     columns = (int) (tq1_25_first_column(nc, p + 1) - c);
             uint8_t *     panel = (uint8_t *) panels + tq1_25_panel_size(n, c);
-            tq1_25_make_panel(isa, 0, cut, columns, y + c, panel);
-            tq1_25_make_panel(isa, cut, n, columns, y + c, panel);
+            tq1_25_make_panel(0, middle_, columns, y + c, panel);
+            tq1_25_make_panel(middle_, n, columns, y + c, panel);
         }
-        tq1_25_mul_panels(isa, rows, n, x + skew, 0, units, nc, between, count, panels, s, scratch);
-        tq1_25_mul_panels(isa, rows, n, x + skew, 0, units, nc, 0, between, panels, s, scratch);
+        if (isa->gemm) {
+            tq1_25_mul_panels(isa, rows, n, x + skew, 0, units, nc, between, count, panels, s, panel_scratch);
+            tq1_25_mul_panels(isa, rows, n, x + skew, 0, units, nc, 0, between, panels, s, panel_scratch);
+            ++calls;
+        }
         free(wide);
-        calls += 2;
     }
     for (int64_t c = 0; c < nc; ++c) {
         free(activations[c]);
         free(tables[c]);
         free(s[c]);
     }
-    free(scratch);
+    free(panel_scratch);
+    free(code_scratch);
     free(panels);
     free(x);
     free(blocks);

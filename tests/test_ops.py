@@ -260,10 +260,11 @@ def main_repacked(expected):
         return
     print("buffer")
 
-    most = kernels._compiled()[os.environ["SHERRY_ISA"]].max_tables
-    around = [1, 2, 3, 5, 6, 7, 12, 13, most - 1, most, most + 1, 2 * most + 1]
+    isa = kernels._compiled()[os.environ["SHERRY_ISA"]]
+    tables, codes = isa.max_tables, min(isa.max_codes, kernels.lib.TQ1_25_CODE_COLUMNS)  # where another kernel, or a group, begins
+    around = sorted({1, 2, 3, 5, 6, 7, 12, 13, tables, tables + 1, 2 * tables + 1, codes - 1, codes, codes + 1, 3 * codes + 1})
     cases = [(n, rows, columns) for n, rows in [(128, 64), (384, 130), (2176, 65)] for columns in around]
-    cases += [(256, 200, 2048), (640, 1030, 1), (640, 1030, most), (640, 1030, most + 1), (128, 127, 257), (4864, 191, 48)]
+    cases += [(256, 200, 2048), (640, 1030, 1), (640, 1030, tables + 1), (640, 1030, codes + 1), (128, 127, 257), (4864, 191, 48)]
     cases += [(4864, 2750, 3)]  # repacked by several threads
     for n, rows, columns in cases:
         with Context() as c:
@@ -294,7 +295,7 @@ def main_repacked(expected):
                 assert (c.compute(op, threads).reshape(*batch, rows) == y.astype(np.float64) @ w.T).all()
     print("strided")
 
-    for columns in 1, most, most + 1, 50:  # any floats
+    for columns in 1, tables + 1, codes + 1, 50:  # any floats
         with Context() as c:
             packed = tq1_25.quantize(rng.standard_normal((rows, n)).astype(np.float32))
             y = rng.standard_normal((columns, n)).astype(np.float32)
@@ -307,7 +308,7 @@ def main_repacked(expected):
     experts = 6
     for n, rows in (256, 130), (2176, 64):
         packed, w = weights(experts, rows, n)
-        for tokens, used in [(1, 1), (1, 4), (3, 2), (most, 3), (most + 1, 2), (60, 2), (150, 6)]:
+        for tokens, used in [(1, 1), (1, 4), (3, 2), (tables + 1, 3), (codes, 2), (codes + 1, 2), (60, 2), (150, 6)]:
             for choice in "distinct", "repeated", "skewed", "one":
                 weight = {"skewed": [0.75, 0.2, 0.04, 0.01, 0, 0], "one": [0, 0, 0, 1, 0, 0]}.get(choice, [1 / experts] * experts)
                 ids = rng.choice(experts, (tokens, used), p=weight)

@@ -1,4 +1,4 @@
-"""Repacked rows: their layout byte by byte, and both products against NumPy's integers, for every instruction set."""
+"""Repacked rows: their layout byte by byte, and the products against NumPy's integers, for every instruction set."""
 
 import functools
 
@@ -9,11 +9,12 @@ from sherry_gguf import kernels, ternary, tq1_25
 
 ffi, lib = kernels.ffi, kernels.lib
 ISAS = kernels.available_repacked()
-PRODUCTS = {"tables": kernels.mul_tables, "panels": kernels.mul_panels}
+PRODUCTS = {"tables": kernels.mul_tables, "codes": kernels.mul_codes, "panels": kernels.mul_panels}
+HAS = {"tables": ISAS, "codes": ISAS, "panels": kernels.available_panels()}
 TILE, COLUMNS, DEPTH = 64, 6, 16  # of tq1_25.h
-MAX_TABLES = {isa: kernels._compiled()[isa].max_tables for isa in ISAS}
+CODE_COLUMNS, CODE_PAIRS = 16, 128
 
-both = pytest.mark.parametrize("product", PRODUCTS)
+every_product = pytest.mark.parametrize("isa, product", [(isa, product) for product in PRODUCTS for isa in HAS[product]])
 every_isa = pytest.mark.parametrize("isa", ISAS)
 
 
@@ -54,6 +55,7 @@ def check_exact(product, isa, b, q8_0, **kwargs):
 
 def test_constants_of_c_and_python_are_equal():
     assert (lib.TQ1_25_TILE, lib.TQ1_25_COLUMNS, lib.TQ1_25_DEPTH) == (TILE, COLUMNS, DEPTH)
+    assert (lib.TQ1_25_CODE_COLUMNS, lib.TQ1_25_CODE_PAIRS) == (CODE_COLUMNS, CODE_PAIRS)
     assert ffi.sizeof("tq1_25_tile") == TILE * tq1_25.BLOCK_BYTES
 
 
@@ -61,7 +63,9 @@ def test_what_has_kernels_for_repacked_rows():
     entries = kernels._compiled()
     assert [isa for isa in kernels.available() if isa in ISAS] == ISAS
     assert set(kernels.available()) - set(ISAS) == {"scalar"}
-    assert all(entries[isa].max_tables > 0 for isa in ISAS) and entries["scalar"].max_tables == 0
+    assert all(0 < entries[isa].max_tables < entries[isa].max_codes for isa in ISAS) and entries["scalar"].max_tables == 0
+    for isa in ISAS:  # where there are no panels, any number of columns goes by codes
+        assert (entries[isa].max_codes == 2**31 - 1) == (isa not in HAS["panels"])
     if ISAS:  # a kernel that is chosen by default has what the default buffer of llama.cpp wants
         assert kernels.available()[0] == ISAS[0]
 
@@ -108,8 +112,7 @@ def test_repack_writes_its_bytes_and_no_others():
 # ---- integers ----
 
 
-@both
-@every_isa
+@every_product
 @pytest.mark.parametrize("n", [128, 256, 384, 896, 2048, 2176, 4864])
 def test_integers_equal_those_of_numpy(isa, product, n):
     rng = np.random.default_rng(n)
@@ -117,8 +120,7 @@ def test_integers_equal_those_of_numpy(isa, product, n):
         check_exact(product, isa, random_rows(rng, rows, n), random_q8_0(rng, columns, n))
 
 
-@both
-@every_isa
+@every_product
 def test_every_number_of_rows(isa, product):
     rng = np.random.default_rng(1)
     b, q8_0 = random_rows(rng, 200, 256), random_q8_0(rng, 7, 256)
@@ -126,13 +128,14 @@ def test_every_number_of_rows(isa, product):
         check_exact(product, isa, b[:rows], q8_0)
 
 
-@both
-@every_isa
+@every_product
 def test_every_number_of_columns(isa, product):
-    """Up to six, and around every switch: of tables to panels, and of the number of panels."""
+    """Up to six, and around every switch: to codes, to panels, and of the number of groups and of panels."""
     rng = np.random.default_rng(2)
     b, q8_0 = random_rows(rng, 67, 384), random_q8_0(rng, 512, 384)
-    around = {k + i for k in [*MAX_TABLES.values(), *range(COLUMNS, 60, COLUMNS), 256, 511] for i in (-1, 0, 1)}
+    switches = [k for k in (kernels._compiled()[isa].max_tables, kernels._compiled()[isa].max_codes) if k < 512]
+    steps = [*switches, *range(COLUMNS, 60, COLUMNS), *range(CODE_COLUMNS, 100, CODE_COLUMNS), 256, 511]
+    around = {k + i for k in steps for i in (-1, 0, 1)}
     for columns in sorted({0, 1, 2, 3, 4, 5, 6, 7, 12, 13, *around}):
         check_exact(product, isa, b, q8_0[:columns])
 
@@ -142,12 +145,12 @@ def test_plain_and_repacked_kernels_agree():
     b, q8_0 = random_rows(rng, 70, 896), random_q8_0(rng, 3, 896)
     for isa in ISAS:
         plain = np.array([[kernels.vec_dot_q8_0(row, y, isa) for row in b] for y in q8_0])
-        for product in PRODUCTS.values():
-            assert (product(kernels.repack(b), 70, 896, q8_0, isa) == plain).all()
+        for name, product in PRODUCTS.items():
+            if isa in HAS[name]:
+                assert (product(kernels.repack(b), 70, 896, q8_0, isa) == plain).all()
 
 
-@both
-@every_isa
+@every_product
 def test_each_integer_alone(isa, product):
     """All but one Q8_0 block silenced by a scale of 0: the column holds the 32 products of that one."""
     rng = np.random.default_rng(4)
@@ -187,15 +190,13 @@ def every_sum():
     return q8_0_of(np.tile(groups, (1, 32)))
 
 
-@both
-@every_isa
+@every_product
 def test_every_sum_of_a_group_eight_times(isa, product):
     """What a lookup splits into high and low parts adds up eight times, all of one sign: no byte may overflow."""
     check_exact(product, isa, uniform_rows(), every_sum())
 
 
-@both
-@every_isa
+@every_product
 @pytest.mark.parametrize("extreme", [-128, 127])
 def test_extreme_activations(isa, product, extreme):
     rng = np.random.default_rng(5)
@@ -208,8 +209,7 @@ def test_extreme_activations(isa, product, extreme):
         check_exact(product, isa, b, q8_0_of((sign * extreme * lanes.astype(int)).clip(-128, 127)))
 
 
-@both
-@every_isa
+@every_product
 def test_zero_blocks(isa, product):
     rng = np.random.default_rng(6)
     b, q8_0 = random_rows(rng, 130, 384), random_q8_0(rng, 7, 384)
@@ -220,8 +220,7 @@ def test_zero_blocks(isa, product):
     assert not call(kernels.repack(b), 130, 384, random_q8_0(rng, 7, 384, d=0), isa).any()
 
 
-@both
-@every_isa
+@every_product
 def test_scales_that_are_not_finite_stay_in_their_row_and_column(isa, product):
     rng = np.random.default_rng(7)
     n, rows, columns = 2176, 150, 9
@@ -242,8 +241,7 @@ def test_scales_that_are_not_finite_stay_in_their_row_and_column(isa, product):
 # ---- floats ----
 
 
-@both
-@every_isa
+@every_product
 @pytest.mark.parametrize("n", [128, 2176, 4864])
 def test_floats_agree_within_their_rounding(isa, product, n):
     rng = np.random.default_rng(n)
@@ -254,8 +252,7 @@ def test_floats_agree_within_their_rounding(isa, product, n):
     assert (np.abs(found - y @ w.T) <= 1e-5 * (np.abs(y) @ np.abs(w).T)).all()
 
 
-@both
-@every_isa
+@every_product
 def test_the_longest_rows_keep_the_tolerance(isa, product):
     """53248 weights, all terms of one sign, where rounding adds up the most."""
     n = 53248
@@ -265,8 +262,7 @@ def test_the_longest_rows_keep_the_tolerance(isa, product):
     assert PRODUCTS[product](kernels.repack(b), 65, n, q8_0, isa) == pytest.approx(float((y @ w.T)[0, 0]), rel=1e-5)
 
 
-@both
-@every_isa
+@every_product
 def test_random_bytes(isa, product):
     """Scales of any bits, NaN and infinite ones among them: a result is finite where its scales are, and then close."""
     rng = np.random.default_rng(8)
@@ -286,11 +282,11 @@ def test_random_bytes(isa, product):
 # ---- pieces ----
 
 
-@both
-@every_isa
+@every_product
 @pytest.mark.parametrize("columns", [1, 13, 31])
 def test_pieces_give_the_same_bits_as_the_whole(isa, product, columns):
-    """As the threads of llama.cpp cut them: what is made along the vector, rows of tiles, groups of panels."""
+    """As the threads of llama.cpp cut them: what is made along the vector, rows of tiles (the second of a pair begins a piece,
+    too), groups of panels."""
     rng = np.random.default_rng(9)
     n, rows = 2176, 330
     b = kernels.repack(random_rows(rng, rows, n, d=rng.exponential(size=(rows, n // 128))))
@@ -314,9 +310,9 @@ class Guarded:
 
 
 @every_isa
-@pytest.mark.parametrize("columns", [1, 4, 6, 11, 20])
+@pytest.mark.parametrize("columns", [1, 4, 6, 11, 20, 33])
 def test_nothing_is_written_outside_its_range(isa, columns):
-    """Tables, wide tables, panels and results take the bytes that they say; of a result only the rows and columns of
+    """Tables, wide tables, panels, scratch and results take the bytes that they say; of a result only the rows and columns of
     the ranges are written, whatever lies between columns."""
     entry = ffi.addressof(kernels._compiled()[isa])
     rng = np.random.default_rng(10)
@@ -338,29 +334,43 @@ def test_nothing_is_written_outside_its_range(isa, columns):
     for p in range(count):
         first, last = (lib.tq1_25_first_column(columns, k) for k in (p, p + 1))
         assert 0 < last - first <= COLUMNS
-        lib.tq1_25_make_panel(entry, 0, n, last - first, of + first, panels.pointer + lib.tq1_25_panel_size(n, first))
+        lib.tq1_25_make_panel(0, n, last - first, of + first, panels.pointer + lib.tq1_25_panel_size(n, first))
     assert panels.intact()
-    scratch = Guarded(ffi.sizeof("struct tq1_25_scratch"))
+    panel_scratch, code_scratch = (Guarded(ffi.sizeof(f"struct tq1_25_{of}_scratch")) for of in ("panel", "code"))
+    groups = lib.tq1_25_code_groups(columns)
 
     for begin, end in [(0, 6), (0, 1), (2, 4), (5, 6), (3, 3)]:
         for p, q in [(0, count), (0, 1), (count - 1, count), (1, 1)]:
-            for by_panels in False, True:
-                if not by_panels and (p, q) != (0, count):
+            for product in PRODUCTS:
+                if isa not in HAS[product] or (product != "panels" and (p, q) != (0, count)):
                     continue
                 out = Guarded(4 * columns * (rows + gap))
                 floats32 = out.bytes.view(np.float32).reshape(columns, rows + gap)
                 s = ffi.new("float *[]", [ffi.cast("float *", out.pointer) + c * (rows + gap) for c in range(columns)])
-                if by_panels:
+                if product == "panels":
                     lib.tq1_25_mul_panels(entry, rows, n, x, begin, end, columns, p, q, panels.pointer, s,
-                                          ffi.cast("struct tq1_25_scratch *", scratch.pointer))  # fmt: skip
-                else:
+                                          ffi.cast("struct tq1_25_panel_scratch *", panel_scratch.pointer))  # fmt: skip
+                elif product == "tables":
                     lib.tq1_25_mul_tables(entry, rows, n, x, begin, end, columns, of, to, wide.pointer, s)
-                assert out.intact() and scratch.intact() and panels.intact()
+                for group in range(groups if product == "codes" else 0):
+                    first, last = (lib.tq1_25_first_of_group(columns, k) for k in (group, group + 1))
+                    lib.tq1_25_mul_codes(entry, rows, n, x, begin, end, last - first, of + first, s + first,
+                                         ffi.cast("struct tq1_25_code_scratch *", code_scratch.pointer))  # fmt: skip
+                assert out.intact() and panel_scratch.intact() and code_scratch.intact() and panels.intact()
                 written = np.zeros((columns, rows + gap), bool)
                 first, last = (lib.tq1_25_first_column(columns, k) for k in (p, q))
                 written[first:last, 64 * begin : min(64 * end, rows)] = True
                 assert (floats32[written] == expected[written[:, :rows]]).all()
                 assert (floats32[~written].view(np.uint32) == 0xA5A5A5A5).all()
+
+
+def test_columns_are_spread_over_groups_in_pairs():
+    for columns in range(1, 400):
+        cuts = [lib.tq1_25_first_of_group(columns, g) for g in range(lib.tq1_25_code_groups(columns) + 1)]
+        widths = np.diff(cuts)
+        assert cuts[0] == 0 and cuts[-1] == columns and len(widths) == -(-columns // CODE_COLUMNS)
+        assert 0 < widths.min() and widths.max() <= CODE_COLUMNS and widths.max() - widths.min() <= 3
+        assert (widths[:-1] % 2 == 0).all()
 
 
 def test_columns_are_spread_evenly_over_panels():
@@ -375,11 +385,11 @@ def test_columns_are_spread_evenly_over_panels():
 
 
 def good(product, **changed):
-    arguments = dict(repacked=np.zeros(65 * 44, np.uint8), rows=65, n=256, q8_0=np.zeros((2, 8 * 34), np.uint8)) | changed
+    arguments = dict(isa=HAS[product][0], repacked=np.zeros(65 * 44, np.uint8), rows=65, n=256, q8_0=np.zeros((2, 8 * 34), np.uint8)) | changed
     return PRODUCTS[product](**arguments)
 
 
-@both
+@pytest.mark.parametrize("product", [product for product in PRODUCTS if HAS[product]])
 @pytest.mark.parametrize("changed, message", [
     (dict(rows=64), r"\(2860,\), 64 rows of 256 weights need uint8 \(2816,\)"),
     (dict(rows=-65), "-65 rows"),
@@ -417,13 +427,18 @@ def test_repack_refuses_what_are_no_rows_of_blocks(b, message):
 def test_the_environment_chooses(monkeypatch):
     monkeypatch.setenv("SHERRY_ISA", "scalar")
     with pytest.raises(ValueError, match="scalar has no kernels for repacked rows"):
-        good("tables")
+        good("tables", isa=None)
     monkeypatch.setenv("SHERRY_ISA", ISAS[-1])
-    assert not good("tables").any()
+    assert not good("tables", isa=None).any()
 
 
-@both
-@every_isa
+def test_panels_of_an_instruction_set_without():
+    for isa in set(ISAS) - set(HAS["panels"]):
+        with pytest.raises(ValueError, match=f"instruction set {isa} has no panels; those that this CPU runs: "):
+            kernels.mul_panels(np.zeros(65 * 44, np.uint8), 65, 256, np.zeros((2, 272), np.uint8), isa)
+
+
+@every_product
 def test_strided_read_only_and_odd_arrays(isa, product):
     rng = np.random.default_rng(11)
     b, q8_0 = random_rows(rng, 130, 384), random_q8_0(rng, 5, 384)

@@ -85,6 +85,10 @@ size_t ggml_row_size(ggml_type type, int64_t n) { return bytes_of(type, n); }
 
 size_t ggml_nbytes(const ggml_tensor * t) { return t->nb[3] * t->ne[3]; }
 
+void * ggml_backend_buffer_get_base(ggml_backend_buffer_t buffer) { return buffer->context; }
+
+size_t ggml_backend_buffer_get_size(ggml_backend_buffer_t buffer) { return buffer->size; }
+
 static void q8_0(const float * x, void * y, int64_t n) { tq1_25_quantize_q8_0(x, (tq1_25_q8_0 *) y, n); }
 
 const ggml_type_traits_cpu * ggml_get_type_traits_cpu(ggml_type) {
@@ -135,6 +139,10 @@ static void run(int64_t n, int64_t rows, int64_t columns, int64_t experts, int64
     for (int32_t & e : chosen) {
         e = (int32_t) (skewed ? std::min(below(experts), below(2 * experts) / 2 * below(2)) : below(experts));
     }
+    ggml_backend_buffer buffer = {};
+    buffer.context = repacked.data();
+    buffer.size    = repacked.size() * sizeof(block_tq1_25);
+    w.buffer = &buffer;
     w.data = repacked.data();
     y.data = activations.data();
     id.data = chosen.data();
@@ -205,17 +213,17 @@ int main(int argc, char ** argv) {
         return 2;
     }
     generator.seed((unsigned) atoi(argv[1]));
-    const int most = tq1_25_best_isa()->max_tables;
+    const int tables = tq1_25_best_isa()->max_tables, codes = std::min<int>(tq1_25_best_isa()->max_codes, TQ1_25_CODE_COLUMNS);
     int operations = 0;
     for (bool on_numa : { false, true }) {
         numa = on_numa;
         for (int64_t rows : { 64, 130, 1100 }) {
-            for (int64_t columns : { 1, 2, 7, most, most + 1, 3 * most }) {
+            for (int64_t columns : { 1, 2, 7, tables, tables + 1, codes, codes + 1, 3 * codes }) {
                 run(rows == 1100 ? 128 : 384, rows, columns, 1, 0, false, false);
                 ++operations;
             }
         }
-        for (int64_t tokens : { 1, 3, most, most + 1, 3 * most }) {
+        for (int64_t tokens : { 1, 3, tables, tables + 1, codes + 1, 3 * codes }) {
             for (bool one_row : { false, true }) {
                 for (bool skewed : { false, true }) {
                     run(256, tokens % 2 ? 130 : 64, tokens, 5, 1 + below(3), one_row, skewed);

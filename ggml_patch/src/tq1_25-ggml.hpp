@@ -47,7 +47,7 @@ class tq1_25_traits : public tensor_traits_base {
             row_size   = ggml_row_size(GGML_TYPE_Q8_0, n);
             table_size = (size_t) tq1_25_table_size(n);
             wide_size  = (size_t) tq1_25_wide_size(isa, n, (int) std::min<int64_t>(columns, isa->max_tables));
-            const bool any_panels = !all_tables && columns > isa->max_codes;
+            const bool any_panels = !all_tables && columns > isa->max_codes; // of experts maybe none
             q8_0    = take(row_size, rows);
             tables  = take(table_size, all_tables ? rows : 0);
             panels  = take((size_t) tq1_25_panel_size(n, 1), any_panels ? columns : 0);
@@ -152,9 +152,6 @@ class tq1_25_traits : public tensor_traits_base {
             for (int64_t e = 0; e < experts; ++e) {
                 const int64_t begin = firsts()[e], count = firsts()[e + 1] - begin;
                 for (int64_t panel = 0; by_panels(count) && panel < tq1_25_panels(count); ++panel) {
-                    if (item == 0) {
-                        ggml_barrier(params->threadpool); // for the activations
-                    }
                     if (item++ % params->nth == params->ith) {
                         const int64_t c = begin + tq1_25_first_column(count, panel), last = begin + tq1_25_first_column(count, panel + 1);
                         tq1_25_make_panel(0, n, (int) (last - c), columns_y() + c, panel_at(c));
@@ -191,7 +188,10 @@ class tq1_25_traits : public tensor_traits_base {
                 });
             } else {
                 share(rows, [&](int64_t row_, int64_t begin, int64_t end) { quantize(row_, begin, end); });
-                make_panels_of_experts();
+                if (by_panels(columns)) { // maybe those of an expert, too
+                    ggml_barrier(params->threadpool); // for the activations and the columns
+                    make_panels_of_experts();
+                }
             }
             ggml_barrier(params->threadpool);
         }

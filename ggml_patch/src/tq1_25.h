@@ -224,7 +224,7 @@ void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
 // What follows works on tile rows begin .. end - 1 of a repacked matrix x, of which there are (rows + 63) / 64, and on
 // vectors of n Q8_0 activations. Threads share the work by ranges; each part of a result is written by one.
 
-// The tables of a vector, aligned to 64 bytes: their bytes, and those of activations begin .. end - 1, multiples of 32.
+// The tables of a vector, aligned to 64 bytes: their bytes, and those of activations begin .. end - 1, multiples of 128.
 int64_t tq1_25_table_size(int64_t n);
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
 
