@@ -90,7 +90,7 @@ PEAK(peak_avx2, "avx2", 32, __m256i, _mm256_set1_epi8, sum[c] = _mm256_add_epi16
 
 static double peak(const char * isa) {
 #if defined(__x86_64__)
-    if (!strcmp(isa, "zen4") || !strcmp(isa, "avx512vbmi") || !strcmp(isa, "avx512vnni")) {
+    if (!strcmp(isa, "zen4") || !strcmp(isa, "avx512vnni")) {
         return peak_avx512vnni();
     }
     return !strcmp(isa, "avx512") ? peak_avx512() : !strcmp(isa, "avxvnni") ? peak_avxvnni() : !strcmp(isa, "avx2") ? peak_avx2() : 0;
@@ -139,7 +139,6 @@ struct columns {
     const tq1_25_q8_0 * y[MOST];
     float *             s[MOST];
     void *              tables[MOST];
-    void *              wide;
     void *              panels;
     struct tq1_25_panel_scratch * panel_scratch;
     struct tq1_25_code_scratch *  code_scratch;
@@ -150,8 +149,7 @@ static double by_tables(const struct tq1_25_isa * isa, const void * x, int64_t r
     for (int k = 0; k < nc; ++k) {
         tq1_25_make_table(isa, N, 0, N, c->y[k], c->tables[k]);
     }
-    tq1_25_widen(isa, N, nc, c->tables, c->wide);
-    tq1_25_mul_tables(isa, rows, N, x, 0, rows / TQ1_25_TILE, nc, c->y, c->tables, c->wide, c->s);
+    tq1_25_mul_tables(isa, rows, N, x, 0, rows / TQ1_25_TILE, nc, c->y, c->tables, c->s);
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
 
@@ -205,10 +203,9 @@ int main(int argc, char ** argv) {
     for (int k = 0; k < MOST; ++k) {
         c.y[k] = (const tq1_25_q8_0 *) (ours.y + (size_t) k * ours.y_size);
         if (k < FEW) {
-            c.tables[k] = aligned_alloc(64, (size_t) tq1_25_table_size(N));
+            c.tables[k] = aligned_alloc(64, (size_t) N / QK_TQ1_25 * (TQ1_25_TABLE + 64)) /* of any instruction set */;
         }
     }
-    c.wide = allocate((size_t) (N / TQ1_25_QK8_0) * TQ1_25_WIDE * FEW);
     float * results = allocate(sizeof(float) * (size_t) (2 << 20)); // vec_dot's, of any type's rows
     static const int some[] = { 1, 2, 3, 4, 8, 12, 16, 24, 32, FEW, 128, MOST };
 

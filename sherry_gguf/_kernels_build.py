@@ -39,19 +39,16 @@ struct tq1_25_isa {
     void (*vec_dot)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
     int (*supported)(void);
     int max_tables, max_codes;
-    void (*widen)(int64_t nb, const int8_t * table, int8_t * wide);
     void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
     void (*gemm)(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
     ...;
 };
 extern const struct tq1_25_isa tq1_25_isas[];
 void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
-int64_t tq1_25_table_size(int64_t n);
+int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n);
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
-int64_t tq1_25_wide_size(const struct tq1_25_isa * isa, int64_t n, int nc);
-void tq1_25_widen(const struct tq1_25_isa * isa, int64_t n, int nc, void * const * tables, void * wide);
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, const void * wide, float * const * s);
+                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s);
 int64_t tq1_25_code_groups(int64_t nc);
 int64_t tq1_25_first_of_group(int64_t nc, int64_t group);
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,

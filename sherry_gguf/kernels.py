@@ -236,18 +236,16 @@ def mul_tables(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: s
     repacked, q8_0 = _check_repacked(repacked, rows, n, q8_0, pieces)
     q8_0, columns = _columns(q8_0), len(q8_0)
     y = _pointers("const tq1_25_q8_0 *", q8_0)
-    size = lib.tq1_25_table_size(n)
+    size = lib.tq1_25_table_size(isa, n)
     tables = _aligned(columns * size).reshape(columns, size)
     to_tables = _pointers("void *", tables)
     for begin, end in _pieces(n // tq1_25.BLOCK, pieces):
         for c in range(columns):
             lib.tq1_25_make_table(isa, n, begin * tq1_25.BLOCK, end * tq1_25.BLOCK, y[c], to_tables[c])
-    wide = _aligned(lib.tq1_25_wide_size(isa, n, columns))
-    lib.tq1_25_widen(isa, n, columns, to_tables, ffi.from_buffer(wide))
     out = np.empty((columns, rows), np.float32)
     x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
     for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
-        lib.tq1_25_mul_tables(isa, rows, n, x, begin, end, columns, y, to_tables, ffi.from_buffer(wide), s)
+        lib.tq1_25_mul_tables(isa, rows, n, x, begin, end, columns, y, to_tables, s)
     return out
 
 

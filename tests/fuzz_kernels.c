@@ -39,7 +39,6 @@ static long repacked(int64_t nb, size_t skew) {
     for (int64_t c = 0; c < nc; ++c) {
         activations[c] = bytes((size_t) (n / TQ1_25_QK8_0) * sizeof(tq1_25_q8_0), skew);
         y[c]      = (const tq1_25_q8_0 *) (activations[c] + skew);
-        tables[c] = aligned_alloc(64, (size_t) tq1_25_table_size(n));
         s[c]      = bytes((size_t) rows * sizeof(float), 0);
     }
     void * panels = bytes((size_t) tq1_25_panel_size(n, nc), 0);
@@ -50,15 +49,16 @@ static long repacked(int64_t nb, size_t skew) {
         if (!isa->gemv || !isa->supported()) {
             continue;
         }
-        void * wide = bytes((size_t) tq1_25_wide_size(isa, n, (int) nc), 0);
+        for (int64_t c = 0; c < nc; ++c) {
+            tables[c] = aligned_alloc(64, (size_t) tq1_25_table_size(isa, n));
+        }
         const int64_t cut = next() % (nb + 1) * QK_TQ1_25, middle = next() % (uint32_t) (units + 1);
         for (int64_t c = 0; c < nc; ++c) {
             tq1_25_make_table(isa, n, 0, cut, y[c], tables[c]);
             tq1_25_make_table(isa, n, cut, n, y[c], tables[c]);
         }
-        tq1_25_widen(isa, n, (int) nc, tables, wide);
-        tq1_25_mul_tables(isa, rows, n, x + skew, 0, middle, (int) nc, y, tables, wide, s);
-        tq1_25_mul_tables(isa, rows, n, x + skew, middle, units, (int) nc, y, tables, wide, s);
+        tq1_25_mul_tables(isa, rows, n, x + skew, 0, middle, (int) nc, y, tables, s);
+        tq1_25_mul_tables(isa, rows, n, x + skew, middle, units, (int) nc, y, tables, s);
         for (int64_t g = 0; g < tq1_25_code_groups(nc); ++g) {
             const int64_t c = tq1_25_first_of_group(nc, g);
             const int     columns = (int) (tq1_25_first_of_group(nc, g + 1) - c);
@@ -79,11 +79,12 @@ static long repacked(int64_t nb, size_t skew) {
             tq1_25_mul_panels(isa, rows, n, x + skew, 0, units, nc, 0, between, panels, s, panel_scratch);
             ++calls;
         }
-        free(wide);
+        for (int64_t c = 0; c < nc; ++c) {
+            free(tables[c]);
+        }
     }
     for (int64_t c = 0; c < nc; ++c) {
         free(activations[c]);
-        free(tables[c]);
         free(s[c]);
     }
     free(panel_scratch);

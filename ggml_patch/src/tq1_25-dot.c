@@ -75,19 +75,13 @@ static int has_avx512vnni(void) {
     return has_avx512() && ALL(seven[2], 1u << 11);
 }
 
-static int has_avx512vbmi(void) { // with VNNI
-    unsigned seven[4];
-    cpuid(7, seven);
-    return has_avx512vnni() && ALL(seven[2], 1u << 1);
-}
-
-// AVX-512 in halves or with four pipes: shuffles and additions run beside multiplications, so that looking up
-// exceeds what vpdpbusd could do alone (tq1_25-codes-avx512.c). Intel's have two pipes for all of it.
+// AMD's four vector pipes: shuffles and additions run beside multiplications, so that looking up exceeds what vpdpbusd could do
+// alone (tq1_25-lookup-avx512.c). Intel's two do all of it.
 static int has_zen4(void) { // and later
     unsigned zero[4];
     cpuid(0, zero);
     const unsigned auth = 0x68747541, enti = 0x69746e65, camd = 0x444d4163;
-    return has_avx512vbmi() && zero[1] == auth && zero[3] == enti && zero[2] == camd;
+    return has_avx512vnni() && zero[1] == auth && zero[3] == enti && zero[2] == camd;
 }
 
 #ifdef TQ1_25_AVXVNNI
@@ -102,8 +96,6 @@ static int has_avxvnni(void) {
 
 // ---- the choice ----
 
-enum { PARTS = QK_TQ1_25 / TQ1_25_QK8_0 };
-
 #ifdef _MSC_VER // aligned pointers are read and written whole
 #    define LOAD(p)     (*(void * volatile *) (p))
 #    define STORE(p, v) (*(void * volatile *) (p) = (void *) (v))
@@ -112,24 +104,21 @@ enum { PARTS = QK_TQ1_25 / TQ1_25_QK8_0 };
 #    define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
 #endif
 
-#define TABLES(max, isa) .max_tables = max, .table = tq1_25_table_avx2, .gemv = tq1_25_gemv_##isa
-#define WIDENED          .widen = tq1_25_widen_avx512vbmi
-#define CODES_AVX2(max)  .max_codes = max, .code_table_size = PARTS * TQ1_25_TABLE, .code_table = tq1_25_table_avx2, .code_tiles = 1, \
-                         .expand = tq1_25_expand_avx2, .lookup = tq1_25_lookup_avx2, .store = tq1_25_store_avx2
-#define CODES_AVX512(max) .max_codes = max, .code_table_size = TQ1_25_CODE_TABLE, .code_table = tq1_25_code_table_avx512, .code_tiles = 2, \
-                         .expand = tq1_25_expand_avx512, .lookup = tq1_25_lookup_avx512, .store = tq1_25_store_avx512
-#define PANELS(decoder, isa) .decode = tq1_25_decode_##decoder, .gemm = tq1_25_gemm_##isa
+#define LOOKUP_AVX2(tables, codes) .max_tables = tables, .max_codes = codes, .table_size = TQ1_25_TABLE_AVX2, .code_tiles = 1, .table = tq1_25_table_avx2, \
+    .gemv = tq1_25_gemv_avx2, .expand = tq1_25_expand_avx2, .lookup = tq1_25_lookup_avx2, .store = tq1_25_store_avx2
+#define LOOKUP_AVX512(tables, codes) .max_tables = tables, .max_codes = codes, .table_size = TQ1_25_TABLE, .code_tiles = 2, .table = tq1_25_table_avx512, \
+    .gemv = tq1_25_gemv_avx512, .expand = tq1_25_expand_avx512, .lookup = tq1_25_lookup_avx512, .store = tq1_25_store_avx512
+#define PANELS(isa) .decode = tq1_25_decode_##isa, .gemm = tq1_25_gemm_##isa
 
 const struct tq1_25_isa tq1_25_isas[] = {
 #if defined(__x86_64__) || defined(_M_X64)
-    { "zen4",       tq1_25_vec_dot_avx512vnni, has_zen4,       TABLES(1, avx512vbmi), WIDENED, CODES_AVX512(INT_MAX) },
-    { "avx512vbmi", tq1_25_vec_dot_avx512vnni, has_avx512vbmi, TABLES(1, avx512vbmi), WIDENED, CODES_AVX512(8), PANELS(avx512, avx512vnni) },
-    { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni, TABLES(1, avx512), CODES_AVX512(8), PANELS(avx512, avx512vnni) },
-    { "avx512",     tq1_25_vec_dot_avx512,     has_avx512,     TABLES(1, avx512), CODES_AVX512(INT_MAX) },
+    { "zen4",       tq1_25_vec_dot_avx512vnni, has_zen4,       LOOKUP_AVX512(1, INT_MAX) },
+    { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni, LOOKUP_AVX512(1, 8), PANELS(avx512vnni) },
+    { "avx512",     tq1_25_vec_dot_avx512,     has_avx512,     LOOKUP_AVX512(1, INT_MAX) },
 #    ifdef TQ1_25_AVXVNNI
-    { "avxvnni",    tq1_25_vec_dot_avx2,       has_avxvnni,    TABLES(3, avx2), CODES_AVX2(8), PANELS(avxvnni, avxvnni) },
+    { "avxvnni",    tq1_25_vec_dot_avx2,       has_avxvnni,    LOOKUP_AVX2(2, 8), PANELS(avxvnni) },
 #    endif
-    { "avx2",       tq1_25_vec_dot_avx2,       has_avx2,       TABLES(3, avx2), CODES_AVX2(INT_MAX) },
+    { "avx2",       tq1_25_vec_dot_avx2,       has_avx2,       LOOKUP_AVX2(2, INT_MAX) },
 #endif
     { .name = "scalar", .vec_dot = tq1_25_vec_dot_scalar },
     { .name = NULL },

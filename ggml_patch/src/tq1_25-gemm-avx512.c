@@ -60,7 +60,7 @@ TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, co
 
 // ---- weights to bytes ----
 
-TARGET(AVX512) void tq1_25_decode_avx512(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w) {
+TARGET(AVX512) void tq1_25_decode_avx512vnni(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w) {
     // Each code's four weights plus one: the dwords of two registers, slots with a positive and with a negative sign.
     const __m512i one = _mm512_set1_epi8(1), slot = _mm512_set1_epi32(15);
     __m512i positive = _mm512_setzero_si512();

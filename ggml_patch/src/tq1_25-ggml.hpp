@@ -27,9 +27,9 @@ class tq1_25_traits : public tensor_traits_base {
         bool    ids;
         int64_t n, rows, columns, experts, units; // rows: of src1; units: rows of tiles of a matrix
         bool    all_tables;                       // through tables; else each matrix through codes or panels
-        size_t  row_size, table_size, wide_size;
+        size_t  row_size, table_size;
         size_t  q8_0, tables, panels;             // offsets
-        size_t  wide, code_scratch, panel_scratch; // of what is for each thread
+        size_t  code_scratch, panel_scratch;      // of what is for each thread
         size_t  y, s, table;                      // of each column, by expert: pointers to activations, result and table
         size_t  first, cursor;                    // the first column of each expert, and the first after the last; where to add one
         size_t  size = 0;
@@ -45,13 +45,11 @@ class tq1_25_traits : public tensor_traits_base {
             units      = (src0->ne[1] + TQ1_25_TILE - 1) / TQ1_25_TILE;
             all_tables = (ids ? op->ne[2] : columns) <= isa->max_tables;
             row_size   = ggml_row_size(GGML_TYPE_Q8_0, n);
-            table_size = (size_t) tq1_25_table_size(n);
-            wide_size  = (size_t) tq1_25_wide_size(isa, n, (int) std::min<int64_t>(columns, isa->max_tables));
+            table_size = (size_t) tq1_25_table_size(isa, n);
             const bool any_panels = !all_tables && columns > isa->max_codes; // of experts maybe none
             q8_0    = take(row_size, rows);
             tables  = take(table_size, all_tables ? rows : 0);
             panels  = take((size_t) tq1_25_panel_size(n, 1), any_panels ? columns : 0);
-            wide    = take(wide_size, all_tables ? n_threads : 0);
             code_scratch  = take(sizeof(tq1_25_code_scratch), all_tables ? 0 : n_threads);
             panel_scratch = take(sizeof(tq1_25_panel_scratch), any_panels ? n_threads : 0);
             y       = take(sizeof(void *), columns);
@@ -203,7 +201,7 @@ class tq1_25_traits : public tensor_traits_base {
         void multiply() const {
             const bool    numa = ggml_is_numa();
             const int64_t nth  = params->nth, each = numa ? units / nth : units * 3 / 4 / nth;
-            int64_t next = params->ith, before = 0, widened = -1; // the first of the columns whose wide tables this thread has
+            int64_t next = params->ith, before = 0;
             int64_t code_groups = 0;
             for (int64_t e = 0; e < experts; ++e) {
                 const int64_t count = firsts()[e + 1] - firsts()[e];
@@ -211,7 +209,8 @@ class tq1_25_traits : public tensor_traits_base {
             }
             enum { FEWEST_UNITS = 16, FEWEST_PANELS = 8 }; // that are worth tables, decoding
             const auto    parts_of = [&](int64_t times) { return code_groups ? (times * nth + code_groups - 1) / code_groups : 1; };
-            const int64_t parts = std::clamp<int64_t>(std::min(parts_of(4), units / FEWEST_UNITS), std::min(parts_of(1), units), units);
+            const int64_t tiles = std::max(isa->code_tiles, 1), pairs = (units + tiles - 1) / tiles; // rows of tiles that go together
+            const int64_t parts = std::clamp<int64_t>(std::min(parts_of(4), units / FEWEST_UNITS), std::min(parts_of(1), pairs), pairs);
             for (int64_t e = 0; e < experts; ++e) {
                 const int64_t count = firsts()[e + 1] - firsts()[e];
                 if (count == 0) {
@@ -227,13 +226,13 @@ class tq1_25_traits : public tensor_traits_base {
                     const int64_t item = next - before;
                     if (all_tables) {
                         const int64_t unit = item < shares ? item * each : shares * each + (item - shares);
-                        by_table(e, unit, item < shares ? unit + each : unit + 1, widened);
+                        by_table(e, unit, item < shares ? unit + each : unit + 1);
                     } else if (by_panels(count)) {
                         const int64_t unit = item / groups, group = item % groups;
                         by_panel(e, unit, unit + 1, panels_ * group / groups, panels_ * (group + 1) / groups);
                     } else {
                         const int64_t group = item / parts, part = item % parts;
-                        by_code(e, group, units * part / parts, units * (part + 1) / parts);
+                        by_code(e, group, pairs * part / parts * tiles, std::min(pairs * (part + 1) / parts * tiles, units));
                     }
                 }
                 before += items;
@@ -242,16 +241,10 @@ class tq1_25_traits : public tensor_traits_base {
 
         const void * matrix(int64_t e) const { return (const char *) op->src[0]->data + e * op->src[0]->nb[2]; }
 
-        void by_table(int64_t e, int64_t unit, int64_t end, int64_t & widened) const {
-            void * own = base + wide + wide_size * (size_t) params->ith;
-            for (int64_t c = firsts()[e]; c < firsts()[e + 1]; c += isa->max_tables) {
-                const int count = (int) std::min<int64_t>(firsts()[e + 1] - c, isa->max_tables);
-                if (widened != c) {
-                    tq1_25_widen(isa, n, count, columns_table() + c, own);
-                    widened = c;
-                }
-                tq1_25_mul_tables(isa, op->src[0]->ne[1], n, matrix(e), unit, end, count, columns_y() + c, columns_table() + c, own, columns_s() + c);
-            }
+        void by_table(int64_t e, int64_t unit, int64_t end) const {
+            const int64_t c = firsts()[e];
+            tq1_25_mul_tables(isa, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (firsts()[e + 1] - c), columns_y() + c, columns_table() + c,
+                              columns_s() + c);
         }
 
         void by_code(int64_t e, int64_t group, int64_t unit, int64_t end) const {

@@ -129,41 +129,30 @@ void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y) {
 
 // ---- matrix by vectors ----
 
-int64_t tq1_25_table_size(int64_t n) {
-    const int64_t size = n / TQ1_25_QK8_0 * (int64_t) (TQ1_25_TABLE + sizeof(float));
+int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n) {
+    const int64_t size = n / QK_TQ1_25 * (isa->table_size + PARTS * (int64_t) sizeof(float));
     return (size + 63) / 64 * 64;
 }
 
 // They follow the tables.
-static float * scales(int64_t n, void * table) {
-    return (float *) ((int8_t *) table + n / TQ1_25_QK8_0 * TQ1_25_TABLE);
+static float * scales(const struct tq1_25_isa * isa, int64_t n, void * table) {
+    return (float *) ((int8_t *) table + n / QK_TQ1_25 * isa->table_size);
 }
 
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table) {
-    const int64_t from = begin / TQ1_25_QK8_0;
-    isa->table((end - begin) / QK_TQ1_25, y + from, (int8_t *) table + from * TQ1_25_TABLE, PARTS * TQ1_25_TABLE, scales(n, table) + from, PARTS);
-}
-
-int64_t tq1_25_wide_size(const struct tq1_25_isa * isa, int64_t n, int nc) {
-    return isa->widen ? n / TQ1_25_QK8_0 * TQ1_25_WIDE * nc : 0;
-}
-
-void tq1_25_widen(const struct tq1_25_isa * isa, int64_t n, int nc, void * const * tables, void * wide) {
-    for (int c = 0; isa->widen && c < nc; ++c) {
-        isa->widen(n / TQ1_25_QK8_0, (const int8_t *) tables[c], (int8_t *) wide + tq1_25_wide_size(isa, n, c));
-    }
+    const int64_t from = begin / QK_TQ1_25, nb = end / QK_TQ1_25 - from;
+    isa->table(nb, y + PARTS * from, (int8_t *) table + from * isa->table_size, isa->table_size, scales(isa, n, table) + PARTS * from, PARTS);
 }
 
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, const void * wide, float * const * s) {
+                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s) {
     const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
         const tq1_25_tile * tiles = (const tq1_25_tile *) x + t * nb;
         for (int c = 0; c < nc; ++c) {
             float * to = s[c] + t * TQ1_25_TILE;
             if (t < whole) {
-                const int8_t * table = isa->widen ? (const int8_t *) wide + tq1_25_wide_size(isa, n, c) : (const int8_t *) tables[c];
-                isa->gemv(n, to, tiles, table, scales(n, tables[c]));
+                isa->gemv(n, to, tiles, (const int8_t *) tables[c], scales(isa, n, tables[c]));
                 continue;
             }
             for (int64_t r = 0; r < rows % TQ1_25_TILE; ++r) {
@@ -185,12 +174,12 @@ static void leftover_tile(int64_t rows, int64_t nb, const block_tq1_25 * x, int6
 
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                       int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch) {
-    const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE, size = isa->code_table_size, tiles = isa->code_tiles;
+    const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE, size = isa->table_size, tiles = isa->code_tiles;
     const int64_t depth = nc > 0 ? TQ1_25_CODE_PAIRS / nc : nb; // blocks of a row at a time
     for (int64_t i = 0; i < nb; i += depth) {
         const int64_t blocks = nb - i < depth ? nb - i : depth;
         for (int c = 0; c < nc; ++c) {
-            isa->code_table(blocks, y[c] + PARTS * i, scratch->tables + c * size, nc * size, scratch->d + PARTS * c, PARTS * nc);
+            isa->table(blocks, y[c] + PARTS * i, scratch->tables + c * size, nc * size, scratch->d + PARTS * c, PARTS * nc);
         }
         for (int64_t t = begin; t < end; t += tiles) {
             const int64_t count = end - t < tiles ? end - t : tiles;

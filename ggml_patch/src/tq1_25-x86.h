@@ -34,7 +34,6 @@
 #define AVXVNNI    AVX2 ",avxvnni"
 #define AVX512     AVX2 ",avx512f,avx512dq,avx512bw,avx512vl"
 #define AVX512VNNI AVX512 ",avx512vnni"
-#define AVX512VBMI AVX512VNNI ",avx512vbmi"
 
 enum {
     PARTS  = QK_TQ1_25 / TQ1_25_QK8_0,     // Q8_0 blocks that meet a block of weights

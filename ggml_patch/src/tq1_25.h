@@ -89,7 +89,7 @@ TQ1_25_API size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int6
 // *s = sum over blocks i of d_w[i] * sum over j of d_y[4i+j] * (integer sum of the 32 products), n weights
 typedef void (*tq1_25_vec_dot_t)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 
-// ---- repacked (tq1_25-repack.c, tq1_25-gemv-*.c, tq1_25-codes-*.c, tq1_25-gemm-*.c) ----
+// ---- repacked (tq1_25-repack.c, tq1_25-lookup-*.c, tq1_25-gemm-*.c) ----
 //
 // At load, 64 rows are interleaved, so that one instruction meets the same place of each. A matrix of `rows` rows of n
 // weights takes as many bytes as before: rows / 64 rows of tiles, each n / 128 tiles that follow one another, then
@@ -112,11 +112,12 @@ TQ1_25_ASSERT(sizeof(tq1_25_tile) == TQ1_25_TILE * sizeof(block_tq1_25), "tq1_25
 #define TQ1_25_ROW(place) (((place) >> 2 & 3) << 4 | ((place) >> 5) << 3 | ((place) & 3) << 1 | ((place) >> 4 & 1))
 
 // Matrix by vector. For four activations a group of weights has one of 32 sums t, one for each code; they are tabulated
-// once for a vector, and a row's share is looked up. t = TQ1_25_SPLIT * high + low, both small enough for a byte to hold
-// eight of them, which is as many as share a scale: |t| <= 3 * 128, |high| <= 14, |low| <= 14.
-#define TQ1_25_SPLIT 28
-#define TQ1_25_TABLE (TQ1_25_QK8_0 / TQ1_25_GROUP * 32) // of a Q8_0 block: for each group 16 high parts by slot, 16 low ones
-#define TQ1_25_WIDE  (2 * TQ1_25_TABLE)                 // 32 high parts by code (sign << 4 | slot), 32 low ones
+// once for a vector, and a row's share is looked up. AVX-512 has 32 int16 of each group, by sign << 4 | slot. AVX2 has bytes:
+// t = TQ1_25_SPLIT * high + low, both small enough for a byte to hold eight of them, which is as many as share a scale:
+// |t| <= 3 * 128, |high| <= 14, |low| <= 14; 16 high parts of each group by slot, then 16 low ones.
+#define TQ1_25_SPLIT      28
+#define TQ1_25_TABLE_AVX2 (TQ1_25_GROUPS * 32) // bytes, of 128 activations
+#define TQ1_25_TABLE      (TQ1_25_GROUPS * 64) // AVX-512's, and the most that there is
 
 // Matrix by several vectors. The same lookup, with the codes of one or two tiles spread to bytes for all of the vectors.
 typedef union {
@@ -133,7 +134,6 @@ typedef union {
     } one;
 } tq1_25_codes;
 
-#define TQ1_25_CODE_TABLE   (TQ1_25_GROUPS * 64) // at most, of 128 activations: for each group 32 int16 by code
 #define TQ1_25_CODE_COLUMNS 16                   // vectors at a time
 #define TQ1_25_CODE_PAIRS   128                  // vectors times blocks whose tables are there at a time: 256 KB of the L2 cache
 
@@ -157,16 +157,12 @@ struct tq1_25_isa {
     // Up to how many columns tables are the fastest, and from there on codes (scripts/bench measures it); then panels.
     int max_tables, max_codes;
 
-    // Tables of nb times 128 activations and their scales: TQ1_25_TABLE bytes and a float a Q8_0 block; strides in bytes and floats.
+    // Tables of nb times 128 activations, table_size bytes each, and their scales, a float a Q8_0 block; strides in bytes and floats.
+    int64_t table_size;
     void (*table)(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
-    // The same twice as wide, where the lookup wants them so: TQ1_25_WIDE bytes each. NULL: it takes them as they are.
-    void (*widen)(int64_t nb, const int8_t * table, int8_t * wide);
-    // The 64 dot products of a row of tiles, rows of n weights.
+    // The 64 dot products of a row of tiles, rows of n weights; tables and scales follow one another.
     void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 
-    // Tables as codes want them, likewise, code_table_size bytes for 128 activations.
-    int64_t code_table_size;
-    void (*code_table)(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
     int code_tiles; // 1 or 2 at a time
     void (*expand)(const tq1_25_tile * const x[2], tq1_25_codes * codes);
     // Adds to sums[c][64 * code_tiles], in an order of its own, what a block of each row and of nc columns makes.
@@ -198,19 +194,17 @@ void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1
 void tq1_25_vec_dot_avx512(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_avx512vnni(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
-void tq1_25_widen_avx512vbmi(int64_t nb, const int8_t * table, int8_t * wide);
 void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
-void tq1_25_gemv_avx512vbmi(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 void tq1_25_expand_avx2(const tq1_25_tile * const x[2], tq1_25_codes * codes);
 void tq1_25_lookup_avx2(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
 void tq1_25_store_avx2(float * s, const float * sums, bool add);
-void tq1_25_code_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
+void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
 void tq1_25_expand_avx512(const tq1_25_tile * const x[2], tq1_25_codes * codes);
 void tq1_25_lookup_avx512(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
 void tq1_25_store_avx512(float * s, const float * sums, bool add);
 void tq1_25_decode_avxvnni(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
-void tq1_25_decode_avx512(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
+void tq1_25_decode_avx512vnni(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
 void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 #endif
@@ -225,16 +219,12 @@ void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
 // vectors of n Q8_0 activations. Threads share the work by ranges; each part of a result is written by one.
 
 // The tables of a vector, aligned to 64 bytes: their bytes, and those of activations begin .. end - 1, multiples of 128.
-int64_t tq1_25_table_size(int64_t n);
+int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n);
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
 
-// Wide tables of nc vectors are a thread's own: half as many bytes go from core to core. 0 bytes where none are wanted.
-int64_t tq1_25_wide_size(const struct tq1_25_isa * isa, int64_t n, int nc);
-void tq1_25_widen(const struct tq1_25_isa * isa, int64_t n, int nc, void * const * tables, void * wide);
-
-// s[c][row] for columns c < nc, from their activations y[c], tables[c] and the wide tables of them all.
+// s[c][row] for columns c < nc, from their activations y[c] and tables[c].
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, const void * wide, float * const * s);
+                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s);
 
 // nc columns are spread over as few groups of TQ1_25_CODE_COLUMNS as can be, evenly but for pairs: the first column of a group.
 static inline int64_t tq1_25_code_groups(int64_t nc) { return (nc + TQ1_25_CODE_COLUMNS - 1) / TQ1_25_CODE_COLUMNS; }
@@ -244,7 +234,7 @@ static inline int64_t tq1_25_first_of_group(int64_t nc, int64_t group) {
 }
 
 struct tq1_25_code_scratch { // of a thread; aligned to 64 bytes
-    int8_t       tables[TQ1_25_CODE_PAIRS * TQ1_25_CODE_TABLE];
+    int8_t       tables[TQ1_25_CODE_PAIRS * TQ1_25_TABLE];
     float        d[TQ1_25_CODE_PAIRS * (QK_TQ1_25 / TQ1_25_QK8_0)];
     float        sums[TQ1_25_CODE_COLUMNS * 2 * TQ1_25_TILE];
     float        rows[TQ1_25_TILE];

@@ -1,0 +1,212 @@
+// Repacked TQ1_25, matrix by vectors, for AVX-512 (F, DQ, BW, VL): lookups of int16 by code.
+
+#include "tq1_25-x86.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#define LOAD(p) _mm512_loadu_si512(p)
+
+// ---- tables ----
+
+TARGET(AVX512) void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride) {
+    const __m256i two = _mm256_set1_epi8(2), one = _mm256_set1_epi8(1);
+    __m256i patterns[2];
+    slot_patterns(patterns);
+    // Codes with a positive and with a negative sign: 1 + lane and 1 - lane, unsigned as maddubs wants one factor.
+    const __m512i straight = _mm512_inserti64x4(_mm512_castsi256_si512(patterns[0]), _mm256_sub_epi8(two, patterns[0]), 1);
+    const __m512i turned   = _mm512_inserti64x4(_mm512_castsi256_si512(patterns[1]), _mm256_sub_epi8(two, patterns[1]), 1);
+    for (int64_t i = 0; i < nb; ++i, table += table_stride, d += d_stride) {
+        for (int j = 0; j < PARTS; ++j, ++y) {
+            int32_t q[3][GROUPS]; // activations; turned; the sum of a group in both words
+            const __m256i y0 = _mm256_loadu_si256((const __m256i *) y->qs), pairs = _mm256_maddubs_epi16(one, y0);
+            _mm256_storeu_si256((__m256i *) q[0], y0);
+            _mm256_storeu_si256((__m256i *) q[1], turn_words(y0));
+            _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, turn_words(pairs)));
+            d[j] = tq1_25_fp16_to_float(y->d);
+            UNROLL for (int g = 0; g < GROUPS; ++g) {
+                const __m512i a = _mm512_maddubs_epi16(straight, _mm512_set1_epi32(q[0][g]));
+                const __m512i b = _mm512_maddubs_epi16(turned, _mm512_set1_epi32(q[1][g]));
+                const __m512i t = _mm512_sub_epi16(_mm512_add_epi16(a, b), _mm512_set1_epi32(q[2][g]));
+                _mm512_storeu_si512(table + 64 * (GROUPS * j + g), t);
+            }
+        }
+    }
+}
+
+// ---- what both products share ----
+
+// Rows of tq1_25_tile.d's places in the order of the sums: rows 4m, 4m + 2, 4m + 1, 4m + 3, m = 0 .. 15.
+#define PLACE(row)    ((row) >> 3 & 1) << 5 | ((row) & 1) << 4 | (row) >> 4 << 2 | ((row) >> 1 & 3)
+#define FOUR(row)     PLACE(row), PLACE((row) + 4), PLACE((row) + 8), PLACE((row) + 12)
+#define SIXTEEN(from) FOUR(from), FOUR((from) + 16), FOUR((from) + 32), FOUR((from) + 48)
+
+TARGET(AVX512) INLINE void scales(const tq1_25_tile * x, __m512 d[4]) {
+    static const uint16_t places[4][16] = { { SIXTEEN(0) }, { SIXTEEN(2) }, { SIXTEEN(1) }, { SIXTEEN(3) } };
+    const __m512i d0 = LOAD(x->d), d1 = LOAD(x->d + 32);
+    for (int k = 0; k < 4; ++k) {
+        const __m512i place = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) places[k]));
+        d[k] = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutex2var_epi16(d0, place, d1)));
+    }
+}
+
+// Sign << 4 | slot of the eight groups of a part. The lookup minds five bits of an index: what shifts leave in the others needs
+// no mask.
+TARGET(AVX512) INLINE void eight_codes(const tq1_25_tile * x, int j, __m512i codes[GROUPS]) {
+    const __m512i slot = _mm512_set1_epi8(15);
+    __m512i sign = LOAD(x->part[j].sign), qs[4];
+    LOADED(sign);
+    UNROLL for (int g = 0; g < GROUPS; ++g) {
+        if (g < 4) {
+            qs[g] = LOAD(x->part[j].qs[g]);
+            LOADED(qs[g]);
+        }
+        const __m512i bits   = g < 4 ? qs[g] : _mm512_srli_epi16(qs[g - 4], 4);
+        const __m512i turned = g < 4 ? _mm512_slli_epi16(sign, 4 - g) : _mm512_srli_epi16(sign, g - 4);
+        codes[g] = _mm512_ternarylogic_epi32(turned, slot, bits, 0xb8); // slot ? bits : turned
+    }
+}
+
+TARGET(AVX512) void tq1_25_store_avx512(float * s, const float * sums, bool add) {
+    const __m512 f0 = _mm512_loadu_ps(sums), f2 = _mm512_loadu_ps(sums + 16), f1 = _mm512_loadu_ps(sums + 32), f3 = _mm512_loadu_ps(sums + 48);
+    const __m512 a0 = _mm512_unpacklo_ps(f0, f1), a1 = _mm512_unpackhi_ps(f0, f1); // lane l: rows 16l, +1, +4, +5; 8 further
+    const __m512 b0 = _mm512_unpacklo_ps(f2, f3), b1 = _mm512_unpackhi_ps(f2, f3); // +2, +3, +6, +7
+#define PAIRS(unpack, a, b) _mm512_castpd_ps(unpack(_mm512_castps_pd(a), _mm512_castps_pd(b)))
+    const __m512 q0 = PAIRS(_mm512_unpacklo_pd, a0, b0), q1 = PAIRS(_mm512_unpackhi_pd, a0, b0); // lane l: rows 16l .. +3; +4 .. +7
+    const __m512 q2 = PAIRS(_mm512_unpacklo_pd, a1, b1), q3 = PAIRS(_mm512_unpackhi_pd, a1, b1);
+    const __m512 a = _mm512_shuffle_f32x4(q0, q1, 0x44), b = _mm512_shuffle_f32x4(q2, q3, 0x44); // lanes 0, 1
+    const __m512 c = _mm512_shuffle_f32x4(q0, q1, 0xee), d = _mm512_shuffle_f32x4(q2, q3, 0xee); // lanes 2, 3
+    const __m512 rows[4] = {
+        _mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
+        _mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd),
+    };
+    for (int k = 0; k < 4; ++k) {
+        _mm512_storeu_ps(s + 16 * k, add ? _mm512_add_ps(rows[k], _mm512_loadu_ps(s + 16 * k)) : rows[k]);
+    }
+}
+
+// ---- one vector ----
+
+// 64 rows. A word of 64 codes looks up an even row by its lower byte and an odd one by its upper, which a multiplication by 256
+// brings down: shifts take the pipes of the lookup (0.97 of this rate). A lookup of bytes by vpermb (high and low parts, as AVX2
+// has them) needs none, but its tables of 32 bytes want to be spread to 64, which takes those pipes as well: 0.87.
+TARGET(AVX512) void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d) {
+    const __m512i first = _mm512_set1_epi32(1), upper = _mm512_set1_epi16(1 << 8);
+    __m512 total[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
+    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
+        __m512 block[4];
+        for (int j = 0; j < PARTS; ++j, table += 64 * GROUPS) {
+            prefetch_part(x, j);
+            __m512i codes[GROUPS], even, odd;
+            eight_codes(x, j, codes);
+            UNROLL for (int g = 0; g < GROUPS; ++g) {
+                __m512i entries = LOAD(table + 64 * g);
+                LOADED(entries);
+                const __m512i e = _mm512_permutexvar_epi16(codes[g], entries);
+                const __m512i o = _mm512_permutexvar_epi16(_mm512_mulhi_epu16(codes[g], upper), entries);
+                even = g == 0 ? e : _mm512_add_epi16(even, e);
+                odd  = g == 0 ? o : _mm512_add_epi16(odd, o);
+                IN_ORDER(even);
+                IN_ORDER(odd);
+            }
+            const __m512 f[4] = {
+                _mm512_cvtepi32_ps(_mm512_madd_epi16(even, first)), _mm512_cvtepi32_ps(_mm512_srai_epi32(even, 16)),
+                _mm512_cvtepi32_ps(_mm512_madd_epi16(odd, first)),  _mm512_cvtepi32_ps(_mm512_srai_epi32(odd, 16)),
+            };
+            const __m512 dy = _mm512_set1_ps(*d++);
+            for (int k = 0; k < 4; ++k) {
+                block[k] = j == 0 ? _mm512_mul_ps(f[k], dy) : _mm512_fmadd_ps(f[k], dy, block[k]);
+            }
+        }
+        __m512 dx[4];
+        scales(x, dx);
+        for (int k = 0; k < 4; ++k) {
+            total[k] = _mm512_fmadd_ps(block[k], dx[k], total[k]);
+        }
+    }
+    float sums[TQ1_25_TILE];
+    for (int k = 0; k < 4; ++k) {
+        _mm512_storeu_ps(sums + 16 * k, total[k]);
+    }
+    tq1_25_store_avx512(s, sums, false);
+}
+
+// ---- several vectors ----
+
+TARGET(AVX512) void tq1_25_expand_avx512(const tq1_25_tile * const x[2], tq1_25_codes * codes) {
+    for (int r = 0; r < 2; ++r) {
+        for (int j = 0; j < PARTS; ++j) {
+            __m512i code[GROUPS];
+            eight_codes(x[r], j, code);
+            UNROLL for (int g = 0; g < GROUPS; ++g) {
+                _mm512_storeu_si512(codes->two.code[GROUPS * j + g][r], code[g]);
+            }
+        }
+        __m512 d[4];
+        scales(x[r], d);
+        for (int k = 0; k < 4; ++k) {
+            _mm512_storeu_ps(codes->two.d[r] + 16 * k, d[k]);
+        }
+    }
+}
+
+// 128 rows by nc columns. From one byte further on, the lower bytes of words are the codes of odd rows. Two loads of tables and four of codes (one of two over the edge of a line) feed eight lookups and
+// additions, so that shuffles, additions and flushes keep all vector pipes busy: 23.5 cycles for 64 rows by 32 weights at
+// best on Zen 4, where vpdpbusd alone would take 32. Words of their own for the odd rows, so that no load crosses a line,
+// gave 0.95 of this rate: they take as long to write as 16 columns to look up. Fetching tables ahead gave 0.75.
+TARGET(AVX512) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
+    const __m512i first = _mm512_set1_epi32(1);
+    __m512 block[2][4][2]; // column; half of the rows of a tile, tile; word of a pair
+    for (int j = 0; j < PARTS; ++j) {
+        __m512i sum[2][4];
+        UNROLL for (int g = 0; g < GROUPS; ++g) {
+            __m512i entries[2];
+            UNROLL for (int c = 0; c < nc; ++c) {
+                entries[c] = LOAD(table + TQ1_25_TABLE * c + 64 * (GROUPS * j + g));
+                LOADED(entries[c]);
+            }
+            UNROLL for (int r = 0; r < 4; ++r) {
+                __m512i code = LOAD(codes->two.code[GROUPS * j + g][r / 2] + r % 2);
+                LOADED(code);
+                UNROLL for (int c = 0; c < nc; ++c) {
+                    const __m512i t = _mm512_permutexvar_epi16(code, entries[c]);
+                    sum[c][r] = g == 0 ? t : _mm512_add_epi16(sum[c][r], t);
+                    IN_ORDER(sum[c][r]);
+                }
+            }
+        }
+        UNROLL for (int c = 0; c < nc; ++c) {
+            const __m512 dy = _mm512_set1_ps(d[PARTS * c + j]);
+            UNROLL for (int r = 0; r < 4; ++r) {
+                const __m512 even = _mm512_cvtepi32_ps(_mm512_madd_epi16(sum[c][r], first));
+                const __m512 odd  = _mm512_cvtepi32_ps(_mm512_srai_epi32(sum[c][r], 16));
+                block[c][r][0] = j == 0 ? _mm512_mul_ps(even, dy) : _mm512_fmadd_ps(even, dy, block[c][r][0]);
+                block[c][r][1] = j == 0 ? _mm512_mul_ps(odd, dy) : _mm512_fmadd_ps(odd, dy, block[c][r][1]);
+            }
+        }
+    }
+    UNROLL for (int c = 0; c < nc; ++c) {
+        UNROLL for (int r = 0; r < 4; ++r) {
+            UNROLL for (int k = 0; k < 2; ++k) {
+                float * to = sums + 2 * TQ1_25_TILE * c + 32 * r + 16 * k;
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(block[c][r][k], _mm512_loadu_ps(codes->two.d[r / 2] + 32 * (r % 2) + 16 * k), _mm512_loadu_ps(to)));
+            }
+        }
+    }
+}
+
+// Apart, since GCC keeps what does not belong to the loop in memory otherwise: 7 % of the rate.
+#define PARAMETERS const tq1_25_codes * codes, const int8_t * table, const float * d, float * sums
+TARGET(AVX512) APART void one_column(PARAMETERS)  { columns(codes, 1, table, d, sums); }
+TARGET(AVX512) APART void two_columns(PARAMETERS) { columns(codes, 2, table, d, sums); }
+
+TARGET(AVX512) void tq1_25_lookup_avx512(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
+    int c = 0;
+    for (; c + 1 < nc; c += 2) {
+        two_columns(codes, table + TQ1_25_TABLE * c, d + PARTS * c, sums + 2 * TQ1_25_TILE * c);
+    }
+    if (c < nc) {
+        one_column(codes, table + TQ1_25_TABLE * c, d + PARTS * c, sums + 2 * TQ1_25_TILE * c);
+    }
+}
+
+#endif
