@@ -155,9 +155,10 @@ static double by_tables(const struct tq1_25_isa * isa, const void * x, int64_t r
 
 static double by_codes(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
     const double start = now();
-    for (int64_t g = 0; g < tq1_25_code_groups(nc); ++g) {
-        const int64_t k = tq1_25_first_of_group(nc, g);
-        tq1_25_mul_codes(isa, rows, N, x, 0, rows / TQ1_25_TILE, (int) (tq1_25_first_of_group(nc, g + 1) - k), c->y + k, c->s + k, c->code_scratch);
+    const int64_t groups = tq1_25_code_groups(nc);
+    for (int64_t g = 0; g < groups; ++g) {
+        const int64_t k = tq1_25_first_of_group(nc, groups, g), last = tq1_25_first_of_group(nc, groups, g + 1);
+        tq1_25_mul_codes(isa, rows, N, x, 0, rows / TQ1_25_TILE, (int) (last - k), c->y + k, c->s + k, c->code_scratch);
     }
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }

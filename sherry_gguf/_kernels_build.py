@@ -50,7 +50,7 @@ void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, 
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s);
 int64_t tq1_25_code_groups(int64_t nc);
-int64_t tq1_25_first_of_group(int64_t nc, int64_t group);
+int64_t tq1_25_first_of_group(int64_t nc, int64_t groups, int64_t group);
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                       int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch);
 int64_t tq1_25_panels(int64_t nc);

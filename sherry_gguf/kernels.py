@@ -261,8 +261,9 @@ def mul_codes(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: st
     scratch = _aligned(ffi.sizeof("struct tq1_25_code_scratch"))
     out = np.empty((columns, rows), np.float32)
     x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
-    for group in range(lib.tq1_25_code_groups(columns)):
-        first, last = (lib.tq1_25_first_of_group(columns, k) for k in (group, group + 1))
+    groups = lib.tq1_25_code_groups(columns)
+    for group in range(groups):
+        first, last = (lib.tq1_25_first_of_group(columns, groups, k) for k in (group, group + 1))
         for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
             lib.tq1_25_mul_codes(isa, rows, n, x, begin, end, last - first, y + first, s + first,
                                  ffi.from_buffer("struct tq1_25_code_scratch *", scratch))  # fmt: skip
@@ -270,8 +271,7 @@ def mul_codes(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: st
 
 
 def mul_panels(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1) -> np.ndarray:
-    """The same by decoded weights and panels of columns, for instruction sets of `available_panels()`: faster for many
-    columns on CPUs with two full multipliers.
+    """The same by decoded weights and panels of columns, for instruction sets of `available_panels()`.
 
     pieces: into how many the panels, the rows of tiles and the panels of the product are cut.
     """

@@ -59,9 +59,10 @@ static long repacked(int64_t nb, size_t skew) {
         }
         tq1_25_mul_tables(isa, rows, n, x + skew, 0, middle, (int) nc, y, tables, s);
         tq1_25_mul_tables(isa, rows, n, x + skew, middle, units, (int) nc, y, tables, s);
-        for (int64_t g = 0; g < tq1_25_code_groups(nc); ++g) {
-            const int64_t c = tq1_25_first_of_group(nc, g);
-            const int     columns = (int) (tq1_25_first_of_group(nc, g + 1) - c);
+        const int64_t groups = tq1_25_code_groups(nc);
+        for (int64_t g = 0; g < groups; ++g) {
+            const int64_t c = tq1_25_first_of_group(nc, groups, g);
+            const int     columns = (int) (tq1_25_first_of_group(nc, groups, g + 1) - c);
             tq1_25_mul_codes(isa, rows, n, x + skew, middle, units, columns, y + c, s + c, code_scratch);
             tq1_25_mul_codes(isa, rows, n, x + skew, 0, middle, columns, y + c, s + c, code_scratch);
         }

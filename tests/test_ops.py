@@ -5,6 +5,7 @@ for each instruction set: it is chosen once.
 """
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,7 @@ def test_operations_on_repacked_weights(isa):
     result = subprocess.run([sys.executable, __file__, "repacked"], capture_output=True, text=True,
                             env=os.environ | {"SHERRY_ISA": isa, "PYTHONPATH": str(HERE.parent)})  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.split() == ["buffer", "mul_mat", "strided", "floats", "mul_mat_id"], result.stdout
+    assert result.stdout.split() == ["buffer", "memory", "mul_mat", "strided", "floats", "mul_mat_id"], result.stdout
 
 
 def test_nothing_is_repacked_without_kernels_for_it():
@@ -259,6 +260,17 @@ def main_repacked(expected):
     if not expected:
         return
     print("buffer")
+
+    # Memory is asked for in large pages, all of the buffer (its part of the file says so by "hg"), where the system has them.
+    with Context() as c:
+        packed, _ = weights(4096, 4096)
+        address = int(ffi.cast("uintptr_t", base.ggml_get_data(c.repacked(packed, (4096, 4096)))))
+        if os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):
+            areas = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", open("/proc/self/smaps").read(), re.M | re.S)
+            for at in address, address + packed.nbytes - 1:
+                (flags,) = [flags for begin, end, flags in areas if int(begin, 16) <= at < int(end, 16)]
+                assert "hg" in flags.split(), flags
+    print("memory")
 
     isa = kernels._compiled()[os.environ["SHERRY_ISA"]]
     tables, codes = isa.max_tables, min(isa.max_codes, kernels.lib.TQ1_25_CODE_COLUMNS)  # where another kernel, or a group, begins

@@ -351,7 +351,7 @@ def test_nothing_is_written_outside_its_range(isa, columns):
                 elif product == "tables":
                     lib.tq1_25_mul_tables(entry, rows, n, x, begin, end, columns, of, to, s)
                 for group in range(groups if product == "codes" else 0):
-                    first, last = (lib.tq1_25_first_of_group(columns, k) for k in (group, group + 1))
+                    first, last = (lib.tq1_25_first_of_group(columns, groups, k) for k in (group, group + 1))
                     lib.tq1_25_mul_codes(entry, rows, n, x, begin, end, last - first, of + first, s + first,
                                          ffi.cast("struct tq1_25_code_scratch *", code_scratch.pointer))  # fmt: skip
                 assert out.intact() and panel_scratch.intact() and code_scratch.intact() and panels.intact()
@@ -363,12 +363,16 @@ def test_nothing_is_written_outside_its_range(isa, columns):
 
 
 def test_columns_are_spread_over_groups_in_pairs():
-    for columns in range(1, 400):
-        cuts = [lib.tq1_25_first_of_group(columns, g) for g in range(lib.tq1_25_code_groups(columns) + 1)]
-        widths = np.diff(cuts)
-        assert cuts[0] == 0 and cuts[-1] == columns and len(widths) == -(-columns // CODE_COLUMNS)
-        assert 0 < widths.min() and widths.max() <= CODE_COLUMNS and widths.max() - widths.min() <= 3
-        assert (widths[:-1] % 2 == 0).all()
+    """Over as few groups as can be, or more, where there are threads for them: down to pairs."""
+    for columns in range(1, 200):
+        least = lib.tq1_25_code_groups(columns)
+        assert least == -(-columns // CODE_COLUMNS)
+        for groups in range(least, (columns + 1) // 2 + 1):
+            cuts = [lib.tq1_25_first_of_group(columns, groups, g) for g in range(groups + 1)]
+            widths = np.diff(cuts)
+            assert cuts[0] == 0 and cuts[-1] == columns
+            assert 0 < widths.min() and widths.max() <= CODE_COLUMNS and widths.max() - widths.min() <= 3
+            assert (widths[:-1] % 2 == 0).all()
 
 
 def test_columns_are_spread_evenly_over_panels():

@@ -218,7 +218,7 @@ int main(int argc, char ** argv) {
     for (bool on_numa : { false, true }) {
         numa = on_numa;
         for (int64_t rows : { 64, 130, 1100 }) {
-            for (int64_t columns : { 1, 2, 7, tables, tables + 1, codes, codes + 1, 3 * codes }) {
+            for (int64_t columns : { 1, 2, 7, tables, tables + 1, codes, codes + 1, 3 * codes, 80 }) {
                 run(rows == 1100 ? 128 : 384, rows, columns, 1, 0, false, false);
                 ++operations;
             }

@@ -5,6 +5,9 @@
 #if (defined(__x86_64__) || defined(_M_X64)) && defined(TQ1_25_AVXVNNI)
 
 #define LOAD(p)      _mm256_loadu_si256((const __m256i *) (p))
+#ifndef DPBUSD // a test has AVX-512's, for want of a CPU
+#    define DPBUSD _mm256_dpbusd_avx_epi32
+#endif
 #define BROADCAST(p) _mm256_set1_epi32(*(const int32_t *) (p))
 
 enum { WIDTH = 3 }; // columns at a time: the sums of a Q8_0 block and of a block of weights fill twelve of sixteen registers
@@ -23,8 +26,8 @@ TARGET(AVXVNNI) INLINE void quarter_tile(int64_t nb, int nc, int first, int widt
                 const __m256i w0 = LOAD(rows), w1 = LOAD(rows + 32);
                 UNROLL for (int c = 0; c < width; ++c) {
                     const __m256i y = BROADCAST(panel + 4 * (g * nc + first + c));
-                    sum[c][0] = _mm256_dpbusd_avx_epi32(sum[c][0], w0, y);
-                    sum[c][1] = _mm256_dpbusd_avx_epi32(sum[c][1], w1, y);
+                    sum[c][0] = DPBUSD(sum[c][0], w0, y);
+                    sum[c][1] = DPBUSD(sum[c][1], w1, y);
                 }
             }
             UNROLL for (int c = 0; c < width; ++c) {

@@ -15,6 +15,9 @@
 #ifdef __linux__
 #    include <sys/mman.h>
 #    include <unistd.h>
+#    ifndef MADV_POPULATE_WRITE // Linux 5.14; older ones refuse it
+#        define MADV_POPULATE_WRITE 23
+#    endif
 #endif
 
 namespace ggml::cpu::repack {
@@ -43,14 +46,16 @@ class tq1_25_traits : public tensor_traits_base {
             columns    = ggml_nrows(op);
             experts    = ids ? src0->ne[2] : 1;
             units      = (src0->ne[1] + TQ1_25_TILE - 1) / TQ1_25_TILE;
-            all_tables = (ids ? op->ne[2] : columns) <= isa->max_tables;
+            // With few tokens an expert has one column mostly, and experts share the tables of a token.
+            const int64_t tokens = op->ne[2];
+            all_tables = ids ? tokens <= isa->max_tables || (tokens <= TQ1_25_CODE_COLUMNS && columns <= experts) : columns <= isa->max_tables;
             row_size   = ggml_row_size(GGML_TYPE_Q8_0, n);
             table_size = (size_t) tq1_25_table_size(isa, n);
             const bool any_panels = !all_tables && columns > isa->max_codes; // of experts maybe none
             q8_0    = take(row_size, rows);
             tables  = take(table_size, all_tables ? rows : 0);
             panels  = take((size_t) tq1_25_panel_size(n, 1), any_panels ? columns : 0);
-            code_scratch  = take(sizeof(tq1_25_code_scratch), all_tables ? 0 : n_threads);
+            code_scratch  = take(sizeof(tq1_25_code_scratch), all_tables || (any_panels && !ids) ? 0 : n_threads);
             panel_scratch = take(sizeof(tq1_25_panel_scratch), any_panels ? n_threads : 0);
             y       = take(sizeof(void *), columns);
             s       = take(sizeof(void *), columns);
@@ -202,15 +207,22 @@ class tq1_25_traits : public tensor_traits_base {
             const bool    numa = ggml_is_numa();
             const int64_t nth  = params->nth, each = numa ? units / nth : units * 3 / 4 / nth;
             int64_t next = params->ith, before = 0;
-            int64_t code_groups = 0;
-            for (int64_t e = 0; e < experts; ++e) {
-                const int64_t count = firsts()[e + 1] - firsts()[e];
-                code_groups += by_panels(count) ? 0 : tq1_25_code_groups(count);
-            }
             enum { FEWEST_UNITS = 16, FEWEST_PANELS = 8 }; // that are worth tables, decoding
-            const auto    parts_of = [&](int64_t times) { return code_groups ? (times * nth + code_groups - 1) / code_groups : 1; };
             const int64_t tiles = std::max(isa->code_tiles, 1), pairs = (units + tiles - 1) / tiles; // rows of tiles that go together
-            const int64_t parts = std::clamp<int64_t>(std::min(parts_of(4), units / FEWEST_UNITS), std::min(parts_of(1), pairs), pairs);
+            const auto    code_groups = [&](int64_t times) {
+                int64_t sum = 0;
+                for (int64_t e = 0; e < experts; ++e) {
+                    const int64_t count = firsts()[e + 1] - firsts()[e];
+                    sum += by_panels(count) ? 0 : groups_of(count, times);
+                }
+                return std::max<int64_t>(sum, 1);
+            };
+            const int64_t times = (nth - 1) / (code_groups(1) * pairs) + 1; // so that there is something for each thread
+            const int64_t sum   = code_groups(times);
+            int64_t parts = std::clamp<int64_t>(std::min((4 * nth - 1) / sum + 1, units / FEWEST_UNITS), std::min((nth - 1) / sum + 1, pairs), pairs);
+            while (parts < pairs && parts * sum < 4 * nth && parts * sum % nth) { // few items: as many for each thread
+                ++parts;
+            }
             for (int64_t e = 0; e < experts; ++e) {
                 const int64_t count = firsts()[e + 1] - firsts()[e];
                 if (count == 0) {
@@ -221,7 +233,7 @@ class tq1_25_traits : public tensor_traits_base {
                 const int64_t shares  = each > 0 ? nth : 0;
                 const int64_t items   = all_tables       ? shares + units - shares * each
                                       : by_panels(count) ? units * groups
-                                                         : parts * tq1_25_code_groups(count);
+                                                         : parts * groups_of(count, times);
                 for (; next < before + items; next = numa ? next + nth : ggml_threadpool_chunk_add(params->threadpool, 1)) {
                     const int64_t item = next - before;
                     if (all_tables) {
@@ -232,7 +244,7 @@ class tq1_25_traits : public tensor_traits_base {
                         by_panel(e, unit, unit + 1, panels_ * group / groups, panels_ * (group + 1) / groups);
                     } else {
                         const int64_t group = item / parts, part = item % parts;
-                        by_code(e, group, pairs * part / parts * tiles, std::min(pairs * (part + 1) / parts * tiles, units));
+                        by_code(e, groups_of(count, times), group, pairs * part / parts * tiles, std::min(pairs * (part + 1) / parts * tiles, units));
                     }
                 }
                 before += items;
@@ -247,10 +259,13 @@ class tq1_25_traits : public tensor_traits_base {
                               columns_s() + c);
         }
 
-        void by_code(int64_t e, int64_t group, int64_t unit, int64_t end) const {
-            const int64_t count = firsts()[e + 1] - firsts()[e], begin = tq1_25_first_of_group(count, group);
+        // Groups of columns by codes: the least number, or some times as many, of two columns at least.
+        static int64_t groups_of(int64_t count, int64_t times) { return std::min(tq1_25_code_groups(count) * times, (count + 1) / 2); }
+
+        void by_code(int64_t e, int64_t groups, int64_t group, int64_t unit, int64_t end) const {
+            const int64_t count = firsts()[e + 1] - firsts()[e], begin = tq1_25_first_of_group(count, groups, group);
             const int64_t c = firsts()[e] + begin;
-            tq1_25_mul_codes(isa, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (tq1_25_first_of_group(count, group + 1) - begin),
+            tq1_25_mul_codes(isa, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (tq1_25_first_of_group(count, groups, group + 1) - begin),
                              columns_y() + c, columns_s() + c, at<tq1_25_code_scratch>(code_scratch) + params->ith);
         }
 
@@ -317,24 +332,26 @@ class tq1_25_traits : public tensor_traits_base {
     // and 6 % faster to read, since addresses are looked up less often. By some threads, and not as it is written, since
     // threads that meet in a page would each clear one; not all at once, since the file's pages are given back meanwhile.
     static void get_memory(const ggml_tensor * t) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE) && defined(MADV_POPULATE_WRITE)
+#ifdef __linux__
         constexpr uintptr_t large = 2 << 20, ahead = 32 << 20;
-        thread_local uintptr_t asked = 0, asked_end = 0; // what this thread last asked for
-        const uintptr_t data = (uintptr_t) t->data, size = ggml_nbytes(t);
-        if (asked <= data && data + size <= asked_end) {
+        const uintptr_t data = (uintptr_t) t->data, size = ggml_nbytes(t), page = (uintptr_t) sysconf(_SC_PAGESIZE);
+        const uintptr_t base = (uintptr_t) ggml_backend_buffer_get_base(t->buffer), last = base + ggml_backend_buffer_get_size(t->buffer);
+        thread_local uintptr_t asked[4]; // of what buffer, and from where to where
+        if (asked[0] == base && asked[1] == last && asked[2] <= data && data + size <= asked[3]) {
             return;
         }
-        const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE), base = (uintptr_t) ggml_backend_buffer_get_base(t->buffer);
-        const uintptr_t last = base + ggml_backend_buffer_get_size(t->buffer);
         const uintptr_t begin = std::max(data / large * large, base / page * page);
-        const uintptr_t end   = std::min(std::max(data + size, begin + ahead) / large * large + large, last);
+        const uintptr_t end   = std::min((std::max(data + size, begin + ahead) / large + 1) * large, last);
         madvise((void *) (base / page * page), last - base / page * page, MADV_HUGEPAGE); // of all, since pages span tensors
-        share((int64_t) ((end - begin + large - 1) / large), [&](int64_t i) {
-            const uintptr_t from = begin + (uintptr_t) i * large;
-            madvise((void *) from, std::min(large, end - from), MADV_POPULATE_WRITE); // advice: may fail
+        share((int64_t) ((end - 1) / large - begin / large + 1), [&](int64_t i) {
+            const uintptr_t from = std::max((begin / large + (uintptr_t) i) * large, begin);
+            const uintptr_t to   = std::min((from / large + 1) * large, end);
+            madvise((void *) from, to - from, MADV_POPULATE_WRITE); // advice: may fail
         });
-        asked     = begin;
-        asked_end = end;
+        asked[0] = base;
+        asked[1] = last;
+        asked[2] = begin;
+        asked[3] = end;
 #else
         (void) t;
 #endif

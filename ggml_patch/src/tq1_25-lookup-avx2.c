@@ -37,6 +37,17 @@ TARGET(AVX2) void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * 
     }
 }
 
+// Sums of eight groups, high and low parts, of 32 rows to floats in the order of tq1_25_tile.d.
+TARGET(AVX2) INLINE void flush(__m256i high, __m256i low, __m256 f[4]) {
+    const __m256i both = _mm256_set1_epi16(TQ1_25_SPLIT << 8 | 1), first = _mm256_set1_epi32(1);
+    const __m256i lower = _mm256_maddubs_epi16(both, _mm256_unpacklo_epi8(low, high));
+    const __m256i upper = _mm256_maddubs_epi16(both, _mm256_unpackhi_epi8(low, high));
+    f[0] = _mm256_cvtepi32_ps(_mm256_madd_epi16(lower, first));
+    f[1] = _mm256_cvtepi32_ps(_mm256_srai_epi32(lower, 16));
+    f[2] = _mm256_cvtepi32_ps(_mm256_madd_epi16(upper, first));
+    f[3] = _mm256_cvtepi32_ps(_mm256_srai_epi32(upper, 16));
+}
+
 // ---- one vector ----
 
 #define SHUFFLE(g, slots, turned) {                                                                       \
@@ -51,8 +62,7 @@ TARGET(AVX2) void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * 
 
 // Rows at .. at + 31 of a tile: adds to total[4], in the order of tq1_25_tile.d.
 TARGET(AVX2) INLINE void half(__m256 * total, const tq1_25_tile * x, int at, const int8_t * table, const float * d) {
-    const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1), first = _mm256_set1_epi32(1);
-    const __m256i both = _mm256_set1_epi16(TQ1_25_SPLIT << 8 | 1);
+    const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
     __m256 block[4];
     for (int j = 0; j < PARTS; ++j, table += 32 * GROUPS) {
         if (at == 0) {
@@ -71,12 +81,8 @@ TARGET(AVX2) INLINE void half(__m256 * total, const tq1_25_tile * x, int at, con
         SHUFFLE(5, HIGH_SLOTS(b1), _mm256_slli_epi16(sign, 2))
         SHUFFLE(6, HIGH_SLOTS(b2), _mm256_slli_epi16(sign, 1))
         SHUFFLE(7, HIGH_SLOTS(b3), sign)
-        const __m256i lower = _mm256_maddubs_epi16(both, _mm256_unpacklo_epi8(low, high));
-        const __m256i upper = _mm256_maddubs_epi16(both, _mm256_unpackhi_epi8(low, high));
-        const __m256 f[4] = {
-            _mm256_cvtepi32_ps(_mm256_madd_epi16(lower, first)), _mm256_cvtepi32_ps(_mm256_srai_epi32(lower, 16)),
-            _mm256_cvtepi32_ps(_mm256_madd_epi16(upper, first)), _mm256_cvtepi32_ps(_mm256_srai_epi32(upper, 16)),
-        };
+        __m256 f[4];
+        flush(high, low, f);
         const __m256 dy = _mm256_set1_ps(d[j]);
         for (int k = 0; k < 4; ++k) {
             block[k] = j == 0 ? _mm256_mul_ps(f[k], dy) : _mm256_fmadd_ps(f[k], dy, block[k]);
@@ -135,7 +141,6 @@ TARGET(AVX2) void tq1_25_expand_avx2(const tq1_25_tile * const x[2], tq1_25_code
 // 64 rows by nc columns. -t = (t ^ -1) + 1: the ones are added up beforehand, and the xor runs on any pipe, where vpsignb
 // would vie with the shuffles. Rows in two halves, each with its sums of blocks in registers, gave 0.94 of this rate.
 TARGET(AVX2) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
-    const __m256i both = _mm256_set1_epi16(TQ1_25_SPLIT << 8 | 1), first = _mm256_set1_epi32(1);
     float block[2][TQ1_25_TILE];
     for (int j = 0; j < PARTS; ++j) {
         __m256i high[2][2], low[2][2];
@@ -161,12 +166,8 @@ TARGET(AVX2) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_
         UNROLL for (int c = 0; c < nc; ++c) {
             const __m256 dy = _mm256_set1_ps(d[PARTS * c + j]);
             UNROLL for (int r = 0; r < 2; ++r) {
-                const __m256i lower = _mm256_maddubs_epi16(both, _mm256_unpacklo_epi8(low[c][r], high[c][r]));
-                const __m256i upper = _mm256_maddubs_epi16(both, _mm256_unpackhi_epi8(low[c][r], high[c][r]));
-                const __m256 f[4] = {
-                    _mm256_cvtepi32_ps(_mm256_madd_epi16(lower, first)), _mm256_cvtepi32_ps(_mm256_srai_epi32(lower, 16)),
-                    _mm256_cvtepi32_ps(_mm256_madd_epi16(upper, first)), _mm256_cvtepi32_ps(_mm256_srai_epi32(upper, 16)),
-                };
+                __m256 f[4];
+                flush(high[c][r], low[c][r], f);
                 UNROLL for (int k = 0; k < 4; ++k) {
                     float * to = block[c] + 32 * r + 8 * k;
                     _mm256_storeu_ps(to, j == 0 ? _mm256_mul_ps(f[k], dy) : _mm256_fmadd_ps(f[k], dy, _mm256_loadu_ps(to)));

@@ -36,8 +36,7 @@ TARGET(AVX512) void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_
 // ---- what both products share ----
 
 // Rows of tq1_25_tile.d's places in the order of the sums: rows 4m, 4m + 2, 4m + 1, 4m + 3, m = 0 .. 15.
-#define PLACE(row)    ((row) >> 3 & 1) << 5 | ((row) & 1) << 4 | (row) >> 4 << 2 | ((row) >> 1 & 3)
-#define FOUR(row)     PLACE(row), PLACE((row) + 4), PLACE((row) + 8), PLACE((row) + 12)
+#define FOUR(row)     TQ1_25_PLACE(row), TQ1_25_PLACE((row) + 4), TQ1_25_PLACE((row) + 8), TQ1_25_PLACE((row) + 12)
 #define SIXTEEN(from) FOUR(from), FOUR((from) + 16), FOUR((from) + 32), FOUR((from) + 48)
 
 TARGET(AVX512) INLINE void scales(const tq1_25_tile * x, __m512 d[4]) {
@@ -149,10 +148,11 @@ TARGET(AVX512) void tq1_25_expand_avx512(const tq1_25_tile * const x[2], tq1_25_
     }
 }
 
-// 128 rows by nc columns. From one byte further on, the lower bytes of words are the codes of odd rows. Two loads of tables and four of codes (one of two over the edge of a line) feed eight lookups and
-// additions, so that shuffles, additions and flushes keep all vector pipes busy: 23.5 cycles for 64 rows by 32 weights at
-// best on Zen 4, where vpdpbusd alone would take 32. Words of their own for the odd rows, so that no load crosses a line,
-// gave 0.95 of this rate: they take as long to write as 16 columns to look up. Fetching tables ahead gave 0.75.
+// 128 rows by nc columns. From one byte further on, the lower bytes of words are the codes of odd rows. Two loads of tables and
+// four of codes (one of two over the edge of a line) feed eight lookups and additions, so that shuffles, additions and flushes
+// keep all vector pipes busy: 23.5 cycles for 64 rows by 32 weights at best on Zen 4, where vpdpbusd alone would take 32. Words of
+// their own for the odd rows, so that no load crosses a line, gain 0.05 here and lose them where they are written. Fetching
+// tables ahead gave 0.75.
 TARGET(AVX512) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
     const __m512i first = _mm512_set1_epi32(1);
     __m512 block[2][4][2]; // column; half of the rows of a tile, tile; word of a pair

@@ -28,11 +28,6 @@ static inline void prefetch_tile(const tq1_25_tile * x) {
     }
 }
 
-// Place of a row's scale: the inverse of TQ1_25_ROW.
-static int place_of(int row) {
-    return (row >> 3 & 1) << 5 | (row & 1) << 4 | (row >> 4) << 2 | (row >> 1 & 3);
-}
-
 static void put_row(const block_tq1_25 * x, tq1_25_tile * y, int row) {
     for (int j = 0; j < PARTS; ++j) {
         for (int k = 0; k < 4; ++k) {
@@ -40,7 +35,7 @@ static void put_row(const block_tq1_25 * x, tq1_25_tile * y, int row) {
         }
         y->part[j].sign[row] = x->sign[j];
     }
-    y->d[place_of(row)] = x->d;
+    y->d[TQ1_25_PLACE(row)] = x->d;
 }
 
 #ifdef SSE2
@@ -84,8 +79,8 @@ static void put_sixteen(const block_tq1_25 * x, int64_t nb, tq1_25_tile * y, int
         __m128i d = h ? _mm_unpackhi_epi8(a[14], a[15]) : _mm_unpacklo_epi8(a[14], a[15]);
         d = _mm_shufflehi_epi16(_mm_shufflelo_epi16(d, 0xd8), 0xd8);
         d = _mm_shuffle_epi32(d, 0xd8);
-        _mm_storel_epi64((__m128i *) (y->d + place_of(row + 8 * h)), d);
-        _mm_storel_epi64((__m128i *) (y->d + place_of(row + 8 * h + 1)), _mm_unpackhi_epi64(d, d));
+        _mm_storel_epi64((__m128i *) (y->d + TQ1_25_PLACE(row + 8 * h)), d);
+        _mm_storel_epi64((__m128i *) (y->d + TQ1_25_PLACE(row + 8 * h + 1)), _mm_unpackhi_epi64(d, d));
     }
 #else
     for (int r = 0; r < 16; ++r) {
@@ -175,7 +170,7 @@ static void leftover_tile(int64_t rows, int64_t nb, const block_tq1_25 * x, int6
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                       int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch) {
     const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE, size = isa->table_size, tiles = isa->code_tiles;
-    const int64_t depth = nc > 0 ? TQ1_25_CODE_PAIRS / nc : nb; // blocks of a row at a time
+    const int64_t depth = TQ1_25_CODE_PAIRS / nc; // blocks of a row at a time
     for (int64_t i = 0; i < nb; i += depth) {
         const int64_t blocks = nb - i < depth ? nb - i : depth;
         for (int c = 0; c < nc; ++c) {
@@ -186,7 +181,7 @@ void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, co
             memset(scratch->sums, 0, sizeof(float) * (size_t) (nc * tiles * TQ1_25_TILE));
             for (int c = 0; c < nc; ++c) {
                 for (int64_t r = t * TQ1_25_TILE; r < (t + count) * TQ1_25_TILE && r < rows; r += 16) {
-                    PREFETCH(s[c] + r); // else the stores wait for each of these lines
+                    PREFETCH(s[c] + r); // else the stores wait for each of these lines; to L2, since L1 is for tables
                 }
             }
             for (int64_t k = 0; k < blocks; ++k) {

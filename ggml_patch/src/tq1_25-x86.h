@@ -31,7 +31,9 @@
 #endif
 
 #define AVX2       "avx2,fma,f16c"
-#define AVXVNNI    AVX2 ",avxvnni"
+#ifndef AVXVNNI
+#    define AVXVNNI AVX2 ",avxvnni"
+#endif
 #define AVX512     AVX2 ",avx512f,avx512dq,avx512bw,avx512vl"
 #define AVX512VNNI AVX512 ",avx512vnni"
 

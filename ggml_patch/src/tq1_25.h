@@ -110,6 +110,7 @@ TQ1_25_ASSERT(sizeof(tq1_25_tile) == TQ1_25_TILE * sizeof(block_tq1_25), "tq1_25
 // The row whose scale is at a place of tq1_25_tile.d: the order in which sums come out of the lookup. A place is
 // upper eight of sixteen, odd, sixteen, pair: h o kk mm; its row kk h mm o.
 #define TQ1_25_ROW(place) (((place) >> 2 & 3) << 4 | ((place) >> 5) << 3 | ((place) & 3) << 1 | ((place) >> 4 & 1))
+#define TQ1_25_PLACE(row) (((row) >> 3 & 1) << 5 | ((row) & 1) << 4 | (row) >> 4 << 2 | ((row) >> 1 & 3)) // its inverse
 
 // Matrix by vector. For four activations a group of weights has one of 32 sums t, one for each code; they are tabulated
 // once for a vector, and a row's share is looked up. AVX-512 has 32 int16 of each group, by sign << 4 | slot. AVX2 has bytes:
@@ -154,7 +155,8 @@ struct tq1_25_isa {
 
     // The rest is 0 where there are no kernels for repacked rows.
 
-    // Up to how many columns tables are the fastest, and from there on codes (scripts/bench measures it); then panels.
+    // Up to how many columns tables are the fastest, and from there on codes; then panels. scripts/bench measures it; where there
+    // are panels, the second is counted from instructions (ggml_patch/README.md).
     int max_tables, max_codes;
 
     // Tables of nb times 128 activations, table_size bytes each, and their scales, a float a Q8_0 block; strides in bytes and floats.
@@ -226,10 +228,11 @@ void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, 
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s);
 
-// nc columns are spread over as few groups of TQ1_25_CODE_COLUMNS as can be, evenly but for pairs: the first column of a group.
+// nc columns are spread over groups of at most TQ1_25_CODE_COLUMNS, evenly but for pairs: the least number of groups, and the
+// first column of one of them.
 static inline int64_t tq1_25_code_groups(int64_t nc) { return (nc + TQ1_25_CODE_COLUMNS - 1) / TQ1_25_CODE_COLUMNS; }
-static inline int64_t tq1_25_first_of_group(int64_t nc, int64_t group) {
-    const int64_t first = (nc * group / tq1_25_code_groups(nc) + 1) / 2 * 2;
+static inline int64_t tq1_25_first_of_group(int64_t nc, int64_t groups, int64_t group) {
+    const int64_t first = (nc * group / groups + 1) / 2 * 2;
     return first < nc ? first : nc;
 }
 
@@ -242,7 +245,7 @@ struct tq1_25_code_scratch { // of a thread; aligned to 64 bytes
     tq1_25_tile  tile; // of the rows that are left over
 };
 
-// s[c][row] for columns c < nc, nc <= TQ1_25_CODE_COLUMNS, from their activations y[c].
+// s[c][row] for columns c < nc, 0 < nc <= TQ1_25_CODE_COLUMNS, from their activations y[c].
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                       int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch);
 
