@@ -280,7 +280,13 @@ class tq1_25_traits : public tensor_traits_base {
     // Where the CPU has kernels for it and there is a tile to fill.
     static const ggml::cpu::tensor_traits * choose(const ggml_tensor * t) {
         static const tq1_25_traits traits;
-        return tq1_25_best_isa()->gemv && t->ne[1] >= TQ1_25_TILE ? &traits : nullptr;
+        if (!tq1_25_best_isa()->gemv || t->ne[1] < TQ1_25_TILE) {
+            return nullptr;
+        }
+        if (t->buffer) {
+            advise(t);
+        }
+        return &traits;
     }
 
     bool work_size(int n_threads, const ggml_tensor * op, size_t & size) override {
@@ -328,30 +334,51 @@ class tq1_25_traits : public tensor_traits_base {
         }
     }
 
-    // Asks the system for the memory of a tensor and of what follows it in its buffer, in large pages: these are faster to get,
-    // and 6 % faster to read, since addresses are looked up less often. By some threads, and not as it is written, since
-    // threads that meet in a page would each clear one; not all at once, since the file's pages are given back meanwhile.
+    struct span {
+        uintptr_t begin = 0, end = 0;
+    };
+
+    static span buffer_of(const ggml_tensor * t) {
+        const uintptr_t base = (uintptr_t) ggml_backend_buffer_get_base(t->buffer);
+        return { base, base + ggml_backend_buffer_get_size(t->buffer) };
+    }
+
+    // Advises large pages for the whole buffer, since they span tensors, and before anything is in it, also of other types: they
+    // are faster to get, and 6 % faster to read, since addresses are looked up less often.
+    static void advise(const ggml_tensor * t) {
+#ifdef __linux__
+        thread_local span advised; // graphs ask for each of their operations, too
+        const span        buffer = buffer_of(t);
+        const uintptr_t   page   = (uintptr_t) sysconf(_SC_PAGESIZE), begin = buffer.begin / page * page;
+        if (buffer.begin < buffer.end && (buffer.begin != advised.begin || buffer.end != advised.end)) {
+            madvise((void *) begin, buffer.end - begin, MADV_HUGEPAGE); // may fail
+            advised = buffer;
+        }
+#else
+        (void) t;
+#endif
+    }
+
+    // Asks the system for the memory of a tensor and of what follows it in its buffer. By some threads, and not as it is written,
+    // since threads that meet in a page would each clear one; not all at once, since the file's pages are given back meanwhile.
     static void get_memory(const ggml_tensor * t) {
 #ifdef __linux__
         constexpr uintptr_t large = 2 << 20, ahead = 32 << 20;
-        const uintptr_t data = (uintptr_t) t->data, size = ggml_nbytes(t), page = (uintptr_t) sysconf(_SC_PAGESIZE);
-        const uintptr_t base = (uintptr_t) ggml_backend_buffer_get_base(t->buffer), last = base + ggml_backend_buffer_get_size(t->buffer);
-        thread_local uintptr_t asked[4]; // of what buffer, and from where to where
-        if (asked[0] == base && asked[1] == last && asked[2] <= data && data + size <= asked[3]) {
+        thread_local span   of, got;
+        const span          buffer = buffer_of(t);
+        const uintptr_t     data = (uintptr_t) t->data, size = ggml_nbytes(t), page = (uintptr_t) sysconf(_SC_PAGESIZE);
+        if (of.begin == buffer.begin && of.end == buffer.end && got.begin <= data && data + size <= got.end) {
             return;
         }
-        const uintptr_t begin = std::max(data / large * large, base / page * page);
-        const uintptr_t end   = std::min((std::max(data + size, begin + ahead) / large + 1) * large, last);
-        madvise((void *) (base / page * page), last - base / page * page, MADV_HUGEPAGE); // of all, since pages span tensors
+        const uintptr_t begin = std::max(data / large * large, buffer.begin / page * page);
+        const uintptr_t end   = std::min((std::max(data + size, begin + ahead) / large + 1) * large, buffer.end);
         share((int64_t) ((end - 1) / large - begin / large + 1), [&](int64_t i) {
             const uintptr_t from = std::max((begin / large + (uintptr_t) i) * large, begin);
             const uintptr_t to   = std::min((from / large + 1) * large, end);
-            madvise((void *) from, to - from, MADV_POPULATE_WRITE); // advice: may fail
+            madvise((void *) from, to - from, MADV_POPULATE_WRITE); // may fail
         });
-        asked[0] = base;
-        asked[1] = last;
-        asked[2] = begin;
-        asked[3] = end;
+        of  = buffer;
+        got = { begin, end };
 #else
         (void) t;
 #endif
