@@ -11,18 +11,14 @@
 // ---- tables ----
 
 TARGET(AVX2) void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride) {
-    const __m256i one = _mm256_set1_epi8(1);
     __m256i patterns[2];
     slot_patterns(patterns);
     const __m256i reciprocal = _mm256_set1_epi16((32768 + TQ1_25_SPLIT / 2) / TQ1_25_SPLIT);
     const __m256i split = _mm256_set1_epi16(TQ1_25_SPLIT);
     for (int64_t i = 0; i < nb; ++i, table += table_stride, d += d_stride) {
         for (int j = 0; j < PARTS; ++j, ++y) {
-            int32_t q[3][GROUPS]; // activations; turned; the sum of a group in both words
-            const __m256i y0 = _mm256_loadu_si256((const __m256i *) y->qs), pairs = _mm256_maddubs_epi16(one, y0);
-            _mm256_storeu_si256((__m256i *) q[0], y0);
-            _mm256_storeu_si256((__m256i *) q[1], turn_words(y0));
-            _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, turn_words(pairs)));
+            int32_t q[3][GROUPS];
+            group_dwords(y, q);
             d[j] = tq1_25_fp16_to_float(y->d);
             for (int g = 0; g < GROUPS; ++g) {
                 const __m256i a = _mm256_maddubs_epi16(patterns[0], _mm256_set1_epi32(q[0][g]));

@@ -9,7 +9,7 @@
 // ---- tables ----
 
 TARGET(AVX512) void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride) {
-    const __m256i two = _mm256_set1_epi8(2), one = _mm256_set1_epi8(1);
+    const __m256i two = _mm256_set1_epi8(2);
     __m256i patterns[2];
     slot_patterns(patterns);
     // Codes with a positive and with a negative sign: 1 + lane and 1 - lane, unsigned as maddubs wants one factor.
@@ -17,11 +17,8 @@ TARGET(AVX512) void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_
     const __m512i turned   = _mm512_inserti64x4(_mm512_castsi256_si512(patterns[1]), _mm256_sub_epi8(two, patterns[1]), 1);
     for (int64_t i = 0; i < nb; ++i, table += table_stride, d += d_stride) {
         for (int j = 0; j < PARTS; ++j, ++y) {
-            int32_t q[3][GROUPS]; // activations; turned; the sum of a group in both words
-            const __m256i y0 = _mm256_loadu_si256((const __m256i *) y->qs), pairs = _mm256_maddubs_epi16(one, y0);
-            _mm256_storeu_si256((__m256i *) q[0], y0);
-            _mm256_storeu_si256((__m256i *) q[1], turn_words(y0));
-            _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, turn_words(pairs)));
+            int32_t q[3][GROUPS];
+            group_dwords(y, q);
             d[j] = tq1_25_fp16_to_float(y->d);
             UNROLL for (int g = 0; g < GROUPS; ++g) {
                 const __m512i a = _mm512_maddubs_epi16(straight, _mm512_set1_epi32(q[0][g]));

@@ -58,6 +58,14 @@ TARGET(AVX2) INLINE void slot_patterns(__m256i patterns[2]) {
 
 TARGET(AVX2) INLINE __m256i turn_words(__m256i v) { return _mm256_or_si256(_mm256_slli_epi32(v, 16), _mm256_srli_epi32(v, 16)); }
 
+// What meets them of a Q8_0 block, a dword a group: activations; turned; their sum in both words, to take the one away again.
+TARGET(AVX2) INLINE void group_dwords(const tq1_25_q8_0 * y, int32_t q[3][GROUPS]) {
+    const __m256i y0 = _mm256_loadu_si256((const __m256i *) y->qs), pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), y0);
+    _mm256_storeu_si256((__m256i *) q[0], y0);
+    _mm256_storeu_si256((__m256i *) q[1], turn_words(y0));
+    _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, turn_words(pairs)));
+}
+
 // 32 sums from the order of tq1_25_tile.d to that of the rows.
 TARGET(AVX2) INLINE void order_rows(const __m256 t[4], __m256 rows[4]) {
     const __m256 r0 = _mm256_unpacklo_ps(t[0], t[1]), r1 = _mm256_unpackhi_ps(t[0], t[1]);
