@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 
 import numpy as np
@@ -183,8 +184,10 @@ def repack(b: np.ndarray) -> np.ndarray:
     return out
 
 
-def _check_repacked(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, pieces: int) -> tuple[np.ndarray, np.ndarray]:
+def _check_repacked(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, pieces: int) -> tuple[np.ndarray, int, int, np.ndarray, int]:
+    """The arguments as they are used: numbers are Python's, since NumPy's overflow."""
     repacked, q8_0 = np.asarray(repacked), np.asarray(q8_0)
+    rows, n, pieces = operator.index(rows), operator.index(n), operator.index(pieces)
     if n <= 0 or n % tq1_25.BLOCK or rows < 0:
         raise ValueError(f"{rows} rows of {n} weights: rows are not whole blocks of {tq1_25.BLOCK}, at least one")
     size = rows * (n // tq1_25.BLOCK) * tq1_25.BLOCK_BYTES
@@ -197,7 +200,7 @@ def _check_repacked(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, p
                          f"uint8 (columns, {width})")  # fmt: skip
     if pieces < 1:
         raise ValueError(f"{pieces} pieces: at least 1 is needed")
-    return repacked, q8_0
+    return repacked, rows, n, q8_0, pieces
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -233,7 +236,7 @@ def mul_tables(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: s
     Raises ValueError for one that is missing, another dtype, shape or length.
     """
     isa = _repacked_entry(isa)
-    repacked, q8_0 = _check_repacked(repacked, rows, n, q8_0, pieces)
+    repacked, rows, n, q8_0, pieces = _check_repacked(repacked, rows, n, q8_0, pieces)
     q8_0, columns = _columns(q8_0), len(q8_0)
     y = _pointers("const tq1_25_q8_0 *", q8_0)
     size = lib.tq1_25_table_size(isa, n)
@@ -255,7 +258,7 @@ def mul_codes(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: st
     pieces: into how many the rows of tiles are cut.
     """
     isa = _repacked_entry(isa)
-    repacked, q8_0 = _check_repacked(repacked, rows, n, q8_0, pieces)
+    repacked, rows, n, q8_0, pieces = _check_repacked(repacked, rows, n, q8_0, pieces)
     q8_0, columns = _columns(q8_0), len(q8_0)
     y = _pointers("const tq1_25_q8_0 *", q8_0)
     scratch = _aligned(ffi.sizeof("struct tq1_25_code_scratch"))
@@ -279,7 +282,7 @@ def mul_panels(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: s
     if isa.gemm == ffi.NULL:
         raise ValueError(f"instruction set {ffi.string(isa.name).decode()} has no panels; "
                          f"those that this CPU runs: {', '.join(available_panels()) or 'none'}")  # fmt: skip
-    repacked, q8_0 = _check_repacked(repacked, rows, n, q8_0, pieces)
+    repacked, rows, n, q8_0, pieces = _check_repacked(repacked, rows, n, q8_0, pieces)
     q8_0, columns = _columns(q8_0), len(q8_0)
     y = _pointers("const tq1_25_q8_0 *", q8_0)
     panels = _aligned(lib.tq1_25_panel_size(n, columns))

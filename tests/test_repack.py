@@ -414,6 +414,20 @@ def test_wrong_arguments_raise_with_the_numbers(product, changed, message):
         good(product, **changed)
 
 
+@every_product
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64, np.uint64])
+def test_numbers_of_numpy_do_not_overflow(isa, product, dtype):
+    rng = np.random.default_rng(12)
+    b, q8_0 = random_rows(rng, 130, 128), random_q8_0(rng, 3, 128)
+    w, y = floats(b, q8_0)
+    packed = kernels.repack(b)
+    assert (PRODUCTS[product](packed, dtype(130), dtype(128), q8_0, isa, pieces=dtype(3)) == y @ w.T).all()
+    with pytest.raises(ValueError, match="200 rows of 128 weights need uint8 .4400,."):
+        PRODUCTS[product](packed[: 200 * 22 % 256], dtype(200), dtype(128), q8_0, isa)
+    with pytest.raises(TypeError):
+        PRODUCTS[product](packed, 130.0, 128, q8_0, isa)
+
+
 @pytest.mark.parametrize("b, message", [
     (np.zeros(22, np.uint8), r"\(22,\).*\(rows, bytes of a row\)"),
     (np.zeros((2, 3, 22), np.uint8), r"\(2, 3, 22\)"),

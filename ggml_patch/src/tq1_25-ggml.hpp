@@ -284,7 +284,7 @@ class tq1_25_traits : public tensor_traits_base {
             return nullptr;
         }
         if (t->buffer) {
-            advise(t);
+            advise(t, false); // graphs come here for each operation, too
         }
         return &traits;
     }
@@ -345,17 +345,17 @@ class tq1_25_traits : public tensor_traits_base {
 
     // Advises large pages for the whole buffer, since they span tensors, and before anything is in it, also of other types: they
     // are faster to get, and 6 % faster to read, since addresses are looked up less often.
-    static void advise(const ggml_tensor * t) {
+    static void advise(const ggml_tensor * t, bool again) {
 #ifdef __linux__
-        thread_local span advised; // graphs ask for each of their operations, too
+        thread_local span advised; // may be of a buffer that was there before: where it matters, again
         const span        buffer = buffer_of(t);
         const uintptr_t   page   = (uintptr_t) sysconf(_SC_PAGESIZE), begin = buffer.begin / page * page;
-        if (buffer.begin < buffer.end && (buffer.begin != advised.begin || buffer.end != advised.end)) {
+        if (buffer.begin < buffer.end && (again || buffer.begin != advised.begin || buffer.end != advised.end)) {
             madvise((void *) begin, buffer.end - begin, MADV_HUGEPAGE); // may fail
             advised = buffer;
         }
 #else
-        (void) t;
+        (void) t; (void) again;
 #endif
     }
 
@@ -386,6 +386,7 @@ class tq1_25_traits : public tensor_traits_base {
 
     int repack(ggml_tensor * t, const void * data, size_t size) override {
         GGML_ASSERT(size == ggml_nbytes(t));
+        advise(t, true);
         get_memory(t);
         const int64_t n = t->ne[0], matrix = t->ne[1];
         const int64_t run  = ((1 << 19) / (int64_t) t->nb[1] / TQ1_25_TILE + 1) * TQ1_25_TILE; // rows of about half a MiB
