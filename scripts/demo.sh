@@ -32,7 +32,7 @@ step() { # step NAME WHAT COMMAND...: say it, run it, time it
 trap 'code=$?; [[ $code == 0 ]] || echo "demo: stopped in step $name (status $code): see above; run it again" >&2' EXIT
 
 convert() {
-    if [[ $gguf -nt $hf/training.json ]]; then
+    if [[ $gguf -nt $hf/demo.json ]]; then
         echo "    $gguf is up to date"
     else
         .venv/bin/python scripts/convert_hf_to_sherry_gguf.py "$hf" --outfile "$gguf" --model-name "Sherry demo" --require-exact

@@ -8,10 +8,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from sherry_gguf import ternary, tq1_25
-from sherry_gguf.qat import SherryLinear, export, prepare, sparse_absmean
+from sherry_gguf.qat import (
+    QuantConfig,
+    QuantConv1D,
+    QuantLinear,
+    export,
+    fake_quantize,
+    prepare,
+    quantized_layers,
+    set_residual,
+    sparse_absmean,
+)
 
 EDGES = [0.0, -0.0, 1.0, -1.0, 1.5, 2**-24, -(2**-25), 2**-14, 65504.0, 1e-30, 1 + 2**-11, 1 + 3 * 2**-11]
 
@@ -69,21 +79,80 @@ def test_any_weights(x):
     check(x)
 
 
+@pytest.mark.parametrize("granularity, size", [("per_channel", 768), ("per_tensor", 64 * 768)])
+def test_granularities(granularity, size):
+    x = np.random.default_rng(1).standard_normal((64, 768)).astype(np.float32)
+    got = sparse_absmean(torch.from_numpy(x), granularity=granularity).numpy()
+    np.testing.assert_array_equal(got, reference(x.reshape(-1, size), size).reshape(x.shape))
+
+
+def test_bfloat16_scale_is_what_both_formats_hold():
+    """In bfloat16 a scale has 8 significant bits, and fp16 holds every such number: an export stays exact."""
+    x = torch.randn(64, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[0] *= 2**-20  # fp16's subnormals
+    got = sparse_absmean(x)
+    assert got.dtype == torch.bfloat16
+    assert torch.equal(got.half().bfloat16(), got) and torch.equal(got.float().half().float(), got.float())
+    wide = sparse_absmean(x.float())
+    assert torch.equal(got.sign(), wide.sign())
+    assert torch.equal(got, wide.bfloat16())
+    assert tq1_25.is_exact(got.float().numpy()).all()
+
+
 def test_non_finite_weights_show():
     x = torch.ones(3, 128)
     x[0, 5], x[1, 7], x[2] = torch.nan, torch.inf, 1e6
-    assert not sparse_absmean(x).isfinite().any()
+    got = sparse_absmean(x)
+    assert not got[got != 0].isfinite().any() and (got != 0).sum() >= 3 * 96
 
 
-def test_gradient_is_straight_through():
+def test_baselines():
+    """Each against its paper's formula, written for one group."""
+    x = np.random.default_rng(2).standard_normal((16, 256)).astype(np.float32)
+    x[0, :128] = 0
+    got = {m: fake_quantize(torch.from_numpy(x), m).numpy().reshape(-1, 128) for m in ("absmean", "twn", "binary")}
+    for i, group in enumerate(x.reshape(-1, 128).astype(np.float64)):
+        mean = np.abs(group).mean()
+        absmean = np.clip(np.round(group / (mean or 1)), -1, 1) * float(np.float16(mean))
+        np.testing.assert_array_equal(got["absmean"][i], absmean)
+        kept = np.abs(group) > 0.7 * mean
+        alpha = float(np.float16(np.abs(group)[kept].mean())) if kept.any() else 0.0
+        np.testing.assert_array_equal(got["twn"][i], np.sign(group) * kept * alpha)
+        np.testing.assert_array_equal(got["binary"][i], np.where(group < 0, -1, 1) * float(np.float16(mean)))
+    assert torch.equal(fake_quantize(torch.from_numpy(x), "full"), torch.from_numpy(x))
+
+
+@pytest.mark.parametrize("method", ["sherry", "absmean", "twn", "binary"])
+def test_gradient_is_straight_through(method):
     w = torch.randn(8, 256, requires_grad=True)
     grad = torch.randn(8, 256)
-    sparse_absmean(w).backward(grad)
+    fake_quantize(w, method).backward(grad)
     assert torch.equal(w.grad, grad)
 
 
+@pytest.mark.parametrize("rescale", [False, True])
+def test_residual_is_two_products_in_one(rescale):
+    """Sherry, Eq. 7, written out with two products, gives the same outputs and gradients."""
+    torch.manual_seed(0)
+    layer = QuantLinear(256, 16).double()
+    set_residual(layer, 0.3, rescale)
+    x = torch.randn(8, 256, dtype=torch.float64, requires_grad=True)
+    y = layer(x)
+    y.square().sum().backward()
+
+    w, x2 = layer.weight.detach().clone().requires_grad_(), x.detach().clone().requires_grad_()
+    t = w + (sparse_absmean(w) - w).detach()  # the usual straight-through estimator
+    y2 = (x2 @ t.T + 0.3 * (x2 @ w.T)) / (1.3 if rescale else 1) + layer.bias
+    y2.square().sum().backward()
+    for a, b in (y, y2), (x.grad, x2.grad), (layer.weight.grad, w.grad):
+        torch.testing.assert_close(a, b)
+
+    layer.eval()
+    assert torch.equal(layer(x), torch.nn.functional.linear(x, sparse_absmean(layer.weight), layer.bias))
+
+
 def test_layer_trains_its_latent_weight():
-    layer = SherryLinear(128, 16)
+    layer = QuantLinear(128, 16)
     x = torch.randn(4, 128)
     layer(x).sum().backward()
     torch.testing.assert_close(layer.weight.grad, x.sum(0).expand(16, 128))
@@ -96,10 +165,15 @@ def test_layer_trains_its_latent_weight():
     (lambda: sparse_absmean(torch.tensor(1.0)), ValueError, r"shape \(\)"),
     (lambda: sparse_absmean(torch.zeros(2, 128), 6), ValueError, "group_size is 6"),
     (lambda: sparse_absmean(torch.zeros(2, 128), 0), ValueError, "group_size is 0"),
-    (lambda: sparse_absmean(torch.zeros(2, 128, dtype=torch.bfloat16)), TypeError, "bfloat16"),
-    (lambda: SherryLinear(100, 8), ValueError, "in_features is 100"),
-    (lambda: prepare(torch.nn.Sequential(torch.nn.Linear(256, 4), torch.nn.Linear(96, 4))), ValueError, "1 has 96"),
-    (lambda: prepare(torch.nn.Embedding(4, 4)), ValueError, "Embedding has no nn.Linear"),
+    (lambda: sparse_absmean(torch.zeros(2, 98), granularity="per_tensor"), ValueError, "multiple of 4"),
+    (lambda: sparse_absmean(torch.zeros(2, 128, dtype=torch.int8)), TypeError, "int8"),
+    (lambda: fake_quantize(torch.zeros(2, 128), "sherri"), ValueError, "method is 'sherri'"),
+    (lambda: QuantConfig("sherry", "per_row"), ValueError, "granularity is 'per_row'"),
+    (lambda: QuantConfig(group_size=30), ValueError, "group_size is 30"),
+    (lambda: QuantLinear(100, 8), ValueError, r"\(8, 100\)"),
+    (lambda: prepare(torch.nn.Sequential(torch.nn.Linear(256, 4), torch.nn.Linear(96, 4))), ValueError,
+     r"1 has shape \(4, 96\).*name the layer in keep"),
+    (lambda: prepare(torch.nn.Embedding(4, 4)), ValueError, "Embedding has no linear layer"),
 ])
 def test_errors_say_what_is_wrong(call, error, says):
     with pytest.raises(error, match=says):
@@ -121,15 +195,23 @@ def test_prepare_turns_the_blocks_only(tied):
     assert names == [f"model.layers.{i}.{n}" for i in range(2) for n in (
         "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
         "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
-    assert all(type(model.get_submodule(n)) is SherryLinear for n in names)
+    assert all(type(model.get_submodule(n)) is QuantLinear for n in names)
     assert type(model.lm_head) is torch.nn.Linear
     assert type(model.model.embed_tokens) is torch.nn.Embedding
     assert {id(p) for p in model.parameters()} == before
 
 
 def test_prepare_keeps_what_it_is_told():
+    assert not any("layers.0" in n for n in prepare(llama(), keep=r"layers\.0\.|lm_head"))
+    assert all("mlp" in n for n in prepare(llama(), only="mlp"))
+    assert prepare(llama(), QuantConfig("full")) == []
+
+
+def test_prepare_tells_what_it_cannot_turn(caplog):
     model = llama()
-    assert not any("layers.0" in n for n in prepare(model, keep=r"layers\.0\.|lm_head"))
+    model.model.layers[0].register_parameter("experts", torch.nn.Parameter(torch.zeros(2, 128, 128)))
+    prepare(model)
+    assert "left in full precision: model.layers.0.experts" in caplog.text
 
 
 def test_prepare_changes_nothing_on_error():
@@ -144,7 +226,7 @@ def test_prepare_changes_nothing_on_error():
 def test_export_stores_what_evaluation_computes(tmp_path, tied, dtype):
     model = llama(tied).eval()
     names = prepare(model)
-    export(model, None, tmp_path / "out", dtype)
+    export(model, tmp_path / "out", dtype=dtype)
     config = json.loads((tmp_path / "out/config.json").read_text())
     assert config["sherry_config"] == {"method": "sparse_absmean", "granularity": "per_group", "group_size": 128,
                                        "n": 3, "m": 4, "weights": "fake_quantized"}
@@ -160,19 +242,97 @@ def test_export_stores_what_evaluation_computes(tmp_path, tied, dtype):
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_export_of_ties_and_zeros(tmp_path):
+    """Equal magnitudes, zeros in the latent weights, a block of zeros: all of it is exact in the export."""
+    model = llama()
+    names = prepare(model)
+    with torch.no_grad():
+        for name in names:
+            weight = model.get_submodule(name).weight
+            weight.copy_(torch.randint(-2, 3, weight.shape) * 0.01)
+            weight[0] = 0
+            weight[1, ::2] = -0.0
+    export(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name in names:
+        weight = loaded.get_submodule(name).weight.detach()
+        assert tq1_25.is_exact(weight.numpy()).all(), name
+        assert torch.equal(weight, model.get_submodule(name).quantized_weight()), name
+        assert not weight[0].any() and weight[1].count_nonzero() == weight.shape[1] // 4 * 3
+
+
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+def test_export_says_the_granularity(tmp_path, granularity):
+    model = llama()
+    names = prepare(model, QuantConfig(granularity=granularity))
+    export(model, tmp_path / "out")
+    config = json.loads((tmp_path / "out/config.json").read_text())["sherry_config"]
+    assert config["granularity"] == granularity and "group_size" not in config
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name in names:
+        assert tq1_25.is_exact(loaded.get_submodule(name).weight.detach().float().numpy()).all()
+
+
+def test_export_of_a_baseline_is_no_sherry(tmp_path):
+    model = llama().eval()
+    prepare(model, QuantConfig("absmean"))
+    export(model, tmp_path / "out", dtype=torch.float32)
+    assert "sherry_config" not in json.loads((tmp_path / "out/config.json").read_text())
+    x = torch.arange(32)[None]
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "out")(x).logits, model(x).logits)
+
+
+def test_small_groups_are_warned_about(tmp_path, caplog):
+    model = llama()
+    prepare(model, QuantConfig(group_size=64))
+    export(model, tmp_path / "out")
+    assert "group size 64: TQ1_25 stores blocks of 128" in caplog.text
+
+
+def test_saved_latent_weights_say_so(tmp_path):
+    """What a Trainer saves on the way: the converter quantizes them as training did."""
+    model = llama()
+    prepare(model)
+    model.save_pretrained(tmp_path / "out")
+    assert json.loads((tmp_path / "out/config.json").read_text())["sherry_config"]["weights"] == "latent"
+
+
+def test_conv1d_of_gpt2(tmp_path):
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=128, n_layer=1, n_head=2, n_positions=64)).eval()
+    names = prepare(model)
+    assert names == [f"transformer.h.0.{n}" for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    for layer in quantized_layers(model).values():
+        assert type(layer) is QuantConv1D
+        assert torch.equal(layer.quantized_weight(), sparse_absmean(layer.weight.T.contiguous()).T)
+    x = torch.arange(32)[None]
+    model(x, labels=x).loss.backward()
+    assert model.transformer.h[0].mlp.c_fc.weight.grad.abs().sum() > 0
+    export(model, tmp_path / "out", dtype=torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(loaded(x).logits, model(x).logits)
+    for name in names:
+        assert tq1_25.is_exact(loaded.get_submodule(name).weight.detach().T.contiguous().numpy()).all()
+
+
 def test_export_refuses_and_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="call prepare"):
-        export(llama(), None, tmp_path / "out")
+    model = llama()
+    prepare(model, only="mlp")
+    prepare(model, QuantConfig("twn"))
+    with pytest.raises(ValueError, match="the model mixes"):
+        export(model, tmp_path / "out")
     model = llama()
     prepare(model)
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 7] = torch.nan
     with pytest.raises(ValueError, match="layers.1.mlp.up_proj.weight has values that are not finite"):
-        export(model, None, tmp_path / "out")
+        export(model, tmp_path / "out")
     with pytest.raises(TypeError, match="bfloat16"):
-        export(model, None, tmp_path / "out", torch.bfloat16)
+        export(model, tmp_path / "out", dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="lacks model.layers.0.self_attn.q_proj.weight"):
+        export(model, tmp_path / "out", state={"lm_head.weight": torch.zeros(1)})
     assert not list(tmp_path.iterdir())
     (tmp_path / "mine").write_text("precious")
     with pytest.raises(FileExistsError, match="already has something in it"):
-        export(model, None, tmp_path)
+        export(model, tmp_path)
     assert (tmp_path / "mine").read_text() == "precious"

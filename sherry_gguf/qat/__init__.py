@@ -1,12 +1,18 @@
-"""Quantization-aware training of 3:4 sparse ternary weights in PyTorch.
+"""Quantization-aware training of 3:4 sparse ternary weights, in PyTorch and on Hugging Face's Trainer.
 
-    prepare(model)                    # every linear layer of the blocks becomes a SherryLinear
-    ...                               # train as usual
-    export(model, tokenizer, "out")   # a Hugging Face directory that converts to TQ1_25 without loss
+    prepare(model)                                            # the blocks' linear layers train ternary weights
+    SherryTrainer(model, args, arenas=Arenas(), ...).train()  # or any other loop: plain Trainer with ArenasCallback
+    export(model, "out", tokenizer)                           # a Hugging Face directory that converts without loss
 """
 
+from .arenas import Arenas, ArenasCallback
 from .export import export
-from .linear import SherryLinear, prepare
-from .quantizer import sparse_absmean
+from .linear import QuantConfig, QuantConv1D, QuantLinear, prepare, quantized_layers, set_residual
+from .monitor import TrainingMonitor, effective_rank
+from .quantizer import fake_quantize, sparse_absmean
+from .trainer import SherryTrainer, bf16_is_faster
 
-__all__ = ["SherryLinear", "export", "prepare", "sparse_absmean"]
+__all__ = [
+    "Arenas", "ArenasCallback", "QuantConfig", "QuantConv1D", "QuantLinear", "SherryTrainer", "TrainingMonitor",
+    "bf16_is_faster", "effective_rank", "export", "fake_quantize", "prepare", "quantized_layers", "set_residual", "sparse_absmean",
+]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -10,23 +11,31 @@ from pathlib import Path
 
 import torch
 
-from sherry_gguf.ternary import GROUP, KEPT
+from .linear import QuantConv1D, QuantLinear, quantized_layers
 
-from .linear import SherryLinear
+logger = logging.getLogger(__name__)
 
 
-def export(model, tokenizer, directory, dtype: torch.dtype = torch.float16) -> Path:
-    """Save `model` with its fake-quantized weights, its tokenizer, and `sherry_config` in config.json.
+def export(
+    model,
+    directory: str | os.PathLike,
+    tokenizer=None,
+    dtype: torch.dtype = torch.float16,
+    state: dict[str, torch.Tensor] | None = None,
+) -> Path:
+    """Save `model` with its fake-quantized weights, its tokenizer, and for Sherry `sherry_config` in config.json.
 
-    Every weight of a `SherryLinear` is stored as the forward pass uses it: 0 or +-d with an fp16 d, exact in `dtype`.
-    The other parameters are rounded to `dtype`: for figures that hold, evaluate what was saved, not `model`. float16
-    loses nothing more in a GGUF, which keeps embeddings in F16.
+    Every weight of a quantized layer is stored as evaluation uses it: 0 or +-d with an fp16 d, exact in `dtype`. The
+    other parameters are rounded to `dtype`: for figures that hold, evaluate what was saved, not `model`. float16 loses
+    nothing more in a GGUF, which keeps embeddings in F16.
 
     Args:
-        model: a transformers `PreTrainedModel` that went through `prepare`.
-        tokenizer: a transformers tokenizer, or None to save none.
+        model: a transformers `PreTrainedModel` that went through `prepare`, with any method.
         directory: where to; it must not exist yet, or be empty. It appears complete or not at all.
+        tokenizer: a transformers tokenizer, or None to save none.
         dtype: torch.float16 or torch.float32.
+        state: the state dict to save, with latent weights, where the model itself does not hold all of it (FSDP,
+            DeepSpeed: `Accelerator.get_state_dict`).
 
     Returns:
         The directory.
@@ -34,33 +43,35 @@ def export(model, tokenizer, directory, dtype: torch.dtype = torch.float16) -> P
     Raises:
         FileExistsError: the directory has something in it.
         TypeError: another dtype.
-        ValueError: the model has no SherryLinear, several group sizes, or a parameter that is not finite in `dtype`.
+        ValueError: the model has several ways of quantizing, a parameter that is not finite in `dtype`, or a
+            quantized one that is missing from `state`.
     """
     directory = Path(directory)
     if dtype not in (torch.float16, torch.float32):
         raise TypeError(f"dtype is {dtype}: use torch.float16 or torch.float32, which hold an fp16 scale")
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} already has something in it: remove it, or choose another directory")
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, SherryLinear)}
-    if not layers:
-        raise ValueError("the model has no SherryLinear: call prepare(model) before training")
-    sizes = sorted({m.group_size for m in layers.values()})
-    if len(sizes) > 1:
-        raise ValueError(f"the model mixes group sizes {sizes}: a checkpoint can state only one")
+    layers = quantized_layers(model)
+    quants = {m.quant for m in layers.values()}
+    if len(quants) > 1:
+        raise ValueError(f"the model mixes {', '.join(map(str, quants))}: a checkpoint can state only one")
+    quant = quants.pop() if quants else None
+    if quant and quant.method == "sherry" and quant.granularity == "per_group" and quant.group_size % 128:
+        logger.warning("group size %d: TQ1_25 stores blocks of 128 weights under one scale, so these weights cannot be "
+                       "stored without loss", quant.group_size)
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".part", dir=directory.parent))
     try:
-        model.save_pretrained(part, state_dict=_state_dict(model, layers, dtype))
+        model.save_pretrained(part, state_dict=_quantized(state or model.state_dict(), layers, dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
         config = json.loads((part / "config.json").read_text(encoding="utf-8"))
         for key in {"dtype", "torch_dtype"} & config.keys():
             config[key] = str(dtype).removeprefix("torch.")
-        config["sherry_config"] = {
-            "method": "sparse_absmean", "granularity": "per_group", "group_size": sizes[0], "n": KEPT, "m": GROUP,
-            "weights": "fake_quantized",
-        }
+        config.pop("sherry_config", None)
+        if quant and (said := quant.sherry_config("fake_quantized")):
+            config["sherry_config"] = said
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         for path in part, *part.iterdir():  # mkdtemp and safetensors make them private
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
@@ -72,20 +83,25 @@ def export(model, tokenizer, directory, dtype: torch.dtype = torch.float16) -> P
 
 
 @torch.no_grad()
-def _state_dict(model, layers: dict[str, SherryLinear], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _quantized(
+    state: dict[str, torch.Tensor], layers: dict[str, QuantLinear | QuantConv1D], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    if missing := [name for name in layers if f"{name}.weight" not in state]:
+        raise ValueError(f"the state dict lacks {missing[0]}.weight: is it of this model, whole and by the same names?")
     saved: dict[tuple, torch.Tensor] = {}  # by address: tied parameters must stay one tensor
-    state = {}
-    for name, value in model.state_dict().items():
+    result = {}
+    for name, value in state.items():
         key = value.data_ptr(), value.shape
         if key not in saved:
             layer = layers.get(name.removesuffix(".weight"))
-            new = layer.quantized_weight() if layer is not None and name.endswith(".weight") else value
+            # on the CPU, where the sums are those of the reference
+            new = layer.quantized_weight(value.cpu()) if layer is not None and name.endswith(".weight") else value
             new = new.to(dtype) if new.is_floating_point() else new
             if not torch.isfinite(new).all():
                 raise ValueError(f"{name} has values that are not finite in {dtype}: did training diverge?")
-            saved[key] = new
-        state[name] = saved[key]
-    return state
+            saved[key] = new.cpu()
+        result[name] = saved[key]
+    return result
 
 
 def _umask() -> int:

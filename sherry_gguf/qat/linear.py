@@ -1,69 +1,167 @@
-"""A linear layer that trains 3:4 sparse ternary weights, and its insertion into a model."""
+"""Linear layers that train quantized weights, with Arenas' residual, and their insertion into a model."""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import re
+from typing import Callable
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from .quantizer import sparse_absmean
+from sherry_gguf.ternary import GROUP, KEPT
+
+from . import quantizer
+
+logger = logging.getLogger(__name__)
 
 # What a GGUF keeps unquantized as well: the head, and the routers of a mixture of experts.
 KEEP = r"(^|\.)(lm_head|router|gate)$"
 
 
-class SherryLinear(nn.Linear):
-    """`nn.Linear` that multiplies by `sparse_absmean(weight)`; `weight` (out, in) is the latent weight that trains."""
+@dataclasses.dataclass(frozen=True)
+class QuantConfig:
+    """How weights are quantized; the arguments of `quantizer.fake_quantize`. Raises ValueError for what it cannot do."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, group_size: int = 128, **kwargs):
-        if in_features % group_size:
-            raise ValueError(f"in_features is {in_features}: it must be a multiple of the group size, {group_size}")
-        super().__init__(in_features, out_features, bias, **kwargs)
-        self.group_size = group_size
+    method: str = "sherry"
+    granularity: str = "per_group"
+    group_size: int = quantizer.GROUP_SIZE
 
-    @classmethod
-    def from_linear(cls, linear: nn.Linear, group_size: int = 128) -> SherryLinear:
-        """The same layer, on the very parameters of `linear`."""
-        bias = linear.bias is not None
-        layer = cls(linear.in_features, linear.out_features, bias, group_size=group_size, device="meta")
-        layer.weight, layer.bias = linear.weight, linear.bias
-        return layer.train(linear.training)
+    def __post_init__(self):
+        quantizer.check((self.group_size,), self.method, self.granularity, self.group_size)
 
-    def quantized_weight(self) -> torch.Tensor:
-        """(out, in), the latent weight's dtype: 0 or +-d, what the forward pass multiplies by."""
-        return sparse_absmean(self.weight, self.group_size)
+    def sherry_config(self, weights: str) -> dict | None:
+        """What config.json says of the weights, `latent` or `fake_quantized`; None where they are not Sherry's."""
+        if self.method != "sherry":
+            return None
+        size = {"group_size": self.group_size} if self.granularity == "per_group" else {}
+        return {"method": "sparse_absmean", "granularity": self.granularity, **size, "n": KEPT, "m": GROUP,
+                "weights": weights}  # fmt: skip
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.quantized_weight(), self.bias)
+
+class _Quantized:
+    """Mixed into a layer: `weight` is the latent weight that trains, `quantized_weight()` what evaluation uses.
+
+    Attributes:
+        quant: a QuantConfig.
+        residual: λ of Arenas, used while training only (`set_residual`).
+        rescale: whether training divides by 1 + λ.
+        probe: called with (layer, x, used weight) in each forward pass (`monitor.TrainingMonitor`).
+    """
+
+    quant: QuantConfig
+    residual: float = 0.0
+    rescale: bool = False
+    probe: Callable | None = None
+    transposed = False  # weight is (in, out)
+
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        """A weight of this layer as (out, in)."""
+        return weight.t() if self.transposed else weight
+
+    def quantized_weight(self, weight: torch.Tensor | None = None) -> torch.Tensor:
+        """What the forward pass multiplies by in evaluation, like `weight`; or for another latent weight than its own."""
+        weight = self.weight if weight is None else weight
+        return self.rows(quantizer.fake_quantize(self.rows(weight), **dataclasses.asdict(self.quant)))
+
+    def _used_weight(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.residual:
+            used = self.rows(quantizer.fake_quantize(self.rows(self.weight), **dataclasses.asdict(self.quant),
+                                                     residual=self.residual, rescale=self.rescale))  # fmt: skip
+        else:
+            used = self.quantized_weight()
+        if self.probe is not None:
+            self.probe(self, x, used)
+        return used
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, group_size={self.group_size}"
+        quant = self.quant
+        size = f", group_size={quant.group_size}" if quant.granularity == "per_group" else ""
+        return f"{super().extra_repr()}, {quant.method} {quant.granularity}{size}"
 
 
-def prepare(model: nn.Module, group_size: int = 128, keep: str = KEEP) -> list[str]:
-    """Turn the linear layers of `model` into `SherryLinear`, in place; the parameters stay the same objects.
+class QuantLinear(_Quantized, nn.Linear):
+    """`nn.Linear` that multiplies by its quantized weight: Y = X·(T*a + λ·W) (Sherry, Eq. 7)."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, quant: QuantConfig = QuantConfig(),
+                 **kwargs):
+        """Raises ValueError if the inputs do not fit `quant`; the other arguments are those of nn.Linear."""
+        quantizer.check((out_features, in_features), **dataclasses.asdict(quant))
+        super().__init__(in_features, out_features, bias, **kwargs)
+        self.quant = quant
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self._used_weight(x), self.bias)
+
+
+class QuantConv1D(_Quantized, Conv1D):
+    """The same for transformers' Conv1D (GPT-2), whose weight is (in, out)."""
+
+    transposed = True
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self._used_weight(x)).view(*x.shape[:-1], self.nf)
+
+
+_LAYERS = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
+
+
+def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = KEEP, only: str = "") -> list[str]:
+    """Make the linear layers of `model` train quantized weights, in place; the parameters stay the same objects.
+
+    Call it before the model is wrapped (DDP, FSDP, DeepSpeed) and before an optimizer is made. With Sherry, config.json of
+    checkpoints that are saved from then on says that their weights are latent, so that the converter takes them as well.
 
     Args:
-        model: any module; embeddings are never touched, nor is what `get_output_embeddings()` names.
-        group_size: weights along the input that share one scale.
+        model: any module with nn.Linear or transformers' Conv1D. Embeddings are never touched, nor is what
+            `get_output_embeddings()` names.
+        quant: how to quantize; with the method `full` nothing is turned, for a comparison with full precision.
         keep: regular expression; layers whose dotted name it finds stay as they are.
+        only: regular expression; other layers stay as they are.
 
     Returns:
         The names of the layers that were turned.
 
     Raises:
-        ValueError: there are none, or one's in_features are no multiple of `group_size`; nothing is changed then.
+        ValueError: there are none, or one's inputs do not fit `quant`; nothing is changed then.
     """
+    if quant.method == "full":
+        return []
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     turn = {name: m for name, m in model.named_modules()
-            if type(m) is nn.Linear and name and m is not head and not re.search(keep, name)}
+            if type(m) in _LAYERS and name and m is not head
+            and not re.search(keep, name) and re.search(only, name)}  # fmt: skip
     if not turn:
-        raise ValueError(f"{type(model).__name__} has no nn.Linear to quantize (kept: {keep!r})")
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r})")
     for name, m in turn.items():
-        if m.in_features % group_size:
-            raise ValueError(f"{name} has {m.in_features} input features, no multiple of the group size {group_size}: "
-                             "use another group_size, or name the layer in keep")
-    for name, m in turn.items():
-        model.set_submodule(name, SherryLinear.from_linear(m, group_size))
+        shape = tuple(m.weight.shape)
+        try:
+            quantizer.check(shape[::-1] if type(m) is Conv1D else shape, **dataclasses.asdict(quant), name=name)
+        except ValueError as e:
+            raise ValueError(f"{e}: choose another granularity or group_size, or name the layer in keep") from None
+    for m in turn.values():
+        m.__class__ = _LAYERS[type(m)]  # keeps parameters, hooks, names and whatever else hangs on the layer
+        m.quant = quant
+    owned = {id(p) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding)) for p in m.parameters()}
+    if rest := [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in owned]:
+        logger.warning("not in a linear layer, so left in full precision: %s", ", ".join(rest))
+    if hasattr(model, "config") and (said := quant.sherry_config("latent")):
+        model.config.sherry_config = said
     return list(turn)
+
+
+# What wrappers for distributed training and checkpointing put into the names of modules.
+_WRAPPED = re.compile(r"(^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.)")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, _Quantized]:
+    """The layers that `prepare` turned, by their names in the model; also of one that was wrapped since."""
+    return {_WRAPPED.sub("", name): m for name, m in model.named_modules() if isinstance(m, _Quantized)}
+
+
+def set_residual(model: nn.Module, residual: float, rescale: bool = False) -> None:
+    """Set λ of every layer (Sherry, Eq. 7); it acts in training only."""
+    for m in quantized_layers(model).values():
+        m.residual, m.rescale = residual, rescale

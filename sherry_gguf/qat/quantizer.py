@@ -1,4 +1,4 @@
-"""Sparse-AbsMean on tensors, with a straight-through gradient (Sherry, arXiv 2601.07892, Eq. 4 and 5)."""
+"""Fake quantization of weights with a straight-through gradient: Sparse-AbsMean, and what it is compared with."""
 
 from __future__ import annotations
 
@@ -6,56 +6,166 @@ import torch
 
 from sherry_gguf.ternary import GROUP, KEPT
 
-# bfloat16 is left out on purpose: its 8 significant bits cannot hold an fp16 scale.
-_DTYPES = (torch.float16, torch.float32, torch.float64)
+GRANULARITIES = ("per_group", "per_channel", "per_tensor")
+GROUP_SIZE = 128  # a TQ1_25 block's weights: what packs without loss
+TWN_THRESHOLD = 0.7  # of the mean magnitude
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_CHUNK = 1 << 22  # weights summed at a time, where they are summed in order
 
 
-def sparse_absmean(weight: torch.Tensor, group_size: int = 128) -> torch.Tensor:
-    """Fake-quantize `weight` to 3:4 sparse ternary; the gradient passes through unchanged.
+def fake_quantize(
+    weight: torch.Tensor,
+    method: str = "sherry",
+    granularity: str = "per_group",
+    group_size: int = GROUP_SIZE,
+    residual: float = 0.0,
+    rescale: bool = False,
+) -> torch.Tensor:
+    """T*a of `weight` by a method of `METHODS`, plus `residual` times the weight itself (Sherry, Eq. 7).
 
-    In each 4 consecutive inputs the smallest magnitude (the lowest lane among equals) becomes 0; the others become
-    +d or -d (negative where < 0), d being the mean magnitude of what is kept among `group_size` inputs, rounded once
-    to fp16. The result is bit for bit what `sherry_gguf.ternary.sparse_absmean` gives, so that what evaluation
-    computed is what a GGUF stores.
+    X·(T*a + λ·W) is X·T*a + λ·X·W with one product instead of two. The gradient is straight-through: that of the result
+    times 1 + λ, T*a counting as the identity.
+
+    Every scale is rounded once to fp16, so that what a GGUF stores is what was computed. In bfloat16 it is rounded
+    further, to the 8 significant bits that bfloat16 has, which fp16 holds as well.
 
     Args:
-        weight: (..., in_features), float16, float32 or float64; in_features a multiple of `group_size`.
-        group_size: inputs that share one scale; a multiple of 4.
+        weight: (out_features, in_features) in bfloat16, float16, float32 or float64.
+        method: `sherry` (Sparse-AbsMean), `absmean` (BitNet b1.58), `twn`, `binary`, or `full` (the weight as it is).
+        granularity: which weights share a scale: `per_group` of `group_size` inputs, `per_channel` (a row), `per_tensor`.
+        group_size: of per_group.
+        residual: λ of Arenas; 0 in evaluation.
+        rescale: divide by 1 + λ, so that the residual does not change the size of the result.
 
     Returns:
-        A tensor of the same shape, dtype and device. A group that holds NaN or infinity, or whose mean overflows fp16,
-        comes out non-finite, so that a training loss shows it; `export` refuses such a model.
+        A tensor of the same shape, dtype and device. Where the weights that share a scale hold NaN or infinity, or fp16
+        overflows, none of them but 0 is finite, so that a training loss shows it; `export` refuses such a model.
 
     Raises:
         TypeError: another dtype.
-        ValueError: `group_size` is no positive multiple of 4, or in_features none of `group_size`.
+        ValueError: an unknown method or granularity, or in_features that do not fit it.
     """
+    check(tuple(weight.shape), method, granularity, group_size)
     if weight.dtype not in _DTYPES:
-        raise TypeError(f"weight is {weight.dtype}: keep it in float32 (or float16, float64), which hold an fp16 scale")
-    if group_size <= 0 or group_size % GROUP:
+        raise TypeError(f"weight is {weight.dtype}: it must be one of {', '.join(map(str, _DTYPES))}")
+    if method == "full":
+        return weight
+    return _StraightThrough.apply(weight, method, scale_size(weight.shape, granularity, group_size), residual, rescale)
+
+
+def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int, name: str = "weight") -> None:
+    """Raises ValueError where `fake_quantize` cannot quantize a weight of such a shape; `name` is for the message."""
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity is {granularity!r}: it must be one of {', '.join(GRANULARITIES)}")
+    if method == "full":
+        return
+    if granularity == "per_group" and (group_size <= 0 or group_size % GROUP):
         raise ValueError(f"group_size is {group_size}: it must be a positive multiple of {GROUP}")
-    if weight.ndim == 0 or weight.shape[-1] % group_size:
-        raise ValueError(f"weight has shape {tuple(weight.shape)}: the last axis must be a multiple of {group_size}")
-    return _SparseAbsMean.apply(weight, group_size)
+    divisor = group_size if granularity == "per_group" else GROUP if method == "sherry" else 1
+    if len(shape) == 0 or shape[-1] % divisor:
+        raise ValueError(f"{name} has shape {shape}: its inputs (the last axis) must be a multiple of {divisor} for "
+                         f"{method} {granularity}")
 
 
-class _SparseAbsMean(torch.autograd.Function):
+def scale_size(shape: tuple[int, ...], granularity: str, group_size: int) -> int:
+    """Weights that share one scale."""
+    if granularity == "per_group":
+        return group_size
+    return shape[-1] if granularity == "per_channel" else torch.Size(shape).numel()
+
+
+def sparse_absmean(
+    weight: torch.Tensor, group_size: int = GROUP_SIZE, granularity: str = "per_group"
+) -> torch.Tensor:
+    """Fake-quantize `weight` to 3:4 sparse ternary (Sherry, arXiv 2601.07892, Eq. 4 and 5), straight-through.
+
+    In each 4 consecutive inputs the smallest magnitude (the lowest lane among equals) becomes 0; the others become
+    +d or -d (negative where < 0), d being the mean magnitude of what is kept of the weights that share it. The result
+    is bit for bit what `sherry_gguf.ternary.sparse_absmean` gives with its scale rounded to fp16. Arguments, result and
+    errors are those of `fake_quantize`.
+    """
+    return fake_quantize(weight, "sherry", granularity, group_size)
+
+
+class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, weight: torch.Tensor, group_size: int) -> torch.Tensor:
-        zero = _smallest_lane(weight.abs().reshape(-1, GROUP)).view(-1, group_size)
-        rows = weight.reshape(-1, group_size)
-        # cumsum, not sum: on the CPU it adds in order, as the reference does. A zeroed lane adds an exact 0.
-        total = rows.abs().masked_fill(zero, 0).cumsum(-1, dtype=torch.float64)[:, -1:]
-        d = _round_to_half(total / (group_size // GROUP * KEPT)).to(weight.dtype)
-        # + 0.0 turns -0.0 into 0.0, which counts as positive
-        return torch.copysign(d, rows + 0.0).masked_fill_(zero & d.isfinite(), 0).view(weight.shape)
+    def forward(ctx, weight: torch.Tensor, method: str, size: int, residual: float, rescale: bool) -> torch.Tensor:
+        ctx.factor = 1.0 if rescale else 1.0 + residual
+        quantized = _quantize(weight, method, size)
+        if residual:
+            quantized.add_(weight, alpha=residual)
+            if rescale:
+                quantized.div_(1.0 + residual)
+        return quantized
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor):
-        return grad, None
+        return (grad if ctx.factor == 1 else grad * ctx.factor), None, None, None, None
 
 
-def _smallest_lane(magnitude: torch.Tensor) -> torch.Tensor:
+def _quantize(weight: torch.Tensor, method: str, size: int) -> torch.Tensor:
+    rows = weight.reshape(-1, size).contiguous()  # reshape may leave a transposed weight as it is
+    if rows.dtype == torch.bfloat16:
+        rows = rows.float()
+    zero, d = METHODS[method](rows.abs())
+    d = _round_to_half(d).to(weight.dtype).to(rows.dtype)
+    # + 0.0 turns -0.0 into 0.0, which counts as positive
+    quantized = torch.copysign(d, rows + 0.0)
+    if zero is not None:
+        quantized.masked_fill_(zero, 0)
+    return quantized.to(weight.dtype).view(weight.shape)
+
+
+# A method takes magnitudes (n, size) and gives which of them become 0, bool (n, size) or None, and the scale, float64
+# (n, 1).
+
+
+def _sherry(magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    lanes = magnitude.view(-1, GROUP)
+    smallest = lanes.amin(-1, keepdim=True)
+    count = magnitude.shape[-1] // GROUP * KEPT
+    total = magnitude.sum(-1, keepdim=True, dtype=torch.float64)
+    total -= smallest.view(len(magnitude), -1).sum(-1, keepdim=True, dtype=torch.float64)
+    mean = total / count
+    if magnitude.device.type != "cpu":  # asking what follows would make a GPU wait; export quantizes on the CPU
+        return smallest_lane(lanes).view(magnitude.shape), mean
+    zero = lanes == smallest
+    if zero.count_nonzero() != len(lanes):  # equal magnitudes, or NaN
+        zero = smallest_lane(lanes)
+    zero = zero.view(magnitude.shape)
+    # The reference adds in order, which is slow here. Any order gives the same fp16 number, unless the sum is as near to
+    # the edge of a rounding as two sums may be to each other.
+    margin = mean * (4 * magnitude.shape[-1] * torch.finfo(torch.float64).eps)
+    unsure = _round_to_half(mean - margin) != _round_to_half(mean + margin)
+    for i in unsure.squeeze(-1).nonzero().squeeze(-1).tolist():
+        mean[i] = _sum_in_order(magnitude[i].masked_fill(zero[i], 0)) / count
+    return zero, mean
+
+
+def _absmean(magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """BitNet b1.58 (arXiv 2402.17764, Eq. 1 to 3): round(w / mean) clipped to -1..1, times the mean."""
+    mean = magnitude.mean(-1, keepdim=True, dtype=torch.float64)
+    return magnitude <= (mean / 2).to(magnitude.dtype), mean
+
+
+def _twn(magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ternary weight networks (arXiv 1605.04711): 0 below 0.7 of the mean, the mean of the others."""
+    zero = magnitude <= TWN_THRESHOLD * magnitude.mean(-1, keepdim=True)
+    kept = (~zero).sum(-1, keepdim=True).clamp_(min=1)
+    return zero, magnitude.masked_fill(zero, 0).sum(-1, keepdim=True, dtype=torch.float64) / kept
+
+
+def _binary(magnitude: torch.Tensor) -> tuple[None, torch.Tensor]:
+    """Binary weights (XNOR-Net, arXiv 1603.05279, Eq. 6): the sign times the mean."""
+    return None, magnitude.mean(-1, keepdim=True, dtype=torch.float64)
+
+
+METHODS = {"sherry": _sherry, "absmean": _absmean, "twn": _twn, "binary": _binary, "full": None}
+
+
+def smallest_lane(magnitude: torch.Tensor) -> torch.Tensor:
     """(n, 4) magnitudes -> (n, 4) bool, True at the smallest of each row, the first among equals.
 
     Comparisons of whole lanes: twice as fast as argmin and scatter over rows of four.
@@ -65,6 +175,14 @@ def _smallest_lane(magnitude: torch.Tensor) -> torch.Tensor:
     upper = torch.minimum(m2, m3) < torch.minimum(m0, m1)
     lane = torch.where(upper, fourth + torch.tensor(2, dtype=torch.int8, device=magnitude.device), second)
     return lane.unsqueeze(-1) == torch.arange(GROUP, dtype=torch.int8, device=magnitude.device)
+
+
+def _sum_in_order(x: torch.Tensor) -> torch.Tensor:
+    """(n,) -> float64 (); on the CPU cumsum adds in order."""
+    total = torch.zeros(1, dtype=torch.float64, device=x.device)
+    for part in x.split(_CHUNK):
+        total = torch.cat([total, part.double()]).cumsum(0)[-1:]
+    return total[0]
 
 
 def _round_to_half(x: torch.Tensor) -> torch.Tensor:

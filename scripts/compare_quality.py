@@ -1,0 +1,499 @@
+#!/usr/bin/env python3
+"""Train every method with one budget on this machine's Python standard library, and compare the held-out losses.
+
+Two settings: `pretrained`, quantization-aware training that starts from a trained full-precision model, as in the paper,
+and `scratch`. Fair by this order: for every method the learning rate is swept with seed 0, by factors of 2 until the best
+lies between two worse ones, and judged on one half of the held-out text; so are Arenas' settings. Then every method trains
+with fresh seeds at its best rate, and what is reported is their loss on the other half.
+
+Finished runs are kept in --work: an interrupted comparison goes on where it stopped, and a larger one reuses them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import fcntl
+import json
+import math
+import multiprocessing
+import os
+import platform
+import signal
+import statistics
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+# PyTorch's threads wait for each other by spinning, which beside other work makes a step five times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+EMBEDDING_STD = 0.1  # transformers' 0.02 costs 0.2 nats of held-out loss in runs this short
+WARMUP = 0.05  # share of the steps in which the learning rate rises
+EXTEND = 3  # times that a sweep is extended on either side, at most
+METHODS = {
+    "full": "full precision",
+    "absmean": "absmean ternary",
+    "twn": "TWN ternary",
+    "sherry": "Sherry without Arenas",
+    "arenas": "Sherry with Arenas",
+    "arenas-published": "Sherry, Arenas as published",
+    "binary": "binary",
+}
+PUBLISHED = dict(peak=1.0, warmup=0.1, decay="cosine", end=1.0, rescale=False)
+# Arenas' settings that are tried, each with what makes it differ from the published one.
+EXPLORED = [
+    dict(),
+    dict(peak=0.5),
+    dict(peak=0.25),
+    dict(peak=0.1),
+    dict(end=0.75),
+    dict(end=0.5),
+    dict(peak=0.25, end=0.5),
+    dict(warmup=0.0),
+    dict(decay="linear"),
+    dict(decay="exponential"),
+    dict(rescale=True),
+    dict(rescale=True, warmup=0.0, end=0.5),
+    dict(rescale=True, warmup=0.0, peak=4.0, end=0.5),
+    dict(rescale=True, warmup=0.0, peak=16.0, decay="exponential", end=0.5),
+]
+RATES = {"pretrained": (1e-3, 2e-3, 4e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
+RATES_FULL = {"pretrained": (2.5e-4, 5e-4, 1e-3), "scratch": (2e-3, 4e-3, 8e-3)}
+FINALISTS = 3  # of Arenas' settings explored, whose learning rate is swept
+
+
+class Stop(Exception):
+    """What a person can mend; the message says how."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run: all that its result depends on, besides the sizes in `Sizes`."""
+
+    setting: str
+    method: str  # of quantizer.METHODS
+    lr: float
+    seed: int
+    arenas: tuple[tuple[str, object], ...] = ()  # of Arenas, in order; () is without
+    steps: int = 0
+
+    def key(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def arenas(**changed) -> tuple[tuple[str, object], ...]:
+    return tuple(sorted((PUBLISHED | changed).items()))
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def train(run: Run, a: dict) -> dict:
+    """Train one run in this process; the losses (nats a token), the training's curve and its time in seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
+    import torch
+    import transformers
+    from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments
+
+    from sherry_gguf import qat
+    from sherry_gguf.qat.data import Blocks, mean_loss, pack
+
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(a["threads"])
+    torch.manual_seed(run.seed)
+    with np.load(Path(a["work"]) / "tokens.npz") as z:
+        blocks = pack(z["train"], a["context"], 1)
+        held_out = pack(z["held_out"], a["context"], 1)
+    held_out = np.random.default_rng(0).permutation(held_out)[: a["eval_blocks"] * 2]  # halves alike
+    if run.setting == "pretrained":
+        model = LlamaForCausalLM.from_pretrained(Path(a["work"]) / "base", dtype=torch.float32)
+    else:
+        heads = a["hidden"] // 64
+        model = LlamaForCausalLM(LlamaConfig(
+            vocab_size=a["vocab"], hidden_size=a["hidden"], intermediate_size=a["intermediate"],
+            num_hidden_layers=a["layers"], num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=64,
+            max_position_embeddings=a["context"], tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+            use_cache=False))
+        torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
+    qat.prepare(model, qat.QuantConfig(run.method))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args = TrainingArguments(
+        output_dir=str(Path(a["work"]) / "trainer"), max_steps=run.steps, per_device_train_batch_size=a["batch"],
+        learning_rate=run.lr, lr_scheduler_type="cosine", warmup_steps=round(run.steps * WARMUP), weight_decay=0.0,
+        adam_beta2=0.95, optim="adamw_torch_fused", bf16=a["bf16"], use_cpu=device == "cpu", seed=run.seed,
+        data_seed=1000 + run.seed, logging_steps=max(1, run.steps // 40), save_strategy="no", report_to="none",
+        disable_tqdm=True, dataloader_pin_memory=device == "cuda", average_tokens_across_devices=False)
+    monitor = qat.TrainingMonitor(max(2, run.steps // 20)) if run.method != "full" and run.seed else None
+    trainer = qat.SherryTrainer(model, args, train_dataset=Blocks(blocks), monitor=monitor,
+                                arenas=qat.Arenas(**dict(run.arenas)) if run.arenas else None)
+    trainer.remove_callback(PrinterCallback)
+    before = mean_loss(model, held_out[::2])
+    began = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - began
+    result = {
+        "run": dataclasses.asdict(run), "parameters": model.num_parameters(), "before": before,
+        "choice": mean_loss(model, held_out[::2]), "report": mean_loss(model, held_out[1::2]),
+        "seconds": round(seconds, 1), "curve": [
+            {k: round(v, 6) for k, v in entry.items() if isinstance(v, (int, float))}
+            for entry in trainer.state.log_history if "loss" in entry],
+    }  # fmt: skip
+    if run.setting == "base":
+        model.save_pretrained(Path(a["work"]) / "base")
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------- many runs
+
+
+class Runs:
+    """Runs, each trained once and kept in work/runs.jsonl."""
+
+    def __init__(self, a: argparse.Namespace):
+        self.a, self.path = a, a.work / "runs.jsonl"
+        self.done: dict[str, dict] = {}
+        if self.path.is_file():
+            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    result = json.loads(line)
+                    run = result["run"] | {"arenas": tuple(tuple(x) for x in result["run"]["arenas"])}
+                    self.done[Run(**run).key()] = result
+                except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off
+                    print(f"compare_quality: line {number} of {self.path} is damaged; that run is repeated", flush=True)
+
+    def __getitem__(self, run: Run) -> dict:
+        return self.done[run.key()]
+
+    def __contains__(self, run: Run) -> bool:
+        return run.key() in self.done
+
+    def need(self, runs: list[Run]) -> None:
+        """Train those that are not done yet, `jobs` at a time."""
+        wanted = [run for run in dict.fromkeys(runs) if run not in self]
+        if not wanted:
+            return
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.a).items()}
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(self.a.jobs, mp_context=context) as pool:
+            try:
+                futures = {pool.submit(train, run, settings): run for run in wanted}
+                for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
+                    result = future.result()
+                    self.done[futures[future].key()] = result
+                    with open(self.path, "a", encoding="utf-8") as f:
+                        f.write(json.dumps(result) + "\n")
+                    print(f"  {n} of {len(wanted)}: {describe(futures[future])}: {result['choice']:.4f}, "
+                          f"{result['seconds']:.0f} s", flush=True)
+            except BaseException:
+                for process in list(pool._processes.values()):  # they ignore the signal, and would train to the end
+                    process.kill()
+                raise
+
+
+def describe(run: Run) -> str:
+    text = f"{run.setting} {run.method} lr {run.lr:g} seed {run.seed}"
+    if run.arenas:
+        text += " Arenas" + arenas_text(run.arenas)
+    return text
+
+
+def arenas_text(settings: tuple) -> str:
+    """How it differs from the published settings."""
+    changed = [f"{k} {v}" for k, v in settings if PUBLISHED[k] != v]
+    return " " + ", ".join(changed) if changed else " as published"
+
+
+class Sweep:
+    """The learning rate of one method in one setting, by factors of 2 until the best has a worse one on either side."""
+
+    def __init__(self, runs: Runs, template: Run, rates: tuple[float, ...]):
+        self.runs, self.template, self.rates = runs, template, sorted(rates)
+        self.first = tuple(self.rates)
+
+    def run(self, lr: float) -> Run:
+        return dataclasses.replace(self.template, lr=lr)
+
+    def best(self) -> float:
+        """The rate of the lowest loss on the half of the text that is for choices."""
+        return min(self.rates, key=lambda lr: self.loss(lr))
+
+    def loss(self, lr: float) -> float:
+        loss = self.runs[self.run(lr)]["choice"]
+        return loss if math.isfinite(loss) else math.inf
+
+    def wanted(self) -> list[Run]:
+        """What is still to be trained; [] where the sweep is complete."""
+        if missing := [r for r in map(self.run, self.rates) if r not in self.runs]:
+            return missing
+        best = self.best()
+        lower, higher = self.first[0] / 2**EXTEND, self.first[-1] * 2**EXTEND
+        if best == self.rates[0] and best / 2 >= lower:
+            self.rates.insert(0, best / 2)
+        elif best == self.rates[-1] and best * 2 <= higher:
+            self.rates.append(best * 2)
+        else:
+            return []
+        return self.wanted()
+
+
+def complete(sweeps: list[Sweep]) -> None:
+    while wanted := [run for sweep in sweeps for run in sweep.wanted()]:
+        sweeps[0].runs.need(wanted)
+
+
+def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
+    """All runs of one setting; what `report` shows of it."""
+    published = arenas()
+    templates = {m: Run(setting, "sherry" if m.startswith("arenas") else m, 0.0, 0, (), a.steps) for m in METHODS}
+    templates["arenas-published"] = dataclasses.replace(templates["sherry"], arenas=published)
+    sweeps = {m: Sweep(runs, t, RATES_FULL[setting] if m == "full" else RATES[setting])
+              for m, t in templates.items() if m != "arenas"}  # fmt: skip
+    print(f"{setting}: learning rates", flush=True)
+    complete(list(sweeps.values()))
+
+    lr = sweeps["sherry"].best()
+    print(f"{setting}: Arenas' settings, at Sherry's best rate {lr:g}", flush=True)
+    explored = [Run(setting, "sherry", lr, 0, arenas(**changed), a.steps) for changed in EXPLORED]
+    runs.need(explored)
+    explored.sort(key=lambda run: runs[run]["choice"])
+    finals = [Sweep(runs, dataclasses.replace(run, lr=0.0), (lr / 2, lr, lr * 2)) for run in explored[:FINALISTS]]
+    complete(finals)
+    sweeps["arenas"] = min(finals, key=lambda sweep: sweep.loss(sweep.best()))
+
+    print(f"{setting}: seeds 1 to {a.seeds} at each method's best rate", flush=True)
+    reported = {m: [dataclasses.replace(s.run(s.best()), seed=seed) for seed in range(1, a.seeds + 1)]
+                for m, s in sweeps.items()}  # fmt: skip
+    # one seed of every method before the next: a comparison that is cut off has whole rows
+    runs.need([reported[m][i] for i in range(a.seeds) for m in METHODS])
+    return {
+        "before": runs[reported["sherry"][0]]["before"],
+        "methods": {m: {
+            "lr": sweeps[m].best(), "arenas": dict(sweeps[m].template.arenas),
+            "sweep": {f"{lr:g}": runs[sweeps[m].run(lr)]["choice"] for lr in sweeps[m].rates},
+            "losses": [runs[run]["report"] for run in reported[m]],
+            "seconds": statistics.median(runs[run]["seconds"] for run in reported[m]),
+            "curve": runs[reported[m][0]]["curve"],
+        } for m in METHODS},
+        "explored": [{"arenas": dict(run.arenas), "loss": runs[run]["choice"]} for run in explored],
+        "without": runs[sweeps["sherry"].run(lr)]["choice"],
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+def report(results: dict, out: Path) -> None:
+    """Writes out.json, out.md and out.png."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(table(results), encoding="utf-8")
+    plot(results, out.with_suffix(".png"))
+
+
+def table(results: dict) -> str:
+    a = results["sizes"]
+    text = f"""# Held-out loss by method
+
+{results['parameters'] / 1e6:.1f} M parameters ({a['layers']} layers, hidden {a['hidden']}, {a['vocab']} tokens of vocabulary), \
+{results['tokens'] / 1e6:.1f} M tokens of Python's standard library, {results['machine']}. A step is {a['batch']} x {a['context']} \
+tokens. Loss in nats a token, on {results['held_out']} held-out tokens; mean and standard deviation of {a['seeds']} seeds that no \
+choice was made on.
+""".replace("\\\n", "")
+    for setting, r in results["settings"].items():
+        begin = (f"from a full-precision model of {a['base_steps']} steps (loss {results['base']['report']:.4f})"
+                 if setting == "pretrained" else "from scratch")  # fmt: skip
+        text += f"\n## {setting}: {a['steps']} steps {begin}\n\n"
+        text += "| method | learning rate | held-out loss | against absmean | each seed | s |\n|---|---|---|---|---|---|\n"
+        reference = statistics.mean(r["methods"]["absmean"]["losses"])
+        for m, row in sorted(r["methods"].items(), key=lambda x: statistics.mean(x[1]["losses"])):
+            mean, name = statistics.mean(row["losses"]), METHODS[m]
+            if m == "arenas":
+                name += f" ({arenas_text(tuple(sorted(row['arenas'].items()))).strip()})"
+            deviation = f" ± {statistics.stdev(row['losses']):.4f}" if len(row["losses"]) > 1 else ""
+            text += (f"| {name} | {row['lr']:g} | {mean:.4f}{deviation} | {mean / reference - 1:+.2%} | "
+                     f"{', '.join(f'{x:.4f}' for x in row['losses'])} | {row['seconds']:.0f} |\n")  # fmt: skip
+        text += "\nLearning rates, seed 0, on the half of the text that choices are made on:\n\n"
+        rates = sorted({float(lr) for row in r["methods"].values() for lr in row["sweep"]})
+        text += f"| method | {' | '.join(f'{lr:g}' for lr in rates)} |\n|---|{'---|' * len(rates)}\n"
+        for m, row in r["methods"].items():
+            cells = (row["sweep"].get(f"{lr:g}") for lr in rates)
+            best = min(row["sweep"].values())
+            text += f"| {METHODS[m]} | {' | '.join('' if x is None else f'**{x:.4f}**' if x == best else f'{x:.4f}' for x in cells)} |\n"
+        lr = r["methods"]["sherry"]["lr"]
+        text += (f"\nArenas' settings, seed 0, at learning rate {lr:g}, by what differs from the published ones (peak 1, "
+                 f"warmup 0.1, cosine, end 1); without Arenas {r['without']:.4f}:\n\n| settings | loss | against without |\n|---|---|---|\n")  # fmt: skip
+        for row in r["explored"]:
+            settings = arenas_text(tuple(sorted(row["arenas"].items()))).strip()
+            text += f"| {settings} | {row['loss']:.4f} | {row['loss'] / r['without'] - 1:+.2%} |\n"
+    return text
+
+
+def plot(results: dict, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    settings = results["settings"]
+    color = dict(zip(METHODS, plt.get_cmap("tab10").colors))
+    figure, axes = plt.subplots(len(settings), 3, figsize=(15, 4.4 * len(settings)), squeeze=False)
+    for (setting, r), (dots, curves, state) in zip(settings.items(), axes):
+        order = sorted(METHODS, key=lambda m: -statistics.mean(r["methods"][m]["losses"]))
+        for y, m in enumerate(order):
+            losses = r["methods"][m]["losses"]
+            dots.plot(losses, [y] * len(losses), "o", color=color[m], alpha=0.6)
+            dots.plot(statistics.mean(losses), y, "|", color=color[m], markersize=18, markeredgewidth=2)
+        dots.set_yticks(range(len(order)), [METHODS[m] for m in order])
+        dots.set_xlabel("held-out loss, nats a token (dots: seeds)")
+        dots.set_title(f"{setting}, each at its best learning rate")
+        dots.grid(axis="x", alpha=0.3)
+        for m, row in r["methods"].items():
+            curve = row["curve"][len(row["curve"]) // 8 :]
+            curves.plot([c["step"] for c in curve], [c["loss"] for c in curve], color=color[m], label=METHODS[m], lw=1.2)
+        curves.set_xlabel("step")
+        curves.set_title("training loss, seed 1")
+        curves.legend(fontsize=8)
+        second = state.twinx()
+        for m in "sherry", "arenas", "arenas-published":
+            looks = [c for c in r["methods"][m]["curve"] if "gradient_rank" in c]
+            steps = [c["step"] for c in looks]
+            state.plot(steps, [c["gradient_rank"] for c in looks], color=color[m], lw=1.4, label=METHODS[m])
+            second.plot(steps, [100 * c["flips"] for c in looks], color=color[m], lw=1, ls=":")
+        state.set_xlabel("step")
+        state.set_ylabel("effective rank of gradients (lines)")
+        second.set_ylabel("ternary values changed a step, % (dots)")
+        second.set_yscale("log")
+        state.set_title("state of training, seed 1")
+        state.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=80)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------------------------- main
+
+
+def prepare(a: argparse.Namespace) -> dict:
+    """Tokens and the pretrained model in the work directory; figures of them for the report."""
+    import python_corpus
+
+    a.work.mkdir(parents=True, exist_ok=True)
+    sizes = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()
+             if k not in ("out", "work", "jobs", "threads", "seeds", "settings", "steps")}  # fmt: skip
+    mark = a.work / "sizes.json"
+    if mark.is_file():
+        then = json.loads(mark.read_text(encoding="utf-8"))
+        if other := ", ".join(f"{k}: {then.get(k)} then, {v} now" for k, v in sizes.items() if then.get(k) != v):
+            raise Stop(f"{a.work} was begun with other settings ({other}): choose another --work, or remove it")
+    tokens = a.work / "tokens.npz"
+    if not tokens.is_file():
+        train_texts, held_out = python_corpus.read(a.corpus, a.corpus_bytes, everything=True)
+        model = python_corpus.train_tokenizer(train_texts, a.vocab)
+        (a.work / "tokenizer.model").write_bytes(model)
+        part = a.work / "part.npz"
+        np.savez(part, train=python_corpus.encode(model, train_texts), held_out=python_corpus.encode(model, held_out))
+        os.replace(part, tokens)
+    mark.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    with np.load(tokens) as z:
+        size, held_out = len(z["train"]), len(z["held_out"]) // (a.context - 1)
+    if held_out < 2 or size < a.batch * a.context:
+        raise Stop(f"{a.corpus} gives {size} tokens to train on and {held_out} held-out blocks: use a larger --corpus")
+    figures = {"tokens": size, "held_out": min(a.eval_blocks, held_out // 2) * (a.context - 1)}
+    if "pretrained" in a.settings:
+        base = Run("base", "full", a.base_lr, 0, (), a.base_steps)
+        if not (a.work / "base.json").is_file():
+            print(f"pretrained: the full-precision model, {a.base_steps} steps", flush=True)
+            with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()}
+                result = pool.submit(train, base, settings | {"threads": a.jobs * a.threads}).result()
+            (a.work / "base.json").write_text(json.dumps(result), encoding="utf-8")
+        figures["base"] = json.loads((a.work / "base.json").read_text(encoding="utf-8"))
+        print(f"pretrained: the full-precision model has a held-out loss of {figures['base']['report']:.4f}", flush=True)
+    return figures
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--out", type=Path, default=ROOT / "scripts/results/quality", help="writes OUT.md, .json and .png")
+    p.add_argument("--work", type=Path, default=ROOT / "build/quality", help="directory for tokens and finished runs")
+    p.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")), help="directory of .py files")
+    p.add_argument("--corpus-bytes", type=int, default=60_000_000, help="read at most so much of it")
+    p.add_argument("--settings", default="pretrained,scratch", help="which to compare in")
+    p.add_argument("--vocab", type=int, default=2048, help="pieces of the tokenizer")
+    p.add_argument("--layers", type=int, default=4)
+    p.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
+    p.add_argument("--intermediate", type=int, default=768, help="a multiple of 128")
+    p.add_argument("--context", type=int, default=128, help="tokens of a sequence")
+    p.add_argument("--batch", type=int, default=16, help="sequences of a step")
+    p.add_argument("--steps", type=int, default=500, help="of every run")
+    p.add_argument("--base-steps", type=int, default=3000, help="of the full-precision model that `pretrained` starts from")
+    p.add_argument("--base-lr", type=float, default=3e-3)
+    p.add_argument("--seeds", type=int, default=3, help="that are reported")
+    p.add_argument("--eval-blocks", type=int, default=256, help="held-out sequences for choices, and as many to report")
+    p.add_argument("--jobs", type=int, default=1 if gpu() else os.cpu_count(), help="runs at a time")
+    p.add_argument("--threads", type=int, default=1, help="of each")
+    p.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
+    a = p.parse_args(argv)
+    a.settings = [s for s in a.settings.split(",") if s]
+    if unknown := set(a.settings) - set(RATES):
+        p.error(f"--settings {', '.join(sorted(unknown))}: choose of {', '.join(RATES)}")
+    for name in "hidden", "intermediate":
+        if getattr(a, name) % 128 or getattr(a, name) <= 0:
+            p.error(f"--{name} {getattr(a, name)}: it must be a multiple of 128, a block's weights")
+    return a
+
+
+def gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def machine() -> str:
+    if gpu():
+        import torch
+
+        return torch.cuda.get_device_name()
+    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
+                platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()  # fmt: skip
+    return f"{os.cpu_count()} cores of an {name}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    a = parse(argv)
+    from python_corpus import CorpusError
+
+    try:
+        a.work.mkdir(parents=True, exist_ok=True)
+        with open(a.work / "lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise Stop(f"another comparison is running in {a.work}: wait for it, or choose another --work") from None
+            figures = prepare(a)
+            runs = Runs(a)
+            results = {"sizes": {k: v for k, v in vars(a).items() if isinstance(v, int)}, "machine": machine(), **figures,
+                       "settings": {}}  # fmt: skip
+            for setting in a.settings:
+                results["settings"][setting] = compare(runs, setting, a)
+                results["parameters"] = next(iter(runs.done.values()))["parameters"]
+                report(results, a.out)
+    except (Stop, CorpusError, OSError) as e:
+        print(f"compare_quality: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("compare_quality: interrupted; run the same command again to go on", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print(f"wrote {a.out.with_suffix('.md')}, .json and .png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

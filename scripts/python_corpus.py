@@ -1,0 +1,81 @@
+"""Text that every machine has: the Python standard library's source, and a sentencepiece tokenizer trained on it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+from transformers import LlamaTokenizer
+
+BOS, EOS = 1, 2
+FOREIGN = {"__pycache__", "dist-packages", "site-packages"}
+SKIPPED = {"distutils", "encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "tkinter", "turtledemo"}
+HELD_OUT = 20  # one file in so many
+SMALLEST = 100_000  # bytes
+
+
+class CorpusError(Exception):
+    """What a person can mend; the message says how."""
+
+
+def read(directory: Path, limit: int, everything: bool = False) -> tuple[list[str], list[str]]:
+    """The texts to train on, and the held-out ones: at most `limit` bytes of the .py files below a directory.
+
+    `everything` takes tests, tables and the like as well: three times as much text, and less alike.
+
+    Raises CorpusError if there is none, or too little in it.
+    """
+    if not directory.is_dir():
+        raise CorpusError(f"--corpus {directory}: no such directory")
+    texts, size = [], 0
+    skipped = FOREIGN if everything else FOREIGN | SKIPPED
+    for path in sorted(directory.rglob("*.py")):
+        parts = path.relative_to(directory).parts
+        if skipped & set(parts[:-1]) or path.name.startswith("_sysconfigdata"):
+            continue
+        try:
+            text, length = path.read_text(encoding="utf-8"), path.stat().st_size
+        except (UnicodeDecodeError, OSError):
+            continue
+        if size + length > limit:
+            break
+        texts.append(text)
+        size += length
+    if size < SMALLEST:
+        raise CorpusError(f"{directory} holds {size} bytes of usable .py files, too few to train on: name another --corpus")
+    return [t for i, t in enumerate(texts) if i % HELD_OUT], texts[::HELD_OUT]
+
+
+def train_tokenizer(texts: list[str], vocab: int) -> bytes:
+    """A sentencepiece BPE model that keeps every character, and that llama.cpp's tokenizer agrees with.
+
+    Lines are its sentences, so a newline is always the byte piece <0x0A>; runs of spaces are pieces of their own.
+    Raises CorpusError if the texts do not give so many pieces.
+    """
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=(line for text in texts for line in text.split("\n") if line), model_writer=model,
+            model_type="bpe", vocab_size=vocab, byte_fallback=True, character_coverage=0.9999, split_digits=True,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True, unk_id=0, bos_id=BOS, eos_id=EOS, pad_id=-1, minloglevel=2)
+    except RuntimeError as e:
+        raise CorpusError(f"sentencepiece made no tokenizer of {vocab} pieces: {e}") from None
+    return model.getvalue()
+
+
+def hf_tokenizer(model: Path, context: int) -> LlamaTokenizer:
+    """The Hugging Face tokenizer of a sentencepiece model file."""
+    tokenizer = LlamaTokenizer(str(model), legacy=True, add_prefix_space=False, model_max_length=context,
+                               clean_up_tokenization_spaces=False)
+    # A chat program that gets this template continues the user's text, which is all that a base model can do.
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    return tokenizer
+
+
+def encode(model: bytes, texts: list[str]) -> np.ndarray:
+    """uint16 (tokens,): the texts one after the other, each with its end."""
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return np.concatenate([[*ids, EOS] for ids in pieces.encode(texts)]).astype(np.uint16)

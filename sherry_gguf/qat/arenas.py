@@ -1,0 +1,101 @@
+"""Arenas: the annealed residual λ·X·W beside the quantized product (Sherry, Eq. 7), by optimizer steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from .linear import quantized_layers, set_residual
+
+DECAYS = {  # of the way through the decay, 0 to 1, to the share of the peak that is left
+    "cosine": lambda t: 0.5 + 0.5 * math.cos(math.pi * t),
+    "linear": lambda t: 1 - t,
+    "exponential": lambda t: (math.exp(-5 * t) - math.exp(-5)) / (1 - math.exp(-5)),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Arenas:
+    """λ as a function of the training's progress. Raises ValueError for settings that make no schedule.
+
+    Attributes:
+        peak: the highest λ; 0 is training without Arenas. The published value is 1.
+        warmup: share of the optimizer steps in which λ rises linearly from 0 to the peak; 0 starts at the peak.
+        decay: how it falls to 0 after that: `cosine` (half a period), `linear`, or `exponential` (by e^5).
+        end: share of the optimizer steps at which it reaches 0.
+        rescale: divide the layers' products by 1 + λ, so that their size does not follow λ. Not in the paper.
+    """
+
+    peak: float = 1.0
+    warmup: float = 0.1
+    decay: str = "cosine"
+    end: float = 1.0
+    rescale: bool = False
+
+    def __post_init__(self):
+        if self.decay not in DECAYS:
+            raise ValueError(f"Arenas' decay is {self.decay!r}: it must be one of {', '.join(DECAYS)}")
+        if not (self.peak >= 0 and math.isfinite(self.peak)):
+            raise ValueError(f"Arenas' peak is {self.peak}: it must be 0 or greater")
+        if not 0 <= self.warmup < self.end <= 1:
+            raise ValueError(f"Arenas' warmup is {self.warmup} and its end {self.end}: 0 <= warmup < end <= 1 must hold")
+
+    def at(self, step: int, steps: int) -> float:
+        """λ in optimizer step `step` of `steps`, counted from 0."""
+        progress = step / steps
+        if progress < self.warmup:
+            return self.peak * progress / self.warmup
+        if progress >= self.end:
+            return 0.0
+        return self.peak * DECAYS[self.decay]((progress - self.warmup) / (self.end - self.warmup))
+
+
+class ArenasCallback(TrainerCallback, ExportableState):
+    """Drives λ of a model that went through `prepare`, in a Hugging Face Trainer.
+
+    It counts the Trainer's optimizer steps, so gradient accumulation and checkpointing do not move the schedule. Its
+    settings and λ are in trainer_state.json of each checkpoint; training resumes at the λ of its step, and refuses to
+    with other settings. After training λ is 0.
+    """
+
+    def __init__(self, arenas: Arenas = Arenas()):
+        self.arenas = arenas
+        self.residual = 0.0
+        self.steps = 0
+
+    def state(self) -> dict:
+        return {"args": dataclasses.asdict(self.arenas), "attributes": {"residual": self.residual, "steps": self.steps}}
+
+    @classmethod
+    def from_state(cls, state: dict) -> ArenasCallback:
+        callback = cls(Arenas(**state["args"]))
+        callback.residual, callback.steps = state["attributes"]["residual"], state["attributes"]["steps"]
+        return callback
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        """Raises ValueError if the model has no layer to drive, or the checkpoint resumed from had other settings."""
+        if not quantized_layers(model):
+            raise ValueError("Arenas has nothing to act on: call prepare(model) before the Trainer is made")
+        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        if isinstance(saved, dict) and saved["attributes"]["steps"]:
+            then, now = saved["args"] | {"steps": saved["attributes"]["steps"]}, self.state()["args"]
+            now["steps"] = state.max_steps
+            if other := ", ".join(f"{k} {then[k]}, now {now[k]}" for k in now if then[k] != now[k]):
+                raise ValueError(f"the checkpoint was trained with other settings of Arenas ({other}): give the same ones, "
+                                 "or start again from its weights")
+        self.steps = state.max_steps
+        self._set(model, state.global_step)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self._set(model, state.global_step)
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        self.residual = 0.0
+        set_residual(model, 0.0)
+
+    def _set(self, model, step: int) -> None:
+        self.residual = self.arenas.at(step, self.steps)
+        set_residual(model, self.residual, self.arenas.rescale)

@@ -1,0 +1,48 @@
+"""Tokens as training and evaluation take them: blocks of one length, each beginning as a prompt does."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+
+def pack(ids: np.ndarray, context: int, bos: int | None) -> np.ndarray:
+    """A stream of tokens (n,) as blocks (m, context) of the same dtype, each after a BOS; what is left over is dropped.
+
+    llama.cpp's tools begin every context with BOS as well, where the model has one. Raises ValueError for a context
+    that has no room for a token to predict.
+    """
+    step = context - (bos is not None)
+    if context < 2:
+        raise ValueError(f"a context of {context} tokens has nothing to predict: use 2 or more")
+    blocks = ids[: len(ids) // step * step].reshape(-1, step)
+    if bos is None:
+        return blocks
+    return np.concatenate([np.full((len(blocks), 1), bos, ids.dtype), blocks], axis=1)
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Blocks (m, context) of tokens as a data set for a Trainer: each is its own label."""
+
+    def __init__(self, blocks: np.ndarray):
+        self.blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        ids = torch.from_numpy(self.blocks[i].astype(np.int64))
+        return {"input_ids": ids, "labels": ids}
+
+
+@torch.no_grad()
+def mean_loss(model, blocks: np.ndarray, batch: int = 8) -> float:
+    """Mean loss in nats a token over blocks (m, context), with the model in evaluation mode and as precise as it is."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    total = 0.0
+    for i in range(0, len(blocks), batch):
+        ids = torch.from_numpy(blocks[i : i + batch].astype(np.int64)).to(device)
+        total += model(input_ids=ids, labels=ids).loss.item() * len(ids)
+    model.train(training)
+    return total / len(blocks)

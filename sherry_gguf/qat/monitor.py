@@ -1,0 +1,140 @@
+"""What training does to the weights: effective rank, nearness to a boundary, flips. Shows weight trapping (Sherry, 3.2)."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from transformers import TrainerCallback
+
+from sherry_gguf.ternary import GROUP
+
+from .linear import quantized_layers
+from .quantizer import scale_size
+
+ROWS = 4096  # tokens of activations that are looked at, at most
+NEAR = 0.1  # of the scale: what counts as near a boundary
+
+
+def effective_rank(x: torch.Tensor) -> float:
+    """exp of the entropy of the singular values of x (m, n), normalized to a sum of 1 (Roy and Vetterli, 2007).
+
+    Between 0 (x is zero) and min(m, n). NaN where x is not finite.
+    """
+    x = x.detach().float()
+    if not torch.isfinite(x).all():
+        return float("nan")
+    s = torch.linalg.svdvals(x).double()
+    if not s.sum():
+        return 0.0
+    p = s / s.sum()
+    return torch.exp(torch.special.entr(p).sum()).item()
+
+
+def near_zeroing(weight: torch.Tensor, scale: torch.Tensor) -> float:
+    """Share of groups of four in which a step of `NEAR` scales could choose another zero.
+
+    weight: (n, size) latent; scale: (n, 1) of each row. Two smallest magnitudes that differ by less count as near.
+    """
+    two = weight.abs().view(len(weight), -1, GROUP).sort(-1).values[..., :2]
+    return (two[..., 1] - two[..., 0] < NEAR * scale).float().mean().item()
+
+
+class TrainingMonitor(TrainerCallback):
+    """Looks at one optimizer step in `every`, through the layers' own forward pass: there weights are whole under FSDP too.
+
+    `latest` holds the means over the layers looked at, of the last step that was, for SherryTrainer to log:
+
+        gradient_rank      effective rank of the loss's gradient by the used weight (one micro-batch, this process)
+        activation_rank    effective rank of the layers' input (at most `ROWS` tokens of it)
+        near_zeroing       share of groups of four near another choice of the zero
+        near_sign          share of latent weights within `NEAR` scales of 0
+        flips              share of weights whose ternary value changed in the optimizer step
+        sign_flips         share that went from + to - or back
+
+    A rank that falls, and weights that are rarely near a boundary and do not flip any more, are the trap.
+
+    Args:
+        every: optimizer steps between two looks, at least 2; each costs a singular value decomposition a layer.
+        only: regular expression; looks only at layers whose name it finds.
+        layers: at most so many, spread evenly.
+    """
+
+    def __init__(self, every: int = 50, only: str = "", layers: int = 8):
+        if every < 2 or layers < 1:
+            raise ValueError(f"every is {every} and layers {layers}: at least 2 and 1")
+        self.every, self.only, self.layers = every, only, layers
+        self.latest: dict[str, float] = {}
+        self._looks: dict[str, _Look] = {}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        found = {name: m for name, m in quantized_layers(model).items() if re.search(self.only, name)}
+        if not found:
+            raise ValueError(f"the model has no quantized layer {self.only!r} to monitor: call prepare(model) first")
+        names = list(found)
+        n = min(self.layers, len(names))
+        self._looks = {names[i * len(names) // n]: _Look() for i in range(n)}
+        self._modules = {name: found[name] for name in self._looks}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        for name, look in self._looks.items():
+            first = state.global_step % self.every == 0 and state.global_step + 1 < state.max_steps
+            second = look.before is not None
+            self._modules[name].probe = look.first if first else look.second if second else None
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        for module in self._modules.values():
+            module.probe = None
+        looks = [look for look in self._looks.values() if look.flips is not None]
+        if looks:
+            keys = looks[0].figures.keys() | looks[0].flips.keys()
+            figures = [look.figures | look.flips for look in looks]
+            self.latest = {k: sum(f[k] for f in figures) / len(figures) for k in sorted(keys)}
+            for look in looks:
+                look.clear()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for module in self._modules.values():
+            module.probe = None
+
+
+class _Look:
+    """At one layer, in two optimizer steps that follow each other."""
+
+    def __init__(self):
+        self.clear()
+
+    def clear(self) -> None:
+        self.figures: dict[str, float] = {}
+        self.flips: dict[str, float] | None = None
+        self.before: torch.Tensor | None = None  # int8 (out, in), the ternary values
+
+    def first(self, layer, x: torch.Tensor, used: torch.Tensor) -> None:
+        if used.requires_grad and "gradient_rank" not in self.figures:  # not in checkpointing's first, gradientless pass
+            self.figures["gradient_rank"] = 0.0
+            used.register_hook(self._gradient)
+        if self.before is not None:
+            return
+        weight, ternary, scale = _ternary(layer)
+        self.before = ternary
+        self.figures["activation_rank"] = effective_rank(x.reshape(-1, x.shape[-1])[:ROWS])
+        self.figures["near_zeroing"] = near_zeroing(weight, scale)
+        self.figures["near_sign"] = (weight.abs() < NEAR * scale).float().mean().item()
+
+    def _gradient(self, gradient: torch.Tensor) -> None:
+        self.figures["gradient_rank"] = effective_rank(gradient)
+
+    def second(self, layer, x: torch.Tensor, used: torch.Tensor) -> None:
+        if self.flips is None:
+            now = _ternary(layer)[1]
+            self.flips = {"flips": (now != self.before).float().mean().item(),
+                          "sign_flips": (now * self.before < 0).float().mean().item()}  # fmt: skip
+
+
+@torch.no_grad()
+def _ternary(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The layer's latent weight (n, size), its ternary values int8 (n, size) and scales (n, 1)."""
+    latent = layer.rows(layer.weight)
+    size = scale_size(latent.shape, layer.quant.granularity, layer.quant.group_size)
+    quantized = layer.rows(layer.quantized_weight()).reshape(-1, size)
+    return latent.reshape(-1, size).float(), quantized.sign().to(torch.int8), quantized.abs().amax(-1, keepdim=True)

@@ -1,0 +1,120 @@
+"""A Hugging Face Trainer for quantized models: Arenas, monitoring, distillation, export."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel, Trainer
+
+from .arenas import Arenas, ArenasCallback
+from .export import export
+from .monitor import TrainingMonitor
+
+
+class SherryTrainer(Trainer):
+    """`transformers.Trainer` for a model that went through `prepare`; torchrun, Accelerate, FSDP and DeepSpeed as usual.
+
+    Args:
+        arenas: the schedule of λ; None trains without.
+        monitor: a TrainingMonitor whose figures go into the logs; None looks at nothing.
+        teacher: a causal language model of the same vocabulary to learn from.
+        distill: share of the teacher in the loss: (1 - distill) * cross entropy + distill * T² * KL(teacher, model).
+        temperature: T, by which both models' logits are divided in the KL divergence.
+        The others are Trainer's.
+
+    Raises:
+        ValueError: a teacher of another vocabulary, or a share that is not within 0 and 1.
+    """
+
+    def __init__(
+        self,
+        *args,
+        arenas: Arenas | None = None,
+        monitor: TrainingMonitor | None = None,
+        teacher: PreTrainedModel | None = None,
+        distill: float = 0.5,
+        temperature: float = 1.0,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        if not 0 <= distill <= 1 or temperature <= 0:
+            raise ValueError(f"distill is {distill} and temperature {temperature}: a share within 0 and 1, and above 0")
+        if teacher is not None and (n := teacher.config.get_text_config().vocab_size) != (
+            m := self.model.config.get_text_config().vocab_size
+        ):
+            raise ValueError(f"the teacher has {n} tokens, the model {m}: distillation needs the same vocabulary")
+        self.arenas = ArenasCallback(arenas) if arenas is not None and arenas.peak else None
+        self.monitor = monitor
+        for callback in self.arenas, monitor:
+            if callback is not None:
+                self.add_callback(callback)
+        self.distill, self.temperature = distill, temperature
+        self.teacher = None
+        if teacher is not None:
+            teacher.eval().requires_grad_(False)
+            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if self.teacher is None or not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs["labels"]
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        with torch.no_grad():
+            wanted = self.teacher(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        kept = labels[:, 1:] != -100
+        student = (outputs.logits[:, :-1][kept] / self.temperature).float().log_softmax(-1)
+        wanted = (wanted[:, :-1][kept] / self.temperature).float().log_softmax(-1)
+        kl = torch.nn.functional.kl_div(student, wanted, reduction="sum", log_target=True) * self.temperature**2
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # as the cross entropy was
+            kl = kl / num_items_in_batch
+            if self.args.average_tokens_across_devices:
+                kl = kl * self.accelerator.num_processes
+        else:
+            kl = kl / kept.sum().clamp(min=1)
+        loss = (1 - self.distill) * loss + self.distill * kl
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:  # of a training step, not of an evaluation
+            if self.arenas is not None:
+                logs["residual"] = self.arenas.residual
+            if self.monitor is not None:
+                logs.update(self.monitor.latest)
+                self.monitor.latest = {}
+        super().log(logs, start_time)
+
+    def export(self, directory: str | os.PathLike, dtype: torch.dtype = torch.float16) -> Path:
+        """`export` of the model as trained, in whatever way it is spread over processes; all of them must call it.
+
+        Returns the directory, which is complete when any process returns. Raises what `export` does, in every process.
+        """
+        spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        state = self.accelerator.get_state_dict(self.model_wrapped) if spread else None
+        error = [None]
+        if self.is_world_process_zero():
+            try:
+                export(self.accelerator.unwrap_model(self.model), directory, self.processing_class, dtype, state)
+            except Exception as e:
+                error[0] = e
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(error, device=self.args.device)
+        if error[0] is not None:
+            raise error[0]
+        return Path(directory)
+
+
+def bf16_is_faster() -> bool:
+    """Whether bfloat16 products are faster on this CPU: measured, as CPUs without instructions for them emulate them."""
+    times = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype)
+        runs = []
+        for _ in range(5):
+            began = time.perf_counter()
+            x @ w
+            runs.append(time.perf_counter() - began)
+        times[dtype] = min(runs)
+    return times[torch.bfloat16] < 0.8 * times[torch.float32]
