@@ -470,6 +470,7 @@ def main(argv: list[str] | None = None) -> int:
     a = parse(argv)
     from python_corpus import CorpusError
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers too
     try:
         a.work.mkdir(parents=True, exist_ok=True)
         with open(a.work / "lock", "w") as lock:

@@ -49,7 +49,7 @@ from transformers import (
 
 from sherry_gguf import qat
 from sherry_gguf.qat.arenas import DECAYS
-from sherry_gguf.qat.data import mean_loss, pack
+from sherry_gguf.qat.data import labelled, mean_loss, pack
 from sherry_gguf.qat.linear import KEEP
 from sherry_gguf.qat.quantizer import GRANULARITIES, GROUP_SIZE, METHODS
 
@@ -108,7 +108,11 @@ class Arguments(TrainingArguments):
     logging_steps: float = dataclasses.field(default=10, metadata={"help": "steps between two log entries"})
     save_total_limit: int = dataclasses.field(default=2, metadata={"help": "checkpoints that are kept"})
 
+    ddp_find_unused_parameters: bool = dataclasses.field(default=False, metadata={"help": "as in TrainingArguments"})
+
     def __post_init__(self):
+        if self.use_cpu and self.fsdp and self.fsdp_config is None:  # every process makes the same model; CPUs cannot sync it
+            self.fsdp_config = {"sync_module_states": False}
         if self.report_to is None or self.report_to == "all":  # the others would ask for an account
             self.report_to = ["tensorboard"] if _installed("tensorboard") else []
         super().__post_init__()
@@ -196,8 +200,7 @@ def blocks(texts, tokenizer, s: SherryArguments):
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
-    ids = torch.tensor([row["input_ids"] for row in rows])
-    return {"input_ids": ids, "labels": ids}
+    return labelled(torch.tensor([row["input_ids"] for row in rows]))
 
 
 # ------------------------------------------------------------------------------------------------------------ training

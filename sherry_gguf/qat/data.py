@@ -21,8 +21,18 @@ def pack(ids: np.ndarray, context: int, bos: int | None) -> np.ndarray:
     return np.concatenate([np.full((len(blocks), 1), bos, ids.dtype), blocks], axis=1)
 
 
+def labelled(ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """int64 (..., context) tokens as a causal language model's input, to be predicted but for each first one.
+
+    That one has no prediction; the Trainer would count it, and divide the loss by one token a sequence too many.
+    """
+    labels = ids.clone()
+    labels[..., 0] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
 class Blocks(torch.utils.data.Dataset):
-    """Blocks (m, context) of tokens as a data set for a Trainer: each is its own label."""
+    """Blocks (m, context) of tokens as a data set for a Trainer."""
 
     def __init__(self, blocks: np.ndarray):
         self.blocks = blocks
@@ -31,8 +41,7 @@ class Blocks(torch.utils.data.Dataset):
         return len(self.blocks)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        ids = torch.from_numpy(self.blocks[i].astype(np.int64))
-        return {"input_ids": ids, "labels": ids}
+        return labelled(torch.from_numpy(self.blocks[i].astype(np.int64)))
 
 
 @torch.no_grad()

@@ -109,6 +109,7 @@ class _Look:
         self.flips: dict[str, float] | None = None
         self.before: torch.Tensor | None = None  # int8 (out, in), the ternary values
 
+    @torch.no_grad()  # checkpointing counts the tensors that are saved for the gradient
     def first(self, layer, x: torch.Tensor, used: torch.Tensor) -> None:
         if used.requires_grad and "gradient_rank" not in self.figures:  # not in checkpointing's first, gradientless pass
             self.figures["gradient_rank"] = 0.0
@@ -124,6 +125,7 @@ class _Look:
     def _gradient(self, gradient: torch.Tensor) -> None:
         self.figures["gradient_rank"] = effective_rank(gradient)
 
+    @torch.no_grad()
     def second(self, layer, x: torch.Tensor, used: torch.Tensor) -> None:
         if self.flips is None:
             now = _ternary(layer)[1]
@@ -131,7 +133,6 @@ class _Look:
                           "sign_flips": (now * self.before < 0).float().mean().item()}  # fmt: skip
 
 
-@torch.no_grad()
 def _ternary(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The layer's latent weight (n, size), its ternary values int8 (n, size) and scales (n, 1)."""
     latent = layer.rows(layer.weight)

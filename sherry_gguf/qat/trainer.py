@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import PreTrainedModel, Trainer
 
 from .arenas import Arenas, ArenasCallback
@@ -56,6 +58,17 @@ class SherryTrainer(Trainer):
         if teacher is not None:
             teacher.eval().requires_grad_(False)
             self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+
+    def create_accelerator_and_postprocess(self):
+        super().create_accelerator_and_postprocess()
+        # Accelerate knows FSDP on accelerators only: on CPUs (gloo) it would train with DDP, without a word.
+        if self.args.fsdp and self.args.world_size > 1 and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
+            # The rest of its settings are in the environment. Version 1 crashes on CPUs where it gathers a state dict.
+            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+            for state in self.accelerator.state, PartialState():  # the first takes from the second each time it is made
+                state.distributed_type = DistributedType.FSDP
+                state.device = torch.device("cpu")  # FSDP takes it and cpu:0 for two
+            self.is_fsdp_enabled = True
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None or not model.training:
