@@ -125,7 +125,8 @@ def train(run: Run, a: dict) -> dict:
     qat.prepare(model, qat.QuantConfig(run.method))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args = TrainingArguments(
-        output_dir=str(Path(a["work"]) / "trainer"), max_steps=run.steps, per_device_train_batch_size=a["batch"],
+        output_dir=str(Path(a["work"]) / "trainer"), max_steps=run.steps,
+        per_device_train_batch_size=a["base_batch" if run.setting == "base" else "batch"],
         learning_rate=run.lr, lr_scheduler_type="cosine", warmup_steps=round(run.steps * WARMUP), weight_decay=0.0,
         adam_beta2=0.95, optim="adamw_torch_fused", bf16=a["bf16"], use_cpu=device == "cpu", seed=run.seed,
         data_seed=1000 + run.seed, logging_steps=max(1, run.steps // 40), save_strategy="no", report_to="none",
@@ -307,7 +308,7 @@ tokens. Loss in nats a token, on {results['held_out']} held-out tokens; mean and
 choice was made on.
 """.replace("\\\n", "")
     for setting, r in results["settings"].items():
-        begin = (f"from a full-precision model of {a['base_steps']} steps (loss {results['base']['report']:.4f})"
+        begin = (f"from a full-precision model of {a['base_steps']} steps of {a['base_batch']} x {a['context']} tokens (loss {results['base']['report']:.4f})"
                  if setting == "pretrained" else "from scratch")  # fmt: skip
         text += f"\n## {setting}: {a['steps']} steps {begin}\n\n"
         text += "| method | learning rate | held-out loss | against absmean | each seed | s |\n|---|---|---|---|---|---|\n"
@@ -431,9 +432,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
     p.add_argument("--intermediate", type=int, default=768, help="a multiple of 128")
     p.add_argument("--context", type=int, default=128, help="tokens of a sequence")
-    p.add_argument("--batch", type=int, default=16, help="sequences of a step")
-    p.add_argument("--steps", type=int, default=500, help="of every run")
+    p.add_argument("--batch", type=int, default=8, help="sequences of a step")
+    p.add_argument("--steps", type=int, default=600, help="of every run")
     p.add_argument("--base-steps", type=int, default=3000, help="of the full-precision model that `pretrained` starts from")
+    p.add_argument("--base-batch", type=int, default=16)
     p.add_argument("--base-lr", type=float, default=3e-3)
     p.add_argument("--seeds", type=int, default=3, help="that are reported")
     p.add_argument("--eval-blocks", type=int, default=256, help="held-out sequences for choices, and as many to report")

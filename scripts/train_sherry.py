@@ -278,7 +278,8 @@ class Progress(ProgressCallback):
         if state.is_world_process_zero and self.training_bar is not None:
             shown = {"loss": "loss", "eval_loss": "held-out", "residual": "λ"}
             text = [f"{name} {logs[key]:.3f}" for key, name in shown.items() if key in logs]
-            self.training_bar.set_postfix_str(", ".join(text), refresh=False)
+            if text:  # the last entry of all has none of these
+                self.training_bar.set_postfix_str(", ".join(text), refresh=False)
 
 
 def settings(s: SherryArguments, args: TrainingArguments) -> dict:
@@ -326,11 +327,19 @@ def run(s: SherryArguments, args: Arguments) -> int:
     checkpoint = resume_from(args, now)
     if s.monitor_every == 1 or s.monitor_every < 0:
         raise Stop(f"--monitor-every {s.monitor_every}: 2 or more, or 0 to look at nothing")
+    try:
+        quant = qat.QuantConfig(s.method, s.granularity, s.group_size)
+        arenas = qat.Arenas(s.arenas_peak, s.arenas_warmup, s.arenas_decay, s.arenas_end, s.arenas_rescale)
+    except ValueError as e:
+        raise Stop(str(e)) from e
     transformers.set_seed(args.seed)  # the Trainer does so only after the model is made
     model, tokenizer = load(s)
     if s.context > (most := getattr(model.config.get_text_config(), "max_position_embeddings", s.context)):
         raise Stop(f"--context {s.context}: the model's positions end at {most}")
-    names = qat.prepare(model, qat.QuantConfig(s.method, s.granularity, s.group_size), s.keep, s.only)
+    try:
+        names = qat.prepare(model, quant, s.keep, s.only)
+    except (ValueError, re.error) as e:
+        raise Stop(str(e)) from e
     with args.main_process_first(desc="tokenizing"):
         train, held_out = (blocks(texts, tokenizer, s) for texts in documents(s))
     for what, found in ("to train on", train), ("held out", held_out):
@@ -346,7 +355,6 @@ def run(s: SherryArguments, args: Arguments) -> int:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         (Path(args.output_dir) / "settings.json").write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
         tokenizer.save_pretrained(args.output_dir)
-    arenas = qat.Arenas(s.arenas_peak, s.arenas_warmup, s.arenas_decay, s.arenas_end, s.arenas_rescale)
     monitor = qat.TrainingMonitor(s.monitor_every) if s.monitor_every and names else None
     interrupt = Interrupt()
     trainer = qat.SherryTrainer(

@@ -1,0 +1,125 @@
+"""scripts/compare_quality.py at a tiny size: it is fair as it says, goes on after an interruption, and reports what it ran."""
+
+import json
+import random
+import statistics
+from pathlib import Path
+
+import compare_quality
+import pytest
+from compare_quality import METHODS, Run, Sweep, arenas
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
+    rng = random.Random(0)
+    for i in range(40):
+        lines = [f"def {rng.choice('abcdef')}({rng.choice('xyz')}):\n    return {rng.randrange(100)}" for _ in range(100)]
+        (folder / f"m{i:02}.py").write_text("\n".join(lines))
+    return folder
+
+
+class Fixed(dict):
+    """Runs whose loss is known, by learning rate; `need` notes what was asked for."""
+
+    def __init__(self, loss):
+        self.loss, self.asked = loss, []
+
+    def need(self, runs):
+        for run in runs:
+            if run not in self:
+                self.asked.append(run.lr)
+                self[run] = {"choice": self.loss(run.lr)}
+
+
+@pytest.mark.parametrize("best, rates", [
+    (2.0, [1, 2, 4]),  # between two worse ones at once
+    (0.5, [0.25, 0.5, 1, 2, 4]),
+    (8.0, [1, 2, 4, 8, 16]),
+    (1e9, [1, 2, 4, 8, 16, 32]),  # a loss that falls for ever ends the sweep too
+])
+def test_sweep_ends_between_two_worse_rates(best, rates):
+    runs = Fixed(lambda lr: (lr / best - 1) ** 2 if lr < best else (best / lr - 1) ** 2)
+    sweep = Sweep(runs, Run("scratch", "sherry", 0.0, 0, (), 10), (1, 2, 4))
+    compare_quality.complete([sweep])
+    assert sweep.rates == rates == sorted(runs.asked)
+    assert sweep.best() == min(rates, key=lambda lr: abs(lr - best))
+
+
+def test_diverged_runs_are_never_best():
+    runs = Fixed(lambda lr: float("nan") if lr > 1 else 3.0)
+    sweep = Sweep(runs, Run("scratch", "sherry", 0.0, 0, (), 10), (1, 2, 4))
+    compare_quality.complete([sweep])
+    assert sweep.best() <= 1
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, corpus):
+    """One whole comparison, in both settings, of models that are as small as can be."""
+    work = tmp_path_factory.mktemp("compared")
+    arguments = ["--work", str(work / "work"), "--out", str(work / "quality"), "--corpus", str(corpus), "--layers", "1",
+                 "--hidden", "128", "--intermediate", "128", "--vocab", "300", "--context", "32", "--batch", "2", "--base-batch",
+                 "2", "--steps", "4", "--base-steps", "6", "--seeds", "2", "--eval-blocks", "8", "--jobs", "1"]  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_quality, "EXPLORED", [{}, {"peak": 0.25, "end": 0.5}])
+        patch.setattr(compare_quality, "FINALISTS", 1)
+        assert compare_quality.main(arguments) == 0
+    return work, arguments
+
+
+def test_reports_what_was_run(compared):
+    work, _ = compared
+    results = json.loads((work / "quality.json").read_text())
+    runs = [json.loads(line) for line in (work / "work/runs.jsonl").read_text().splitlines()]
+    text = (work / "quality.md").read_text()
+    assert list(results["settings"]) == ["pretrained", "scratch"]
+    for setting, r in results["settings"].items():
+        assert set(r["methods"]) == set(METHODS)
+        for method, row in r["methods"].items():
+            of_method = [x for x in runs if x["run"]["setting"] == setting and dict(x["run"]["arenas"]) == row["arenas"]
+                         and x["run"]["method"] == ("sherry" if method.startswith("arenas") else method)]  # fmt: skip
+            reported = [x for x in of_method if x["run"]["seed"] and x["run"]["lr"] == row["lr"]]
+            assert sorted(row["losses"]) == sorted(x["report"] for x in reported) and len(row["losses"]) == 2
+            chosen = min((x for x in of_method if x["run"]["seed"] == 0), key=lambda x: x["choice"])
+            assert chosen["run"]["lr"] == row["lr"]  # chosen with seed 0 alone, and on the other half of the text
+            assert f"{statistics.mean(row['losses']):.4f}" in text
+    pretrained = results["settings"]["pretrained"]
+    assert all(x["before"] != pretrained["before"] for x in runs if x["run"]["setting"] == "scratch")
+    assert (work / "quality.png").stat().st_size > 20_000
+    assert all("gradient_rank" in str(results["settings"][s]["methods"]["arenas"]["curve"]) for s in results["settings"])
+
+
+def test_goes_on_where_it_stopped(compared, capfd):
+    work, arguments = compared
+    log = work / "work/runs.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    before = json.loads((work / "quality.json").read_text())
+    log.write_text("".join(lines[:-2]) + lines[-2][:50])  # one gone, and one that was being written
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_quality, "EXPLORED", [{}, {"peak": 0.25, "end": 0.5}])
+        patch.setattr(compare_quality, "FINALISTS", 1)
+        assert compare_quality.main(arguments) == 0
+    out = capfd.readouterr().out
+    assert "damaged; that run is repeated" in out
+    after = json.loads((work / "quality.json").read_text())
+    for setting in before["settings"]:  # the same runs give the same figures
+        for method in METHODS:
+            assert after["settings"][setting]["methods"][method]["losses"] == before["settings"][setting]["methods"][method]["losses"]
+
+
+def test_wrong_input(compared, corpus, tmp_path, capfd):
+    work, arguments = compared
+    assert compare_quality.main([*arguments, "--layers", "2"]) == 1
+    assert "begun with other settings (layers: 1 then, 2 now)" in capfd.readouterr().err
+    assert compare_quality.main(["--work", str(tmp_path), "--corpus", str(tmp_path / "none")]) == 1
+    assert "no such directory" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        compare_quality.main(["--settings", "tuned"])
+    assert "--settings tuned: choose of pretrained, scratch" in capfd.readouterr().err
+
+
+def test_published_settings_are_the_defaults_of_arenas():
+    from sherry_gguf.qat import Arenas
+
+    assert dict(arenas()) == vars(Arenas())

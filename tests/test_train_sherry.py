@@ -1,0 +1,191 @@
+"""scripts/train_sherry.py as a user starts it: from a model and from a config, resumed, and with input that is wrong."""
+
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import small_models
+import torch
+import train_sherry
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from sherry_gguf import tq1_25
+from sherry_gguf.qat.data import mean_loss
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
+    rng = random.Random(0)
+    for i in range(12):
+        lines = [f"    {rng.choice('abc')} = {rng.choice('xyz')} + {rng.randrange(10)}" for _ in range(150)]
+        (folder / f"{i:02}.txt").write_text("\n".join(["def f(x, y, z):", *lines]))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    return small_models.make(tmp_path_factory.mktemp("start") / "llama", "llama", latent=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def flags(start: Path, text: Path, out: Path, **more) -> list[str]:
+    settings = dict(model=start, train=text, output_dir=out, context=64, max_steps=6, per_device_train_batch_size=2,
+                    learning_rate=1e-3, monitor_every=2, logging_steps=2, use_cpu=True, eval_tokens=512, report_to="none",
+                    validation_share=0.2) | more  # fmt: skip
+    return [x for k, v in settings.items() if v is not None for x in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
+
+
+def test_from_a_model(start, text, tmp_path, capfd):
+    assert train_sherry.main(flags(start, text, tmp_path / "run")) == 0
+    out, err = capfd.readouterr()
+    hf = tmp_path / "run/hf"
+    model = AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32)
+    assert model.config.sherry_config == {"method": "sparse_absmean", "granularity": "per_group", "group_size": 128, "n": 3,
+                                          "m": 4, "weights": "fake_quantized"}  # fmt: skip
+    matrices = {k: v for k, v in load_file(hf / "model.safetensors").items() if "_proj" in k}
+    assert len(matrices) == 14 and f"{len(matrices)} matrices by sherry" in out
+    for name, weight in matrices.items():
+        assert tq1_25.is_exact(weight.numpy()).all(), name
+    record = json.loads((hf / "training.json").read_text())
+    assert record["steps"] == 6 and f"held-out loss {record['loss']['held_out']:.4f}" in out
+    assert "λ" in err  # beside the progress bar
+    assert (tmp_path / "run/training.png").stat().st_size > 10_000
+    state = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())
+    assert state["stateful_callbacks"]["ArenasCallback"]["args"]["peak"] == 1.0
+    assert any("gradient_rank" in entry for entry in state["log_history"])
+    # what a Trainer saved on the way is latent, and says so
+    assert AutoConfig.from_pretrained(tmp_path / "run/checkpoint-6").sherry_config["weights"] == "latent"
+    assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1
+    assert "already has something in it" in capfd.readouterr().err
+
+
+def test_from_a_config_and_a_table(start, text, tmp_path, capfd):
+    table = tmp_path / "train.jsonl"
+    table.write_text("".join(json.dumps({"body": p.read_text()}) + "\n" for p in sorted(text.iterdir())))
+    more = dict(model=None, config=start, train=table, validation=text / "00.txt", text_column="body", method="absmean",
+                arenas_peak=0, seed=3)  # fmt: skip
+    losses = []
+    for name in "a", "b":
+        assert train_sherry.main(flags(start, text, tmp_path / name, **more)) == 0
+        losses.append(json.loads((tmp_path / name / "hf/training.json").read_text())["loss"])
+    assert losses[0] == losses[1]  # the same seed, the same weights
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path / "a/hf"), "sherry_config")
+    assert "14 matrices by absmean" in capfd.readouterr().out
+
+
+def test_held_out_loss_is_that_of_the_export(start, text, tmp_path):
+    validation = text / "03.txt"
+    assert train_sherry.main(flags(start, text, tmp_path / "run", validation=validation)) == 0
+    hf = tmp_path / "run/hf"
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    ids = np.array([*tokenizer(validation.read_text(), add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+    blocks = ids[: len(ids) // 63 * 63].reshape(-1, 63)[: 512 // 64]
+    blocks = np.concatenate([np.full((len(blocks), 1), tokenizer.bos_token_id), blocks], axis=1)
+    loss = mean_loss(AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32), blocks)
+    assert json.loads((hf / "training.json").read_text())["loss"]["held_out"] == pytest.approx(loss, rel=1e-5)
+
+
+def test_teacher(start, text, tmp_path, capfd):
+    assert train_sherry.main(flags(start, text, tmp_path / "run", teacher=start, distill=1.0, arenas_peak=0)) == 0
+    history = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())["log_history"]
+    losses = [e["loss"] for e in history if "loss" in e]
+    assert 0 < losses[-1] < losses[0] < 2  # nearer to the teacher than to the text
+
+
+def test_interrupted_run_goes_on_and_ends_the_same(start, text, tmp_path):
+    steps = 60
+
+    def command(out):
+        return [sys.executable, train_sherry.__file__, *flags(start, text, tmp_path / out, max_steps=steps, save_steps=1000)]
+
+    whole = subprocess.run(command("whole"), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    first = subprocess.Popen(command("cut"), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    for line in first.stdout:
+        if line.startswith("training:"):
+            break
+    time.sleep(1)
+    first.send_signal(signal.SIGINT)
+    _, errors = first.communicate(timeout=60)
+    assert first.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
+    assert not (tmp_path / "cut/hf").exists()
+    # a checkpoint whose writing was cut off is passed over
+    (tmp_path / "cut/checkpoint-9999").mkdir()
+
+    second = subprocess.run(command("cut"), capture_output=True, text=True)
+    assert second.returncode == 0, second.stderr
+    step = int(re.search(r"going on from \S*checkpoint-(\d+)", second.stdout)[1])
+    assert 0 < step < steps
+    a, b = (load_file(tmp_path / d / "hf/model.safetensors") for d in ("whole", "cut"))
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("more, says", [
+    (dict(model=None), "give a model to start from"),
+    (dict(train=None), "give text to train on"),
+    (dict(train="/nowhere/at/all"), "/nowhere/at/all: no such file or directory"),
+    (dict(model="/nowhere/at/all"), "/nowhere/at/all: "),
+    (dict(context=4096), "--context 4096: the model's positions end at 256"),
+    (dict(text_column="body", train="TABLE"), "no column 'body', only text"),
+    (dict(train="ONE"), "one document cannot be both trained on and held out"),
+    (dict(train="EMPTY"), "has no files of text"),
+    (dict(train="BROKEN"), "cannot read"),
+    (dict(group_size=100), "100"),
+    (dict(group_size=512), "multiple of 512"),
+    (dict(arenas_end=0.05), "0 <= warmup < end <= 1"),
+    (dict(keep="."), "no linear layer to quantize"),
+    (dict(keep="("), "unterminated"),
+    (dict(monitor_every=1), "--monitor-every 1"),
+    (dict(learning_rate=1e30), "not finite"),
+])
+def test_wrong_input_says_what_is_wrong(start, text, tmp_path, capfd, more, says):
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
+    (tmp_path / "broken.jsonl").write_text("\x00\x01 no table")
+    (tmp_path / "empty").mkdir()
+    places = {"TABLE": tmp_path / "t.jsonl", "ONE": text / "00.txt", "EMPTY": tmp_path / "empty", "BROKEN": tmp_path / "broken.jsonl"}
+    more = {k: places.get(v, v) if isinstance(v, str) else v for k, v in more.items()}
+    assert train_sherry.main(flags(start, text, tmp_path / "run", **more)) == 1
+    error = capfd.readouterr().err
+    assert says in error and "Traceback" not in error
+    assert not (tmp_path / "run/hf").exists()
+
+
+def test_other_settings_and_foreign_directories(start, text, tmp_path, capfd):
+    assert train_sherry.main(flags(start, text, tmp_path / "run", export=tmp_path / "one")) == 0
+    assert train_sherry.main(flags(start, text, tmp_path / "run", export=tmp_path / "two", arenas_peak=0.5)) == 1
+    assert "begun with other settings (arenas_peak: 1.0 then, 0.5 now)" in capfd.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis").write_text("precious")
+    assert train_sherry.main(flags(start, text, tmp_path / "mine")) == 1
+    assert "not of this program" in capfd.readouterr().err
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis"]
+    (tmp_path / "run/settings.json").write_text("junk")
+    assert train_sherry.main(flags(start, text, tmp_path / "run", export=tmp_path / "two")) == 1
+    assert "settings.json is damaged" in capfd.readouterr().err
+
+
+def test_damaged_checkpoint_is_named(start, text, tmp_path, capfd):
+    assert train_sherry.main(flags(start, text, tmp_path / "run", max_steps=6, export=tmp_path / "one")) == 0
+    (tmp_path / "run/checkpoint-6/optimizer.pt").write_bytes(b"junk")
+    assert train_sherry.main(flags(start, text, tmp_path / "run", max_steps=6, export=tmp_path / "two")) == 1
+    error = capfd.readouterr().err
+    assert f"cannot go on from {tmp_path}/run/checkpoint-6" in error and "remove it to go on from an earlier one" in error
