@@ -64,7 +64,7 @@ EXPLORED = [
     dict(rescale=True, warmup=0.0, peak=4.0, end=0.5),
     dict(rescale=True, warmup=0.0, peak=16.0, decay="exponential", end=0.5),
 ]
-RATES = {"pretrained": (1e-3, 2e-3, 4e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
+RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 RATES_FULL = {"pretrained": (2.5e-4, 5e-4, 1e-3), "scratch": (2e-3, 4e-3, 8e-3)}
 FINALISTS = 3  # of Arenas' settings explored, whose learning rate is swept
 

@@ -15,7 +15,7 @@ def corpus(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(0)
     for i in range(40):
-        lines = [f"def {rng.choice('abcdef')}({rng.choice('xyz')}):\n    return {rng.randrange(100)}" for _ in range(100)]
+        lines = [f"def {rng.choice('abcdef')}({rng.choice('xyz')}):\n    return {rng.randrange(100)}" for _ in range(150)]
         (folder / f"m{i:02}.py").write_text("\n".join(lines))
     return folder
 

@@ -9,16 +9,21 @@ import sys
 import time
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 import small_models
 import torch
 import train_sherry
+from conftest import sherry
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from sherry_gguf import tq1_25
+from sherry_gguf import gguf_type, tq1_25
 from sherry_gguf.qat.data import mean_loss
+
+
+gguf_type.register()
 
 
 @pytest.fixture(scope="module")
@@ -189,3 +194,24 @@ def test_damaged_checkpoint_is_named(start, text, tmp_path, capfd):
     assert train_sherry.main(flags(start, text, tmp_path / "run", max_steps=6, export=tmp_path / "two")) == 1
     error = capfd.readouterr().err
     assert f"cannot go on from {tmp_path}/run/checkpoint-6" in error and "remove it to go on from an earlier one" in error
+
+
+@pytest.mark.parametrize("granularity, group_size", [("per_group", 128), ("per_group", 256), ("per_channel", 128),
+                                                     ("per_tensor", 128)])  # fmt: skip
+def test_gguf_holds_what_training_computed(start, text, tmp_path, granularity, group_size):
+    """The export converts bit for bit; and what the Trainer saved, latent weights, to the very same blocks."""
+    # the model's feed-forward layer is no multiple of 256
+    more = dict(granularity=granularity, group_size=group_size, only="attn|up_proj")
+    assert train_sherry.main(flags(start, text, tmp_path / "run", **more)) == 0
+    files = {"hf": tmp_path / "hf.gguf", "checkpoint-6": tmp_path / "latent.gguf"}
+    keep = ["--keep", "gate_proj", "--keep", "down_proj"]
+    for directory, file in files.items():
+        exact = ["--require-exact"] if directory == "hf" else []
+        result = sherry("convert", tmp_path / "run" / directory, "--outfile", file, *keep, *exact)
+        assert result.returncode == 0, result.stdout + result.stderr
+    result = sherry("verify", files["hf"], tmp_path / "run/hf", *keep)
+    assert result.returncode == 0 and "10 TQ1_25 tensors bit for bit as in the checkpoint" in result.stdout
+    a, b = ({t.name: t.data for t in gguf.GGUFReader(f).tensors if t.tensor_type == tq1_25.TYPE_ID} for f in files.values())
+    assert len(a) == 10 and a.keys() == b.keys()
+    for name in a:
+        assert np.array_equal(a[name], b[name]), name
