@@ -155,10 +155,11 @@ def train(run: Run, a: dict) -> dict:
 
 
 class Runs:
-    """Runs, each trained once and kept in work/runs.jsonl."""
+    """Runs, each trained once and kept in work/runs.jsonl; as a context, it ends its processes."""
 
     def __init__(self, a: argparse.Namespace):
         self.a, self.path = a, a.work / "runs.jsonl"
+        self.pool = concurrent.futures.ProcessPoolExecutor(a.jobs, mp_context=multiprocessing.get_context("spawn"))
         self.done: dict[str, dict] = {}
         if self.path.is_file():
             for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
@@ -168,6 +169,15 @@ class Runs:
                     self.done[Run(**run).key()] = result
                 except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off
                     print(f"compare_quality: line {number} of {self.path} is damaged; that run is repeated", flush=True)
+
+    def __enter__(self) -> Runs:
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is not None:  # they ignore the signal, and would train to the end
+            for process in list(self.pool._processes.values()):
+                process.kill()
+        self.pool.shutdown(cancel_futures=True)
 
     def __getitem__(self, run: Run) -> dict:
         return self.done[run.key()]
@@ -181,21 +191,14 @@ class Runs:
         if not wanted:
             return
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.a).items()}
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(self.a.jobs, mp_context=context) as pool:
-            try:
-                futures = {pool.submit(train, run, settings): run for run in wanted}
-                for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
-                    result = future.result()
-                    self.done[futures[future].key()] = result
-                    with open(self.path, "a", encoding="utf-8") as f:
-                        f.write(json.dumps(result) + "\n")
-                    print(f"  {n} of {len(wanted)}: {describe(futures[future])}: {result['choice']:.4f}, "
-                          f"{result['seconds']:.0f} s", flush=True)
-            except BaseException:
-                for process in list(pool._processes.values()):  # they ignore the signal, and would train to the end
-                    process.kill()
-                raise
+        futures = {self.pool.submit(train, run, settings): run for run in wanted}
+        for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            result = future.result()
+            self.done[futures[future].key()] = result
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(result) + "\n")
+            print(f"  {n} of {len(wanted)}: {describe(futures[future])}: {result['choice']:.4f}, {result['seconds']:.0f} s",
+                  flush=True)
 
 
 def describe(run: Run) -> str:
@@ -481,13 +484,13 @@ def main(argv: list[str] | None = None) -> int:
             except OSError:
                 raise Stop(f"another comparison is running in {a.work}: wait for it, or choose another --work") from None
             figures = prepare(a)
-            runs = Runs(a)
             results = {"sizes": {k: v for k, v in vars(a).items() if isinstance(v, int)}, "machine": machine(), **figures,
                        "settings": {}}  # fmt: skip
-            for setting in a.settings:
-                results["settings"][setting] = compare(runs, setting, a)
-                results["parameters"] = next(iter(runs.done.values()))["parameters"]
-                report(results, a.out)
+            with Runs(a) as runs:
+                for setting in a.settings:
+                    results["settings"][setting] = compare(runs, setting, a)
+                    results["parameters"] = next(iter(runs.done.values()))["parameters"]
+                    report(results, a.out)
     except (Stop, CorpusError, OSError) as e:
         print(f"compare_quality: {e}", file=sys.stderr)
         return 1

@@ -38,7 +38,7 @@ if [ "$(cat .venv/requirements.stamp 2>/dev/null)" != "$wanted" ]; then
     "$python" -m venv --clear .venv || die "python's venv module failed (Debian: apt-get install python3-venv)"
   fi
   rm -f .venv/*.stamp
-  say "installing the requirements (1.3 GB of disk with a CPU build of torch; the usual one brings GPU libraries of several GB)"
+  say "installing the requirements (2 GB of disk with a CPU build of torch; the usual one brings GPU libraries of several GB)"
   .venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt ||
     die "pip failed: its message is above; run this again once that is mended"
   printf '%s\n' "$wanted" >.venv/requirements.stamp

@@ -1,5 +1,6 @@
 """scripts/compare_quality.py at a tiny size: it is fair as it says, goes on after an interruption, and reports what it ran."""
 
+import contextlib
 import json
 import random
 import statistics
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import compare_quality
 import pytest
-from compare_quality import METHODS, Run, Sweep, arenas
+from compare_quality import Run, Sweep, arenas
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +55,21 @@ def test_diverged_runs_are_never_best():
     assert sweep.best() <= 1
 
 
+METHODS = {k: v for k, v in compare_quality.METHODS.items() if k not in ("twn", "binary")}
+
+
+@contextlib.contextmanager
+def fewer_runs():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compare_quality, "EXPLORED", [{}, {"peak": 0.25, "end": 0.5}])
+        patch.setattr(compare_quality, "FINALISTS", 1)
+        patch.setattr(compare_quality, "METHODS", METHODS)
+        patch.setattr(compare_quality, "EXTEND", 0)
+        patch.setattr(compare_quality, "RATES", dict.fromkeys(compare_quality.RATES, (1e-3, 4e-3)))
+        patch.setattr(compare_quality, "RATES_FULL", compare_quality.RATES)
+        yield
+
+
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, corpus):
     """One whole comparison, in both settings, of models that are as small as can be."""
@@ -61,9 +77,7 @@ def compared(tmp_path_factory, corpus):
     arguments = ["--work", str(work / "work"), "--out", str(work / "quality"), "--corpus", str(corpus), "--layers", "1",
                  "--hidden", "128", "--intermediate", "128", "--vocab", "300", "--context", "32", "--batch", "2", "--base-batch",
                  "2", "--steps", "4", "--base-steps", "6", "--seeds", "2", "--eval-blocks", "8", "--jobs", "1"]  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_quality, "EXPLORED", [{}, {"peak": 0.25, "end": 0.5}])
-        patch.setattr(compare_quality, "FINALISTS", 1)
+    with fewer_runs():
         assert compare_quality.main(arguments) == 0
     return work, arguments
 
@@ -96,9 +110,7 @@ def test_goes_on_where_it_stopped(compared, capfd):
     lines = log.read_text().splitlines(keepends=True)
     before = json.loads((work / "quality.json").read_text())
     log.write_text("".join(lines[:-2]) + lines[-2][:50])  # one gone, and one that was being written
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_quality, "EXPLORED", [{}, {"peak": 0.25, "end": 0.5}])
-        patch.setattr(compare_quality, "FINALISTS", 1)
+    with fewer_runs():
         assert compare_quality.main(arguments) == 0
     out = capfd.readouterr().out
     assert "damaged; that run is repeated" in out
@@ -122,4 +134,4 @@ def test_wrong_input(compared, corpus, tmp_path, capfd):
 def test_published_settings_are_the_defaults_of_arenas():
     from sherry_gguf.qat import Arenas
 
-    assert dict(arenas()) == vars(Arenas())
+    assert dict(arenas()) == vars(Arenas()) == compare_quality.PUBLISHED
