@@ -20,6 +20,7 @@ import math
 import multiprocessing
 import os
 import platform
+import shutil
 import signal
 import statistics
 import sys
@@ -47,26 +48,36 @@ METHODS = {
     "binary": "binary",
 }
 PUBLISHED = dict(peak=1.0, warmup=0.1, decay="cosine", end=1.0, rescale=False)
-# Arenas' settings that are tried, each with what makes it differ from the published one.
-EXPLORED = [
-    dict(),
-    dict(peak=0.5),
-    dict(peak=0.25),
-    dict(peak=0.1),
-    dict(end=0.75),
-    dict(end=0.5),
-    dict(peak=0.25, end=0.5),
-    dict(warmup=0.0),
-    dict(decay="linear"),
-    dict(decay="exponential"),
-    dict(rescale=True),
-    dict(rescale=True, warmup=0.0, end=0.5),
-    dict(rescale=True, warmup=0.0, peak=4.0, end=0.5),
-    dict(rescale=True, warmup=0.0, peak=16.0, decay="exponential", end=0.5),
-]
+# Arenas' settings that are tried, each by what makes it differ from the published one.
+EXPLORED = {
+    "pretrained": [
+        dict(),
+        dict(peak=0.5),
+        dict(peak=0.25),
+        dict(peak=0.1),
+        dict(end=0.5),
+        dict(peak=0.25, end=0.5),
+        dict(warmup=0.0),
+        dict(decay="linear"),
+        dict(decay="exponential"),
+        dict(rescale=True),
+        dict(rescale=True, warmup=0.0, end=0.5),
+        dict(rescale=True, warmup=0.0, end=0.25),
+        dict(rescale=True, warmup=0.0, peak=4.0, end=0.5),
+    ],
+    "scratch": [
+        dict(),
+        dict(peak=0.25),
+        dict(end=0.5),
+        dict(peak=0.25, end=0.5),
+        dict(rescale=True),
+        dict(rescale=True, warmup=0.0, end=0.5),
+    ],
+}
 RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
-RATES_FULL = {"pretrained": (2.5e-4, 5e-4, 1e-3), "scratch": (2e-3, 4e-3, 8e-3)}
-FINALISTS = 3  # of Arenas' settings explored, whose learning rate is swept
+RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-3)}
+FINALISTS = 2  # of Arenas' settings explored, whose learning rate is swept
+BUDGETS = (0.25, 1, 4)  # shares of the steps, in which Arenas is compared with none: does a longer run turn it?
 
 
 class Stop(Exception):
@@ -129,7 +140,8 @@ def train(run: Run, a: dict) -> dict:
         per_device_train_batch_size=a["base_batch" if run.setting == "base" else "batch"],
         learning_rate=run.lr, lr_scheduler_type="cosine", warmup_steps=round(run.steps * WARMUP), weight_decay=0.0,
         adam_beta2=0.95, optim="adamw_torch_fused", bf16=a["bf16"], use_cpu=device == "cpu", seed=run.seed,
-        data_seed=1000 + run.seed, logging_steps=max(1, run.steps // 40), save_strategy="no", report_to="none",
+        data_seed=1000 if run.setting == "base" else 2000 + run.seed,  # not the blocks that the base saw first
+        logging_steps=max(1, run.steps // 40), save_strategy="no", report_to="none",
         disable_tqdm=True, dataloader_pin_memory=device == "cuda", average_tokens_across_devices=False)
     monitor = qat.TrainingMonitor(max(2, run.steps // 20)) if run.method != "full" and run.seed else None
     trainer = qat.SherryTrainer(model, args, train_dataset=Blocks(blocks), monitor=monitor,
@@ -147,7 +159,10 @@ def train(run: Run, a: dict) -> dict:
             for entry in trainer.state.log_history if "loss" in entry],
     }  # fmt: skip
     if run.setting == "base":
-        model.save_pretrained(Path(a["work"]) / "base")
+        part = Path(a["work"]) / "base.part"
+        model.save_pretrained(part)
+        shutil.rmtree(Path(a["work"]) / "base", ignore_errors=True)
+        os.replace(part, Path(a["work"]) / "base")
     return result
 
 
@@ -162,13 +177,18 @@ class Runs:
         self.pool = concurrent.futures.ProcessPoolExecutor(a.jobs, mp_context=multiprocessing.get_context("spawn"))
         self.done: dict[str, dict] = {}
         if self.path.is_file():
+            whole = []
             for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
                 try:
                     result = json.loads(line)
                     run = result["run"] | {"arenas": tuple(tuple(x) for x in result["run"]["arenas"])}
                     self.done[Run(**run).key()] = result
+                    whole.append(line + "\n")
                 except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off
                     print(f"compare_quality: line {number} of {self.path} is damaged; that run is repeated", flush=True)
+            part = self.path.with_suffix(".part")
+            part.write_text("".join(whole), encoding="utf-8")
+            os.replace(part, self.path)
 
     def __enter__(self) -> Runs:
         return self
@@ -191,6 +211,8 @@ class Runs:
         if not wanted:
             return
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.a).items()}
+        if wanted[0].setting == "base":  # alone
+            settings["threads"] *= self.a.jobs
         futures = {self.pool.submit(train, run, settings): run for run in wanted}
         for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
             result = future.result()
@@ -223,6 +245,10 @@ class Sweep:
 
     def run(self, lr: float) -> Run:
         return dataclasses.replace(self.template, lr=lr)
+
+    def open(self) -> bool:
+        """Whether the best rate is at the edge all the same."""
+        return self.best() in (self.rates[0], self.rates[-1])
 
     def best(self) -> float:
         """The rate of the lowest loss on the half of the text that is for choices."""
@@ -262,12 +288,16 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
     print(f"{setting}: learning rates", flush=True)
     complete(list(sweeps.values()))
 
-    lr = sweeps["sherry"].best()
-    print(f"{setting}: Arenas' settings, at Sherry's best rate {lr:g}", flush=True)
-    explored = [Run(setting, "sherry", lr, 0, arenas(**changed), a.steps) for changed in EXPLORED]
-    runs.need(explored)
-    explored.sort(key=lambda run: runs[run]["choice"])
-    finals = [Sweep(runs, dataclasses.replace(run, lr=0.0), (lr / 2, lr, lr * 2)) for run in explored[:FINALISTS]]
+    rates = sorted({sweeps["sherry"].best(), sweeps["arenas-published"].best()})
+    print(f"{setting}: Arenas' settings, at the best rates without and with the published ones", flush=True)
+    explored = {arenas(**changed): [Run(setting, "sherry", lr, 0, arenas(**changed), a.steps) for lr in rates]
+                for changed in EXPLORED[setting]}  # fmt: skip
+    runs.need([run for of_setting in explored.values() for run in of_setting])
+    best = sorted(explored, key=lambda settings: min(runs[run]["choice"] for run in explored[settings]))
+    finals = []
+    for settings in best[:FINALISTS]:
+        lr = min(explored[settings], key=lambda run: runs[run]["choice"]).lr
+        finals.append(Sweep(runs, Run(setting, "sherry", 0.0, 0, settings, a.steps), (lr / 2, lr, lr * 2)))
     complete(finals)
     sweeps["arenas"] = min(finals, key=lambda sweep: sweep.loss(sweep.best()))
 
@@ -276,18 +306,24 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
                 for m, s in sweeps.items()}  # fmt: skip
     # one seed of every method before the next: a comparison that is cut off has whole rows
     runs.need([reported[m][i] for i in range(a.seeds) for m in METHODS])
+    print(f"{setting}: shorter and longer runs", flush=True)
+    budgets = {round(a.steps * share): {m: dataclasses.replace(reported[m][0], steps=round(a.steps * share))
+               for m in ("sherry", "arenas", "arenas-published")} for share in BUDGETS}  # fmt: skip
+    runs.need([run for of_budget in budgets.values() for run in of_budget.values()])
     return {
         "before": runs[reported["sherry"][0]]["before"],
         "methods": {m: {
-            "lr": sweeps[m].best(), "arenas": dict(sweeps[m].template.arenas),
+            "lr": sweeps[m].best(), "open": sweeps[m].open(), "arenas": dict(sweeps[m].template.arenas),
             "sweep": {f"{lr:g}": runs[sweeps[m].run(lr)]["choice"] for lr in sweeps[m].rates},
             "losses": [runs[run]["report"] for run in reported[m]],
-            "seconds": statistics.median(runs[run]["seconds"] for run in reported[m]),
             "curve": runs[reported[m][0]]["curve"],
         } for m in METHODS},
-        "explored": [{"arenas": dict(run.arenas), "loss": runs[run]["choice"]} for run in explored],
-        "without": runs[sweeps["sherry"].run(lr)]["choice"],
-    }
+        "explored": [{"arenas": dict(settings), "losses": [runs[run]["choice"] for run in explored[settings]]}
+                     for settings in best],
+        "explored_rates": rates,
+        "without": [runs[Run(setting, "sherry", lr, 0, (), a.steps)]["choice"] for lr in rates],
+        "budgets": {steps: {m: runs[run]["report"] for m, run in of_budget.items()} for steps, of_budget in budgets.items()},
+    }  # fmt: skip
 
 
 # -------------------------------------------------------------------------------------------------------------- report
@@ -314,15 +350,19 @@ choice was made on.
         begin = (f"from a full-precision model of {a['base_steps']} steps of {a['base_batch']} x {a['context']} tokens (loss {results['base']['report']:.4f})"
                  if setting == "pretrained" else "from scratch")  # fmt: skip
         text += f"\n## {setting}: {a['steps']} steps {begin}\n\n"
-        text += "| method | learning rate | held-out loss | against absmean | each seed | s |\n|---|---|---|---|---|---|\n"
-        reference = statistics.mean(r["methods"]["absmean"]["losses"])
+        if setting == "pretrained":
+            text += f"Quantized by Sparse-AbsMean and not trained at all it has a loss of {r['before']:.4f}.\n\n"
+        text += ("| method | learning rate | held-out loss | against absmean, same seed | against Sherry without Arenas | "
+                 "each seed |\n|---|---|---|---|---|---|\n")  # fmt: skip
         for m, row in sorted(r["methods"].items(), key=lambda x: statistics.mean(x[1]["losses"])):
-            mean, name = statistics.mean(row["losses"]), METHODS[m]
+            name = METHODS[m]
             if m == "arenas":
                 name += f" ({arenas_text(tuple(sorted(row['arenas'].items()))).strip()})"
             deviation = f" ± {statistics.stdev(row['losses']):.4f}" if len(row["losses"]) > 1 else ""
-            text += (f"| {name} | {row['lr']:g} | {mean:.4f}{deviation} | {mean / reference - 1:+.2%} | "
-                     f"{', '.join(f'{x:.4f}' for x in row['losses'])} | {row['seconds']:.0f} |\n")  # fmt: skip
+            text += (f"| {name} | {row['lr']:g}{' (at the edge)' * row['open']} | {statistics.mean(row['losses']):.4f}{deviation} | "
+                     f"{paired(row['losses'], r['methods']['absmean']['losses'])} | "
+                     f"{paired(row['losses'], r['methods']['sherry']['losses'])} | "
+                     f"{', '.join(f'{x:.4f}' for x in row['losses'])} |\n")  # fmt: skip
         text += "\nLearning rates, seed 0, on the half of the text that choices are made on:\n\n"
         rates = sorted({float(lr) for row in r["methods"].values() for lr in row["sweep"]})
         text += f"| method | {' | '.join(f'{lr:g}' for lr in rates)} |\n|---|{'---|' * len(rates)}\n"
@@ -330,13 +370,30 @@ choice was made on.
             cells = (row["sweep"].get(f"{lr:g}") for lr in rates)
             best = min(row["sweep"].values())
             text += f"| {METHODS[m]} | {' | '.join('' if x is None else f'**{x:.4f}**' if x == best else f'{x:.4f}' for x in cells)} |\n"
-        lr = r["methods"]["sherry"]["lr"]
-        text += (f"\nArenas' settings, seed 0, at learning rate {lr:g}, by what differs from the published ones (peak 1, "
-                 f"warmup 0.1, cosine, end 1); without Arenas {r['without']:.4f}:\n\n| settings | loss | against without |\n|---|---|---|\n")  # fmt: skip
+        rates = r["explored_rates"]
+        text += ("\nArenas' settings, seed 0, by what differs from the published ones (peak 1, warmup 0.1, cosine, end 1), best "
+                 f"first; each at the learning rates {' and '.join(f'{lr:g}' for lr in rates)}:\n\n| settings |"
+                 f"{''.join(f' {lr:g} |' for lr in rates)} best, against none |\n|---|{'---|' * len(rates)}---|\n")  # fmt: skip
+        none = min(r["without"])
+        text += f"| none | {' | '.join(f'{x:.4f}' for x in r['without'])} | |\n"
         for row in r["explored"]:
             settings = arenas_text(tuple(sorted(row["arenas"].items()))).strip()
-            text += f"| {settings} | {row['loss']:.4f} | {row['loss'] / r['without'] - 1:+.2%} |\n"
+            text += f"| {settings} | {' | '.join(f'{x:.4f}' for x in row['losses'])} | {min(row['losses']) / none - 1:+.2%} |\n"
+        text += ("\nThe same rates and settings in shorter and longer runs, seed 1:\n\n| steps | without Arenas | with | against "
+                 "without | as published | against without |\n|---|---|---|---|---|---|\n")  # fmt: skip
+        for steps, loss in r["budgets"].items():
+            text += (f"| {steps} | {loss['sherry']:.4f} | {loss['arenas']:.4f} | {loss['arenas'] / loss['sherry'] - 1:+.2%} | "
+                     f"{loss['arenas-published']:.4f} | {loss['arenas-published'] / loss['sherry'] - 1:+.2%} |\n")  # fmt: skip
     return text
+
+
+def paired(losses: list[float], others: list[float]) -> str:
+    """The mean of the relative differences at the same seed, and its standard error."""
+    if losses == others:
+        return ""
+    differences = [a / b - 1 for a, b in zip(losses, others)]
+    error = f" ± {100 * statistics.stdev(differences) / len(differences) ** 0.5:.2f}" if len(differences) > 1 else ""
+    return f"{100 * statistics.mean(differences):+.2f}{error} %"
 
 
 def plot(results: dict, path: Path) -> None:
@@ -385,7 +442,7 @@ def plot(results: dict, path: Path) -> None:
 
 
 def prepare(a: argparse.Namespace) -> dict:
-    """Tokens and the pretrained model in the work directory; figures of them for the report."""
+    """Tokens in the work directory; figures of them for the report."""
     import python_corpus
 
     a.work.mkdir(parents=True, exist_ok=True)
@@ -404,22 +461,15 @@ def prepare(a: argparse.Namespace) -> dict:
         part = a.work / "part.npz"
         np.savez(part, train=python_corpus.encode(model, train_texts), held_out=python_corpus.encode(model, held_out))
         os.replace(part, tokens)
-    mark.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+    if not mark.is_file():
+        part = mark.with_suffix(".part")
+        part.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, mark)
     with np.load(tokens) as z:
         size, held_out = len(z["train"]), len(z["held_out"]) // (a.context - 1)
     if held_out < 2 or size < a.batch * a.context:
         raise Stop(f"{a.corpus} gives {size} tokens to train on and {held_out} held-out blocks: use a larger --corpus")
     figures = {"tokens": size, "held_out": min(a.eval_blocks, held_out // 2) * (a.context - 1)}
-    if "pretrained" in a.settings:
-        base = Run("base", "full", a.base_lr, 0, (), a.base_steps)
-        if not (a.work / "base.json").is_file():
-            print(f"pretrained: the full-precision model, {a.base_steps} steps", flush=True)
-            with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-                settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()}
-                result = pool.submit(train, base, settings | {"threads": a.jobs * a.threads}).result()
-            (a.work / "base.json").write_text(json.dumps(result), encoding="utf-8")
-        figures["base"] = json.loads((a.work / "base.json").read_text(encoding="utf-8"))
-        print(f"pretrained: the full-precision model has a held-out loss of {figures['base']['report']:.4f}", flush=True)
     return figures
 
 
@@ -487,6 +537,13 @@ def main(argv: list[str] | None = None) -> int:
             results = {"sizes": {k: v for k, v in vars(a).items() if isinstance(v, int)}, "machine": machine(), **figures,
                        "settings": {}}  # fmt: skip
             with Runs(a) as runs:
+                if "pretrained" in a.settings:
+                    base = Run("base", "full", a.base_lr, 0, (), a.base_steps)
+                    if not (a.work / "base/config.json").is_file():
+                        runs.done.pop(base.key(), None)  # its model is gone
+                    print(f"pretrained: the full-precision model, {a.base_steps} steps", flush=True)
+                    runs.need([base])
+                    results["base"] = runs[base]
                 for setting in a.settings:
                     results["settings"][setting] = compare(runs, setting, a)
                     results["parameters"] = next(iter(runs.done.values()))["parameters"]

@@ -180,7 +180,10 @@ def train(work: Path, a: argparse.Namespace) -> int:
     """The status of train_sherry.py, which leaves its result in work/hf."""
     if "OMP_NUM_THREADS" not in os.environ:  # PyTorch's own default leaves out what it takes for hyperthreads
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    bf16 = a.precision == "bfloat16" or a.precision == "auto" and qat.bf16_is_faster()
+    measured = work / "precision"  # once: a run that goes on must not change it
+    if not measured.is_file():
+        write(measured, b"bfloat16" if qat.bf16_is_faster() else b"float32")
+    bf16 = (measured.read_text() if a.precision == "auto" else a.precision) == "bfloat16"
     shutil.rmtree(work / "hf", ignore_errors=True)
     flags = {
         "model": work / "start", "train": work / "train.jsonl", "validation": work / "held_out.jsonl",

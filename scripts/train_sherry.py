@@ -16,6 +16,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -50,11 +51,11 @@ from transformers import (
 from sherry_gguf import qat
 from sherry_gguf.qat.arenas import DECAYS
 from sherry_gguf.qat.data import labelled, mean_loss, pack
-from sherry_gguf.qat.linear import KEEP
 from sherry_gguf.qat.quantizer import GRANULARITIES, GROUP_SIZE, METHODS
 
 TEXT = (".txt", ".md", ".rst", ".py")  # what a directory is searched for, besides these:
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+RECORD = "training.json"  # in the export, and the last that is written
 DOCUMENTS = 1000  # tokenized at a time; between two such batches less than a block of tokens is dropped
 
 
@@ -83,7 +84,7 @@ class SherryArguments:
     method: str = flag("how to quantize; all but sherry are there to compare with", "sherry", choices=list(METHODS))
     granularity: str = flag("which weights share a scale", "per_group", choices=list(GRANULARITIES))
     group_size: int = flag("of per_group; TQ1_25 stores multiples of 128", GROUP_SIZE)
-    keep: str = flag("regular expression: layers that stay in full precision", KEEP)
+    keep: str = flag("regular expression: layers that stay in full precision, besides head and routers", "")
     only: str = flag("regular expression: layers that are quantized, all others stay", "")
     arenas_peak: float = flag("highest λ of Arenas, the residual λ·X·W; 0 trains without", 1.0)
     arenas_warmup: float = flag("share of the steps in which λ rises", 0.1)
@@ -113,7 +114,7 @@ class Arguments(TrainingArguments):
     def __post_init__(self):
         if self.use_cpu and self.fsdp and self.fsdp_config is None:  # every process makes the same model; CPUs cannot sync it
             self.fsdp_config = {"sync_module_states": False}
-        if self.report_to is None or self.report_to == "all":  # the others would ask for an account
+        if self.report_to is None:  # transformers' default is all that are installed, some of which ask for an account
             self.report_to = ["tensorboard"] if _installed("tensorboard") else []
         super().__post_init__()
 
@@ -192,7 +193,7 @@ def blocks(texts, tokenizer, s: SherryArguments):
     end, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
 
     def tokenize(batch):
-        encoded = tokenizer(batch[s.text_column], add_special_tokens=False, return_attention_mask=False, verbose=False)
+        encoded = tokenizer([text or "" for text in batch[s.text_column]], add_special_tokens=False, return_attention_mask=False, verbose=False)
         ids = np.concatenate([np.array([*x, *([end] if end is not None else [])], np.int32) for x in encoded["input_ids"]])
         return {"input_ids": pack(ids, s.context, bos)}
 
@@ -224,7 +225,6 @@ def load(s: SherryArguments):
     if isinstance(said, dict) and said.get("weights") == "fake_quantized":
         print("train_sherry: the model's weights are ternary already (an export): their latent weights, with which training "
               "goes on better, are in the checkpoints of the run that made it", file=sys.stderr)
-    model.config.use_cache = False
     return model, tokenizer
 
 
@@ -237,10 +237,13 @@ def _telling(name: str):
 
 
 class Interrupt(TrainerCallback):
-    """Ctrl-C and SIGTERM end training after the step, with a checkpoint; in every process after the same one."""
+    """Ctrl-C and SIGTERM end training after the step, with a checkpoint; in every process after the same one.
+
+    asked: of this process; agreed: of all, so that all leave training together; stepped: training has begun.
+    """
 
     def __init__(self):
-        self.asked = self.stepped = False
+        self.asked = self.agreed = self.stepped = False
 
     def __enter__(self):
         self.before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
@@ -257,11 +260,12 @@ class Interrupt(TrainerCallback):
         self.stepped = True
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.agreed = self.asked
         if args.world_size > 1:
             asked = torch.tensor(int(self.asked), device=args.device)
             torch.distributed.all_reduce(asked, op=torch.distributed.ReduceOp.MAX)
-            self.asked = bool(asked)
-        if self.asked:
+            self.agreed = bool(asked)
+        if self.agreed:
             control.should_save = control.should_training_stop = True
 
 
@@ -285,10 +289,18 @@ class Progress(ProgressCallback):
 def settings(s: SherryArguments, args: TrainingArguments) -> dict:
     """What a run that goes on must have in common with the one that began."""
     same = {k: v for k, v in vars(s).items() if k not in ("export", "export_dtype", "eval_tokens", "monitor_every")}
-    names = ("learning_rate lr_scheduler_type warmup_ratio warmup_steps per_device_train_batch_size max_steps num_train_epochs "
-             "gradient_accumulation_steps weight_decay adam_beta1 adam_beta2 adam_epsilon max_grad_norm seed data_seed bf16 fp16")
+    names = ("learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps per_device_train_batch_size max_steps "
+             "num_train_epochs gradient_accumulation_steps world_size optim weight_decay adam_beta1 adam_beta2 adam_epsilon "
+             "max_grad_norm label_smoothing_factor seed data_seed bf16 fp16")
     same |= {k: getattr(args, k) for k in names.split()}
     return json.loads(json.dumps(same, default=str))
+
+
+def write(path: Path, value: dict) -> None:
+    """JSON, whole or not at all."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def resume_from(args: TrainingArguments, now: dict) -> str | None:
@@ -303,7 +315,7 @@ def resume_from(args: TrainingArguments, now: dict) -> str | None:
             raise Stop(f"{mark} is damaged ({e}): remove {directory} to start over") from e
         if other:
             raise Stop(f"{directory} was begun with other settings ({other}): choose another --output_dir, or remove it")
-    elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+    elif directory.exists() and (not directory.is_dir() or set(os.listdir(directory)) - {"settings.json.part"}):
         raise Stop(f"{directory} has something in it that is not of this program: choose another --output_dir")
     return args.resume_from_checkpoint or last_checkpoint(directory)
 
@@ -321,7 +333,8 @@ def run(s: SherryArguments, args: Arguments) -> int:
     main_process = args.process_index == 0
     transformers.utils.logging.set_verbosity_warning()
     out = Path(s.export or Path(args.output_dir) / "hf")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    unfinished = (out / "config.json").is_file() and not (out / RECORD).exists() and last_checkpoint(Path(args.output_dir))
+    if not unfinished and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Stop(f"{out} already has something in it: choose another --export, or remove it")
     now = settings(s, args)
     checkpoint = resume_from(args, now)
@@ -345,7 +358,7 @@ def run(s: SherryArguments, args: Arguments) -> int:
     for what, found in ("to train on", train), ("held out", held_out):
         if not len(found):
             raise Stop(f"the text {what} is shorter than one context of {s.context} tokens: give more, or a smaller --context")
-    held_out = held_out.select(range(max(1, min(len(held_out), s.eval_tokens // s.context))))
+    held_out = held_out.shuffle(seed=0).select(range(max(1, min(len(held_out), s.eval_tokens // s.context))))
     teacher = None
     if s.teacher:
         with _telling(s.teacher):
@@ -353,7 +366,8 @@ def run(s: SherryArguments, args: Arguments) -> int:
 
     if main_process:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-        (Path(args.output_dir) / "settings.json").write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        if not (mark := Path(args.output_dir) / "settings.json").is_file():
+            write(mark, now)
         tokenizer.save_pretrained(args.output_dir)
     monitor = qat.TrainingMonitor(s.monitor_every) if s.monitor_every and names else None
     interrupt = Interrupt()
@@ -380,23 +394,26 @@ def run(s: SherryArguments, args: Arguments) -> int:
                 raise Stop(f"cannot go on from {checkpoint} ({type(e).__name__}: {e}): remove it to go on from an earlier one, "
                            f"or remove {args.output_dir} to start over") from e
             raise
-    if interrupt.asked:
+    if interrupt.agreed:
         return interrupted() if main_process else 128 + signal.SIGINT
     seconds = time.monotonic() - began
     if main_process:
         plot(trainer.state.log_history, Path(args.output_dir) / "training.png")
+    if main_process and unfinished:
+        shutil.rmtree(out)
     try:
         trainer.export(out, getattr(torch, s.export_dtype))
     except ValueError as e:  # not finite
         raise Stop(str(e)) from e
     if main_process:
+        history, steps, rows = trainer.state.log_history, trainer.state.global_step, np.array(held_out["input_ids"])
+        del trainer, model, teacher  # their memory
         exported = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).to(args.device)
-        loss = mean_loss(exported, np.array(held_out["input_ids"]))
-        last = next((e["loss"] for e in reversed(trainer.state.log_history) if "loss" in e), None)
-        (out / "training.json").write_text(json.dumps({
-            "settings": now, "loss": {"train": last, "held_out": loss}, "steps": trainer.state.global_step,
-            "seconds": round(seconds, 1)}, indent=2) + "\n", encoding="utf-8")  # fmt: skip
-        print(f"training: {trainer.state.global_step} steps, held-out loss {loss:.4f} of what was exported to {out}", flush=True)
+        loss = mean_loss(exported, rows)
+        last = next((entry["loss"] for entry in reversed(history) if "loss" in entry), None)
+        write(out / RECORD, {"settings": now, "loss": {"train": last, "held_out": loss}, "steps": steps,
+                             "seconds": round(seconds, 1)})  # fmt: skip
+        print(f"training: {steps} steps, held-out loss {loss:.4f} of what was exported to {out}", flush=True)
     return 0
 
 

@@ -399,6 +399,7 @@ class Grouping:
     granularity: str = "per_group"  # or per_channel, per_tensor
     group_size: int = tq1_25.BLOCK  # of per_group
     weights: str = ""  # latent, fake_quantized, or not said
+    kept: frozenset[str] = frozenset()  # names in the checkpoint of matrices that were in full precision
 
     @property
     def of_blocks(self) -> bool:
@@ -422,6 +423,9 @@ def read_grouping(model_dir: Path, options: Options) -> Grouping:
         raise ConvertError(f"{where}the sparsity {pattern[0]!r}:{pattern[1]!r}; TQ1_25 stores 3:4")
     if (weights := found.get("weights", "")) not in ("", "latent", "fake_quantized"):
         raise ConvertError(f"{where}weights {weights!r}, neither latent nor fake_quantized")
+    kept = found.get("kept", [])
+    if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
+        raise ConvertError(f"{where}kept {kept!r}, not a list of tensor names")
     granularity, size = found.get("granularity", "per_group"), found.get("group_size", tq1_25.BLOCK)
     if options.group_size is not None:
         where, granularity, size = "--group-size is given: ", "per_group", options.group_size
@@ -435,7 +439,7 @@ def read_grouping(model_dir: Path, options: Options) -> Grouping:
             f"be a multiple of {tq1_25.BLOCK}: train with such a group size, or pass --group-size {tq1_25.BLOCK} to "
             "quantize these weights anew, with loss"
         )
-    return Grouping(granularity, size if granularity == "per_group" else tq1_25.BLOCK, weights)
+    return Grouping(granularity, size if granularity == "per_group" else tq1_25.BLOCK, weights, frozenset(kept))
 
 
 # ---- the plan ----
@@ -508,7 +512,7 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
             t.why = "as asked" + ", which overrules --keep" * _kept(t, patterns)
             _set_type(t, types[chosen[name].upper()])
         else:
-            t.why = _why_kept(t, arch, patterns)
+            t.why = _why_kept(t, arch, patterns, grouping.kept)
             if not t.why:
                 _set_type(t, types.TQ1_25)
         if info.dtype == types.F16:
@@ -544,9 +548,11 @@ def _compiled(pattern: str) -> re.Pattern:
         raise ConvertError(f"--keep {pattern}: not a regular expression: {e}") from None
 
 
-def _why_kept(t: Tensor, arch: str, patterns: list[re.Pattern]) -> str:
+def _why_kept(t: Tensor, arch: str, patterns: list[re.Pattern], in_training: frozenset[str]) -> str:
     if _kept(t, patterns):
         return "--keep"
+    if t.source in in_training:
+        return "full precision in training"
     if t.name in (*EMBEDDINGS, OUTPUT):
         return "embeddings and output"
     if not _IN_BLOCK.match(t.name) or not t.name.endswith(".weight") or len(t.shape) not in (2, 3):

@@ -61,13 +61,20 @@ METHODS = {k: v for k, v in compare_quality.METHODS.items() if k not in ("twn", 
 @contextlib.contextmanager
 def fewer_runs():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_quality, "EXPLORED", [{}, {"peak": 0.25, "end": 0.5}])
+        patch.setattr(compare_quality, "EXPLORED", dict.fromkeys(compare_quality.RATES, [{}, {"peak": 0.25, "end": 0.5}]))
+        patch.setattr(compare_quality, "BUDGETS", (0.5, 1))
         patch.setattr(compare_quality, "FINALISTS", 1)
         patch.setattr(compare_quality, "METHODS", METHODS)
         patch.setattr(compare_quality, "EXTEND", 0)
         patch.setattr(compare_quality, "RATES", dict.fromkeys(compare_quality.RATES, (1e-3, 4e-3)))
         patch.setattr(compare_quality, "RATES_FULL", compare_quality.RATES)
         yield
+
+
+def test_paired_differences():
+    assert compare_quality.paired([1.1, 2.2, 3.3], [1.0, 2.0, 3.0]) == "+10.00 ± 0.00 %"
+    assert compare_quality.paired([1.1, 1.3], [1.0, 1.0]) == "+20.00 ± 10.00 %"
+    assert compare_quality.paired([2.0], [2.0]) == ""
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +119,14 @@ def test_goes_on_where_it_stopped(compared, capfd):
     log.write_text("".join(lines[:-2]) + lines[-2][:50])  # one gone, and one that was being written
     with fewer_runs():
         assert compare_quality.main(arguments) == 0
+        out = capfd.readouterr().out
+        assert "damaged; that run is repeated" in out
+        assert sum(" of " in line for line in out.splitlines()) == 2  # what was done is not trained again
+        assert compare_quality.main(arguments) == 0
     out = capfd.readouterr().out
-    assert "damaged; that run is repeated" in out
+    assert "damaged" not in out and " of " not in out
+    assert sorted(x.split('"seconds"')[0] for x in log.read_text().splitlines()) == sorted(
+        x.split('"seconds"')[0] for x in lines)
     after = json.loads((work / "quality.json").read_text())
     for setting in before["settings"]:  # the same runs give the same figures
         for method in METHODS:

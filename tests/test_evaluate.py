@@ -18,6 +18,7 @@ import huggingface_hub
 import pytest
 import small_models
 import torch
+import train_sherry
 import transformers
 from conftest import ENV, UPSTREAM, pre, python, sherry
 from datasets.arrow_writer import ArrowWriter
@@ -234,7 +235,7 @@ def test_the_loss_on_a_text(models, kind, tmp_path, capsys):
     code, report = report_of(tmp_path / "r.json", *models[kind], "--text", text, "--context", 128)
     wanted, *others = (m["text"] for m in report["models"])
     assert code == 0 and wanted["chunks"] == wanted["tokens"] // 128 > 10 and wanted["scored"] == wanted["chunks"] * 63
-    for other, allowed in zip(others, (1e-5, 5e-3)):  # measured: 2e-6 and 4e-5; the second is what is promised
+    for other, allowed in zip(others, (1e-5, 2e-4)):  # measured: 2e-6 and 4e-5
         assert [other[k] for k in ("scored", "chunks", "tokens")] == [wanted[k] for k in ("scored", "chunks", "tokens")]
         assert other["nats"] == pytest.approx(wanted["nats"], rel=allowed)
         assert other["perplexity"] == pytest.approx(math.exp(other["nats"]))
@@ -242,6 +243,32 @@ def test_the_loss_on_a_text(models, kind, tmp_path, capsys):
     out = capsys.readouterr().out
     assert re.search(rf"^text +{wanted['scored']} tokens +nats/token +{wanted['nats']:.4f} ", out, re.M)
     assert "acc" not in out and len(re.findall(r"loss on the text [+-]0\.0\d\d %", out)) == 2
+
+
+def test_the_loss_of_a_trained_model(tmp_path):
+    """Trained, exported, converted: the GGUF's loss is the checkpoint's, within the half percent that is promised."""
+    lines = [f"    {'abc'[i * i % 3]} = {'xyz'[i % 3]} + {i * 7 % 10}\n" for i in range(4000)]
+    (tmp_path / "train.txt").write_text("def f(x, y, z):\n" + "".join(lines[:3500]))
+    text = tmp_path / "held_out.txt"
+    text.write_text("".join(lines[3500:]))
+    start = small_models.make(tmp_path / "start", "llama", latent=True)
+    flags = {"model": start, "train": tmp_path / "train.txt", "validation": text, "output_dir": tmp_path / "run", "context": 64,
+             "max_steps": 60, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "use_cpu": True, "monitor_every": 0,
+             "arenas_peak": 0, "report_to": "none", "disable_tqdm": True}  # fmt: skip
+    assert train_sherry.main([x for k, v in flags.items() for x in (f"--{k}", str(v))]) == 0
+    hf, gguf = tmp_path / "run/hf", tmp_path / "m.gguf"
+    result = sherry("convert", hf, "--outfile", gguf, "--require-exact")
+    assert result.returncode == 0, result.stderr
+    code, report = report_of(tmp_path / "r.json", hf, gguf, "--text", text, "--context", 64)
+    torch_loss, gguf_loss = (m["text"]["nats"] for m in report["models"])
+    assert code == 0 and gguf_loss == pytest.approx(torch_loss, rel=5e-3)
+    # and that says something: the ternary matrices are what the loss comes from
+    model, tokenizer = evaluate.load(hf, "cpu", "float32")
+    for name, p in model.named_parameters():
+        if "_proj" in name:
+            p.data.zero_()
+    without = evaluate.held_out_loss(model, tokenizer.encode(text.read_text()), 64, 1)
+    assert torch_loss < 0.7 * without.nats
 
 
 @pytest.mark.parametrize("bos, context, chunks", [(1, 64, None), (None, 64, None), (1, 33, 3)])

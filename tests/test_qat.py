@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
 
 from sherry_gguf import ternary, tq1_25
 from sherry_gguf.qat import (
@@ -215,6 +223,12 @@ def test_prepare_tells_what_it_cannot_turn(caplog):
 
 
 def test_prepare_changes_nothing_on_error():
+    model = llama()
+    prepare(model, only="mlp")
+    with pytest.raises(ValueError, match="layers.0.mlp.gate_proj is quantized already, by QuantConfig.*sherry"):
+        prepare(model, QuantConfig("twn"))
+    assert len(quantized_layers(model)) == 6
+    assert len(prepare(model)) == 8  # the rest, in the same way
     model = torch.nn.Sequential(torch.nn.Linear(256, 4), torch.nn.Linear(96, 4))
     with pytest.raises(ValueError):
         prepare(model)
@@ -295,6 +309,43 @@ def test_saved_latent_weights_say_so(tmp_path):
     prepare(model)
     model.save_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["sherry_config"]["weights"] == "latent"
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    prepare(again, QuantConfig("absmean"))  # what was Sherry's is no more
+    assert not hasattr(again.config, "sherry_config")
+    half = llama().bfloat16()
+    prepare(half)  # training rounds its scales further than the converter
+    assert not hasattr(half.config, "sherry_config")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_export_of_half_precision_models(tmp_path, dtype):
+    model = llama().to(dtype).eval()
+    names = prepare(model)
+    export(model, tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    for name in names:
+        weight = loaded.get_submodule(name).weight.detach()
+        assert tq1_25.is_exact(weight.numpy()).all()
+        assert torch.equal(weight, model.get_submodule(name).quantized_weight().float())
+
+
+def test_experts(tmp_path):
+    """Each expert's matrices are ternary; routers stay, whatever else is to be kept."""
+    torch.manual_seed(0)
+    model = Qwen2MoeForCausalLM(Qwen2MoeConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=128, moe_intermediate_size=128, shared_expert_intermediate_size=128,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, num_experts=2, num_experts_per_tok=1)).eval()  # fmt: skip
+    names = prepare(model, keep=r"layers\.0\.")
+    assert len(names) == 4 + 3 * 3 and all(n.endswith("_proj") for n in names)
+    assert all(n.startswith("model.layers.1.") for n in names)
+    export(model, tmp_path / "out", dtype=torch.float32)
+    kept = json.loads((tmp_path / "out/config.json").read_text())["sherry_config"]["kept"]
+    assert "model.layers.1.mlp.shared_expert_gate.weight" in kept and "model.layers.0.self_attn.q_proj.weight" in kept
+    assert not any(f"{n}.weight" in kept for n in names) and "lm_head.weight" not in kept
+    loaded, x = AutoModelForCausalLM.from_pretrained(tmp_path / "out"), torch.arange(32)[None]
+    for name in names:
+        assert torch.equal(loaded.get_submodule(name).weight, model.get_submodule(name).quantized_weight())
+    torch.testing.assert_close(loaded(x).logits, model(x).logits)
 
 
 def test_conv1d_of_gpt2(tmp_path):
@@ -316,11 +367,6 @@ def test_conv1d_of_gpt2(tmp_path):
 
 
 def test_export_refuses_and_leaves_nothing(tmp_path):
-    model = llama()
-    prepare(model, only="mlp")
-    prepare(model, QuantConfig("twn"))
-    with pytest.raises(ValueError, match="the model mixes"):
-        export(model, tmp_path / "out")
     model = llama()
     prepare(model)
     with torch.no_grad():

@@ -1,8 +1,10 @@
 """scripts/train_sherry.py as a user starts it: from a model and from a config, resumed, and with input that is wrong."""
 
 import json
+import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,11 +135,13 @@ def test_interrupted_run_goes_on_and_ends_the_same(start, text, tmp_path):
     _, errors = first.communicate(timeout=60)
     assert first.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
     assert not (tmp_path / "cut/hf").exists()
+    settings = (tmp_path / "cut/settings.json").stat().st_mtime_ns
     # a checkpoint whose writing was cut off is passed over
     (tmp_path / "cut/checkpoint-9999").mkdir()
 
     second = subprocess.run(command("cut"), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
+    assert (tmp_path / "cut/settings.json").stat().st_mtime_ns == settings
     step = int(re.search(r"going on from \S*checkpoint-(\d+)", second.stdout)[1])
     assert 0 < step < steps
     a, b = (load_file(tmp_path / d / "hf/model.safetensors") for d in ("whole", "cut"))
@@ -188,6 +192,42 @@ def test_other_settings_and_foreign_directories(start, text, tmp_path, capfd):
     assert "settings.json is damaged" in capfd.readouterr().err
 
 
+def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd):
+    """Killed, or out of memory, between the export and its evaluation."""
+    assert train_sherry.main(flags(start, text, tmp_path / "run")) == 0
+    weights = (tmp_path / "run/hf/model.safetensors").read_bytes()
+    loss = json.loads((tmp_path / "run/hf/training.json").read_text())["loss"]
+    (tmp_path / "run/hf/training.json").unlink()
+    assert train_sherry.main(flags(start, text, tmp_path / "run")) == 0
+    assert "going on from" in capfd.readouterr().out
+    assert (tmp_path / "run/hf/model.safetensors").read_bytes() == weights
+    assert json.loads((tmp_path / "run/hf/training.json").read_text())["loss"] == loss
+
+
+def test_two_processes(start, text, tmp_path):
+    """Under torchrun, with accumulation: cut off, resumed, and exported by one of them."""
+    def torchrun(*more):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d",
+                   "--rdzv_endpoint", "127.0.0.1:0", train_sherry.__file__,
+                   *flags(start, text, tmp_path / "run", ddp_backend="gloo", gradient_accumulation_steps=2, save_steps=3), *more]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=240)
+
+    first = torchrun()
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "8 a step" in first.stdout and "2 processes on cpu" in first.stdout
+    weights = load_file(tmp_path / "run/hf/model.safetensors")
+    shutil.rmtree(tmp_path / "run/hf")
+    shutil.rmtree(tmp_path / "run/checkpoint-6")
+    second = torchrun()
+    assert second.returncode == 0, second.stderr[-3000:]
+    assert "going on from" in second.stdout and "checkpoint-3" in second.stdout
+    again = load_file(tmp_path / "run/hf/model.safetensors")
+    assert all(torch.equal(again[k], weights[k]) for k in weights)
+    shutil.rmtree(tmp_path / "run/hf")
+    # one process alone would take half as much a step
+    assert train_sherry.main(flags(start, text, tmp_path / "run", gradient_accumulation_steps=2, save_steps=3)) == 1
+
+
 def test_damaged_checkpoint_is_named(start, text, tmp_path, capfd):
     assert train_sherry.main(flags(start, text, tmp_path / "run", max_steps=6, export=tmp_path / "one")) == 0
     (tmp_path / "run/checkpoint-6/optimizer.pt").write_bytes(b"junk")
@@ -200,18 +240,17 @@ def test_damaged_checkpoint_is_named(start, text, tmp_path, capfd):
                                                      ("per_tensor", 128)])  # fmt: skip
 def test_gguf_holds_what_training_computed(start, text, tmp_path, granularity, group_size):
     """The export converts bit for bit; and what the Trainer saved, latent weights, to the very same blocks."""
-    # the model's feed-forward layer is no multiple of 256
-    more = dict(granularity=granularity, group_size=group_size, only="attn|up_proj")
+    # the model's feed-forward layer is no multiple of 256; what is kept, the checkpoint tells the converter
+    more = dict(granularity=granularity, group_size=group_size, only="attn|up_proj", keep="layers.1.*up_proj")
     assert train_sherry.main(flags(start, text, tmp_path / "run", **more)) == 0
     files = {"hf": tmp_path / "hf.gguf", "checkpoint-6": tmp_path / "latent.gguf"}
-    keep = ["--keep", "gate_proj", "--keep", "down_proj"]
     for directory, file in files.items():
         exact = ["--require-exact"] if directory == "hf" else []
-        result = sherry("convert", tmp_path / "run" / directory, "--outfile", file, *keep, *exact)
+        result = sherry("convert", tmp_path / "run" / directory, "--outfile", file, *exact)
         assert result.returncode == 0, result.stdout + result.stderr
-    result = sherry("verify", files["hf"], tmp_path / "run/hf", *keep)
-    assert result.returncode == 0 and "10 TQ1_25 tensors bit for bit as in the checkpoint" in result.stdout
+    result = sherry("verify", files["hf"], tmp_path / "run/hf")
+    assert result.returncode == 0 and "9 TQ1_25 tensors bit for bit as in the checkpoint" in result.stdout
     a, b = ({t.name: t.data for t in gguf.GGUFReader(f).tensors if t.tensor_type == tq1_25.TYPE_ID} for f in files.values())
-    assert len(a) == 10 and a.keys() == b.keys()
+    assert len(a) == 9 and a.keys() == b.keys()
     for name in a:
         assert np.array_equal(a[name], b[name]), name

@@ -11,7 +11,15 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
 
 from sherry_gguf import tq1_25
 from sherry_gguf.qat import (
@@ -139,7 +147,7 @@ def test_evaluation_is_without_residual(tmp_path, blocks):
     class Watched(SherryTrainer):
         def evaluate(self, *a, **k):
             result = super().evaluate(*a, **k)
-            assert self.arenas.residual > 0
+            assert m.model.layers[0].mlp.up_proj.residual > 0
             plain = model()
             plain.load_state_dict({k: v.clone() for k, v in m.state_dict().items()})
             for name in quantized_layers(m):
@@ -165,7 +173,7 @@ def test_resumed_training_is_the_same(tmp_path, blocks):
     whole.train()
     saved = json.loads((tmp_path / "whole/checkpoint-3/trainer_state.json").read_text())["stateful_callbacks"]
     assert saved["ArenasCallback"]["attributes"] == {"residual": Arenas(warmup=0.25).at(2, STEPS), "steps": STEPS}
-    assert saved["ArenasCallback"]["args"]["warmup"] == 0.25
+    assert saved["ArenasCallback"]["args"]["arenas"]["warmup"] == 0.25
 
     rest, m, seen = trainer("whole")
     rest.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
@@ -173,11 +181,43 @@ def test_resumed_training_is_the_same(tmp_path, blocks):
     for (name, a), b in zip(expected.state_dict().items(), m.state_dict().values()):
         assert torch.equal(a, b), name
 
-    other = model()
-    prepare(other)
-    with pytest.raises(ValueError, match=r"other settings of Arenas \(peak 1.0, now 0.5"):
-        SherryTrainer(other, arguments(tmp_path / "other"), train_dataset=Blocks(blocks),
-                      arenas=Arenas(peak=0.5, warmup=0.25)).train(str(tmp_path / "whole/checkpoint-3"))
+    # transformers' own way to restore callbacks gives the same
+    restored, m, seen = trainer("whole", restore_callback_states_from_checkpoint=True)
+    restored.train(resume_from_checkpoint=str(tmp_path / "whole/checkpoint-3"))
+    assert seen == [Arenas(warmup=0.25).at(step, STEPS) for step in range(3, STEPS)]
+    assert [e["residual"] for e in restored.state.log_history if "residual" in e][3:] == seen
+
+
+@pytest.mark.parametrize("then, now, says", [
+    (Arenas(), Arenas(peak=0.5), r"\(peak 1.0, now 0.5\)"),
+    (Arenas(), None, "peak 1.0, now 0.0"),
+    (None, Arenas(), "peak 0.0, now 1.0"),
+    (Arenas(), Arenas(), None),
+    (None, None, None),
+])
+def test_resuming_with_other_settings_is_refused(tmp_path, blocks, then, now, says):
+    for arenas, more in (then, {}), (now, {"resume_from_checkpoint": str(tmp_path / "checkpoint-4")}):
+        m = model()
+        prepare(m)
+        trainer = SherryTrainer(m, arguments(tmp_path, save_strategy="steps", save_steps=4), train_dataset=Blocks(blocks),
+                                arenas=arenas)  # fmt: skip
+        if more and says:
+            with pytest.raises(ValueError, match=says):
+                trainer.train(**more)
+        else:
+            trainer.train(**more)
+    assert (tmp_path / "checkpoint-8").is_dir()
+
+
+def test_resuming_a_checkpoint_of_a_plain_trainer(tmp_path, blocks):
+    """It knows nothing of Arenas, so it was trained without; saving again must work."""
+    for cls in Trainer, SherryTrainer:
+        m = model()
+        prepare(m)
+        args = arguments(tmp_path, save_strategy="steps", save_steps=4)
+        resume = {"resume_from_checkpoint": str(tmp_path / "checkpoint-4")} if cls is SherryTrainer else {}
+        cls(m, args, train_dataset=Blocks(blocks)).train(**resume)
+    assert "ArenasCallback" in (tmp_path / "checkpoint-8/trainer_state.json").read_text()
 
 
 def test_callback_without_quantized_layers_says_so(tmp_path, blocks):
@@ -245,6 +285,25 @@ def test_monitor_under_gradient_checkpointing(tmp_path, blocks):
         for key in "gradient_rank", "activation_rank", "flips", "near_zeroing":
             assert a[key] == pytest.approx(b[key], rel=1e-2), key
         assert a["gradient_rank"] > 1
+
+
+def test_monitor_of_experts_and_frozen_layers(tmp_path, blocks):
+    """Experts that see no token in one of the two steps, and layers without gradient, leave the figures of the others."""
+    torch.manual_seed(0)
+    m = MixtralForCausalLM(MixtralConfig(
+        vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
+        num_local_experts=16, num_experts_per_tok=1, use_cache=False))  # fmt: skip
+    names = prepare(m, keep="q_proj")
+    assert len(names) == 3 + 16 * 3 and not any(n.endswith("gate") for n in names)  # the router stays
+    m.model.layers[0].self_attn.k_proj.weight.requires_grad_(False)
+    monitor = TrainingMonitor(2, layers=len(names))
+    args = arguments(tmp_path, max_steps=9, per_device_train_batch_size=1, learning_rate=1e-4)
+    trainer = SherryTrainer(m, args, train_dataset=Blocks(blocks[:, :6]), monitor=monitor)
+    trainer.train()
+    looks = [e for e in trainer.state.log_history if "flips" in e]
+    assert len(looks) == 4
+    assert all(0 < e["gradient_rank"] < 128 for e in looks)
+    assert all(e["flips"] < 0.02 for e in looks)  # of one step, where a stale look would add up several
 
 
 def test_monitor_errors(tmp_path, blocks):
@@ -334,16 +393,18 @@ def two_processes(out: Path, blocks: np.ndarray, mode: str) -> dict:
     return {rank: json.loads((out / f"{rank}.json").read_text()) for rank in (0, 1)}
 
 
-@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+@pytest.mark.parametrize("mode", ["ddp", "fsdp", "fsdp-bf16"])
 def test_two_processes(tmp_path, blocks, mode):
     m = model()
     prepare(m)
-    one = SherryTrainer(m, arguments(tmp_path / "one"), train_dataset=Blocks(blocks), arenas=Arenas(warmup=0.25),
+    mode, bf16 = mode.removesuffix("-bf16"), mode.endswith("-bf16")
+    one = SherryTrainer(m, arguments(tmp_path / "one", bf16=bf16), train_dataset=Blocks(blocks), arenas=Arenas(warmup=0.25),
                         monitor=TrainingMonitor(3))  # fmt: skip
     one.train()
     one.export(tmp_path / "one/hf", torch.float32)
 
-    seen = two_processes(tmp_path, blocks, mode)
+    seen = two_processes(tmp_path, blocks, mode + "-bf16" * bf16)
+    assert seen[0]["forward"] == "torch.float32"  # what is quantized, also where the products are bfloat16
     assert seen[0]["type"] == {"ddp": "MULTI_CPU", "fsdp": "FSDP"}[mode]
     assert seen[0]["wrapper"] == {"ddp": "DistributedDataParallel", "fsdp": "FSDPLlamaForCausalLM"}[mode]
     if mode == "fsdp":  # each holds its part
@@ -351,7 +412,7 @@ def test_two_processes(tmp_path, blocks, mode):
     expected = [Arenas(warmup=0.25).at(step, STEPS) for step in range(STEPS)]
     assert seen[0]["lambdas"] == seen[1]["lambdas"] == expected
     losses = [e["loss"] for e in one.state.log_history if "loss" in e]
-    assert seen[0]["losses"] == pytest.approx(losses, abs=2e-3)
+    assert seen[0]["losses"] == pytest.approx(losses, abs=5e-3 if bf16 else 2e-3)
     flips = [e["flips"] for e in one.state.log_history if "flips" in e]
     assert seen[0]["flips"] == pytest.approx(flips, abs=1e-3) and len(flips) == 3
 
@@ -363,8 +424,8 @@ def test_two_processes(tmp_path, blocks, mode):
         assert tq1_25.is_exact(weight.numpy()).all(), name
         changed += (weight.sign() != a[f"{name}.weight"].sign()).sum().item()
     # sums in another order take a weight over the edge here and there
-    assert changed < 1e-3 * sum(layer.weight.numel() for layer in quantized_layers(m).values())
+    assert changed < (1e-2 if bf16 else 1e-3) * sum(layer.weight.numel() for layer in quantized_layers(m).values())
     one_loss, two_loss = (mean_loss(AutoModelForCausalLM.from_pretrained(d / "hf", dtype=torch.float32), blocks[:64])
                           for d in (tmp_path / "one", tmp_path))  # fmt: skip
-    assert two_loss == pytest.approx(one_loss, abs=2e-3)
+    assert two_loss == pytest.approx(one_loss, abs=5e-3 if bf16 else 2e-3)
     assert json.loads((tmp_path / "hf/config.json").read_text())["sherry_config"]["weights"] == "fake_quantized"

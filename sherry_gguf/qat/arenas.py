@@ -58,34 +58,32 @@ class ArenasCallback(TrainerCallback, ExportableState):
 
     It counts the Trainer's optimizer steps, so gradient accumulation and checkpointing do not move the schedule. Its
     settings and λ are in trainer_state.json of each checkpoint; training resumes at the λ of its step, and refuses to
-    with other settings. After training λ is 0.
+    with other settings, none (a peak of 0) among them. After training λ is 0.
     """
 
-    def __init__(self, arenas: Arenas = Arenas()):
-        self.arenas = arenas
+    def __init__(self, arenas: Arenas | dict = Arenas()):
+        self.arenas = arenas if isinstance(arenas, Arenas) else Arenas(**arenas)  # a dict: from `state`
         self.residual = 0.0
         self.steps = 0
 
     def state(self) -> dict:
-        return {"args": dataclasses.asdict(self.arenas), "attributes": {"residual": self.residual, "steps": self.steps}}
-
-    @classmethod
-    def from_state(cls, state: dict) -> ArenasCallback:
-        callback = cls(Arenas(**state["args"]))
-        callback.residual, callback.steps = state["attributes"]["residual"], state["attributes"]["steps"]
-        return callback
+        return {"args": {"arenas": dataclasses.asdict(self.arenas)},
+                "attributes": {"residual": self.residual, "steps": self.steps}}  # fmt: skip
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Raises ValueError if the model has no layer to drive, or the checkpoint resumed from had other settings."""
         if not quantized_layers(model):
             raise ValueError("Arenas has nothing to act on: call prepare(model) before the Trainer is made")
-        saved = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        if isinstance(saved, dict) and saved["attributes"]["steps"]:
-            then, now = saved["args"] | {"steps": saved["attributes"]["steps"]}, self.state()["args"]
-            now["steps"] = state.max_steps
-            if other := ", ".join(f"{k} {then[k]}, now {now[k]}" for k in now if then[k] != now[k]):
+        name = type(self).__name__
+        if state.global_step:
+            saved = state.stateful_callbacks.get(name)
+            then = saved["args"]["arenas"] | {"steps": saved["attributes"]["steps"]} if saved else {"peak": 0.0}
+            now = dataclasses.asdict(self.arenas) | {"steps": state.max_steps}
+            if then != now and (then["peak"] or now["peak"]):
+                other = ", ".join(f"{k} {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v)
                 raise ValueError(f"the checkpoint was trained with other settings of Arenas ({other}): give the same ones, "
                                  "or start again from its weights")
+        state.stateful_callbacks.setdefault(name, self.state())  # where the Trainer looks it up to save it
         self.steps = state.max_steps
         self._set(model, state.global_step)
 
@@ -99,3 +97,4 @@ class ArenasCallback(TrainerCallback, ExportableState):
     def _set(self, model, step: int) -> None:
         self.residual = self.arenas.at(step, self.steps)
         set_residual(model, self.residual, self.arenas.rescale)
+

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from .linear import QuantConv1D, QuantLinear, quantized_layers
+from .linear import QuantConv1D, QuantLinear, quantized_layers, sherry_config
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def export(
 
     Every weight of a quantized layer is stored as evaluation uses it: 0 or +-d with an fp16 d, exact in `dtype`. The
     other parameters are rounded to `dtype`: for figures that hold, evaluate what was saved, not `model`. float16 loses
-    nothing more in a GGUF, which keeps embeddings in F16.
+    nothing more in a GGUF, which keeps embeddings in F16. (Autocast rounds products further while training.)
 
     Args:
         model: a transformers `PreTrainedModel` that went through `prepare`, with any method.
@@ -43,8 +43,7 @@ def export(
     Raises:
         FileExistsError: the directory has something in it.
         TypeError: another dtype.
-        ValueError: the model has several ways of quantizing, a parameter that is not finite in `dtype`, or a
-            quantized one that is missing from `state`.
+        ValueError: a parameter is not finite in `dtype`, or a quantized one missing from `state`.
     """
     directory = Path(directory)
     if dtype not in (torch.float16, torch.float32):
@@ -52,13 +51,10 @@ def export(
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} already has something in it: remove it, or choose another directory")
     layers = quantized_layers(model)
-    quants = {m.quant for m in layers.values()}
-    if len(quants) > 1:
-        raise ValueError(f"the model mixes {', '.join(map(str, quants))}: a checkpoint can state only one")
-    quant = quants.pop() if quants else None
-    if quant and quant.method == "sherry" and quant.granularity == "per_group" and quant.group_size % 128:
+    said = sherry_config(model, "fake_quantized")
+    if said and said.get("group_size", 128) % 128:
         logger.warning("group size %d: TQ1_25 stores blocks of 128 weights under one scale, so these weights cannot be "
-                       "stored without loss", quant.group_size)
+                       "stored without loss", said["group_size"])
 
     directory.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".part", dir=directory.parent))
@@ -70,10 +66,12 @@ def export(
         for key in {"dtype", "torch_dtype"} & config.keys():
             config[key] = str(dtype).removeprefix("torch.")
         config.pop("sherry_config", None)
-        if quant and (said := quant.sherry_config("fake_quantized")):
+        if said:
             config["sherry_config"] = said
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        for path in part, *part.iterdir():  # mkdtemp and safetensors make them private
+        for path in *part.iterdir(), part:
+            _sync(path)
+            # mkdtemp and safetensors make them private
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
         os.replace(part, directory)
     except BaseException:
@@ -102,6 +100,15 @@ def _quantized(
             saved[key] = new.cpu()
         result[name] = saved[key]
     return result
+
+
+def _sync(path: Path) -> None:
+    """A rename may reach the disk before what was written."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _umask() -> int:

@@ -17,8 +17,8 @@ from . import quantizer
 
 logger = logging.getLogger(__name__)
 
-# What a GGUF keeps unquantized as well: the head, and the routers of a mixture of experts.
-KEEP = r"(^|\.)(lm_head|router|gate)$"
+# What a GGUF keeps unquantized as well: the head, and the routers of a mixture of experts. Always kept.
+KEEP = r"(^|\.)(lm_head|router|gate|shared_expert_gate)$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,13 +32,6 @@ class QuantConfig:
     def __post_init__(self):
         quantizer.check((self.group_size,), self.method, self.granularity, self.group_size)
 
-    def sherry_config(self, weights: str) -> dict | None:
-        """What config.json says of the weights, `latent` or `fake_quantized`; None where they are not Sherry's."""
-        if self.method != "sherry":
-            return None
-        size = {"group_size": self.group_size} if self.granularity == "per_group" else {}
-        return {"method": "sparse_absmean", "granularity": self.granularity, **size, "n": KEPT, "m": GROUP,
-                "weights": weights}  # fmt: skip
 
 
 class _Quantized:
@@ -108,33 +101,40 @@ class QuantConv1D(_Quantized, Conv1D):
 _LAYERS = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
 
 
-def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = KEEP, only: str = "") -> list[str]:
+def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = "", only: str = "") -> list[str]:
     """Make the linear layers of `model` train quantized weights, in place; the parameters stay the same objects.
 
     Call it before the model is wrapped (DDP, FSDP, DeepSpeed) and before an optimizer is made. With Sherry, config.json of
-    checkpoints that are saved from then on says that their weights are latent, so that the converter takes them as well.
+    checkpoints that are saved from then on says that their weights are latent, so that the converter takes them as well;
+    but where they are bfloat16, whose scales training rounds further than the converter would.
 
     Args:
-        model: any module with nn.Linear or transformers' Conv1D. Embeddings are never touched, nor is what
-            `get_output_embeddings()` names.
+        model: any module with nn.Linear or transformers' Conv1D.
         quant: how to quantize; with the method `full` nothing is turned, for a comparison with full precision.
-        keep: regular expression; layers whose dotted name it finds stay as they are.
+        keep: regular expression; layers whose dotted name it finds stay as they are, as do those of `KEEP`, and the
+            head that `get_output_embeddings()` names. The checkpoint says so to the converter.
         only: regular expression; other layers stay as they are.
 
     Returns:
         The names of the layers that were turned.
 
     Raises:
-        ValueError: there are none, or one's inputs do not fit `quant`; nothing is changed then.
+        ValueError: there are none, one's inputs do not fit `quant`, or another is quantized otherwise already; nothing is
+            changed then.
     """
+    if hasattr(model, "config"):  # of a Sherry checkpoint that this training starts from
+        model.config.__dict__.pop("sherry_config", None)
     if quant.method == "full":
         return []
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     turn = {name: m for name, m in model.named_modules()
             if type(m) in _LAYERS and name and m is not head
-            and not re.search(keep, name) and re.search(only, name)}  # fmt: skip
+            and not re.search(KEEP, name) and not (keep and re.search(keep, name)) and re.search(only, name)}  # fmt: skip
     if not turn:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r})")
+    for name, m in quantized_layers(model).items():
+        if m.quant != quant:
+            raise ValueError(f"{name} is quantized already, by {m.quant}: a checkpoint can state only one way")
     for name, m in turn.items():
         shape = tuple(m.weight.shape)
         try:
@@ -147,9 +147,26 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = KE
     owned = {id(p) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding)) for p in m.parameters()}
     if rest := [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in owned]:
         logger.warning("not in a linear layer, so left in full precision: %s", ", ".join(rest))
-    if hasattr(model, "config") and (said := quant.sherry_config("latent")):
-        model.config.sherry_config = said
+    if hasattr(model, "config") and all(m.weight.dtype != torch.bfloat16 for m in turn.values()):
+        if said := sherry_config(model, "latent"):
+            model.config.sherry_config = said
     return list(turn)
+
+
+def sherry_config(model: nn.Module, weights: str) -> dict | None:
+    """What config.json says of a model that went through `prepare`; None where its weights are not Sherry's.
+
+    weights: `latent` or `fake_quantized`.
+    """
+    quant = next((m.quant for m in quantized_layers(model).values()), None)
+    if quant is None or quant.method != "sherry":
+        return None
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    kept = [f"{_WRAPPED.sub('', name)}.weight" for name, m in model.named_modules()
+            if isinstance(m, tuple(_LAYERS)) and not isinstance(m, _Quantized) and m is not head]  # fmt: skip
+    size = {"group_size": quant.group_size} if quant.granularity == "per_group" else {}
+    return {"method": "sparse_absmean", "granularity": quant.granularity, **size, "n": KEPT, "m": GROUP,
+            "weights": weights, **({"kept": kept} if kept else {})}  # fmt: skip
 
 
 # What wrappers for distributed training and checkpointing put into the names of modules.

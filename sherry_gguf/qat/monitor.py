@@ -47,7 +47,7 @@ class TrainingMonitor(TrainerCallback):
 
         gradient_rank      effective rank of the loss's gradient by the used weight (one micro-batch, this process)
         activation_rank    effective rank of the layers' input (at most `ROWS` tokens of it)
-        near_zeroing       share of groups of four near another choice of the zero
+        near_zeroing       share of groups of four near another choice of the zero (of Sherry only)
         near_sign          share of latent weights within `NEAR` scales of 0
         flips              share of weights whose ternary value changed in the optimizer step
         sign_flips         share that went from + to - or back
@@ -78,6 +78,8 @@ class TrainingMonitor(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         for name, look in self._looks.items():
+            if state.global_step % self.every == 0:
+                look.clear()  # of an expert that saw no token in the second step
             first = state.global_step % self.every == 0 and state.global_step + 1 < state.max_steps
             second = look.before is not None
             self._modules[name].probe = look.first if first else look.second if second else None
@@ -87,9 +89,10 @@ class TrainingMonitor(TrainerCallback):
             module.probe = None
         looks = [look for look in self._looks.values() if look.flips is not None]
         if looks:
-            keys = looks[0].figures.keys() | looks[0].flips.keys()
             figures = [look.figures | look.flips for look in looks]
-            self.latest = {k: sum(f[k] for f in figures) / len(figures) for k in sorted(keys)}
+            for key in sorted(set().union(*figures)):  # a frozen layer has no gradient
+                values = [f[key] for f in figures if key in f]
+                self.latest[key] = sum(values) / len(values)
             for look in looks:
                 look.clear()
 
@@ -119,7 +122,8 @@ class _Look:
         weight, ternary, scale = _ternary(layer)
         self.before = ternary
         self.figures["activation_rank"] = effective_rank(x.reshape(-1, x.shape[-1])[:ROWS])
-        self.figures["near_zeroing"] = near_zeroing(weight, scale)
+        if layer.quant.method == "sherry":
+            self.figures["near_zeroing"] = near_zeroing(weight, scale)
         self.figures["near_sign"] = (weight.abs() < NEAR * scale).float().mean().item()
 
     def _gradient(self, gradient: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, Trainer
 
 from .arenas import Arenas, ArenasCallback
 from .export import export
+from .linear import quantized_layers
 from .monitor import TrainingMonitor
 
 
@@ -48,16 +49,17 @@ class SherryTrainer(Trainer):
             m := self.model.config.get_text_config().vocab_size
         ):
             raise ValueError(f"the teacher has {n} tokens, the model {m}: distillation needs the same vocabulary")
-        self.arenas = ArenasCallback(arenas) if arenas is not None and arenas.peak else None
         self.monitor = monitor
-        for callback in self.arenas, monitor:
-            if callback is not None:
-                self.add_callback(callback)
+        if quantized_layers(self.model):  # without Arenas too: a checkpoint says so
+            self.add_callback(ArenasCallback(arenas or Arenas(peak=0.0)))
+        elif arenas is not None:
+            raise ValueError("Arenas has nothing to act on: call prepare(model) before the Trainer is made")
+        if monitor is not None:
+            self.add_callback(monitor)
         self.distill, self.temperature = distill, temperature
         self.teacher = None
         if teacher is not None:
-            teacher.eval().requires_grad_(False)
-            self.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
@@ -69,6 +71,10 @@ class SherryTrainer(Trainer):
                 state.distributed_type = DistributedType.FSDP
                 state.device = torch.device("cpu")  # FSDP takes it and cpu:0 for two
             self.is_fsdp_enabled = True
+        if self.is_fsdp_enabled:
+            # Accelerate's policy would have latent weights, and on FSDP 2 the loss, in the lower precision: weights would be
+            # quantized otherwise than the export does it. Autocast lowers the precision of the products all the same.
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None or not model.training:
@@ -92,8 +98,9 @@ class SherryTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:  # of a training step, not of an evaluation
-            if self.arenas is not None:
-                logs["residual"] = self.arenas.residual
+            for callback in self.callback_handler.callbacks:  # the Trainer may have restored another
+                if isinstance(callback, ArenasCallback) and callback.arenas.peak:
+                    logs["residual"] = callback.residual
             if self.monitor is not None:
                 logs.update(self.monitor.latest)
                 self.monitor.latest = {}
