@@ -3,6 +3,7 @@
 import contextlib
 import json
 import random
+import re
 import statistics
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def test_reports_what_was_run(compared):
     for setting, r in results["settings"].items():
         assert set(r["methods"]) == set(METHODS)
         for method, row in r["methods"].items():
-            of_method = [x for x in runs if x["run"]["setting"] == setting and dict(x["run"]["arenas"]) == row["arenas"]
+            of_method = [x for x in runs if x["run"]["setting"] == setting and x["run"]["steps"] == 4 and dict(x["run"]["arenas"]) == row["arenas"]
                          and x["run"]["method"] == ("sherry" if method.startswith("arenas") else method)]  # fmt: skip
             reported = [x for x in of_method if x["run"]["seed"] and x["run"]["lr"] == row["lr"]]
             assert sorted(row["losses"]) == sorted(x["report"] for x in reported) and len(row["losses"]) == 2
@@ -121,10 +122,10 @@ def test_goes_on_where_it_stopped(compared, capfd):
         assert compare_quality.main(arguments) == 0
         out = capfd.readouterr().out
         assert "damaged; that run is repeated" in out
-        assert sum(" of " in line for line in out.splitlines()) == 2  # what was done is not trained again
+        assert len(re.findall(r"^  \d of \d: ", out, re.M)) == 2  # what was done is not trained again
         assert compare_quality.main(arguments) == 0
     out = capfd.readouterr().out
-    assert "damaged" not in out and " of " not in out
+    assert "damaged" not in out and not re.findall(r"^  \d of \d: ", out, re.M)
     assert sorted(x.split('"seconds"')[0] for x in log.read_text().splitlines()) == sorted(
         x.split('"seconds"')[0] for x in lines)
     after = json.loads((work / "quality.json").read_text())

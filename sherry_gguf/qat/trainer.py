@@ -63,13 +63,17 @@ class SherryTrainer(Trainer):
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
+        states = self.accelerator.state, PartialState()  # the first takes from the second each time it is made
+        if self.args.device.type == "cpu":  # of several processes it is cpu:0, cpu:1, ..., to which nothing can be loaded
+            self.args.__dict__["_setup_devices"] = torch.device("cpu")  # a functools.cached_property
+            for state in states:
+                state.device = torch.device("cpu")
         # Accelerate knows FSDP on accelerators only: on CPUs (gloo) it would train with DDP, without a word.
         if self.args.fsdp and self.args.world_size > 1 and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
             # The rest of its settings are in the environment. Version 1 crashes on CPUs where it gathers a state dict.
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-            for state in self.accelerator.state, PartialState():  # the first takes from the second each time it is made
+            for state in states:
                 state.distributed_type = DistributedType.FSDP
-                state.device = torch.device("cpu")  # FSDP takes it and cpu:0 for two
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled:
             # Accelerate's policy would have latent weights, and on FSDP 2 the loss, in the lower precision: weights would be
