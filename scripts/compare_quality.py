@@ -19,7 +19,6 @@ import json
 import math
 import multiprocessing
 import os
-import platform
 import shutil
 import signal
 import statistics
@@ -35,7 +34,6 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-EMBEDDING_STD = 0.1  # transformers' 0.02 costs 0.2 nats of held-out loss in runs this short
 WARMUP = 0.05  # share of the steps in which the learning rate rises
 EXTEND = 3  # times that a sweep is extended on either side, at most
 METHODS = {
@@ -111,14 +109,14 @@ def train(run: Run, a: dict) -> dict:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
     import torch
     import transformers
-    from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments
+    from transformers import LlamaForCausalLM, PrinterCallback, TrainingArguments
 
+    import python_corpus
     from sherry_gguf import qat
     from sherry_gguf.qat.data import Blocks, mean_loss, pack
 
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(a["threads"])
-    torch.manual_seed(run.seed)
     with np.load(Path(a["work"]) / "tokens.npz") as z:
         blocks = pack(z["train"], a["context"], 1)
         held_out = pack(z["held_out"], a["context"], 1)
@@ -126,13 +124,7 @@ def train(run: Run, a: dict) -> dict:
     if run.setting == "pretrained":
         model = LlamaForCausalLM.from_pretrained(Path(a["work"]) / "base", dtype=torch.float32)
     else:
-        heads = a["hidden"] // 64
-        model = LlamaForCausalLM(LlamaConfig(
-            vocab_size=a["vocab"], hidden_size=a["hidden"], intermediate_size=a["intermediate"],
-            num_hidden_layers=a["layers"], num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=64,
-            max_position_embeddings=a["context"], tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-            use_cache=False))
-        torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
+        model = python_corpus.small_llama(a["vocab"], a["layers"], a["hidden"], a["intermediate"], a["context"], run.seed)
     qat.prepare(model, qat.QuantConfig(run.method))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     args = TrainingArguments(
@@ -445,6 +437,7 @@ def prepare(a: argparse.Namespace) -> dict:
     """Tokens in the work directory; figures of them for the report."""
     import python_corpus
 
+    python_corpus.check_sizes(a.hidden, a.intermediate)
     a.work.mkdir(parents=True, exist_ok=True)
     sizes = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()
              if k not in ("out", "work", "jobs", "threads", "seeds", "settings", "steps")}  # fmt: skip
@@ -499,9 +492,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     a.settings = [s for s in a.settings.split(",") if s]
     if unknown := set(a.settings) - set(RATES):
         p.error(f"--settings {', '.join(sorted(unknown))}: choose of {', '.join(RATES)}")
-    for name in "hidden", "intermediate":
-        if getattr(a, name) % 128 or getattr(a, name) <= 0:
-            p.error(f"--{name} {getattr(a, name)}: it must be a multiple of 128, a block's weights")
     return a
 
 
@@ -516,9 +506,9 @@ def machine() -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    name = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")),
-                platform.processor()) if os.path.exists("/proc/cpuinfo") else platform.processor()  # fmt: skip
-    return f"{os.cpu_count()} cores of an {name}"
+    from bench_common import cpu_name
+
+    return cpu_name()
 
 
 def main(argv: list[str] | None = None) -> int:

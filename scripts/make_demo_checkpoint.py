@@ -30,12 +30,10 @@ if __name__ == "__main__":  # the imports take seconds, and an exception would c
 import python_corpus
 import train_sherry  # before torch: it sets how PyTorch's threads wait
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from sherry_gguf import qat
 
 ROOT = Path(__file__).resolve().parent.parent
-EMBEDDING_STD = 0.1  # transformers' 0.02 costs 0.2 nats of held-out loss in runs this short
 EVAL_TOKENS = 1 << 15
 ARENAS = {"arenas_peak": 0}  # a run this short from scratch gains nothing by it: scripts/compare_quality.py
 
@@ -87,9 +85,7 @@ def run(a: argparse.Namespace) -> int:
         return 0
     if a.out.exists() and (not a.out.is_dir() or any(a.out.iterdir())):
         raise Stop(f"{a.out} is not a checkpoint of this program: remove it, or choose another --out")
-    for name in "hidden", "intermediate":
-        if getattr(a, name) % 128:
-            raise Stop(f"--{name} {getattr(a, name)}: it must be a multiple of 128, a block's weights")
+    python_corpus.check_sizes(a.hidden, a.intermediate)
 
     work = a.out.with_name(a.out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
@@ -161,13 +157,7 @@ def prepare(work: Path, a: argparse.Namespace) -> None:
         write(work / f"{name}.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in of_name).encode())
     write(work / "held_out.txt", "".join(held_out).encode())
     write(work / "tokenizer.model", python_corpus.train_tokenizer(texts, a.vocab))
-    heads = a.hidden // 64
-    torch.manual_seed(a.seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=a.vocab, hidden_size=a.hidden, intermediate_size=a.intermediate, num_hidden_layers=a.layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=64, max_position_embeddings=a.context,
-        tie_word_embeddings=False, bos_token_id=python_corpus.BOS, eos_token_id=python_corpus.EOS))
-    torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
+    model = python_corpus.small_llama(a.vocab, a.layers, a.hidden, a.intermediate, a.context, a.seed)
     shutil.rmtree(work / "start", ignore_errors=True)
     part = work / "start.part"
     python_corpus.hf_tokenizer(work / "tokenizer.model", a.context).save_pretrained(part)

@@ -109,7 +109,6 @@ class Arguments(TrainingArguments):
     logging_steps: float = dataclasses.field(default=10, metadata={"help": "steps between two log entries"})
     save_total_limit: int = dataclasses.field(default=2, metadata={"help": "checkpoints that are kept"})
 
-    ddp_find_unused_parameters: bool = dataclasses.field(default=False, metadata={"help": "as in TrainingArguments"})
 
     def __post_init__(self):
         if self.use_cpu and self.fsdp and self.fsdp_config is None:  # every process makes the same model; CPUs cannot sync it
@@ -379,7 +378,7 @@ def run(s: SherryArguments, args: Arguments) -> int:
     if not args.disable_tqdm:
         trainer.add_callback(Progress)
     if main_process:
-        sequences = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         print(f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(names)} matrices by {s.method}, sequences of "
               f"{s.context} tokens, {sequences} a step, {len(train)} to train on and {len(held_out)} held out, "
               f"{args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}", flush=True)

@@ -548,7 +548,7 @@ def _compiled(pattern: str) -> re.Pattern:
         raise ConvertError(f"--keep {pattern}: not a regular expression: {e}") from None
 
 
-def _why_kept(t: Tensor, arch: str, patterns: list[re.Pattern], in_training: frozenset[str]) -> str:
+def _why_kept(t: Tensor, arch: str, patterns: list[re.Pattern], in_training: frozenset[str] = frozenset()) -> str:
     if _kept(t, patterns):
         return "--keep"
     if t.source in in_training:
