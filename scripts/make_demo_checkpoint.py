@@ -35,7 +35,7 @@ from sherry_gguf import qat
 
 ROOT = Path(__file__).resolve().parent.parent
 EVAL_TOKENS = 1 << 15
-ARENAS = {"arenas_peak": 0}  # a run this short from scratch gains nothing by it: scripts/compare_quality.py
+ARENAS = {"arenas_peak": 0}  # λ takes steps that a run this short needs for the ternary weights alone
 
 
 class Stop(Exception):

@@ -56,6 +56,7 @@ from sherry_gguf.qat.quantizer import GRANULARITIES, GROUP_SIZE, METHODS
 TEXT = (".txt", ".md", ".rst", ".py")  # what a directory is searched for, besides these:
 TABLES = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 RECORD = "training.json"  # in the export, and the last that is written
+EXPORTING = "exporting.json"  # in --output_dir while an export is not complete: what is there then is ours to replace
 DOCUMENTS = 1000  # tokenized at a time; between two such batches less than a block of tokens is dropped
 
 
@@ -235,6 +236,10 @@ def _telling(name: str):
         raise Stop(f"{name}: {type(e).__name__}: {e}") from e
 
 
+class Finished(Exception):
+    """The checkpoint that training went on from was of its last step; the Trainer would take one more."""
+
+
 class Interrupt(TrainerCallback):
     """Ctrl-C and SIGTERM end training after the step, with a checkpoint; in every process after the same one.
 
@@ -257,6 +262,8 @@ class Interrupt(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.stepped = True
+        if state.global_step >= state.max_steps:
+            raise Finished
 
     def on_step_end(self, args, state, control, **kwargs):
         self.agreed = self.asked
@@ -319,6 +326,13 @@ def resume_from(args: TrainingArguments, now: dict) -> str | None:
     return args.resume_from_checkpoint or last_checkpoint(directory)
 
 
+def exporting_to(args: TrainingArguments) -> str | None:
+    """Where an earlier run was exporting to when it was cut off."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return json.loads((Path(args.output_dir) / EXPORTING).read_text(encoding="utf-8"))["to"]
+    return None
+
+
 def last_checkpoint(directory: Path) -> str | None:
     """The newest complete one: trainer_state.json is written last, so that one whose writing was cut off lacks it."""
     for path in sorted(directory.glob("checkpoint-*"), key=lambda p: -int(re.sub(r"\D", "", p.name) or 0)):
@@ -332,7 +346,7 @@ def run(s: SherryArguments, args: Arguments) -> int:
     main_process = args.process_index == 0
     transformers.utils.logging.set_verbosity_warning()
     out = Path(s.export or Path(args.output_dir) / "hf")
-    unfinished = (out / "config.json").is_file() and not (out / RECORD).exists() and last_checkpoint(Path(args.output_dir))
+    unfinished = exporting_to(args) == str(out.resolve())
     if not unfinished and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Stop(f"{out} already has something in it: choose another --export, or remove it")
     now = settings(s, args)
@@ -388,6 +402,8 @@ def run(s: SherryArguments, args: Arguments) -> int:
     with interrupt:
         try:
             trainer.train(resume_from_checkpoint=checkpoint)
+        except Finished:
+            pass
         except Exception as e:
             if checkpoint and not interrupt.stepped:  # whatever a damaged file makes fail
                 raise Stop(f"cannot go on from {checkpoint} ({type(e).__name__}: {e}): remove it to go on from an earlier one, "
@@ -398,8 +414,10 @@ def run(s: SherryArguments, args: Arguments) -> int:
     seconds = time.monotonic() - began
     if main_process:
         plot(trainer.state.log_history, Path(args.output_dir) / "training.png")
-    if main_process and unfinished:
-        shutil.rmtree(out)
+    if main_process:
+        if unfinished:
+            shutil.rmtree(out, ignore_errors=True)
+        write(Path(args.output_dir) / EXPORTING, {"to": str(out.resolve())})
     try:
         trainer.export(out, getattr(torch, s.export_dtype))
     except ValueError as e:  # not finite
@@ -412,6 +430,7 @@ def run(s: SherryArguments, args: Arguments) -> int:
         last = next((entry["loss"] for entry in reversed(history) if "loss" in entry), None)
         write(out / RECORD, {"settings": now, "loss": {"train": last, "held_out": loss}, "steps": steps,
                              "seconds": round(seconds, 1)})  # fmt: skip
+        (Path(args.output_dir) / EXPORTING).unlink()
         print(f"training: {steps} steps, held-out loss {loss:.4f} of what was exported to {out}", flush=True)
     return 0
 

@@ -250,6 +250,8 @@ def test_missing_blocks(tmp_path, fails):
         (dict(group_size=64), ["sherry_config has group_size 64", "--group-size 128"]),
         (dict(group_size=96), ["sherry_config has group_size 96", "a multiple of 128"]),
         (dict(group_size="128"), ["sherry_config has group_size '128'"]),
+        (dict(kept="model.norm"), ["sherry_config has kept 'model.norm', not a list of tensor names"]),
+        (dict(kept=[1]), ["sherry_config has kept [1]"]),
         (
             dict(group_size=256),
             [

@@ -1,5 +1,6 @@
 """scripts/train_sherry.py as a user starts it: from a model and from a config, resumed, and with input that is wrong."""
 
+import functools
 import json
 import os
 import random
@@ -194,16 +195,27 @@ def test_other_settings_and_foreign_directories(start, text, tmp_path, capfd):
     assert "settings.json is damaged" in capfd.readouterr().err
 
 
-def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd):
-    """Killed, or out of memory, between the export and its evaluation."""
-    assert train_sherry.main(flags(start, text, tmp_path / "run")) == 0
+def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd, monkeypatch):
+    """Killed, or out of memory, between the export and its evaluation. Nothing but such an export is replaced."""
+    flags = functools.partial(globals()["flags"], lr_scheduler_type="constant")  # so that one more step would be seen
+    with monkeypatch.context() as patch:
+        patch.setattr(train_sherry, "mean_loss", lambda *_: (_ for _ in ()).throw(OSError("no memory")))
+        assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1
     weights = (tmp_path / "run/hf/model.safetensors").read_bytes()
-    loss = json.loads((tmp_path / "run/hf/training.json").read_text())["loss"]
-    (tmp_path / "run/hf/training.json").unlink()
+    assert not (tmp_path / "run/hf/training.json").exists()
+    # a model of the user's, which has no training.json either
+    mine = tmp_path / "mine"
+    shutil.copytree(start, mine)
+    assert train_sherry.main(flags(start, text, tmp_path / "run", export=mine)) == 1
+    assert "already has something in it" in capfd.readouterr().err
+    assert sorted(p.name for p in mine.iterdir()) == sorted(p.name for p in start.iterdir())
+
     assert train_sherry.main(flags(start, text, tmp_path / "run")) == 0
     assert "going on from" in capfd.readouterr().out
+    # 6 steps, not one more, which the Trainer would take
     assert (tmp_path / "run/hf/model.safetensors").read_bytes() == weights
-    assert json.loads((tmp_path / "run/hf/training.json").read_text())["loss"] == loss
+    assert json.loads((tmp_path / "run/hf/training.json").read_text())["steps"] == 6
+    assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1  # complete now, so it is left alone
 
 
 def test_two_processes(start, text, tmp_path):

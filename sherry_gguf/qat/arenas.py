@@ -97,4 +97,3 @@ class ArenasCallback(TrainerCallback, ExportableState):
     def _set(self, model, step: int) -> None:
         self.residual = self.arenas.at(step, self.steps)
         set_residual(model, self.residual, self.arenas.rescale)
-

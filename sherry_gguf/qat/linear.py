@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 KEEP = r"(^|\.)(lm_head|router|gate|shared_expert_gate)$"
 
 
+# What wrappers for distributed training and checkpointing put into the names of modules.
+_WRAPPED = re.compile(r"(^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.)")
+
+
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
     """How weights are quantized; the arguments of `quantizer.fake_quantize`. Raises ValueError for what it cannot do."""
@@ -31,7 +35,6 @@ class QuantConfig:
 
     def __post_init__(self):
         quantizer.check((self.group_size,), self.method, self.granularity, self.group_size)
-
 
 
 class _Quantized:
@@ -167,10 +170,6 @@ def sherry_config(model: nn.Module, weights: str) -> dict | None:
     size = {"group_size": quant.group_size} if quant.granularity == "per_group" else {}
     return {"method": "sparse_absmean", "granularity": quant.granularity, **size, "n": KEPT, "m": GROUP,
             "weights": weights, **({"kept": kept} if kept else {})}  # fmt: skip
-
-
-# What wrappers for distributed training and checkpointing put into the names of modules.
-_WRAPPED = re.compile(r"(^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.)")
 
 
 def quantized_layers(model: nn.Module) -> dict[str, _Quantized]:
