@@ -40,6 +40,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     logging.basicConfig(level=logging.INFO if args.verbose else logging.WARNING, format="%(name)s: %(message)s")
     if not args.verbose:
         logging.getLogger("gguf.gguf_writer").setLevel(logging.ERROR)  # many classes of upstream set a key twice
+        logging.getLogger("gguf.vocab").addFilter(_worth_saying)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal's encoding does not
@@ -147,6 +148,10 @@ def _tensor_flags(parser: argparse.ArgumentParser):
     for flag, text in convert.UPSTREAM_FLAGS.items():
         add("--" + flag.replace("_", "-"), action="append_const", dest="flags", const=flag, default=[], help=text)
     add("--verbose", action="store_true", help="show llama.cpp's log, and a traceback on errors")
+
+
+def _worth_saying(record: logging.LogRecord) -> bool:
+    return "Unknown separator token" not in record.getMessage()  # Llama's template for two texts has BOS between them
 
 
 def _size(text: str) -> int:
