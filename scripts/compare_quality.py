@@ -25,6 +25,7 @@ import statistics
 import sys
 import sysconfig
 import time
+import zipfile
 from pathlib import Path
 
 # PyTorch's threads wait for each other by spinning, which beside other work makes a step five times slower.
@@ -75,7 +76,8 @@ EXPLORED = {
 RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-3)}
 FINALISTS = 2  # of Arenas' settings explored, whose learning rate is swept
-BUDGETS = (0.25, 1, 4)  # shares of the steps, in which Arenas is compared with none: does a longer run turn it?
+# Shares of the steps, in which Arenas is compared with none: does a longer run turn it?
+BUDGETS = {"pretrained": (0.25, 1, 4), "scratch": (0.25, 1)}
 
 
 class Stop(Exception):
@@ -194,6 +196,10 @@ class Runs:
     def __getitem__(self, run: Run) -> dict:
         return self.done[run.key()]
 
+    def choice(self, run: Run) -> float:
+        """The loss that choices are made by; infinite of a run that diverged, as NaN is not in order."""
+        return ordered(self[run]["choice"])
+
     def __contains__(self, run: Run) -> bool:
         return run.key() in self.done
 
@@ -213,6 +219,10 @@ class Runs:
                 f.write(json.dumps(result) + "\n")
             print(f"  {n} of {len(wanted)}: {describe(futures[future])}: {result['choice']:.4f}, {result['seconds']:.0f} s",
                   flush=True)
+
+
+def ordered(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
 
 
 def describe(run: Run) -> str:
@@ -247,8 +257,7 @@ class Sweep:
         return min(self.rates, key=lambda lr: self.loss(lr))
 
     def loss(self, lr: float) -> float:
-        loss = self.runs[self.run(lr)]["choice"]
-        return loss if math.isfinite(loss) else math.inf
+        return self.runs.choice(self.run(lr))
 
     def wanted(self) -> list[Run]:
         """What is still to be trained; [] where the sweep is complete."""
@@ -285,10 +294,10 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
     explored = {arenas(**changed): [Run(setting, "sherry", lr, 0, arenas(**changed), a.steps) for lr in rates]
                 for changed in EXPLORED[setting]}  # fmt: skip
     runs.need([run for of_setting in explored.values() for run in of_setting])
-    best = sorted(explored, key=lambda settings: min(runs[run]["choice"] for run in explored[settings]))
+    best = sorted(explored, key=lambda settings: min(map(runs.choice, explored[settings])))
     finals = []
     for settings in best[:FINALISTS]:
-        lr = min(explored[settings], key=lambda run: runs[run]["choice"]).lr
+        lr = min(explored[settings], key=runs.choice).lr
         finals.append(Sweep(runs, Run(setting, "sherry", 0.0, 0, settings, a.steps), (lr / 2, lr, lr * 2)))
     complete(finals)
     sweeps["arenas"] = min(finals, key=lambda sweep: sweep.loss(sweep.best()))
@@ -300,7 +309,7 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
     runs.need([reported[m][i] for i in range(a.seeds) for m in METHODS])
     print(f"{setting}: shorter and longer runs", flush=True)
     budgets = {round(a.steps * share): {m: dataclasses.replace(reported[m][0], steps=round(a.steps * share))
-               for m in ("sherry", "arenas", "arenas-published")} for share in BUDGETS}  # fmt: skip
+               for m in ("sherry", "arenas", "arenas-published")} for share in BUDGETS[setting]}  # fmt: skip
     runs.need([run for of_budget in budgets.values() for run in of_budget.values()])
     return {
         "before": runs[reported["sherry"][0]]["before"],
@@ -324,9 +333,13 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
 def report(results: dict, out: Path) -> None:
     """Writes out.json, out.md and out.png."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    out.with_suffix(".md").write_text(table(results), encoding="utf-8")
-    plot(results, out.with_suffix(".png"))
+    suffixed(out, ".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    suffixed(out, ".md").write_text(table(results), encoding="utf-8")
+    plot(results, suffixed(out, ".png"))
+
+
+def suffixed(out: Path, suffix: str) -> Path:
+    return out.with_name(out.name + suffix)  # with_suffix would take the ".5" of a name away
 
 
 def table(results: dict) -> str:
@@ -346,7 +359,7 @@ choice was made on.
             text += f"Quantized by Sparse-AbsMean and not trained at all it has a loss of {r['before']:.4f}.\n\n"
         text += ("| method | learning rate | held-out loss | against absmean, same seed | against Sherry without Arenas | "
                  "each seed |\n|---|---|---|---|---|---|\n")  # fmt: skip
-        for m, row in sorted(r["methods"].items(), key=lambda x: statistics.mean(x[1]["losses"])):
+        for m, row in sorted(r["methods"].items(), key=lambda x: ordered(statistics.mean(x[1]["losses"]))):
             name = METHODS[m]
             if m == "arenas":
                 name += f" ({arenas_text(tuple(sorted(row['arenas'].items()))).strip()})"
@@ -360,17 +373,17 @@ choice was made on.
         text += f"| method | {' | '.join(f'{lr:g}' for lr in rates)} |\n|---|{'---|' * len(rates)}\n"
         for m, row in r["methods"].items():
             cells = (row["sweep"].get(f"{lr:g}") for lr in rates)
-            best = min(row["sweep"].values())
+            best = min(map(ordered, row["sweep"].values()))
             text += f"| {METHODS[m]} | {' | '.join('' if x is None else f'**{x:.4f}**' if x == best else f'{x:.4f}' for x in cells)} |\n"
         rates = r["explored_rates"]
         text += ("\nArenas' settings, seed 0, by what differs from the published ones (peak 1, warmup 0.1, cosine, end 1), best "
                  f"first; each at the learning rates {' and '.join(f'{lr:g}' for lr in rates)}:\n\n| settings |"
                  f"{''.join(f' {lr:g} |' for lr in rates)} best, against none |\n|---|{'---|' * len(rates)}---|\n")  # fmt: skip
-        none = min(r["without"])
+        none = min(map(ordered, r["without"]))
         text += f"| none | {' | '.join(f'{x:.4f}' for x in r['without'])} | |\n"
         for row in r["explored"]:
             settings = arenas_text(tuple(sorted(row["arenas"].items()))).strip()
-            text += f"| {settings} | {' | '.join(f'{x:.4f}' for x in row['losses'])} | {min(row['losses']) / none - 1:+.2%} |\n"
+            text += f"| {settings} | {' | '.join(f'{x:.4f}' for x in row['losses'])} | {min(map(ordered, row['losses'])) / none - 1:+.2%} |\n"
         text += ("\nThe same rates and settings in shorter and longer runs, seed 1:\n\n| steps | without Arenas | with | against "
                  "without | as published | against without |\n|---|---|---|---|---|---|\n")  # fmt: skip
         for steps, loss in r["budgets"].items():
@@ -398,7 +411,7 @@ def plot(results: dict, path: Path) -> None:
     color = dict(zip(METHODS, plt.get_cmap("tab10").colors))
     figure, axes = plt.subplots(len(settings), 3, figsize=(15, 4.4 * len(settings)), squeeze=False)
     for (setting, r), (dots, curves, state) in zip(settings.items(), axes):
-        order = sorted(METHODS, key=lambda m: -statistics.mean(r["methods"][m]["losses"]))
+        order = sorted(METHODS, key=lambda m: -ordered(statistics.mean(r["methods"][m]["losses"])))
         for y, m in enumerate(order):
             losses = r["methods"][m]["losses"]
             dots.plot(losses, [y] * len(losses), "o", color=color[m], alpha=0.6)
@@ -443,7 +456,10 @@ def prepare(a: argparse.Namespace) -> dict:
              if k not in ("out", "work", "jobs", "threads", "seeds", "settings", "steps")}  # fmt: skip
     mark = a.work / "sizes.json"
     if mark.is_file():
-        then = json.loads(mark.read_text(encoding="utf-8"))
+        try:
+            then = dict(json.loads(mark.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as e:
+            raise Stop(f"{mark} is damaged ({e}): remove {a.work}, with the runs in it") from e
         if other := ", ".join(f"{k}: {then.get(k)} then, {v} now" for k, v in sizes.items() if then.get(k) != v):
             raise Stop(f"{a.work} was begun with other settings ({other}): choose another --work, or remove it")
     tokens = a.work / "tokens.npz"
@@ -458,8 +474,11 @@ def prepare(a: argparse.Namespace) -> dict:
         part = mark.with_suffix(".part")
         part.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
         os.replace(part, mark)
-    with np.load(tokens) as z:
-        size, held_out = len(z["train"]), len(z["held_out"]) // (a.context - 1)
+    try:
+        with np.load(tokens) as z:
+            size, held_out = len(z["train"]), len(z["held_out"]) // (a.context - 1)
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
+        raise Stop(f"{tokens} is damaged ({e}): remove it, and it is made again") from e
     if held_out < 2 or size < a.batch * a.context:
         raise Stop(f"{a.corpus} gives {size} tokens to train on and {held_out} held-out blocks: use a larger --corpus")
     figures = {"tokens": size, "held_out": min(a.eval_blocks, held_out // 2) * (a.context - 1)}
@@ -490,6 +509,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
     a = p.parse_args(argv)
     a.settings = [s for s in a.settings.split(",") if s]
+    least = {"layers": 1, "context": 2, "batch": 1, "steps": math.ceil(1 / min(map(min, BUDGETS.values()))), "base_steps": 1,
+             "base_batch": 1, "seeds": 1, "eval_blocks": 1, "jobs": 1, "threads": 1, "corpus_bytes": 1}  # fmt: skip
+    for name, n in least.items():
+        if getattr(a, name) < n:
+            p.error(f"--{name.replace('_', '-')} {getattr(a, name)}: at least {n}")
+    if not a.settings:
+        p.error(f"--settings: choose of {', '.join(RATES)}")
     if unknown := set(a.settings) - set(RATES):
         p.error(f"--settings {', '.join(sorted(unknown))}: choose of {', '.join(RATES)}")
     return a
@@ -544,7 +570,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("compare_quality: interrupted; run the same command again to go on", file=sys.stderr)
         return 128 + signal.SIGINT
-    print(f"wrote {a.out.with_suffix('.md')}, .json and .png")
+    print(f"wrote {suffixed(a.out, '.md')}, .json and .png")
     return 0
 
 

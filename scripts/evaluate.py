@@ -186,6 +186,7 @@ def run(a: argparse.Namespace) -> int:
 
     for path in a.models:
         check(Path(path))
+    check_output(a)
     text = read(a.text) if a.text else None
     tasks, missing = load_tasks(a.tasks, a.include_path, a.num_fewshot)
     report = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "output"},
@@ -245,6 +246,17 @@ def check(path: Path) -> None:
         raise Stop(f"{path}: no such file or directory; name a Hugging Face directory or a GGUF on this machine")
     if path.is_dir() and not (path / "config.json").is_file():
         raise Stop(f"{path}: no Hugging Face checkpoint, there is no config.json in it")
+
+
+def check_output(a: argparse.Namespace) -> None:
+    """Raise Stop where the report would take the place of what it is about."""
+    if not a.output:
+        return
+    if a.output.is_dir():
+        raise Stop(f"--output {a.output} is a directory; name a file")
+    for path in (*map(Path, a.models), *([a.text] if a.text else ())):
+        if a.output.exists() and path.exists() and os.path.samefile(a.output, path):
+            raise Stop(f"--output {a.output} is to be evaluated itself; name another file")
 
 
 def read(path: Path) -> str:
@@ -465,7 +477,7 @@ def perplexity(model: Path, text: Path, tokens: int, a: argparse.Namespace) -> L
     means = []
     for _ in range(3):  # its log is written by a thread of its own, and it does not always wait for that at its end
         with tool("llama-perplexity", "-m", model, "-f", text, "-c", a.context, "-t", a.threads, "--chunks", chunks,
-                  "--ppl-output-type", 1, "-fit", "off") as t, \
+                  "-b", min(2048, 256 * a.context), "--ppl-output-type", 1, "-fit", "off") as t, \
              tqdm(total=chunks, desc="Running chunks", unit="chunk", mininterval=0.5) as bar:  # fmt: skip
             means = []
             for line in t.lines():  # so far: tokens, perplexity, mean of the loss, its deviation

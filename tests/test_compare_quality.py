@@ -1,9 +1,12 @@
 """scripts/compare_quality.py at a tiny size: it is fair as it says, goes on after an interruption, and reports what it ran."""
 
+import argparse
 import contextlib
 import json
+import math
 import random
 import re
+import shutil
 import statistics
 from pathlib import Path
 
@@ -22,17 +25,18 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-class Fixed(dict):
-    """Runs whose loss is known, by learning rate; `need` notes what was asked for."""
+class Fixed(compare_quality.Runs):
+    """Runs whose loss is a function of the run; `need` notes the learning rates that were asked for."""
 
     def __init__(self, loss):
-        self.loss, self.asked = loss, []
+        self.loss, self.asked, self.done = loss, [], {}
 
     def need(self, runs):
         for run in runs:
             if run not in self:
                 self.asked.append(run.lr)
-                self[run] = {"choice": self.loss(run.lr)}
+                loss = self.loss(run)
+                self.done[run.key()] = {"choice": loss, "report": loss, "before": 4.0, "curve": []}
 
 
 @pytest.mark.parametrize("best, rates", [
@@ -42,7 +46,7 @@ class Fixed(dict):
     (1e9, [1, 2, 4, 8, 16, 32]),  # a loss that falls for ever ends the sweep too
 ])
 def test_sweep_ends_between_two_worse_rates(best, rates):
-    runs = Fixed(lambda lr: (lr / best - 1) ** 2 if lr < best else (best / lr - 1) ** 2)
+    runs = Fixed(lambda run: (run.lr / best - 1) ** 2 if run.lr < best else (best / run.lr - 1) ** 2)
     sweep = Sweep(runs, Run("scratch", "sherry", 0.0, 0, (), 10), (1, 2, 4))
     compare_quality.complete([sweep])
     assert sweep.rates == rates == sorted(runs.asked)
@@ -50,7 +54,7 @@ def test_sweep_ends_between_two_worse_rates(best, rates):
 
 
 def test_diverged_runs_are_never_best():
-    runs = Fixed(lambda lr: float("nan") if lr > 1 else 3.0)
+    runs = Fixed(lambda run: math.nan if run.lr > 1 else 3.0)
     sweep = Sweep(runs, Run("scratch", "sherry", 0.0, 0, (), 10), (1, 2, 4))
     compare_quality.complete([sweep])
     assert sweep.best() <= 1
@@ -63,7 +67,7 @@ METHODS = {k: v for k, v in compare_quality.METHODS.items() if k not in ("twn", 
 def fewer_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_quality, "EXPLORED", dict.fromkeys(compare_quality.RATES, [{}, {"peak": 0.25, "end": 0.5}]))
-        patch.setattr(compare_quality, "BUDGETS", (0.5, 1))
+        patch.setattr(compare_quality, "BUDGETS", dict.fromkeys(compare_quality.RATES, (0.5, 1)))
         patch.setattr(compare_quality, "FINALISTS", 1)
         patch.setattr(compare_quality, "METHODS", METHODS)
         patch.setattr(compare_quality, "EXTEND", 0)
@@ -140,9 +144,37 @@ def test_wrong_input(compared, corpus, tmp_path, capfd):
     assert "begun with other settings (layers: 1 then, 2 now)" in capfd.readouterr().err
     assert compare_quality.main(["--work", str(tmp_path), "--corpus", str(tmp_path / "none")]) == 1
     assert "no such directory" in capfd.readouterr().err
-    with pytest.raises(SystemExit):
-        compare_quality.main(["--settings", "tuned"])
-    assert "--settings tuned: choose of pretrained, scratch" in capfd.readouterr().err
+    for wrong, says in [(["--settings", "tuned"], "--settings tuned: choose of pretrained, scratch"),
+                        (["--settings", ""], "--settings: choose of pretrained, scratch"), (["--seeds", "0"], "--seeds 0: at least 1"),
+                        (["--steps", "1"], "--steps 1: at least 4"), (["--jobs", "0"], "--jobs 0: at least 1"),
+                        (["--context", "1"], "--context 1: at least 2")]:  # fmt: skip
+        with pytest.raises(SystemExit):
+            compare_quality.main(wrong)
+        assert says in capfd.readouterr().err
+    shutil.copytree(work / "work", tmp_path / "copy")
+    arguments[arguments.index("--work") + 1] = str(tmp_path / "copy")
+    (tmp_path / "copy/tokens.npz").write_bytes(b"junk")
+    assert compare_quality.main(arguments) == 1
+    assert "tokens.npz is damaged" in capfd.readouterr().err
+    (tmp_path / "copy/sizes.json").write_bytes(b"junk")
+    assert compare_quality.main(arguments) == 1
+    assert "sizes.json is damaged" in capfd.readouterr().err
+
+
+def test_results_are_named_as_asked(tmp_path):
+    assert compare_quality.suffixed(tmp_path / "qwen2.5", ".md") == tmp_path / "qwen2.5.md"
+
+
+def test_a_setting_that_diverged_is_not_chosen():
+    """NaN is not in order with anything: sorting by it would leave the others where they were."""
+    best = dict(compare_quality.PUBLISHED, peak=0.25, end=0.5)
+
+    def loss(run):
+        settings = dict(run.arenas)
+        return 3.05 if settings == best else math.nan if settings.get("peak") == 0.25 else 3.2
+
+    results = compare_quality.compare(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=1))
+    assert results["methods"]["arenas"]["arenas"] == best
 
 
 def test_published_settings_are_the_defaults_of_arenas():

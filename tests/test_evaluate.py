@@ -404,10 +404,15 @@ def test_a_task_of_ones_own_goes_before_lm_evals(tmp_path):
         (["{gguf}", "--text", "{gguf}"], "--text {gguf}: byte "),
         (["{gguf}", "--include-path", "{tmp}/none"], "--include-path {tmp}/none: no such directory"),
         (["{gguf}", "--output", "{tmp}/none/r.json", *LOCAL_ARGS], "--output {tmp}/none/r.json: No such file"),
+        (["{gguf}", "--output", "{tmp}", *LOCAL_ARGS], "--output {tmp} is a directory; name a file"),
+        (["{gguf}", "--output", "{gguf}", *LOCAL_ARGS], "--output {gguf} is to be evaluated itself; name another file"),
+        (["{gguf}", "--text", "{script}", "--output", "{script}"], "--output {script} is to be evaluated itself"),
     ],
 )  # fmt: skip
 def test_bad_arguments(models, tmp_path, capsys, args, message):
-    names = {"tmp": tmp_path, "gguf": models["spm"][2]}
+    names = {"tmp": tmp_path, "gguf": tmp_path / "m.gguf", "script": tmp_path / "text.py"}
+    for path, original in (names["gguf"], models["spm"][2]), (names["script"], SCRIPT):
+        shutil.copy(original, path)
     assert run(*(a.format(**names) for a in args)) == 1
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("evaluate: " + message.format(**names)) and err.count("\n") == 1

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
+    FalconForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
@@ -30,6 +32,7 @@ from sherry_gguf.qat import (
     set_residual,
     sparse_absmean,
 )
+from sherry_gguf.qat.export import _umask, appearing
 
 EDGES = [0.0, -0.0, 1.0, -1.0, 1.5, 2**-24, -(2**-25), 2**-14, 65504.0, 1e-30, 1 + 2**-11, 1 + 3 * 2**-11]
 
@@ -242,8 +245,14 @@ def test_prepare_changes_nothing_on_error():
     prepare(model, only="mlp")
     with pytest.raises(ValueError, match="layers.0.mlp.gate_proj is quantized already, by QuantConfig.*sherry"):
         prepare(model, QuantConfig("twn"))
+    with pytest.raises(ValueError, match="quantized already"):  # not in full precision
+        prepare(model, QuantConfig("full"))
     assert len(quantized_layers(model)) == 6
     assert len(prepare(model)) == 8  # the rest, in the same way
+    said = model.config.sherry_config
+    with pytest.raises(ValueError, match="besides the 14 that are quantized already"):
+        prepare(model)
+    assert model.config.sherry_config is said  # or its checkpoints would be converted as if they were not Sherry's
     model = torch.nn.Sequential(torch.nn.Linear(256, 4), torch.nn.Linear(96, 4))
     with pytest.raises(ValueError):
         prepare(model)
@@ -397,3 +406,61 @@ def test_export_refuses_and_leaves_nothing(tmp_path):
     with pytest.raises(FileExistsError, match="already has something in it"):
         export(model, tmp_path)
     assert (tmp_path / "mine").read_text() == "precious"
+
+
+def test_export_of_latent_weights_as_they_are_is_refused(tmp_path):
+    model = llama()
+    prepare(model)
+    model.save_pretrained(tmp_path / "latent")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "latent")
+    with pytest.raises(ValueError, match="weights are latent.*prepare"):
+        export(loaded, tmp_path / "out")
+    prepare(loaded)
+    export(loaded, tmp_path / "out")
+    assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "out").model.layers[0].mlp.up_proj.weight.float(),
+                       model.model.layers[0].mlp.up_proj.quantized_weight())  # fmt: skip
+
+
+def test_appearing(tmp_path, monkeypatch):
+    """A new directory, and empty ones that cannot be replaced: the current one, one that is linked to."""
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to("there")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for target, real in ("new/er", "new/er"), ("../link", "there"), (".", "here"):
+        target = tmp_path / target if target != "." and target[0] != "." else target
+        node = (tmp_path / real).stat().st_ino if (tmp_path / real).exists() else None
+        with pytest.raises(KeyError), appearing(target) as part:
+            (part / "config.json").write_text("half")
+            raise KeyError
+        assert not (tmp_path / real).exists() or not any((tmp_path / real).iterdir())
+        with appearing(target) as part:
+            (part / "config.json").write_text("whole")
+            (part / "a").write_text("")
+        assert sorted(p.name for p in (tmp_path / real).iterdir()) == ["a", "config.json"]
+        assert node in (None, (tmp_path / real).stat().st_ino)
+        assert (tmp_path / real).stat().st_mode & 0o777 == 0o777 & ~_umask()
+    assert not any(p.name.endswith(".part") for p in tmp_path.rglob("*"))
+    with pytest.raises(OSError):
+        with appearing(tmp_path / "here/a/b"):  # below a file
+            pass
+
+
+def test_falcon(tmp_path):
+    """Its layers are of a class of their own, which computes what nn.Linear does."""
+    torch.manual_seed(0)
+    model = FalconForCausalLM(FalconConfig(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, bias=True))
+    x = torch.arange(16).view(1, 16)
+    before = model.eval()(x).logits
+    names = prepare(model)
+    assert len(names) == 8
+    state = {n: model.get_submodule(n).weight.detach().clone() for n in names}
+    with torch.no_grad():
+        for n in names:
+            model.get_submodule(n).weight.copy_(model.get_submodule(n).quantized_weight())
+    export(model, tmp_path / "out", dtype=torch.float32)
+    quantized = FalconForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(model(x).logits, quantized(x).logits)
+    for n in names:
+        quantized.get_submodule(n).weight.data.copy_(state[n])
+    torch.testing.assert_close(quantized(x).logits, before)

@@ -1,5 +1,6 @@
 """scripts/train_sherry.py as a user starts it: from a model and from a config, resumed, and with input that is wrong."""
 
+import fcntl
 import functools
 import json
 import os
@@ -157,17 +158,24 @@ def test_interrupted_run_goes_on_and_ends_the_same(start, text, tmp_path):
     (dict(train="/nowhere/at/all"), "/nowhere/at/all: no such file or directory"),
     (dict(model="/nowhere/at/all"), "/nowhere/at/all: "),
     (dict(context=4096), "--context 4096: the model's positions end at 256"),
-    (dict(text_column="body", train="TABLE"), "no column 'body', only text"),
+    (dict(text_column="body", train="TABLE"), "t.jsonl: line 1 has no column 'body', only 'text'"),
     (dict(train="ONE"), "one document cannot be both trained on and held out"),
     (dict(train="EMPTY"), "has no files of text"),
-    (dict(train="BROKEN"), "cannot read"),
+    (dict(train="BROKEN"), "broken.jsonl: line 1: "),
     (dict(group_size=100), "100"),
     (dict(group_size=512), "multiple of 512"),
     (dict(arenas_end=0.05), "0 <= warmup < end <= 1"),
     (dict(keep="."), "no linear layer to quantize"),
     (dict(keep="("), "unterminated"),
-    (dict(monitor_every=1), "--monitor-every 1"),
-    (dict(learning_rate=1e30), "not finite"),
+    (dict(monitor_every=1), "--monitor_every 1"),
+    (dict(learning_rate=1e30), "the loss is not finite at step 4: training diverged"),
+    (dict(context=1), "--context 1"),
+    (dict(validation_share=1), "--validation_share 1.0"),
+    (dict(eval_tokens=-5), "--eval_tokens -5"),
+    (dict(max_steps=0, num_train_epochs=0), "nothing to train"),
+    (dict(per_device_train_batch_size=0), "--per_device_train_batch_size 0: at least 1"),
+    (dict(per_device_train_batch_size=999, dataloader_drop_last=True), "less than one batch"),
+    (dict(optim="adamw_bnb_8bit"), "bitsandbytes"),
 ])
 def test_wrong_input_says_what_is_wrong(start, text, tmp_path, capfd, more, says):
     (tmp_path / "t.jsonl").write_text('{"text": "a"}\n{"text": "b"}\n')
@@ -179,6 +187,14 @@ def test_wrong_input_says_what_is_wrong(start, text, tmp_path, capfd, more, says
     error = capfd.readouterr().err
     assert says in error and "Traceback" not in error
     assert not (tmp_path / "run/hf").exists()
+
+
+@pytest.mark.parametrize("more, says", [(dict(steps=5), "unrecognized arguments: --steps 5"), (dict(lr_scheduler_type="foo"), "foo"),
+                                        (dict(load_best_model_at_end=True), "load_best_model_at_end")])  # fmt: skip
+def test_wrong_flags(start, text, tmp_path, capfd, more, says):
+    with pytest.raises(SystemExit) as e:
+        train_sherry.main(flags(start, text, tmp_path / "run", **more))
+    assert e.value.code == 2 and says in capfd.readouterr().err
 
 
 def test_other_settings_and_foreign_directories(start, text, tmp_path, capfd):
@@ -196,26 +212,147 @@ def test_other_settings_and_foreign_directories(start, text, tmp_path, capfd):
 
 
 def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd, monkeypatch):
-    """Killed, or out of memory, between the export and its evaluation. Nothing but such an export is replaced."""
+    """Killed, or out of memory, between the export and its evaluation. Nothing is where the result will be until it is whole."""
     flags = functools.partial(globals()["flags"], lr_scheduler_type="constant")  # so that one more step would be seen
+    weights = []
+
+    def fails(model, rows):
+        weights.append((tmp_path / "run/exporting/model.safetensors").read_bytes())
+        raise RuntimeError("no memory")
+
     with monkeypatch.context() as patch:
-        patch.setattr(train_sherry, "mean_loss", lambda *_: (_ for _ in ()).throw(OSError("no memory")))
+        patch.setattr(train_sherry, "mean_loss", fails)
+        with pytest.raises(RuntimeError, match="no memory"):
+            train_sherry.main(flags(start, text, tmp_path / "run"))
+        patch.setattr(train_sherry, "NO_SPACE", 1 << 60)  # the disk has less than this
         assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1
-    weights = (tmp_path / "run/hf/model.safetensors").read_bytes()
-    assert not (tmp_path / "run/hf/training.json").exists()
-    # a model of the user's, which has no training.json either
-    mine = tmp_path / "mine"
-    shutil.copytree(start, mine)
-    assert train_sherry.main(flags(start, text, tmp_path / "run", export=mine)) == 1
+    assert "MB are free there (RuntimeError): make room" in capfd.readouterr().err
+    assert not (tmp_path / "run/hf").exists()
+    # what came to be there meanwhile is not ours
+    (tmp_path / "run/hf").mkdir()
+    (tmp_path / "run/hf/thesis").write_text("precious")
+    assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1
     assert "already has something in it" in capfd.readouterr().err
-    assert sorted(p.name for p in mine.iterdir()) == sorted(p.name for p in start.iterdir())
+    assert (tmp_path / "run/hf/thesis").read_text() == "precious"
+    shutil.rmtree(tmp_path / "run/hf")
 
     assert train_sherry.main(flags(start, text, tmp_path / "run")) == 0
     assert "going on from" in capfd.readouterr().out
     # 6 steps, not one more, which the Trainer would take
-    assert (tmp_path / "run/hf/model.safetensors").read_bytes() == weights
+    assert {(tmp_path / "run/hf/model.safetensors").read_bytes()} == set(weights)
     assert json.loads((tmp_path / "run/hf/training.json").read_text())["steps"] == 6
+    assert not list((tmp_path / "run").glob("*exporting*"))
     assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1  # complete now, so it is left alone
+
+
+def test_places_where_nothing_can_be_exported(start, text, tmp_path, capfd, monkeypatch):
+    """All of it is said before training, and whatever is there stays."""
+    run = tmp_path / "runs/run"
+    (tmp_path / "file").write_text("precious")
+    for export, says in ((run, "that is for checkpoints"), (run.parent, "that is for checkpoints"), (run / "exporting", "that is for"),
+                         (tmp_path / "file", "already has something in it"), (tmp_path / "file/hf", "nothing can be written there"),
+                         ("/proc/hf", "nothing can be written there")):  # fmt: skip
+        for _ in range(2):
+            assert train_sherry.main(flags(start, text, run, export=export)) == 1
+            out, error = capfd.readouterr()
+            assert says in error and "Traceback" not in error and "training" not in out
+        assert not (run / "checkpoint-6").exists()
+    assert (tmp_path / "file").read_text() == "precious"
+    assert train_sherry.main(flags(start, text, text / "run")) == 1
+    assert "which is read as text" in capfd.readouterr().err and not (text / "run").exists()
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    assert train_sherry.main(flags(start, text, run, export=".")) == 0
+    assert (tmp_path / "empty/model.safetensors").is_file() and not list((tmp_path / "empty").glob("*part"))
+    AutoModelForCausalLM.from_pretrained(".")
+
+
+def test_what_it_cannot_go_on_from(start, text, tmp_path, capfd, monkeypatch):
+    """A lost optimizer, other text, other noise: each would go on without a word, to another result."""
+    folder = tmp_path / "text"
+    shutil.copytree(text, folder)
+    more = dict(max_steps=4, save_steps=2, save_total_limit=9, lr_scheduler_type="constant")
+
+    def main(**changed):
+        code = train_sherry.main(flags(start, folder, tmp_path / "run", **more | changed))
+        return code, capfd.readouterr().err
+
+    with monkeypatch.context() as patch:  # cut off in the third step
+        patch.setattr(train_sherry.Interrupt, "on_step_end", lambda self, args, state, *_, **__: 1 // (state.global_step < 3) and None)
+        with pytest.raises(ZeroDivisionError):
+            train_sherry.main(flags(start, folder, tmp_path / "run", **more))
+    last = tmp_path / "run/checkpoint-2"
+    assert train_sherry.last_checkpoint(tmp_path / "run") == last
+    code, error = main(neftune_noise_alpha=5)
+    assert code == 1 and "begun with other settings (neftune_noise_alpha: None then, 5.0 now)" in error
+    (folder / "more.txt").write_text("more of it " * 100)
+    code, error = main()
+    assert code == 1 and "begun with other settings (text: " in error
+    (folder / "more.txt").unlink()
+    for name in "optimizer.pt", "rng_state.pth":
+        os.rename(last / name, tmp_path / name)
+        code, error = main()
+        assert code == 1 and f"checkpoint-2 has no {name}, so training cannot go on from it" in error
+        os.rename(tmp_path / name, last / name)
+    code, error = main(resume_from_checkpoint=tmp_path / "nowhere")
+    assert code == 1 and "there is no whole checkpoint" in error and "remove" not in error
+    with open(tmp_path / "run/lock") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        code, error = main()
+    assert code == 1 and "another run is training in" in error
+    assert main()[0] == 0
+
+
+def test_settings_that_failed_do_not_bind(start, text, tmp_path, capfd):
+    assert train_sherry.main(flags(start, text, tmp_path / "run", teacher=start, distill=2)) == 1
+    assert "distill is 2.0" in capfd.readouterr().err
+    assert train_sherry.main(flags(start, text, tmp_path / "run", teacher=start, distill=0.5)) == 0
+
+
+def test_the_best_model_is_exported_again(start, text, tmp_path):
+    more = dict(load_best_model_at_end=True, eval_strategy="steps", eval_steps=2, save_steps=2, max_steps=6, learning_rate=0.3,
+                save_total_limit=3, arenas_peak=0)  # fmt: skip
+    for name in "one", "two":
+        assert train_sherry.main(flags(start, text, tmp_path / "run", export=tmp_path / name, **more)) == 0
+    best = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())["best_model_checkpoint"]
+    assert not best.endswith("checkpoint-6")  # such a rate makes it worse and worse
+    assert (tmp_path / "one/model.safetensors").read_bytes() == (tmp_path / "two/model.safetensors").read_bytes()
+
+
+def test_generation_config_that_cannot_be_saved(start, text, tmp_path):
+    """As Llama 2 has it."""
+    model = tmp_path / "model"
+    shutil.copytree(start, model)
+    (model / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+    assert train_sherry.main(flags(model, text, tmp_path / "run")) == 0
+    saved = json.loads((tmp_path / "run/hf/generation_config.json").read_text())
+    assert saved["temperature"] == 0.9 and saved["top_p"] == 0.6 and saved["do_sample"] is True
+
+
+def test_models_that_are_not_whole(start, text, tmp_path, capfd):
+    model = tmp_path / "model"
+    shutil.copytree(start, model)
+    small_models.edit_weights(model, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    assert train_sherry.main(flags(model, text, tmp_path / "run")) == 1
+    assert "lacks 1 of the model's tensors" in capfd.readouterr().err
+    shutil.rmtree(model)
+    shutil.copytree(start, model, ignore=shutil.ignore_patterns("tokenizer*", "vocab*"))
+    assert train_sherry.main(flags(model, text, tmp_path / "run")) == 1
+    assert "has no tokenizer: name its directory with --tokenizer" in capfd.readouterr().err
+    other = small_models.make(tmp_path / "other", "gpt2", latent=True)
+    assert train_sherry.main(flags(start, text, tmp_path / "run", teacher=other)) == 1
+    assert "has another tokenizer" in capfd.readouterr().err
+
+
+def test_names_of_special_tokens_are_text(start):
+    import datasets
+
+    tokenizer = train_sherry.load_tokenizer(str(start))
+    texts = datasets.Dataset.from_dict({"text": ["a </s> b <s> c"] * 8})
+    for special in False, True:
+        s = train_sherry.SherryArguments(context=16, special_tokens=special)
+        ids = np.array(train_sherry.blocks(texts, tokenizer, s)["input_ids"])[:, 1:]
+        assert (tokenizer.bos_token_id in ids) is special
 
 
 def test_two_processes(start, text, tmp_path):

@@ -131,6 +131,19 @@ def test_accumulation_and_checkpointing_change_nothing(tmp_path, blocks):
         torch.testing.assert_close(other, weights[0], rtol=0, atol=2e-5)  # Adam's steps are 1e-3
 
 
+def test_label_smoothing_and_accumulation(tmp_path, blocks):
+    """Its loss is a mean over the micro-batch, the teacher's part of the loss as well."""
+    losses = []
+    for more in (dict(per_device_train_batch_size=8), dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)):
+        m = model()
+        prepare(m)
+        trainer = SherryTrainer(m, arguments(tmp_path, label_smoothing_factor=0.1, max_steps=1, logging_steps=1, **more),
+                                train_dataset=Blocks(blocks), teacher=model(1))  # fmt: skip
+        trainer.train()
+        losses.append(trainer.state.log_history[0]["loss"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4) and losses[0] < 5
+
+
 def test_plain_trainer_takes_the_callback(tmp_path, blocks):
     m = model()
     prepare(m)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import logging
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Iterator
 
 import torch
 
@@ -31,7 +34,7 @@ def export(
 
     Args:
         model: a transformers `PreTrainedModel` that went through `prepare`, with any method.
-        directory: where to; it must not exist yet, or be empty. It appears complete or not at all.
+        directory: where to; it must not exist yet, or be empty. It appears complete or not at all (`appearing`).
         tokenizer: a transformers tokenizer, or None to save none.
         dtype: torch.float16 or torch.float32.
         state: the state dict to save, with latent weights, where the model itself does not hold all of it (FSDP,
@@ -43,22 +46,22 @@ def export(
     Raises:
         FileExistsError: the directory has something in it.
         TypeError: another dtype.
-        ValueError: a parameter is not finite in `dtype`, or a quantized one missing from `state`.
+        ValueError: a parameter is not finite in `dtype`, a quantized one missing from `state`, or the model one that was
+            loaded with latent weights and did not go through `prepare` since.
     """
-    directory = Path(directory)
     if dtype not in (torch.float16, torch.float32):
         raise TypeError(f"dtype is {dtype}: use torch.float16 or torch.float32, which hold an fp16 scale")
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} already has something in it: remove it, or choose another directory")
     layers = quantized_layers(model)
+    claimed = getattr(getattr(model, "config", None), "sherry_config", None)
+    if not layers and isinstance(claimed, dict) and claimed.get("weights") == "latent":
+        raise ValueError("the model's config says that its weights are latent, and its layers do not quantize them: call "
+                         "prepare(model, QuantConfig(...)) first, as it was trained")
     said = sherry_config(model, "fake_quantized")
     if said and said.get("group_size", 128) % 128:
         logger.warning("group size %d: TQ1_25 stores blocks of 128 weights under one scale, so these weights cannot be "
                        "stored without loss", said["group_size"])
 
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".part", dir=directory.parent))
-    try:
+    with appearing(directory) as part:
         model.save_pretrained(part, state_dict=_quantized(state or model.state_dict(), layers, dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
@@ -69,15 +72,49 @@ def export(
         if said:
             config["sherry_config"] = said
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return Path(directory)
+
+
+@contextlib.contextmanager
+def appearing(directory: str | os.PathLike) -> Iterator[Path]:
+    """Yields an empty directory to fill, whose files are then `directory`, written to disk; after an error, nothing is.
+
+    A directory that is there already stays (it may be a mount point, or linked to): its files are renamed into it one by
+    one, config.json last. A new one appears at once.
+
+    Raises:
+        FileExistsError: the directory has something in it.
+        OSError: nothing can be written there.
+    """
+    directory = Path(directory).resolve()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} already has something in it: remove it, or choose another directory")
+    there = directory.is_dir()
+    place = directory if there else directory.parent
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place)) from None
+    part = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".part", dir=place))
+    moved: list[Path] = []
+    try:
+        yield part
         for path in *part.iterdir(), part:
             _sync(path)
             # mkdtemp and safetensors make them private
             path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-        os.replace(part, directory)
+        if not there:
+            os.rename(part, directory)  # what came to be there meanwhile stops it, unless it is an empty directory
+        else:
+            for path in sorted(part.iterdir(), key=lambda p: p.name == "config.json"):
+                os.rename(path, directory / path.name)
+                moved.append(directory / path.name)
+            part.rmdir()
     except BaseException:
+        for path in moved:
+            path.unlink(missing_ok=True)
         shutil.rmtree(part, ignore_errors=True)
         raise
-    return directory
 
 
 @torch.no_grad()

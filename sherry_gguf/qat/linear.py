@@ -104,6 +104,11 @@ class QuantConv1D(_Quantized, Conv1D):
 _LAYERS = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
 
 
+def _turned(m: nn.Module) -> type | None:
+    """What `prepare` makes of a layer; None of any other class, as a subclass may compute something else."""
+    return QuantLinear if type(m).__name__ == "FalconLinear" else _LAYERS.get(type(m))  # which computes the same
+
+
 def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = "", only: str = "") -> list[str]:
     """Make the linear layers of `model` train quantized weights, in place; the parameters stay the same objects.
 
@@ -125,27 +130,31 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
         ValueError: there are none, one's inputs do not fit `quant`, or another is quantized otherwise already; nothing is
             changed then.
     """
-    if hasattr(model, "config"):  # of a Sherry checkpoint that this training starts from
-        model.config.__dict__.pop("sherry_config", None)
-    if quant.method == "full":
-        return []
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    turn = {name: m for name, m in model.named_modules()
-            if type(m) in _LAYERS and name and m is not head
-            and not re.search(KEEP, name) and not (keep and re.search(keep, name)) and re.search(only, name)}  # fmt: skip
-    if not turn:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r})")
-    for name, m in quantized_layers(model).items():
+    already = quantized_layers(model)
+    for name, m in already.items():
         if m.quant != quant:
             raise ValueError(f"{name} is quantized already, by {m.quant}: a checkpoint can state only one way")
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    turn = {name: m for name, m in model.named_modules()
+            if _turned(m) and name and m is not head
+            and not re.search(KEEP, name) and not (keep and re.search(keep, name)) and re.search(only, name)}  # fmt: skip
+    if quant.method == "full":
+        turn = {}
+    elif not turn:
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r})"
+                         + f", besides the {len(already)} that are quantized already" * bool(already))
     for name, m in turn.items():
         shape = tuple(m.weight.shape)
         try:
-            quantizer.check(shape[::-1] if type(m) is Conv1D else shape, **dataclasses.asdict(quant), name=name)
+            quantizer.check(shape[::-1] if isinstance(m, Conv1D) else shape, **dataclasses.asdict(quant), name=name)
         except ValueError as e:
             raise ValueError(f"{e}: choose another granularity or group_size, or name the layer in keep") from None
+    if hasattr(model, "config"):  # of a Sherry checkpoint that this training starts from
+        model.config.__dict__.pop("sherry_config", None)
+    if not turn:
+        return []
     for m in turn.values():
-        m.__class__ = _LAYERS[type(m)]  # keeps parameters, hooks, names and whatever else hangs on the layer
+        m.__class__ = _turned(m)  # keeps parameters, hooks, names and whatever else hangs on the layer
         m.quant = quant
     owned = {id(p) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding)) for p in m.parameters()}
     if rest := [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in owned]:

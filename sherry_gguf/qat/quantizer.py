@@ -138,9 +138,10 @@ def _sherry(magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # The reference adds in order, which is slow here. Any order gives the same fp16 number, unless the sum is as near to
     # the edge of a rounding as two sums may be to each other.
     margin = mean * (4 * magnitude.shape[-1] * torch.finfo(torch.float64).eps)
-    unsure = _round_to_half(mean - margin) != _round_to_half(mean + margin)
-    for i in unsure.squeeze(-1).nonzero().squeeze(-1).tolist():
-        mean[i] = _sum_in_order(magnitude[i].masked_fill(zero[i], 0)) / count
+    unsure = (_round_to_half(mean - margin) != _round_to_half(mean + margin)) & mean.isfinite()
+    if unsure.any():
+        i = unsure.squeeze(-1).nonzero().squeeze(-1)
+        mean[i] = _sum_in_order(magnitude[i].masked_fill_(zero[i], 0)) / count
     return zero, mean
 
 
@@ -178,11 +179,11 @@ def smallest_lane(magnitude: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_in_order(x: torch.Tensor) -> torch.Tensor:
-    """(n,) -> float64 (); on the CPU cumsum adds in order."""
-    total = torch.zeros(1, dtype=torch.float64, device=x.device)
-    for part in x.split(_CHUNK):
-        total = torch.cat([total, part.double()]).cumsum(0)[-1:]
-    return total[0]
+    """(n, size) -> float64 (n, 1); on the CPU cumsum adds in order."""
+    total = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
+    for part in x.split(max(1, _CHUNK // len(x)), dim=-1):
+        total = torch.cat([total, part.double()], dim=-1).cumsum(-1)[:, -1:]
+    return total
 
 
 def _round_to_half(x: torch.Tensor) -> torch.Tensor:

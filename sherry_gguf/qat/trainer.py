@@ -43,6 +43,8 @@ class SherryTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if self.args.label_smoothing_factor:  # its loss is a mean over the micro-batch: accumulation has to divide it
+            self.model_accepts_loss_kwargs = False
         if not 0 <= distill <= 1 or temperature <= 0:
             raise ValueError(f"distill is {distill} and temperature {temperature}: a share within 0 and 1, and above 0")
         if teacher is not None and (n := teacher.config.get_text_config().vocab_size) != (

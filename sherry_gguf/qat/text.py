@@ -1,0 +1,138 @@
+"""Text files as documents: plain text, JSON lines and Parquet, as a `datasets.Dataset` that lies on disk."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from pathlib import Path
+from typing import Iterator, Sequence
+
+TEXT = (".txt", ".md", ".rst", ".py")  # what a directory is searched for, besides these:
+TABLES = (".jsonl", ".json", ".parquet")
+NO_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".zst", ".xz", ".bz2", ".7z", ".tar", ".tgz", ".pt", ".safetensors", ".gguf")
+
+
+class TextError(ValueError):
+    """Which file cannot be read as text, why, and what to do."""
+
+
+def load(names: Sequence[str | os.PathLike], column: str = "text"):
+    """The documents of files and of all files of text below directories, in order of names within each.
+
+    A plain text file of any suffix is one document. `.jsonl`, and `.json` as lines or as one array, have a row each, an
+    object; `.parquet` has rows too. All but Parquet may be compressed (`.gz`). They are UTF-8. Rows without text (null)
+    are passed over. What was read lies in the cache of `datasets`, and is read again where a file was changed.
+
+    Args:
+        names: of files and directories.
+        column: what the text is called, in tables and in the result.
+
+    Returns:
+        A datasets.Dataset with that column alone, of strings.
+
+    Raises:
+        TextError: there is no such file, no text, or something else than text.
+    """
+    import datasets
+
+    files = []
+    for path in map(Path, names):
+        if path.is_dir():
+            found = sorted(p for p in path.rglob("*") if _suffix(p) in (*TEXT, *TABLES) and p.is_file())
+            if not found:
+                raise TextError(f"{path} has no files of text: {', '.join((*TEXT, *TABLES))}")
+            files += found
+        elif not path.is_file():
+            raise TextError(f"{path}: no such file or directory")
+        elif _suffix(path) in NO_TEXT or path.suffix.lower() in NO_TEXT:
+            raise TextError(f"{path}: {path.suffix} is not read; make it plain text, .jsonl or .parquet")
+        else:
+            files.append(path)
+    # the last three, for the cache: a changed file may keep its name, its size and even its time of modification
+    stats = [(p, p.stat()) for p in files]
+    known = [(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats]
+    try:
+        return datasets.Dataset.from_generator(
+            _rows, gen_kwargs={"files": known, "column": column},
+            features=datasets.Features({column: datasets.Value("large_string")}))  # fmt: skip
+    except datasets.exceptions.DatasetGenerationError as e:
+        cause = e.__cause__ or e
+        raise TextError(str(cause)) from cause
+    except ValueError as e:  # of datasets, where a generator gave nothing
+        raise TextError(f"{', '.join(map(str, names))}: there is no text in it") from e
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.name.lower().removesuffix(".gz")).suffix
+
+
+def _rows(files: list[tuple], column: str) -> Iterator[dict[str, str]]:
+    for name, *_ in files:
+        try:
+            for where, text in _READERS.get(_suffix(Path(name)), _plain)(name, column):
+                if isinstance(text, str):
+                    yield {column: text}
+                elif text is not None:
+                    raise TextError(f"{where}: {column!r} is {type(text).__name__}, and not a string")
+        except UnicodeDecodeError as e:
+            raise TextError(f"{name}: byte {e.start} is no UTF-8") from e
+        except TextError as e:
+            raise TextError(f"{name}: {e}") from e
+        except Exception as e:  # of gzip, json, pyarrow, the operating system
+            raise TextError(f"{name}: {type(e).__name__}: {e}") from e
+
+
+# Readers take a file's name and the column, and give of each row where it is and its text.
+
+
+def _open(name: str):
+    return (gzip.open if name.lower().endswith(".gz") else open)(name, "rt", encoding="utf-8-sig")
+
+
+def _plain(name: str, column: str) -> Iterator[tuple[str, object]]:
+    with _open(name) as f:
+        yield "", f.read()
+
+
+def _json(name: str, column: str) -> Iterator[tuple[str, object]]:
+    with _open(name) as f:
+        beginning = ""
+        while not beginning and (line := f.readline()):
+            beginning = line.lstrip()
+        f.seek(0)
+        if beginning.startswith("["):
+            for i, row in enumerate(json.load(f), 1):
+                yield f"row {i}", _value(row, column, f"row {i}")
+            return
+        for i, line in enumerate(f, 1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except ValueError as e:
+                    raise TextError(f"line {i}: {e}") from e
+                yield f"line {i}", _value(row, column, f"line {i}")
+
+
+def _value(row: object, column: str, where: str) -> object:
+    if not isinstance(row, dict):
+        raise TextError(f"{where} is no object")
+    if column not in row:
+        raise TextError(f"{where} has no column {column!r}, only {', '.join(map(repr, row)) or 'none'}")
+    return row[column]
+
+
+def _parquet(name: str, column: str) -> Iterator[tuple[str, object]]:
+    import pyarrow.parquet
+
+    with pyarrow.parquet.ParquetFile(name) as file:
+        if column not in file.schema_arrow.names:
+            raise TextError(f"it has no column {column!r}, only {', '.join(map(repr, file.schema_arrow.names))}")
+        row = 0
+        for batch in file.iter_batches(batch_size=1000, columns=[column]):
+            for text in batch.column(0).to_pylist():
+                row += 1
+                yield f"row {row}", text
+
+
+_READERS = {".jsonl": _json, ".json": _json, ".parquet": _parquet}
