@@ -384,12 +384,29 @@ choice was made on.
         for row in r["explored"]:
             settings = arenas_text(tuple(sorted(row["arenas"].items()))).strip()
             text += f"| {settings} | {' | '.join(f'{x:.4f}' for x in row['losses'])} | {min(map(ordered, row['losses'])) / none - 1:+.2%} |\n"
+        text += ("\nState of training, seed 1, mean of the looks in the second and third quarter: effective ranks of the gradients and of "
+                 "the layers' inputs, ternary values that a step changes, latent weights within a tenth of the scale of 0, groups "
+                 "as near to another choice of their zero:\n\n| method | gradient rank | input rank | changed a step | near 0 | near "
+                 "another zero |\n|---|---|---|---|---|---|\n")  # fmt: skip
+        for m, row in r["methods"].items():
+            if state := state_of(row["curve"]):
+                near = f"{state['near_zeroing']:.1%}" if "near_zeroing" in state else ""
+                text += (f"| {METHODS[m]} | {state['gradient_rank']:.1f} | {state['activation_rank']:.1f} | {state['flips']:.3%} | "
+                         f"{state['near_sign']:.1%} | {near} |\n")  # fmt: skip
         text += ("\nThe same rates and settings in shorter and longer runs, seed 1:\n\n| steps | without Arenas | with | against "
                  "without | as published | against without |\n|---|---|---|---|---|---|\n")  # fmt: skip
         for steps, loss in r["budgets"].items():
             text += (f"| {steps} | {loss['sherry']:.4f} | {loss['arenas']:.4f} | {loss['arenas'] / loss['sherry'] - 1:+.2%} | "
                      f"{loss['arenas-published']:.4f} | {loss['arenas-published'] / loss['sherry'] - 1:+.2%} |\n")  # fmt: skip
     return text
+
+
+def state_of(curve: list[dict]) -> dict[str, float]:
+    """The monitor's figures, averaged over the second and third quarter of its looks; {} where it did not look."""
+    looks = [entry for entry in curve if "gradient_rank" in entry]
+    looks = looks[len(looks) // 4 : -(len(looks) // 4) or None]
+    keys = set.intersection(*map(set, looks)) if looks else ()
+    return {key: statistics.mean(entry[key] for entry in looks) for key in keys}
 
 
 def paired(losses: list[float], others: list[float]) -> str:

@@ -181,3 +181,10 @@ def test_published_settings_are_the_defaults_of_arenas():
     from sherry_gguf.qat import Arenas
 
     assert dict(arenas()) == vars(Arenas()) == compare_quality.PUBLISHED
+
+
+def test_state_is_that_of_the_middle():
+    looks = [{"step": i, "gradient_rank": float(i), "flips": i / 100} for i in range(8)]
+    state = compare_quality.state_of([{"loss": 1.0}, *looks])
+    assert state["gradient_rank"] == 3.5 and state["flips"] == pytest.approx(0.035)
+    assert compare_quality.state_of(looks[:1])["gradient_rank"] == 0.0 and compare_quality.state_of([{"loss": 1.0}]) == {}
