@@ -56,6 +56,7 @@ EXPLORED = {
         dict(peak=0.1),
         dict(end=0.5),
         dict(peak=0.25, end=0.5),
+        dict(peak=0.1, end=0.5),
         dict(warmup=0.0),
         dict(decay="linear"),
         dict(decay="exponential"),
@@ -63,6 +64,7 @@ EXPLORED = {
         dict(rescale=True, warmup=0.0, end=0.5),
         dict(rescale=True, warmup=0.0, end=0.25),
         dict(rescale=True, warmup=0.0, peak=4.0, end=0.5),
+        dict(rescale=True, warmup=0.0, peak=0.25, end=0.5),
     ],
     "scratch": [
         dict(),
