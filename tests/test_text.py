@@ -80,6 +80,15 @@ def test_what_is_no_text_is_named(tmp_path, name, data, says):
     assert says in str(e.value)
 
 
+def test_files_of_which_none_has_text(tmp_path):
+    for name in "a.jsonl", "b.jsonl":
+        (tmp_path / name).write_text('{"text": null}')
+    with pytest.raises(TextError, match=r"a\.jsonl and 1 more: there is no text in it"):
+        load([tmp_path])
+    (tmp_path / "c.txt").write_text("some")  # is enough
+    assert load([tmp_path])["text"] == ["some"]
+
+
 def test_numbers_and_wrong_columns_of_parquet(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(TextError, match="row 1: 'text' is int, and not a string"):

@@ -122,23 +122,26 @@ def test_teacher(start, text, tmp_path, capfd):
 
 
 def test_interrupted_run_goes_on_and_ends_the_same(start, text, tmp_path):
-    steps = 60
+    steps = 100
 
     def command(out):
         return [sys.executable, train_sherry.__file__, *flags(start, text, tmp_path / out, max_steps=steps, save_steps=1000)]
 
     whole = subprocess.run(command("whole"), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
-    first = subprocess.Popen(command("cut"), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
-    for line in first.stdout:
-        if line.startswith("training:"):
-            break
-    time.sleep(1)
-    first.send_signal(signal.SIGINT)
-    _, errors = first.communicate(timeout=60)
-    assert first.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
-    assert not (tmp_path / "cut/hf").exists()
+    for number in signal.SIGINT, signal.SIGHUP:  # Ctrl-C, and a terminal that is closed
+        first = subprocess.Popen(command("cut"), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 preexec_fn=lambda: (signal.signal(signal.SIGINT, signal.default_int_handler),
+                                                     signal.signal(signal.SIGHUP, signal.SIG_DFL)))  # fmt: skip
+        for line in first.stdout:
+            if line.startswith("training:"):
+                break
+        time.sleep(0.7)
+        first.send_signal(number)
+        _, errors = first.communicate(timeout=60)
+        assert first.returncode == 130 and "run the same command again" in errors and "Traceback" not in errors
+        assert not (tmp_path / "cut/hf").exists()
+    assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 2
     settings = (tmp_path / "cut/settings.json").stat().st_mtime_ns
     # a checkpoint whose writing was cut off is passed over
     (tmp_path / "cut/checkpoint-9999").mkdir()

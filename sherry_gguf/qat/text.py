@@ -51,7 +51,7 @@ def load(names: Sequence[str | os.PathLike], column: str = "text"):
             files.append(path)
     # the last three, for the cache: a changed file may keep its name, its size and even its time of modification
     stats = [(p, p.stat()) for p in files]
-    known = [(str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats]
+    known = tuple((str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats)  # a list would be split up
     try:
         return datasets.Dataset.from_generator(
             _rows, gen_kwargs={"files": known, "column": column},
@@ -59,19 +59,19 @@ def load(names: Sequence[str | os.PathLike], column: str = "text"):
     except datasets.exceptions.DatasetGenerationError as e:
         cause = e.__cause__ or e
         raise TextError(str(cause)) from cause
-    except ValueError as e:  # of datasets, where a generator gave nothing
-        raise TextError(f"{', '.join(map(str, names))}: there is no text in it") from e
 
 
 def _suffix(path: Path) -> str:
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
-def _rows(files: list[tuple], column: str) -> Iterator[dict[str, str]]:
+def _rows(files: tuple[tuple, ...], column: str) -> Iterator[dict[str, str]]:
+    rows = 0
     for name, *_ in files:
         try:
             for where, text in _READERS.get(_suffix(Path(name)), _plain)(name, column):
                 if isinstance(text, str):
+                    rows += 1
                     yield {column: text}
                 elif text is not None:
                     raise TextError(f"{where}: {column!r} is {type(text).__name__}, and not a string")
@@ -81,6 +81,8 @@ def _rows(files: list[tuple], column: str) -> Iterator[dict[str, str]]:
             raise TextError(f"{name}: {e}") from e
         except Exception as e:  # of gzip, json, pyarrow, the operating system
             raise TextError(f"{name}: {type(e).__name__}: {e}") from e
+    if not rows:  # of which datasets would say something else
+        raise TextError(f"{files[0][0]}{f' and {len(files) - 1} more' * (len(files) > 1)}: there is no text in it")
 
 
 # Readers take a file's name and the column, and give of each row where it is and its text.
