@@ -4,7 +4,8 @@
 Two settings: `pretrained`, quantization-aware training that starts from a trained full-precision model, as in the paper,
 and `scratch`. Fair by this order: for every method the learning rate is swept with seed 0, by factors of 2 until the best
 lies between two worse ones, and judged on one half of the held-out text; so are Arenas' settings. Then every method trains
-with fresh seeds at its best rate, and what is reported is their loss on the other half.
+with fresh seeds at its best rate, and what is reported is their loss on the other half. Where a second choice came so close
+that one seed can't tell, both train with these seeds, and the half for choices decides between them.
 
 Finished runs are kept in --work: an interrupted comparison goes on where it stopped, and a larger one reuses them.
 """
@@ -78,6 +79,7 @@ EXPLORED = {
 RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-3)}
 FINALISTS = 2  # of Arenas' settings explored, whose learning rate is swept
+TIE, LEADERS = 1e-3, 2  # choices whose losses differ by less, about what a seed makes, and how many of them get all seeds
 # Shares of the steps, in which Arenas is compared with none: does a longer run turn it?
 BUDGETS = {"pretrained": (0.25, 1, 4), "scratch": (0.25, 1)}
 
@@ -230,18 +232,22 @@ def ordered(loss: float) -> float:
 def describe(run: Run) -> str:
     text = f"{run.setting} {run.method} lr {run.lr:g} seed {run.seed}"
     if run.arenas:
-        text += " Arenas" + arenas_text(run.arenas)
+        text += " Arenas " + arenas_text(dict(run.arenas))
     return text
 
 
-def arenas_text(settings: tuple) -> str:
+def named(method: str, settings: dict) -> str:
+    return METHODS[method] + (f" ({arenas_text(settings)})" if method == "arenas" else "")
+
+
+def arenas_text(settings: dict) -> str:
     """How it differs from the published settings."""
-    changed = [f"{k} {v}" for k, v in settings if PUBLISHED[k] != v]
-    return " " + ", ".join(changed) if changed else " as published"
+    changed = [f"{k} {v}" for k, v in sorted(settings.items()) if PUBLISHED[k] != v]
+    return ", ".join(changed) or "as published"
 
 
 class Sweep:
-    """The learning rate of one method in one setting, by factors of 2 until the best has a worse one on either side."""
+    """The learning rate of one method in one setting, by factors of 2 until those that lead have a worse one on either side."""
 
     def __init__(self, runs: Runs, template: Run, rates: tuple[float, ...]):
         self.runs, self.template, self.rates = runs, template, sorted(rates)
@@ -250,30 +256,34 @@ class Sweep:
     def run(self, lr: float) -> Run:
         return dataclasses.replace(self.template, lr=lr)
 
-    def open(self) -> bool:
-        """Whether the best rate is at the edge all the same."""
-        return self.best() in (self.rates[0], self.rates[-1])
+    def open(self, lr: float) -> bool:
+        """Whether a rate is at the edge of those that were trained."""
+        return lr in (self.rates[0], self.rates[-1])
 
     def best(self) -> float:
         """The rate of the lowest loss on the half of the text that is for choices."""
-        return min(self.rates, key=lambda lr: self.loss(lr))
-
-    def loss(self, lr: float) -> float:
-        return self.runs.choice(self.run(lr))
+        return leaders([self])[0].lr
 
     def wanted(self) -> list[Run]:
         """What is still to be trained; [] where the sweep is complete."""
         if missing := [r for r in map(self.run, self.rates) if r not in self.runs]:
             return missing
-        best = self.best()
+        lead = [run.lr for run in leaders([self])]
         lower, higher = self.first[0] / 2**EXTEND, self.first[-1] * 2**EXTEND
-        if best == self.rates[0] and best / 2 >= lower:
-            self.rates.insert(0, best / 2)
-        elif best == self.rates[-1] and best * 2 <= higher:
-            self.rates.append(best * 2)
+        if self.rates[0] in lead and self.rates[0] / 2 >= lower:
+            self.rates.insert(0, self.rates[0] / 2)
+        elif self.rates[-1] in lead and self.rates[-1] * 2 <= higher:
+            self.rates.append(self.rates[-1] * 2)
         else:
             return []
         return self.wanted()
+
+
+def leaders(sweeps: list[Sweep]) -> list[Run]:
+    """The runs of the lowest losses, best first: one, or those that a seed's chance could have put before it."""
+    runs = sweeps[0].runs
+    trained = sorted((sweep.run(lr) for sweep in sweeps for lr in sweep.rates), key=runs.choice)
+    return [run for run in trained[:LEADERS] if run is trained[0] or runs.choice(run) < runs.choice(trained[0]) * (1 + TIE)]
 
 
 def complete(sweeps: list[Sweep]) -> None:
@@ -302,13 +312,15 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
         lr = min(explored[settings], key=runs.choice).lr
         finals.append(Sweep(runs, Run(setting, "sherry", 0.0, 0, settings, a.steps), (lr / 2, lr, lr * 2)))
     complete(finals)
-    sweeps["arenas"] = min(finals, key=lambda sweep: sweep.loss(sweep.best()))
+    of_method = {m: [sweep] for m, sweep in sweeps.items()} | {"arenas": finals}
 
-    print(f"{setting}: seeds 1 to {a.seeds} at each method's best rate", flush=True)
-    reported = {m: [dataclasses.replace(s.run(s.best()), seed=seed) for seed in range(1, a.seeds + 1)]
-                for m, s in sweeps.items()}  # fmt: skip
+    print(f"{setting}: seeds 1 to {a.seeds} of what led", flush=True)
+    fresh = {m: [[dataclasses.replace(run, seed=seed) for seed in range(1, a.seeds + 1)] for run in leaders(of_method[m])]
+             for m in METHODS}  # fmt: skip
     # one seed of every method before the next: a comparison that is cut off has whole rows
-    runs.need([reported[m][i] for i in range(a.seeds) for m in METHODS])
+    runs.need([seeds[i] for i in range(a.seeds) for m in METHODS for seeds in fresh[m]])
+    reported = {m: min(fresh[m], key=lambda seeds: statistics.mean(map(runs.choice, seeds))) for m in METHODS}
+    sweeps["arenas"] = next(sweep for sweep in finals if sweep.template.arenas == reported["arenas"][0].arenas)
     print(f"{setting}: shorter and longer runs", flush=True)
     budgets = {round(a.steps * share): {m: dataclasses.replace(reported[m][0], steps=round(a.steps * share))
                for m in ("sherry", "arenas", "arenas-published")} for share in BUDGETS[setting]}  # fmt: skip
@@ -316,9 +328,11 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
     return {
         "before": runs[reported["sherry"][0]]["before"],
         "methods": {m: {
-            "lr": sweeps[m].best(), "open": sweeps[m].open(), "arenas": dict(sweeps[m].template.arenas),
+            "lr": reported[m][0].lr, "open": sweeps[m].open(reported[m][0].lr), "arenas": dict(sweeps[m].template.arenas),
             "sweep": {f"{lr:g}": runs[sweeps[m].run(lr)]["choice"] for lr in sweeps[m].rates},
             "losses": [runs[run]["report"] for run in reported[m]],
+            "led": [{"lr": seeds[0].lr, "arenas": dict(seeds[0].arenas), "choice": [runs[run]["choice"] for run in seeds],
+                     "report": [runs[run]["report"] for run in seeds]} for seeds in fresh[m]],
             "curve": runs[reported[m][0]]["curve"],
         } for m in METHODS},
         "explored": [{"arenas": dict(settings), "losses": [runs[run]["choice"] for run in explored[settings]]}
@@ -362,9 +376,7 @@ choice was made on.
         text += ("| method | learning rate | held-out loss | against absmean, same seed | against Sherry without Arenas | "
                  "each seed |\n|---|---|---|---|---|---|\n")  # fmt: skip
         for m, row in sorted(r["methods"].items(), key=lambda x: ordered(statistics.mean(x[1]["losses"]))):
-            name = METHODS[m]
-            if m == "arenas":
-                name += f" ({arenas_text(tuple(sorted(row['arenas'].items()))).strip()})"
+            name = named(m, row["arenas"])
             deviation = f" ± {statistics.stdev(row['losses']):.4f}" if len(row["losses"]) > 1 else ""
             text += (f"| {name} | {row['lr']:g}{' (at the edge)' * row['open']} | {statistics.mean(row['losses']):.4f}{deviation} | "
                      f"{paired(row['losses'], r['methods']['absmean']['losses'])} | "
@@ -375,8 +387,14 @@ choice was made on.
         text += f"| method | {' | '.join(f'{lr:g}' for lr in rates)} |\n|---|{'---|' * len(rates)}\n"
         for m, row in r["methods"].items():
             cells = (row["sweep"].get(f"{lr:g}") for lr in rates)
-            best = min(map(ordered, row["sweep"].values()))
+            best = row["sweep"][f"{row['lr']:g}"]
             text += f"| {METHODS[m]} | {' | '.join('' if x is None else f'**{x:.4f}**' if x == best else f'{x:.4f}' for x in cells)} |\n"
+        if tied := {m: row["led"] for m, row in r["methods"].items() if len(row["led"]) > 1}:
+            text += (f"\nWhere a second choice came within {TIE:.1%}, both were trained with seeds 1 to {a['seeds']}; means on the half for "
+                     "choices, which decides, and on the other:\n\n| method | learning rate | for choices | reported |\n|---|---|---|---|\n")  # fmt: skip
+            for m, led in tied.items():
+                for x in led:
+                    text += f"| {named(m, x['arenas'])} | {x['lr']:g} | {statistics.mean(x['choice']):.4f} | {statistics.mean(x['report']):.4f} |\n"
         rates = r["explored_rates"]
         text += ("\nArenas' settings, seed 0, by what differs from the published ones (peak 1, warmup 0.1, cosine, end 1), best "
                  f"first; each at the learning rates {' and '.join(f'{lr:g}' for lr in rates)}:\n\n| settings |"
@@ -384,8 +402,7 @@ choice was made on.
         none = min(map(ordered, r["without"]))
         text += f"| none | {' | '.join(f'{x:.4f}' for x in r['without'])} | |\n"
         for row in r["explored"]:
-            settings = arenas_text(tuple(sorted(row["arenas"].items()))).strip()
-            text += f"| {settings} | {' | '.join(f'{x:.4f}' for x in row['losses'])} | {min(map(ordered, row['losses'])) / none - 1:+.2%} |\n"
+            text += f"| {arenas_text(row['arenas'])} | {' | '.join(f'{x:.4f}' for x in row['losses'])} | {min(map(ordered, row['losses'])) / none - 1:+.2%} |\n"
         text += ("\nState of training, seed 1, mean of the looks in the second and third quarter: effective ranks of the gradients and of "
                  "the layers' inputs, ternary values that a step changes, latent weights within a tenth of the scale of 0, groups "
                  "as near to another choice of their zero:\n\n| method | gradient rank | input rank | changed a step | near 0 | near "
