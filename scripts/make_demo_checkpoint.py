@@ -35,7 +35,6 @@ from sherry_gguf import qat
 
 ROOT = Path(__file__).resolve().parent.parent
 EVAL_TOKENS = 1 << 15
-ARENAS = {"arenas_peak": 0}  # λ takes steps that a run this short needs for the ternary weights alone
 
 
 class Stop(Exception):
@@ -181,7 +180,7 @@ def train(work: Path, a: argparse.Namespace) -> int:
         "max_steps": a.steps, "per_device_train_batch_size": a.batch, "learning_rate": a.lr, "weight_decay": 0.1,
         "adam_beta2": 0.95, "optim": "adamw_torch_fused", "seed": a.seed, "bf16": bf16, "use_cpu": True,
         "save_strategy": "steps", "save_steps": max(1, a.steps // 10), "report_to": "none",
-    } | ARENAS  # fmt: skip
+    }  # fmt: skip
     return train_sherry.main([x for k, v in flags.items() for x in (f"--{k}", str(v))])
 
 

@@ -254,7 +254,7 @@ def test_the_loss_of_a_trained_model(tmp_path):
     start = small_models.make(tmp_path / "start", "llama", latent=True)
     flags = {"model": start, "train": tmp_path / "train.txt", "validation": text, "output_dir": tmp_path / "run", "context": 64,
              "max_steps": 60, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "use_cpu": True, "monitor_every": 0,
-             "arenas_peak": 0, "report_to": "none", "disable_tqdm": True}  # fmt: skip
+             "report_to": "none", "disable_tqdm": True}  # fmt: skip
     assert train_sherry.main([x for k, v in flags.items() for x in (f"--{k}", str(v))]) == 0
     hf, gguf = tmp_path / "run/hf", tmp_path / "m.gguf"
     result = sherry("convert", hf, "--outfile", gguf, "--require-exact")

@@ -55,7 +55,7 @@ def one_thread():
 def flags(start: Path, text: Path, out: Path, **more) -> list[str]:
     settings = dict(model=start, train=text, output_dir=out, context=64, max_steps=6, per_device_train_batch_size=2,
                     learning_rate=1e-3, monitor_every=2, logging_steps=2, use_cpu=True, eval_tokens=512, report_to="none",
-                    validation_share=0.2) | more  # fmt: skip
+                    validation_share=0.2, arenas_peak=1) | more  # fmt: skip
     return [x for k, v in settings.items() if v is not None for x in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
 
 
@@ -87,14 +87,15 @@ def test_from_a_config_and_a_table(start, text, tmp_path, capfd):
     table = tmp_path / "train.jsonl"
     table.write_text("".join(json.dumps({"body": p.read_text()}) + "\n" for p in sorted(text.iterdir())))
     more = dict(model=None, config=start, train=table, validation=text / "00.txt", text_column="body", method="absmean",
-                arenas_peak=0, seed=3)  # fmt: skip
+                arenas_peak=None, seed=3)  # fmt: skip
     losses = []
     for name in "a", "b":
         assert train_sherry.main(flags(start, text, tmp_path / name, **more)) == 0
         losses.append(json.loads((tmp_path / name / "hf/training.json").read_text())["loss"])
     assert losses[0] == losses[1]  # the same seed, the same weights
     assert not hasattr(AutoConfig.from_pretrained(tmp_path / "a/hf"), "sherry_config")
-    assert "14 matrices by absmean" in capfd.readouterr().out
+    out, err = capfd.readouterr()
+    assert "14 matrices by absmean" in out and "λ" not in err  # Arenas is off unless it is asked for
 
 
 def test_held_out_loss_is_that_of_the_export(start, text, tmp_path):
