@@ -382,6 +382,10 @@ choice was made on.
                      f"{paired(row['losses'], r['methods']['absmean']['losses'])} | "
                      f"{paired(row['losses'], r['methods']['sherry']['losses'])} | "
                      f"{', '.join(f'{x:.4f}' for x in row['losses'])} |\n")  # fmt: skip
+        means = {m: ordered(statistics.mean(row["losses"])) for m, row in r["methods"].items()}
+        if "full" in means and (ahead := [METHODS[m] for m in means if means[m] < means["full"]]):
+            text += (f"\n**Too short a training**: full precision, which can do all that the others can, is behind ({', '.join(ahead)}). "
+                     "Take more --steps before anything is read from this.\n")  # fmt: skip
         text += "\nLearning rates, seed 0, on the half of the text that choices are made on:\n\n"
         rates = sorted({float(lr) for row in r["methods"].values() for lr in row["sweep"]})
         text += f"| method | {' | '.join(f'{lr:g}' for lr in rates)} |\n|---|{'---|' * len(rates)}\n"

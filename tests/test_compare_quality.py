@@ -69,15 +69,19 @@ def test_seeds_decide_where_one_cannot_tell():
         return start + off
 
     compared = compare_quality.compare(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=2))
-    results = compared["methods"]
-    assert list(results["sherry"]["sweep"]) == ["0.002", "0.004", "0.008", "0.016", "0.032"]  # a worse one beside both
-    assert [x["lr"] for x in results["sherry"]["led"]] == [8e-3, 16e-3] and results["sherry"]["lr"] == 16e-3
-    assert results["sherry"]["losses"] == [3.0, 3.0] and not results["sherry"]["open"]
-    assert [x["arenas"] for x in results["arenas"]["led"]] == [ahead, close] and results["arenas"]["arenas"] == close
-    assert results["absmean"]["lr"] == 8e-3 and len(results["absmean"]["led"]) == 1
-    text = compare_quality.table({"settings": {"scratch": compared}, "sizes": vars(compare_quality.parse(["--seeds", "2"])), "machine": "",
-                                  "parameters": 1, "tokens": 1, "held_out": 1})  # fmt: skip
+    methods = compared["methods"]
+    assert list(methods["sherry"]["sweep"]) == ["0.002", "0.004", "0.008", "0.016", "0.032"]  # a worse one beside both
+    assert [x["lr"] for x in methods["sherry"]["led"]] == [8e-3, 16e-3] and methods["sherry"]["lr"] == 16e-3
+    assert methods["sherry"]["losses"] == [3.0, 3.0] and not methods["sherry"]["open"]
+    assert [x["arenas"] for x in methods["arenas"]["led"]] == [ahead, close] and methods["arenas"]["arenas"] == close
+    assert methods["absmean"]["lr"] == 8e-3 and len(methods["absmean"]["led"]) == 1
+    results = {"settings": {"scratch": compared}, "sizes": vars(compare_quality.parse(["--seeds", "2"])), "machine": "",
+               "parameters": 1, "tokens": 1, "held_out": 1}  # fmt: skip
+    text = compare_quality.table(results)
     assert "| Sherry without Arenas | 0.008 | 3.0000 | 3.0000 |" in text and "Sherry with Arenas (end 0.5, peak 0.25) | 0.008 | 2.8999" in text
+    assert "Too short a training**: full precision, which can do all that the others can, is behind (Sherry with Arenas)." in text
+    compared["methods"]["full"]["losses"] = [2.5, 2.5]
+    assert "Too short" not in compare_quality.table(results)
 
 
 def test_diverged_runs_are_never_best():
