@@ -457,15 +457,16 @@ def plot(results: dict, path: Path) -> None:
             dots.plot(losses, [y] * len(losses), "o", color=color[m], alpha=0.6)
             dots.plot(statistics.mean(losses), y, "|", color=color[m], markersize=18, markeredgewidth=2)
         dots.set_yticks(range(len(order)), [METHODS[m] for m in order])
+        for label, m in zip(dots.get_yticklabels(), order):  # the legend of the curves too
+            label.set_color(color[m])
         dots.set_xlabel("held-out loss, nats a token (dots: seeds)")
         dots.set_title(f"{setting}, each at its best learning rate")
         dots.grid(axis="x", alpha=0.3)
         for m, row in r["methods"].items():
             curve = row["curve"][len(row["curve"]) // 8 :]
-            curves.plot([c["step"] for c in curve], [c["loss"] for c in curve], color=color[m], label=METHODS[m], lw=1.2)
+            curves.plot([c["step"] for c in curve], [c["loss"] for c in curve], color=color[m], lw=1.2)
         curves.set_xlabel("step")
-        curves.set_title("training loss, seed 1")
-        curves.legend(fontsize=8)
+        curves.set_title("training loss, seed 1, colors as on the left")
         second = state.twinx()
         for m in "sherry", "arenas", "arenas-published":
             looks = [c for c in r["methods"][m]["curve"] if "gradient_rank" in c]
