@@ -80,8 +80,8 @@ RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # whe
 RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-3)}
 FINALISTS = 2  # of Arenas' settings explored, whose learning rate is swept
 TIE, LEADERS = 1e-3, 2  # choices whose losses differ by less, about what a seed makes, and how many of them get all seeds
-# Shares of the steps, in which Arenas is compared with none: does a longer run turn it?
-BUDGETS = {"pretrained": (0.25, 1, 4), "scratch": (0.25, 1)}
+# Multiples of the steps, in which Arenas is compared with none, at each's best rate there: does a longer run turn it?
+LENGTHS = {"pretrained": (0.25, 4), "scratch": (0.25,)}
 
 
 class Stop(Exception):
@@ -322,9 +322,12 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
     reported = {m: min(fresh[m], key=lambda seeds: statistics.mean(map(runs.choice, seeds))) for m in METHODS}
     sweeps["arenas"] = next(sweep for sweep in finals if sweep.template.arenas == reported["arenas"][0].arenas)
     print(f"{setting}: shorter and longer runs", flush=True)
-    budgets = {round(a.steps * share): {m: dataclasses.replace(reported[m][0], steps=round(a.steps * share))
-               for m in ("sherry", "arenas", "arenas-published")} for share in BUDGETS[setting]}  # fmt: skip
-    runs.need([run for of_budget in budgets.values() for run in of_budget.values()])
+    # a sweep of its own for each: the best rate moves, upwards more often
+    compared = {m: reported[m][0] for m in ("sherry", "arenas", "arenas-published")}
+    lengths = {steps: {m: Sweep(runs, dataclasses.replace(run, steps=steps), (run.lr, run.lr * 2)) for m, run in compared.items()}
+               for steps in (round(a.steps * x) for x in LENGTHS[setting])}  # fmt: skip
+    complete([sweep for of_length in lengths.values() for sweep in of_length.values()])
+    best_of = {steps: {m: sweep.run(sweep.best()) for m, sweep in of_length.items()} for steps, of_length in lengths.items()}
     return {
         "before": runs[reported["sherry"][0]]["before"],
         "methods": {m: {
@@ -339,7 +342,9 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
                      for settings in best],
         "explored_rates": rates,
         "without": [runs[Run(setting, "sherry", lr, 0, (), a.steps)]["choice"] for lr in rates],
-        "budgets": {steps: {m: runs[run]["report"] for m, run in of_budget.items()} for steps, of_budget in budgets.items()},
+        "lengths": {steps: {m: {"lr": run.lr, "open": steps in lengths and lengths[steps][m].open(run.lr),
+                                "loss": runs[run]["report"]} for m, run in of_length.items()}
+                    for steps, of_length in sorted((best_of | {a.steps: compared}).items())},
     }  # fmt: skip
 
 
@@ -416,11 +421,13 @@ choice was made on.
                 near = f"{state['near_zeroing']:.1%}" if "near_zeroing" in state else ""
                 text += (f"| {METHODS[m]} | {state['gradient_rank']:.1f} | {state['activation_rank']:.1f} | {state['flips']:.3%} | "
                          f"{state['near_sign']:.1%} | {near} |\n")  # fmt: skip
-        text += ("\nThe same rates and settings in shorter and longer runs, seed 1:\n\n| steps | without Arenas | with | against "
-                 "without | as published | against without |\n|---|---|---|---|---|---|\n")  # fmt: skip
-        for steps, loss in r["budgets"].items():
-            text += (f"| {steps} | {loss['sherry']:.4f} | {loss['arenas']:.4f} | {loss['arenas'] / loss['sherry'] - 1:+.2%} | "
-                     f"{loss['arenas-published']:.4f} | {loss['arenas-published'] / loss['sherry'] - 1:+.2%} |\n")  # fmt: skip
+        text += ("\nShorter and longer runs, seed 1, each at its best learning rate (in brackets; swept for that length):\n\n| steps | "
+                 "without Arenas | with | against without | as published | against without |\n|---|---|---|---|---|---|\n")  # fmt: skip
+        for steps, of_length in r["lengths"].items():
+            loss = {m: x["loss"] for m, x in of_length.items()}
+            cell = {m: f"{x['loss']:.4f} ({x['lr']:g}{', at the edge' * x['open']})" for m, x in of_length.items()}
+            text += (f"| {steps} | {cell['sherry']} | {cell['arenas']} | {loss['arenas'] / loss['sherry'] - 1:+.2%} | "
+                     f"{cell['arenas-published']} | {loss['arenas-published'] / loss['sherry'] - 1:+.2%} |\n")  # fmt: skip
     return text
 
 
@@ -550,7 +557,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
     a = p.parse_args(argv)
     a.settings = [s for s in a.settings.split(",") if s]
-    least = {"layers": 1, "context": 2, "batch": 1, "steps": math.ceil(1 / min(map(min, BUDGETS.values()))), "base_steps": 1,
+    least = {"layers": 1, "context": 2, "batch": 1, "steps": math.ceil(1 / min(map(min, LENGTHS.values()))), "base_steps": 1,
              "base_batch": 1, "seeds": 1, "eval_blocks": 1, "jobs": 1, "threads": 1, "corpus_bytes": 1}  # fmt: skip
     for name, n in least.items():
         if getattr(a, name) < n:

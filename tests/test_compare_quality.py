@@ -61,8 +61,8 @@ def test_seeds_decide_where_one_cannot_tell():
     def loss(run):
         settings = dict(run.arenas)
         start = 3.0 if not settings else 2.9 if settings in (ahead, close) else 3.1
-        off = abs(math.log2(run.lr / 8e-3))  # the best rate, and one twice as high
-        if run.method == "sherry" and not settings and run.lr in (8e-3, 16e-3):
+        off = abs(math.log2(run.lr / (8e-3 if run.steps == 8 else 32e-3)))  # the best rate moves with the length
+        if run.steps == 8 and run.method == "sherry" and not settings and run.lr in (8e-3, 16e-3):
             return start + (1e-5 if (run.lr == 16e-3) != bool(run.seed) else 0)
         if settings == close:
             start += -1e-4 if run.seed else 1e-4
@@ -79,6 +79,7 @@ def test_seeds_decide_where_one_cannot_tell():
                "parameters": 1, "tokens": 1, "held_out": 1}  # fmt: skip
     text = compare_quality.table(results)
     assert "| Sherry without Arenas | 0.008 | 3.0000 | 3.0000 |" in text and "Sherry with Arenas (end 0.5, peak 0.25) | 0.008 | 2.8999" in text
+    assert "| 2 | 3.0000 (0.032) | 2.8999 (0.032) | -3.34% | 3.1000 (0.032) | +3.33% |" in text
     assert "Too short a training**: full precision, which can do all that the others can, is behind (Sherry with Arenas)." in text
     compared["methods"]["full"]["losses"] = [2.5, 2.5]
     assert "Too short" not in compare_quality.table(results)
@@ -98,7 +99,7 @@ METHODS = {k: v for k, v in compare_quality.METHODS.items() if k not in ("twn", 
 def fewer_runs():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compare_quality, "EXPLORED", dict.fromkeys(compare_quality.RATES, [{}, {"peak": 0.25, "end": 0.5}]))
-        patch.setattr(compare_quality, "BUDGETS", dict.fromkeys(compare_quality.RATES, (0.5, 1)))
+        patch.setattr(compare_quality, "LENGTHS", dict.fromkeys(compare_quality.RATES, (0.5,)))
         patch.setattr(compare_quality, "FINALISTS", 1)
         patch.setattr(compare_quality, "METHODS", METHODS)
         patch.setattr(compare_quality, "EXTEND", 0)
