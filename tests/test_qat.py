@@ -33,6 +33,7 @@ from sherry_gguf.qat import (
     sparse_absmean,
 )
 from sherry_gguf.qat.export import _umask, appearing
+from sherry_gguf.qat.quantizer import METHODS
 
 EDGES = [0.0, -0.0, 1.0, -1.0, 1.5, 2**-24, -(2**-25), 2**-14, 65504.0, 1e-30, 1 + 2**-11, 1 + 3 * 2**-11]
 
@@ -464,3 +465,16 @@ def test_falcon(tmp_path):
     for n in names:
         quantized.get_submodule(n).weight.data.copy_(state[n])
     torch.testing.assert_close(quantized(x).logits, before)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m != "full"])
+def test_a_gpu_does_not_wait(method, monkeypatch):
+    """A tensor made of a number is copied to the GPU in every call, and both wait for that."""
+
+    def tensor(*_, **__):
+        raise AssertionError("a tensor of a number")
+
+    weight = torch.empty(256, 256, device="meta", requires_grad=True)  # which takes a GPU's way
+    monkeypatch.setattr(torch, "tensor", tensor)
+    fake_quantize(weight, method, residual=0.5, rescale=True).sum().backward()
+    assert weight.grad.shape == weight.shape

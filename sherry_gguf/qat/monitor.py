@@ -21,10 +21,12 @@ def effective_rank(x: torch.Tensor) -> float:
 
     Between 0 (x is zero) and min(m, n). NaN where x is not finite.
     """
-    x = x.detach().float()
+    x = x.detach().double()
     if not torch.isfinite(x).all():
         return float("nan")
-    s = torch.linalg.svdvals(x).double()
+    # The square loses half of float64's digits, which leaves float32's; it takes a third of the time, a fifth on a GPU.
+    square = x @ x.mT if x.shape[0] < x.shape[1] else x.mT @ x
+    s = torch.linalg.eigvalsh(square).clamp_(min=0).sqrt_()
     if not s.sum():
         return 0.0
     p = s / s.sum()
