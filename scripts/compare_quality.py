@@ -81,7 +81,7 @@ RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-
 FINALISTS = 2  # of Arenas' settings explored, whose learning rate is swept
 TIE, LEADERS = 1e-3, 2  # choices whose losses differ by less, about what a seed makes, and how many of them get all seeds
 # Multiples of the steps, in which Arenas is compared with none, at each's best rate there: does a longer run turn it?
-LENGTHS = {"pretrained": (0.25, 4), "scratch": (0.25,)}
+LENGTHS = {"pretrained": [0.25, 4], "scratch": [0.25]}
 
 
 class Stop(Exception):
@@ -141,17 +141,19 @@ def train(run: Run, a: dict) -> dict:
         data_seed=1000 if run.setting == "base" else 2000 + run.seed,  # not the blocks that the base saw first
         logging_steps=max(1, run.steps // 40), save_strategy="no", report_to="none",
         disable_tqdm=True, dataloader_pin_memory=device == "cuda", average_tokens_across_devices=False)
-    monitor = qat.TrainingMonitor(max(2, run.steps // 20)) if run.method != "full" and run.seed else None
+    looked_at = run.method != "full" and run.seed == 1  # what `report` shows
+    monitor = qat.TrainingMonitor(max(2, run.steps // 20)) if looked_at else None
     trainer = qat.SherryTrainer(model, args, train_dataset=Blocks(blocks), monitor=monitor,
                                 arenas=qat.Arenas(**dict(run.arenas)) if run.arenas else None)
     trainer.remove_callback(PrinterCallback)
-    before = mean_loss(model, held_out[::2])
+    at_once = 8 if device == "cpu" else 64
+    before = mean_loss(model, held_out[::2], at_once)
     began = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - began
     result = {
         "run": dataclasses.asdict(run), "parameters": model.num_parameters(), "before": before,
-        "choice": mean_loss(model, held_out[::2]), "report": mean_loss(model, held_out[1::2]),
+        "choice": mean_loss(model, held_out[::2], at_once), "report": mean_loss(model, held_out[1::2], at_once),
         "seconds": round(seconds, 1), "curve": [
             {k: round(v, 6) for k, v in entry.items() if isinstance(v, (int, float))}
             for entry in trainer.state.log_history if "loss" in entry],
@@ -304,7 +306,7 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
     rates = sorted({sweeps["sherry"].best(), sweeps["arenas-published"].best()})
     print(f"{setting}: Arenas' settings, at the best rates without and with the published ones", flush=True)
     explored = {arenas(**changed): [Run(setting, "sherry", lr, 0, arenas(**changed), a.steps) for lr in rates]
-                for changed in EXPLORED[setting]}  # fmt: skip
+                for changed in (EXPLORED[setting] if a.explored is None else a.explored)}  # fmt: skip
     runs.need([run for of_setting in explored.values() for run in of_setting])
     best = sorted(explored, key=lambda settings: min(map(runs.choice, explored[settings])))
     finals = []
@@ -325,7 +327,7 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
     # a sweep of its own for each: the best rate moves, upwards more often
     compared = {m: reported[m][0] for m in ("sherry", "arenas", "arenas-published")}
     lengths = {steps: {m: Sweep(runs, dataclasses.replace(run, steps=steps), (run.lr, run.lr * 2)) for m, run in compared.items()}
-               for steps in (round(a.steps * x) for x in LENGTHS[setting])}  # fmt: skip
+               for steps in (round(a.steps * x) for x in (LENGTHS[setting] if a.lengths is None else a.lengths))}  # fmt: skip
     complete([sweep for of_length in lengths.values() for sweep in of_length.values()])
     best_of = {steps: {m: sweep.run(sweep.best()) for m, sweep in of_length.items()} for steps, of_length in lengths.items()}
     return {
@@ -368,7 +370,7 @@ def table(results: dict) -> str:
     text = f"""# Held-out loss by method
 
 {results['parameters'] / 1e6:.1f} M parameters ({a['layers']} layers, hidden {a['hidden']}, {a['vocab']} tokens of vocabulary), \
-{results['tokens'] / 1e6:.1f} M tokens of Python's standard library, {results['machine']}. A step is {a['batch']} x {a['context']} \
+{results['tokens'] / 1e6:.1f} M tokens of Python source ({results['corpus']}), {results['machine']}. A step is {a['batch']} x {a['context']} \
 tokens. Loss in nats a token, on {results['held_out']} held-out tokens; mean and standard deviation of {a['seeds']} seeds that no \
 choice was made on.
 """.replace("\\\n", "")
@@ -501,7 +503,7 @@ def prepare(a: argparse.Namespace) -> dict:
     python_corpus.check_sizes(a.hidden, a.intermediate)
     a.work.mkdir(parents=True, exist_ok=True)
     sizes = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()
-             if k not in ("out", "work", "jobs", "threads", "seeds", "settings", "steps")}  # fmt: skip
+             if k not in ("out", "work", "jobs", "threads", "seeds", "settings", "steps", "explored", "lengths")}  # fmt: skip
     mark = a.work / "sizes.json"
     if mark.is_file():
         try:
@@ -529,8 +531,9 @@ def prepare(a: argparse.Namespace) -> dict:
         raise Stop(f"{tokens} is damaged ({e}): remove it, and it is made again") from e
     if held_out < 2 or size < a.batch * a.context:
         raise Stop(f"{a.corpus} gives {size} tokens to train on and {held_out} held-out blocks: use a larger --corpus")
-    figures = {"tokens": size, "held_out": min(a.eval_blocks, held_out // 2) * (a.context - 1)}
-    return figures
+    stdlib = a.corpus == Path(sysconfig.get_path("stdlib"))
+    return {"tokens": size, "held_out": min(a.eval_blocks, held_out // 2) * (a.context - 1),
+            "corpus": "the standard library" if stdlib else a.corpus.name}  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -540,6 +543,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")), help="directory of .py files")
     p.add_argument("--corpus-bytes", type=int, default=60_000_000, help="read at most so much of it")
     p.add_argument("--settings", default="pretrained,scratch", help="which to compare in")
+    p.add_argument("--explored", metavar="JSON", help="settings of Arenas to try, a list of what differs from the published "
+                   """ones, as '[{"peak": 0.1, "end": 0.5}]' (default: all that the tables in scripts/results show)""")
+    p.add_argument("--lengths", metavar="X,Y", help="multiples of --steps in which Arenas is compared with none as well, or '' "
+                   "(default: 0.25,4 from a trained model, 0.25 from scratch)")
     p.add_argument("--vocab", type=int, default=2048, help="pieces of the tokenizer")
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
@@ -557,7 +564,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
     a = p.parse_args(argv)
     a.settings = [s for s in a.settings.split(",") if s]
-    least = {"layers": 1, "context": 2, "batch": 1, "steps": math.ceil(1 / min(map(min, LENGTHS.values()))), "base_steps": 1,
+    a.explored = None if a.explored is None else explored(a.explored, p)
+    a.lengths = None if a.lengths is None else lengths(a.lengths, p)
+    shortest = min(min(x, default=1) for x in (LENGTHS.values() if a.lengths is None else [a.lengths]))
+    least = {"layers": 1, "context": 2, "batch": 1, "steps": math.ceil(1 / min(1, shortest)), "base_steps": 1,
              "base_batch": 1, "seeds": 1, "eval_blocks": 1, "jobs": 1, "threads": 1, "corpus_bytes": 1}  # fmt: skip
     for name, n in least.items():
         if getattr(a, name) < n:
@@ -567,6 +577,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if unknown := set(a.settings) - set(RATES):
         p.error(f"--settings {', '.join(sorted(unknown))}: choose of {', '.join(RATES)}")
     return a
+
+
+def explored(text: str, p: argparse.ArgumentParser) -> list[dict]:
+    """The settings of --explored; ends the program where they are none."""
+    from sherry_gguf.qat import Arenas
+
+    try:
+        settings = json.loads(text)
+        if not isinstance(settings, list) or not settings:
+            raise ValueError("it must be a list with something in it")
+        for changed in settings:
+            if not isinstance(changed, dict) or not changed.keys() <= PUBLISHED.keys():
+                raise ValueError(f"{json.dumps(changed)} must be an object of {', '.join(PUBLISHED)}")
+            Arenas(**(PUBLISHED | changed))
+    except (ValueError, TypeError) as e:
+        p.error(f"--explored {text}: {e}")
+    return settings
+
+
+def lengths(text: str, p: argparse.ArgumentParser) -> list[float]:
+    """The numbers of --lengths; ends the program where they are none."""
+    try:
+        multiples = [float(x) for x in text.split(",") if x]
+    except ValueError:
+        multiples = [math.nan]
+    if not all(0 < x < math.inf for x in multiples):
+        p.error(f"--lengths {text}: numbers above 0, with commas between them")
+    return multiples
 
 
 def gpu() -> bool:

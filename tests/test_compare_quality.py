@@ -68,7 +68,7 @@ def test_seeds_decide_where_one_cannot_tell():
             start += -1e-4 if run.seed else 1e-4
         return start + off
 
-    compared = compare_quality.compare(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=2))
+    compared = compare_quality.compare(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=2, explored=None, lengths=None))
     methods = compared["methods"]
     assert list(methods["sherry"]["sweep"]) == ["0.002", "0.004", "0.008", "0.016", "0.032"]  # a worse one beside both
     assert [x["lr"] for x in methods["sherry"]["led"]] == [8e-3, 16e-3] and methods["sherry"]["lr"] == 16e-3
@@ -76,13 +76,23 @@ def test_seeds_decide_where_one_cannot_tell():
     assert [x["arenas"] for x in methods["arenas"]["led"]] == [ahead, close] and methods["arenas"]["arenas"] == close
     assert methods["absmean"]["lr"] == 8e-3 and len(methods["absmean"]["led"]) == 1
     results = {"settings": {"scratch": compared}, "sizes": vars(compare_quality.parse(["--seeds", "2"])), "machine": "",
-               "parameters": 1, "tokens": 1, "held_out": 1}  # fmt: skip
+               "parameters": 1, "tokens": 1, "held_out": 1, "corpus": "here"}  # fmt: skip
     text = compare_quality.table(results)
     assert "| Sherry without Arenas | 0.008 | 3.0000 | 3.0000 |" in text and "Sherry with Arenas (end 0.5, peak 0.25) | 0.008 | 2.8999" in text
     assert "| 2 | 3.0000 (0.032) | 2.8999 (0.032) | -3.34% | 3.1000 (0.032) | +3.33% |" in text
     assert "Too short a training**: full precision, which can do all that the others can, is behind (Sherry with Arenas)." in text
     compared["methods"]["full"]["losses"] = [2.5, 2.5]
     assert "Too short" not in compare_quality.table(results)
+
+
+def test_fewer_settings_and_lengths_as_asked():
+    a = compare_quality.parse(["--steps", "8", "--seeds", "1", "--lengths", "", "--explored", '[{"peak": 0.1}, {}]'])
+    runs = Fixed(lambda run: 3.0 + abs(math.log2(run.lr / 4e-3)))
+    compared = compare_quality.compare(runs, "scratch", a)
+    assert {json.loads(key)["steps"] for key in runs.done} == set(compared["lengths"]) == {8}
+    assert [x["arenas"]["peak"] for x in compared["explored"]] == [0.1, 1.0]
+    a = compare_quality.parse(["--steps", "8", "--seeds", "1", "--lengths", "0.5,2", "--explored", "[{}]"])
+    assert set(compare_quality.compare(runs, "scratch", a)["lengths"]) == {4, 8, 16}
 
 
 def test_diverged_runs_are_never_best():
@@ -179,7 +189,12 @@ def test_wrong_input(compared, corpus, tmp_path, capfd):
     for wrong, says in [(["--settings", "tuned"], "--settings tuned: choose of pretrained, scratch"),
                         (["--settings", ""], "--settings: choose of pretrained, scratch"), (["--seeds", "0"], "--seeds 0: at least 1"),
                         (["--steps", "1"], "--steps 1: at least 4"), (["--jobs", "0"], "--jobs 0: at least 1"),
-                        (["--context", "1"], "--context 1: at least 2")]:  # fmt: skip
+                        (["--context", "1"], "--context 1: at least 2"), (["--lengths", "2,x"], "--lengths 2,x: numbers above 0"),
+                        (["--lengths", "0.001"], "--steps 600: at least 1000"), (["--lengths", "-1"], "--lengths -1: numbers above 0"),
+                        (["--explored", "{}"], "--explored {}: it must be a list"), (["--explored", "[1"], "--explored [1: "),
+                        (["--explored", '[{"peek": 1}]'], '{"peek": 1} must be an object of peak, warmup'),
+                        (["--explored", "[1]"], "1 must be an object"), (["--explored", '[{"end": 2}]'], "its end 2"),
+                        (["--explored", '[{"peak": "1"}]'], "--explored ")]:  # fmt: skip
         with pytest.raises(SystemExit):
             compare_quality.main(wrong)
         assert says in capfd.readouterr().err
@@ -205,7 +220,7 @@ def test_a_setting_that_diverged_is_not_chosen():
         settings = dict(run.arenas)
         return 3.05 if settings == best else math.nan if settings.get("peak") == 0.25 else 3.2
 
-    results = compare_quality.compare(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=1))
+    results = compare_quality.compare(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=1, explored=None, lengths=None))
     assert results["methods"]["arenas"]["arenas"] == best
 
 
