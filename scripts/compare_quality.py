@@ -4,8 +4,8 @@
 Two settings: `pretrained`, quantization-aware training that starts from a trained full-precision model, as in the paper,
 and `scratch`. Fair by this order: for every method the learning rate is swept with seed 0, by factors of 2 until the best
 lies between two worse ones, and judged on one half of the held-out text; so are Arenas' settings. Then every method trains
-with fresh seeds at its best rate, and what is reported is their loss on the other half. Where a second choice came so close
-that one seed can't tell, both train with these seeds, and the half for choices decides between them.
+with other seeds at its best rate, and what is reported is their loss on the other half. Where a second choice came so close
+that one seed can't tell, both train with these seeds, and their losses on the half for choices decide.
 
 Finished runs are kept in --work: an interrupted comparison goes on where it stopped, and a larger one reuses them.
 """
@@ -79,7 +79,7 @@ EXPLORED = {
 RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-3)}
 FINALISTS = 2  # of Arenas' settings explored, whose learning rate is swept
-TIE, LEADERS = 1e-3, 2  # choices whose losses differ by less, about what a seed makes, and how many of them get all seeds
+TIE, LEADERS = 3e-3, 2  # choices whose losses differ by less, as a seed's can, and how many of them get all seeds
 # Multiples of the steps, in which Arenas is compared with none, at each's best rate there: does a longer run turn it?
 LENGTHS = {"pretrained": [0.25, 4], "scratch": [0.25]}
 
@@ -90,7 +90,7 @@ class Stop(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One training run: all that its result depends on, besides the sizes in `Sizes`."""
+    """One training run: all that its result depends on, besides the sizes that --work was begun with."""
 
     setting: str
     method: str  # of quantizer.METHODS
@@ -104,7 +104,7 @@ class Run:
 
 
 def arenas(**changed) -> tuple[tuple[str, object], ...]:
-    return tuple(sorted((PUBLISHED | changed).items()))
+    return tuple(sorted((k, type(PUBLISHED[k])(v)) for k, v in (PUBLISHED | changed).items()))  # 1 and 1.0 are one run
 
 
 # ------------------------------------------------------------------------------------------------------------ one run
@@ -141,13 +141,13 @@ def train(run: Run, a: dict) -> dict:
         data_seed=1000 if run.setting == "base" else 2000 + run.seed,  # not the blocks that the base saw first
         logging_steps=max(1, run.steps // 40), save_strategy="no", report_to="none",
         disable_tqdm=True, dataloader_pin_memory=device == "cuda", average_tokens_across_devices=False)
-    looked_at = run.method != "full" and run.seed == 1  # what `report` shows
+    looked_at = run.method != "full" and run.seed == 1  # of which `report` shows them
     monitor = qat.TrainingMonitor(max(2, run.steps // 20)) if looked_at else None
     trainer = qat.SherryTrainer(model, args, train_dataset=Blocks(blocks), monitor=monitor,
                                 arenas=qat.Arenas(**dict(run.arenas)) if run.arenas else None)
     trainer.remove_callback(PrinterCallback)
     at_once = 8 if device == "cpu" else 64
-    before = mean_loss(model, held_out[::2], at_once)
+    before = mean_loss(model, held_out[1::2], at_once)
     began = time.monotonic()
     trainer.train()
     seconds = time.monotonic() - began
@@ -303,11 +303,12 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
     print(f"{setting}: learning rates", flush=True)
     complete(list(sweeps.values()))
 
-    rates = sorted({sweeps["sherry"].best(), sweeps["arenas-published"].best()})
+    rates = sorted({run.lr for m in ("sherry", "arenas-published") for run in leaders([sweeps[m]])})
     print(f"{setting}: Arenas' settings, at the best rates without and with the published ones", flush=True)
     explored = {arenas(**changed): [Run(setting, "sherry", lr, 0, arenas(**changed), a.steps) for lr in rates]
                 for changed in (EXPLORED[setting] if a.explored is None else a.explored)}  # fmt: skip
-    runs.need([run for of_setting in explored.values() for run in of_setting])
+    without = [Run(setting, "sherry", lr, 0, (), a.steps) for lr in rates]
+    runs.need(without + [run for of_setting in explored.values() for run in of_setting])
     best = sorted(explored, key=lambda settings: min(map(runs.choice, explored[settings])))
     finals = []
     for settings in best[:FINALISTS]:
@@ -327,7 +328,7 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
     # a sweep of its own for each: the best rate moves, upwards more often
     compared = {m: reported[m][0] for m in ("sherry", "arenas", "arenas-published")}
     lengths = {steps: {m: Sweep(runs, dataclasses.replace(run, steps=steps), (run.lr, run.lr * 2)) for m, run in compared.items()}
-               for steps in (round(a.steps * x) for x in (LENGTHS[setting] if a.lengths is None else a.lengths))}  # fmt: skip
+               for x in (LENGTHS[setting] if a.lengths is None else a.lengths) if (steps := round(a.steps * x)) != a.steps}  # fmt: skip
     complete([sweep for of_length in lengths.values() for sweep in of_length.values()])
     best_of = {steps: {m: sweep.run(sweep.best()) for m, sweep in of_length.items()} for steps, of_length in lengths.items()}
     return {
@@ -335,7 +336,7 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
         "methods": {m: {
             "lr": reported[m][0].lr, "open": sweeps[m].open(reported[m][0].lr), "arenas": dict(sweeps[m].template.arenas),
             "sweep": {f"{lr:g}": runs[sweeps[m].run(lr)]["choice"] for lr in sweeps[m].rates},
-            "losses": [runs[run]["report"] for run in reported[m]],
+            "losses": [runs[run]["report"] for run in reported[m]], "choices": [runs[run]["choice"] for run in reported[m]],
             "led": [{"lr": seeds[0].lr, "arenas": dict(seeds[0].arenas), "choice": [runs[run]["choice"] for run in seeds],
                      "report": [runs[run]["report"] for run in seeds]} for seeds in fresh[m]],
             "curve": runs[reported[m][0]]["curve"],
@@ -343,8 +344,8 @@ def compare(runs: Runs, setting: str, a: argparse.Namespace) -> dict:
         "explored": [{"arenas": dict(settings), "losses": [runs[run]["choice"] for run in explored[settings]]}
                      for settings in best],
         "explored_rates": rates,
-        "without": [runs[Run(setting, "sherry", lr, 0, (), a.steps)]["choice"] for lr in rates],
-        "lengths": {steps: {m: {"lr": run.lr, "open": steps in lengths and lengths[steps][m].open(run.lr),
+        "without": [runs[run]["choice"] for run in without],
+        "lengths": {steps: {m: {"lr": run.lr, "open": (lengths[steps] if steps in lengths else sweeps)[m].open(run.lr),
                                 "loss": runs[run]["report"]} for m, run in of_length.items()}
                     for steps, of_length in sorted((best_of | {a.steps: compared}).items())},
     }  # fmt: skip
@@ -371,8 +372,8 @@ def table(results: dict) -> str:
 
 {results['parameters'] / 1e6:.1f} M parameters ({a['layers']} layers, hidden {a['hidden']}, {a['vocab']} tokens of vocabulary), \
 {results['tokens'] / 1e6:.1f} M tokens of Python source ({results['corpus']}), {results['machine']}. A step is {a['batch']} x {a['context']} \
-tokens. Loss in nats a token, on {results['held_out']} held-out tokens; mean and standard deviation of {a['seeds']} seeds that no \
-choice was made on.
+tokens. Loss in nats a token, on {results['held_out']} held-out tokens; mean and standard deviation over {a['seeds']} seeds that \
+no rate was swept with. They spread by the training alone; how far other text moves the differences, the half for choices shows.
 """.replace("\\\n", "")
     for setting, r in results["settings"].items():
         begin = (f"from a full-precision model of {a['base_steps']} steps of {a['base_batch']} x {a['context']} tokens (loss {results['base']['report']:.4f})"
@@ -381,19 +382,19 @@ choice was made on.
         if setting == "pretrained":
             text += f"Quantized by Sparse-AbsMean and not trained at all it has a loss of {r['before']:.4f}.\n\n"
         text += ("| method | learning rate | held-out loss | against absmean, same seed | against Sherry without Arenas | "
-                 "each seed |\n|---|---|---|---|---|---|\n")  # fmt: skip
+                 "on the half for choices | each seed |\n|---|---|---|---|---|---|---|\n")  # fmt: skip
         for m, row in sorted(r["methods"].items(), key=lambda x: ordered(statistics.mean(x[1]["losses"]))):
             name = named(m, row["arenas"])
             deviation = f" ± {statistics.stdev(row['losses']):.4f}" if len(row["losses"]) > 1 else ""
             text += (f"| {name} | {row['lr']:g}{' (at the edge)' * row['open']} | {statistics.mean(row['losses']):.4f}{deviation} | "
                      f"{paired(row['losses'], r['methods']['absmean']['losses'])} | "
-                     f"{paired(row['losses'], r['methods']['sherry']['losses'])} | "
+                     f"{paired(row['losses'], r['methods']['sherry']['losses'])} | {statistics.mean(row['choices']):.4f} | "
                      f"{', '.join(f'{x:.4f}' for x in row['losses'])} |\n")  # fmt: skip
         means = {m: ordered(statistics.mean(row["losses"])) for m, row in r["methods"].items()}
         if "full" in means and (ahead := [METHODS[m] for m in means if means[m] < means["full"]]):
             text += (f"\n**Too short a training**: full precision, which can do all that the others can, is behind ({', '.join(ahead)}). "
                      "Take more --steps before anything is read from this.\n")  # fmt: skip
-        text += "\nLearning rates, seed 0, on the half of the text that choices are made on:\n\n"
+        text += "\nLearning rates, seed 0, on the half of the text that choices are made on; in bold what was chosen:\n\n"
         rates = sorted({float(lr) for row in r["methods"].values() for lr in row["sweep"]})
         text += f"| method | {' | '.join(f'{lr:g}' for lr in rates)} |\n|---|{'---|' * len(rates)}\n"
         for m, row in r["methods"].items():
@@ -408,7 +409,7 @@ choice was made on.
                     text += f"| {named(m, x['arenas'])} | {x['lr']:g} | {statistics.mean(x['choice']):.4f} | {statistics.mean(x['report']):.4f} |\n"
         rates = r["explored_rates"]
         text += ("\nArenas' settings, seed 0, by what differs from the published ones (peak 1, warmup 0.1, cosine, end 1), best "
-                 f"first; each at the learning rates {' and '.join(f'{lr:g}' for lr in rates)}:\n\n| settings |"
+                 f"first; each at {' and '.join(f'{lr:g}' for lr in rates)}:\n\n| settings |"
                  f"{''.join(f' {lr:g} |' for lr in rates)} best, against none |\n|---|{'---|' * len(rates)}---|\n")  # fmt: skip
         none = min(map(ordered, r["without"]))
         text += f"| none | {' | '.join(f'{x:.4f}' for x in r['without'])} | |\n"
@@ -513,17 +514,13 @@ def prepare(a: argparse.Namespace) -> dict:
         if other := ", ".join(f"{k}: {then.get(k)} then, {v} now" for k, v in sizes.items() if then.get(k) != v):
             raise Stop(f"{a.work} was begun with other settings ({other}): choose another --work, or remove it")
     tokens = a.work / "tokens.npz"
-    if not tokens.is_file():
+    if not tokens.is_file() or not mark.is_file():  # without the mark they may be those of other settings
         train_texts, held_out = python_corpus.read(a.corpus, a.corpus_bytes, everything=True)
         model = python_corpus.train_tokenizer(train_texts, a.vocab)
         (a.work / "tokenizer.model").write_bytes(model)
         part = a.work / "part.npz"
         np.savez(part, train=python_corpus.encode(model, train_texts), held_out=python_corpus.encode(model, held_out))
         os.replace(part, tokens)
-    if not mark.is_file():
-        part = mark.with_suffix(".part")
-        part.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, mark)
     try:
         with np.load(tokens) as z:
             size, held_out = len(z["train"]), len(z["held_out"]) // (a.context - 1)
@@ -531,9 +528,14 @@ def prepare(a: argparse.Namespace) -> dict:
         raise Stop(f"{tokens} is damaged ({e}): remove it, and it is made again") from e
     if held_out < 2 or size < a.batch * a.context:
         raise Stop(f"{a.corpus} gives {size} tokens to train on and {held_out} held-out blocks: use a larger --corpus")
-    stdlib = a.corpus == Path(sysconfig.get_path("stdlib"))
+    if not mark.is_file():
+        part = mark.with_suffix(".part")
+        part.write_text(json.dumps(sizes, indent=1) + "\n", encoding="utf-8")
+        os.replace(part, mark)
+    corpus = a.corpus.resolve()
+    stdlib = corpus == Path(sysconfig.get_path("stdlib")).resolve()
     return {"tokens": size, "held_out": min(a.eval_blocks, held_out // 2) * (a.context - 1),
-            "corpus": "the standard library" if stdlib else a.corpus.name}  # fmt: skip
+            "corpus": "the standard library" if stdlib else corpus.name}  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -543,10 +545,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")), help="directory of .py files")
     p.add_argument("--corpus-bytes", type=int, default=60_000_000, help="read at most so much of it")
     p.add_argument("--settings", default="pretrained,scratch", help="which to compare in")
-    p.add_argument("--explored", metavar="JSON", help="settings of Arenas to try, a list of what differs from the published "
-                   """ones, as '[{"peak": 0.1, "end": 0.5}]' (default: all that the tables in scripts/results show)""")
-    p.add_argument("--lengths", metavar="X,Y", help="multiples of --steps in which Arenas is compared with none as well, or '' "
-                   "(default: 0.25,4 from a trained model, 0.25 from scratch)")
+    p.add_argument("--explored", metavar="JSON", default=argparse.SUPPRESS, help="settings of Arenas to try instead of "
+                   """ours, a list of what differs from the published ones, as '[{"peak": 0.1, "end": 0.5}]'""")
+    p.add_argument("--lengths", metavar="X,Y", default=argparse.SUPPRESS, help="multiples of --steps in which Arenas is compared with "
+                   "none as well, or '' (default: 0.25,4 from a trained model, 0.25 from scratch)")
     p.add_argument("--vocab", type=int, default=2048, help="pieces of the tokenizer")
     p.add_argument("--layers", type=int, default=4)
     p.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
@@ -564,8 +566,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
     a = p.parse_args(argv)
     a.settings = [s for s in a.settings.split(",") if s]
-    a.explored = None if a.explored is None else explored(a.explored, p)
-    a.lengths = None if a.lengths is None else lengths(a.lengths, p)
+    a.explored = explored(a.explored, p) if "explored" in a else None
+    a.lengths = lengths(a.lengths, p) if "lengths" in a else None
     shortest = min(min(x, default=1) for x in (LENGTHS.values() if a.lengths is None else [a.lengths]))
     least = {"layers": 1, "context": 2, "batch": 1, "steps": math.ceil(1 / min(1, shortest)), "base_steps": 1,
              "base_batch": 1, "seeds": 1, "eval_blocks": 1, "jobs": 1, "threads": 1, "corpus_bytes": 1}  # fmt: skip
@@ -590,8 +592,12 @@ def explored(text: str, p: argparse.ArgumentParser) -> list[dict]:
         for changed in settings:
             if not isinstance(changed, dict) or not changed.keys() <= PUBLISHED.keys():
                 raise ValueError(f"{json.dumps(changed)} must be an object of {', '.join(PUBLISHED)}")
+            for key, value in changed.items():
+                wanted = (int, float) if isinstance(PUBLISHED[key], float) else type(PUBLISHED[key])
+                if not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool):
+                    raise ValueError(f"{key} is {json.dumps(value)}: it must be like {json.dumps(PUBLISHED[key])}")
             Arenas(**(PUBLISHED | changed))
-    except (ValueError, TypeError) as e:
+    except (ValueError, RecursionError, OverflowError) as e:
         p.error(f"--explored {text}: {e}")
     return settings
 
@@ -602,8 +608,8 @@ def lengths(text: str, p: argparse.ArgumentParser) -> list[float]:
         multiples = [float(x) for x in text.split(",") if x]
     except ValueError:
         multiples = [math.nan]
-    if not all(0 < x < math.inf for x in multiples):
-        p.error(f"--lengths {text}: numbers above 0, with commas between them")
+    if not all(1e-3 <= x <= 1e3 for x in multiples):
+        p.error(f"--lengths {text}: numbers from 0.001 to 1000, with commas between them")
     return multiples
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import math
 from pathlib import Path
 
 import numpy as np
@@ -62,9 +61,10 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
         raise CorpusError(f"--vocab {vocab}: at most {1 << 16}")
     model = io.BytesIO()
     lines = [line for text in texts for line in text.split("\n") if line]
+    n = min(len(lines), LINES)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines[:: math.ceil(len(lines) / LINES) or 1]), model_writer=model,
+            sentence_iterator=(lines[i * len(lines) // n] for i in range(n)), model_writer=model,
             model_type="bpe", vocab_size=vocab, byte_fallback=True, character_coverage=0.9999, split_digits=True,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             allow_whitespace_only_pieces=True, unk_id=0, bos_id=BOS, eos_id=EOS, pad_id=-1, minloglevel=2)

@@ -487,6 +487,8 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
         arenas = qat.Arenas(s.arenas_peak, s.arenas_warmup, s.arenas_decay, s.arenas_end, s.arenas_rescale)
     except ValueError as e:
         raise Stop(str(e)) from e
+    if not arenas.peak and arenas != qat.Arenas(peak=0.0):
+        raise Stop("--arenas_peak is 0, which trains without Arenas: the other --arenas_ flags need one above it")
     transformers.set_seed(args.seed)  # the Trainer does so only after the model is made
     model, tokenizer = load(s)
     if s.context > (most := positions(model)):

@@ -85,12 +85,24 @@ def test_seeds_decide_where_one_cannot_tell():
     assert "Too short" not in compare_quality.table(results)
 
 
+def test_best_rates_that_differ():
+    """Without Arenas each of its settings is compared with at the same rate."""
+
+    def loss(run):
+        return 3.0 + abs(math.log2(run.lr / (8e-3 if dict(run.arenas) == compare_quality.PUBLISHED else 1e-3)))
+
+    compared = compare_quality.compare(Fixed(loss), "scratch", compare_quality.parse(["--steps", "8", "--seeds", "1"]))
+    assert compared["explored_rates"] == [1e-3, 8e-3] and compared["without"] == pytest.approx([3, 6])
+
+
 def test_fewer_settings_and_lengths_as_asked():
-    a = compare_quality.parse(["--steps", "8", "--seeds", "1", "--lengths", "", "--explored", '[{"peak": 0.1}, {}]'])
+    a = compare_quality.parse(["--steps", "8", "--seeds", "1", "--lengths", "1", "--explored", '[{"peak": 1}, {"peak": 0.1}, {}]'])
     runs = Fixed(lambda run: 3.0 + abs(math.log2(run.lr / 4e-3)))
     compared = compare_quality.compare(runs, "scratch", a)
     assert {json.loads(key)["steps"] for key in runs.done} == set(compared["lengths"]) == {8}
-    assert [x["arenas"]["peak"] for x in compared["explored"]] == [0.1, 1.0]
+    assert [x["arenas"]["peak"] for x in compared["explored"]] == [1.0, 0.1]  # 1 is 1.0
+    assert not any(x["open"] for x in compared["lengths"][8].values())
+    assert {json.loads(key)["seed"] for key in runs.done} == {0, 1}
     a = compare_quality.parse(["--steps", "8", "--seeds", "1", "--lengths", "0.5,2", "--explored", "[{}]"])
     assert set(compare_quality.compare(runs, "scratch", a)["lengths"]) == {4, 8, 16}
 
@@ -186,15 +198,21 @@ def test_wrong_input(compared, corpus, tmp_path, capfd):
     assert "begun with other settings (layers: 1 then, 2 now)" in capfd.readouterr().err
     assert compare_quality.main(["--work", str(tmp_path), "--corpus", str(tmp_path / "none")]) == 1
     assert "no such directory" in capfd.readouterr().err
+    small = ["--work", str(tmp_path / "small"), "--corpus", str(corpus), "--vocab", "300"]
+    assert compare_quality.main([*small, "--context", "99999"]) == 1
+    assert f"{corpus} gives " in capfd.readouterr().err and not (tmp_path / "small/sizes.json").exists()  # so that others may be tried
     for wrong, says in [(["--settings", "tuned"], "--settings tuned: choose of pretrained, scratch"),
                         (["--settings", ""], "--settings: choose of pretrained, scratch"), (["--seeds", "0"], "--seeds 0: at least 1"),
                         (["--steps", "1"], "--steps 1: at least 4"), (["--jobs", "0"], "--jobs 0: at least 1"),
-                        (["--context", "1"], "--context 1: at least 2"), (["--lengths", "2,x"], "--lengths 2,x: numbers above 0"),
-                        (["--lengths", "0.001"], "--steps 600: at least 1000"), (["--lengths", "-1"], "--lengths -1: numbers above 0"),
+                        (["--context", "1"], "--context 1: at least 2"), (["--lengths", "2,x"], "--lengths 2,x: numbers from 0.001"),
+                        (["--lengths", "0.001"], "--steps 600: at least 1000"), (["--lengths", "-1"], "--lengths -1: numbers from 0.001"),
+                        (["--lengths", "1e308"], "--lengths 1e308: numbers from 0.001"),
                         (["--explored", "{}"], "--explored {}: it must be a list"), (["--explored", "[1"], "--explored [1: "),
                         (["--explored", '[{"peek": 1}]'], '{"peek": 1} must be an object of peak, warmup'),
                         (["--explored", "[1]"], "1 must be an object"), (["--explored", '[{"end": 2}]'], "its end 2"),
-                        (["--explored", '[{"peak": "1"}]'], "--explored ")]:  # fmt: skip
+                        (["--explored", '[{"peak": "1"}]'], 'peak is "1": it must be like 1.0'),
+                        (["--explored", '[{"rescale": 1}]'], "rescale is 1: it must be like false"),
+                        (["--explored", '[{"peak": true}]'], "peak is true: it must be like 1.0")]:  # fmt: skip
         with pytest.raises(SystemExit):
             compare_quality.main(wrong)
         assert says in capfd.readouterr().err

@@ -169,6 +169,7 @@ def test_interrupted_run_goes_on_and_ends_the_same(start, text, tmp_path):
     (dict(group_size=100), "100"),
     (dict(group_size=512), "multiple of 512"),
     (dict(arenas_end=0.05), "0 <= warmup < end <= 1"),
+    (dict(arenas_peak=0, arenas_end=0.5), "--arenas_peak is 0, which trains without Arenas"),
     (dict(keep="."), "no linear layer to quantize"),
     (dict(keep="("), "unterminated"),
     (dict(monitor_every=1), "--monitor_every 1"),

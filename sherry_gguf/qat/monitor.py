@@ -57,7 +57,7 @@ class TrainingMonitor(TrainerCallback):
     A rank that falls, and weights that are rarely near a boundary and do not flip any more, are the trap.
 
     Args:
-        every: optimizer steps between two looks, at least 2; each costs a singular value decomposition a layer.
+        every: optimizer steps between two looks, at least 2; each costs two eigenvalue decompositions a layer.
         only: regular expression; looks only at layers whose name it finds.
         layers: at most so many, spread evenly.
     """
