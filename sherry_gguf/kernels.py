@@ -162,7 +162,7 @@ def vec_dot(b_row: np.ndarray, y: np.ndarray, isa: str | None = None) -> float:
     Raises ValueError for one that is missing, another dtype, shape or length.
     """
     b_row = tq1_25.check_blocks(b_row)
-    y = tq1_25.check_activations(b_row.size // tq1_25.BLOCK_BYTES * tq1_25.BLOCK, y)
+    y = tq1_25.check_activations(b_row, y)
     return vec_dot_q8_0(b_row, quantize_q8_0(y), isa)
 
 
