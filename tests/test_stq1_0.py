@@ -20,11 +20,12 @@ def weight(block: np.ndarray, i: int) -> float:
     slot = block[g // 2] >> 4 * (g % 2) & 15
     negative = block[32 + g // 8] >> g % 8 & 1
     zero, second, third = slot >> 2, slot & 1, slot >> 1 & 1
+    d = float(block[40:42].view("<f2")[0])
     if lane == zero:
-        return 0.0
+        return 0.0 * d
     kept = [p for p in range(4) if p != zero].index(lane)
     sign = -1.0 if negative ^ (0, second, third)[kept] else 1.0
-    return sign * float(block[40:42].view("<f2")[0])
+    return sign * d
 
 
 @given(any_blocks)
