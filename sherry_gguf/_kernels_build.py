@@ -13,6 +13,8 @@ ffibuilder = cffi.FFI()
 ffibuilder.cdef("""
 #define TQ1_25_TYPE_ID ...
 #define QK_TQ1_25 ...
+#define STQ1_0_TYPE_ID ...
+#define QK_STQ1_0 ...
 #define TQ1_25_GROUP ...
 #define TQ1_25_QK8_0 ...
 #define TQ1_25_TILE ...
@@ -21,6 +23,7 @@ ffibuilder.cdef("""
 #define TQ1_25_COLUMNS ...
 #define TQ1_25_DEPTH ...
 typedef struct { ...; } block_tq1_25;
+typedef struct { ...; } block_stq1_0;
 typedef struct { ...; } tq1_25_q8_0;
 typedef struct { ...; } tq1_25_tile;
 typedef struct { ...; } tq1_25_decoded;
@@ -31,12 +34,18 @@ enum tq1_25_status tq1_25_quantize(const float * x, block_tq1_25 * y, int64_t n,
 enum tq1_25_status tq1_25_quantize_weighted(const float * x, const float * w, block_tq1_25 * y, int64_t n, int64_t * bad);
 void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n);
 bool tq1_25_validate(const void * x, size_t nb);
+enum tq1_25_status stq1_0_quantize(const float * x, block_stq1_0 * y, int64_t n, int64_t * bad);
+enum tq1_25_status stq1_0_quantize_weighted(const float * x, const float * w, block_stq1_0 * y, int64_t n, int64_t * bad);
+void stq1_0_dequantize(const block_stq1_0 * x, float * y, int64_t n);
+bool stq1_0_validate(const void * x, size_t nb);
+size_t quantize_stq1_0(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix);
 void tq1_25_release(const void * x, size_t size);
 size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix);
 void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n);
 struct tq1_25_isa {
     const char * name;
     void (*vec_dot)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+    void (*vec_dot_stq1_0)(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
     int (*supported)(void);
     int max_tables, max_codes;
     void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);

@@ -7,6 +7,7 @@ such types: they differ in the length of a block, in which weights make a group,
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import numpy as np
 
@@ -228,7 +229,7 @@ def _swapped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """x (..., n) with n cut into `shape` and its last two axes swapped; as it is where that has one axis."""
     if len(shape) == 1:
         return x
-    return np.ascontiguousarray(x.reshape(*x.shape[:-1], -1, *shape).swapaxes(-1, -2)).reshape(x.shape)
+    return np.ascontiguousarray(x.reshape(*x.shape[:-1], x.shape[-1] // math.prod(shape), *shape).swapaxes(-1, -2)).reshape(x.shape)
 
 
 def _back(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -8,6 +8,7 @@ import os
 import numpy as np
 
 from . import tq1_25
+from .blocks import NOT_FINITE, OVERFLOW, BlockType, QuantizeError
 
 try:
     from ._kernels import ffi, lib
@@ -74,23 +75,28 @@ def _blocks(b: np.ndarray, ctype: str):
     return ffi.from_buffer(f"{ctype}[]", b.copy() if b.ctypes.data % 2 else b)
 
 
-def quantize(x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
-    """Weights float32 (..., n), n a multiple of 128, to uint8 (..., n / 128 * 22), as `tq1_25.quantize`.
+def _function(kind: BlockType, name: str):
+    """A C function of a block type: name with "TYPE" for the type's."""
+    return getattr(lib, name.replace("TYPE", kind.name.lower()))
+
+
+def quantize(x: np.ndarray, importance: np.ndarray | None = None, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
+    """Weights float32 (..., n), n whole blocks of `kind`, to uint8 (..., bytes of them), as its `quantize`.
 
     importance: float32 (n,), of each input; then the scale and the zeros are those of the least squared error weighted
     by it (what llama-quantize does with an importance matrix). The GIL is released meanwhile.
-    Raises ValueError for another dtype or shape, QuantizeError for weights that TQ1_25 cannot hold at all.
+    Raises ValueError for another dtype or shape, QuantizeError for weights that a block cannot hold at all.
     """
-    x = tq1_25.check_weights(x)
+    x = kind.check_weights(x)
     if x.dtype != np.float32:
         raise ValueError(f"weights are {x.dtype}, not float32")
-    n = x.shape[-1]
-    out = np.empty((*x.shape[:-1], n // tq1_25.BLOCK * tq1_25.BLOCK_BYTES), np.uint8)
+    n, ctype = x.shape[-1], f"block_{kind.name.lower()}"
+    out = np.empty((*x.shape[:-1], n // kind.size * kind.bytes), np.uint8)
     bad = ffi.new("int64_t *", -1)
     if importance is None:
-        status = lib.tq1_25_quantize(_floats(x), _blocks(out, "block_tq1_25"), x.size, bad)
+        status = _function(kind, "TYPE_quantize")(_floats(x), _blocks(out, ctype), x.size, bad)
         if status != lib.TQ1_25_OK:
-            raise _error(n, bad[0], status)
+            raise _error(kind, n, bad[0], status)
         return out
     importance = np.asarray(importance)
     if importance.dtype != np.float32 or importance.shape != (n,):
@@ -101,25 +107,25 @@ def quantize(x: np.ndarray, importance: np.ndarray | None = None) -> np.ndarray:
         return out
     weights = _floats(importance)
     for i, (row, packed) in enumerate(zip(x.reshape(-1, n), out.reshape(-1, out.shape[-1]))):
-        status = lib.tq1_25_quantize_weighted(_floats(row), weights, _blocks(packed, "block_tq1_25"), n, bad)
+        status = _function(kind, "TYPE_quantize_weighted")(_floats(row), weights, _blocks(packed, ctype), n, bad)
         if status != lib.TQ1_25_OK:
-            raise _error(n, i * (n // tq1_25.BLOCK) + bad[0], status)
+            raise _error(kind, n, i * (n // kind.size) + bad[0], status)
     return out
 
 
-def _error(n: int, block: int, status: int) -> tq1_25.QuantizeError:
-    causes = {lib.TQ1_25_NOT_FINITE: tq1_25.NOT_FINITE, lib.TQ1_25_OVERFLOW: tq1_25.OVERFLOW}
-    return tq1_25.QuantizeError(block // (n // tq1_25.BLOCK), causes[status])
+def _error(kind: BlockType, n: int, block: int, status: int) -> QuantizeError:
+    causes = {lib.TQ1_25_NOT_FINITE: NOT_FINITE, lib.TQ1_25_OVERFLOW: OVERFLOW}
+    return QuantizeError(block // (n // kind.size), causes[status])
 
 
-def dequantize(b: np.ndarray) -> np.ndarray:
-    """uint8 (..., nb), nb a multiple of 22, to float32 (..., nb / 22 * 128), as `tq1_25.dequantize`.
+def dequantize(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
+    """uint8 (..., nb), nb whole blocks of `kind`, to float32 (..., weights of them), as its `dequantize`.
 
     Raises ValueError for another dtype or a length that is no whole number of blocks.
     """
-    b = tq1_25.check_blocks(b)
-    out = np.empty((*b.shape[:-1], b.shape[-1] // tq1_25.BLOCK_BYTES * tq1_25.BLOCK), np.float32)
-    lib.tq1_25_dequantize(_blocks(b, "block_tq1_25"), _floats(out), out.size)
+    b = kind.check_blocks(b)
+    out = np.empty((*b.shape[:-1], b.shape[-1] // kind.bytes * kind.size), np.float32)
+    _function(kind, "TYPE_dequantize")(_blocks(b, f"block_{kind.name.lower()}"), _floats(out), out.size)
     return out
 
 
@@ -136,34 +142,35 @@ def quantize_q8_0(y: np.ndarray) -> np.ndarray:
     return out
 
 
-def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None) -> float:
-    """The dot product of a packed row, uint8 (nb,), with Q8_0 blocks, uint8 (nb / 22 * 4 * 34,).
+def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None, kind: BlockType = tq1_25.TYPE) -> float:
+    """The dot product of a packed row of `kind`, uint8 (nb,), with Q8_0 blocks, uint8 (weights / 32 * 34,).
 
     isa: an instruction set of `available()`; by default the one that SHERRY_ISA names, else the best.
     Raises ValueError for one that is missing, another dtype, shape or length.
     """
-    kernel = _entry(isa).vec_dot
-    b_row, q8_0 = tq1_25.check_blocks(b_row), np.asarray(q8_0)
+    entry = _entry(isa)
+    b_row, q8_0 = kind.check_blocks(b_row), np.asarray(q8_0)
     if b_row.ndim != 1:
         raise ValueError(f"the packed row has shape {b_row.shape}, not one axis")
-    n = b_row.size // tq1_25.BLOCK_BYTES * tq1_25.BLOCK
+    n = b_row.size // kind.bytes * kind.size
     if q8_0.dtype != np.uint8 or q8_0.shape != (n // lib.TQ1_25_QK8_0 * Q8_0_BYTES,):
         raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, the row of {n} weights needs "
                          f"uint8 ({n // lib.TQ1_25_QK8_0 * Q8_0_BYTES},)")  # fmt: skip
     out = ffi.new("float *")
-    kernel(n, out, _blocks(b_row, "block_tq1_25"), _blocks(q8_0, "tq1_25_q8_0"))
+    kernel = entry.vec_dot if kind is tq1_25.TYPE else entry.vec_dot_stq1_0
+    kernel(n, out, _blocks(b_row, f"block_{kind.name.lower()}"), _blocks(q8_0, "tq1_25_q8_0"))
     return float(out[0])
 
 
-def vec_dot(b_row: np.ndarray, y: np.ndarray, isa: str | None = None) -> float:
-    """The dot product of a packed row, uint8 (nb,), with activations, float32 (nb / 22 * 128,), as `tq1_25.vec_dot`.
+def vec_dot(b_row: np.ndarray, y: np.ndarray, isa: str | None = None, kind: BlockType = tq1_25.TYPE) -> float:
+    """The dot product of a packed row of `kind`, uint8 (nb,), with activations, float32 (weights,), as its `vec_dot`.
 
     isa: an instruction set of `available()`; by default the one that SHERRY_ISA names, else the best.
     Raises ValueError for one that is missing, another dtype, shape or length.
     """
-    b_row = tq1_25.check_blocks(b_row)
-    y = tq1_25.check_activations(b_row, y)
-    return vec_dot_q8_0(b_row, quantize_q8_0(y), isa)
+    b_row = kind.check_blocks(b_row)
+    y = kind.check_activations(b_row, y)
+    return vec_dot_q8_0(b_row, quantize_q8_0(y), isa, kind)
 
 
 # ---- repacked rows ----

@@ -321,7 +321,7 @@ def test_available_lists_what_the_machine_has():
     best_first = ["zen4", "avx512vnni", "avx512", "avxvnni", "avx2", "scalar"]
     assert [isa for isa in best_first if isa in ISAS] == ISAS and ISAS[-1] == "scalar"
     table = (SOURCES / "tq1_25-dot.c").read_text().split("tq1_25_isas[] = {")[1].split("};")[0]
-    checks = re.findall(r'\{ "(\w+)", +tq1_25_vec_dot_(\w+), +has_(\w+),', table)
+    checks = re.findall(r'\{ "(\w+)", +VEC_DOT\((\w+)\), +has_(\w+),', table)
     assert [name for name, _, _ in checks] == best_first[:-1]
     plain = {"zen4": "avx512vnni", "avxvnni": "avx2"}  # the dot product of another, that has all it needs
     for name, kernel, check in checks:

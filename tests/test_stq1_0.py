@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sherry_gguf import blocks, stq1_0, ternary, tq1_25
+from sherry_gguf import blocks, kernels, stq1_0, ternary, tq1_25
 
 TYPE = stq1_0.TYPE
 any_blocks = hnp.arrays(np.uint8, st.integers(1, 4).map(lambda n: 42 * n))
@@ -47,6 +47,14 @@ def test_sizes_and_ids():
 def test_groups_are_a_permutation(kind):
     x = np.arange(3 * 2 * kind.size).reshape(3, -1)
     assert sorted(kind.to_groups(x)[1]) == sorted(x[1]) and (kind.from_groups(kind.to_groups(x)) == x).all()
+
+
+@pytest.mark.parametrize("kind", [tq1_25.TYPE, TYPE])
+def test_nothing_is_packed_to_nothing(kind):
+    for shape in (0,), (0, 2 * kind.size), (3, 0):
+        packed = kind.quantize(np.zeros(shape, np.float32))
+        assert packed.shape == (*shape[:-1], shape[-1] // kind.size * kind.bytes) and kind.dequantize(packed).shape == shape
+        assert kernels.dequantize(kernels.quantize(np.zeros(shape, np.float32), kind=kind), kind).shape == shape
 
 
 def test_groups_are_sixteen_apart():
@@ -90,3 +98,77 @@ def test_what_no_block_can_hold_names_the_row(value, cause):
 def test_wrong_arguments_are_named(call, argument, message):
     with pytest.raises(ValueError, match=message):
         call(argument)
+
+
+# ---- C ----
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-22, 1e4])
+@pytest.mark.parametrize("kind", ["normal", "ties", "exact"])
+def test_c_gives_the_bytes_of_numpy(kind, scale):
+    for seed in range(20):
+        x = np.random.default_rng(seed).standard_normal((4, 1280)).astype(np.float32)
+        x = np.round(x * 2) / 2 if kind == "ties" else TYPE.dequantize(TYPE.quantize(x)) if kind == "exact" else x
+        x = (x * np.float32(scale)).clip(-60000, 60000)
+        b = TYPE.quantize(x)
+        assert (kernels.quantize(x, kind=TYPE) == b).all()
+        assert (kernels.dequantize(b, kind=TYPE) == TYPE.dequantize(b)).all()
+
+
+@given(any_blocks)
+@settings(deadline=None)
+def test_c_decodes_any_bytes_alike(b):
+    np.testing.assert_array_equal(kernels.dequantize(b, TYPE), TYPE.dequantize(b))
+
+
+@pytest.mark.parametrize("isa", kernels.available())
+@given(st.data())
+@settings(deadline=None, max_examples=30)
+def test_every_instruction_set_gives_the_integers_of_numpy(isa, data):
+    """One Q8_0 block at a time, all scales 1: what comes out is an integer, whatever the order of the sums."""
+    b = data.draw(any_blocks).reshape(-1, 42)
+    b[:, 40:] = np.float16(1).reshape(1).view(np.uint8)
+    lanes, d = TYPE.unpack(b.reshape(-1))
+    q8_0 = np.zeros((len(b) * 8, 34), np.uint8)
+    q8_0[:, :2] = np.float16(1).reshape(1).view(np.uint8)
+    q8_0[:, 2:] = data.draw(hnp.arrays(np.uint8, (len(b) * 8, 32)))
+    sums = np.einsum("jk,jk->j", lanes.reshape(-1, 32), q8_0[:, 2:].view(np.int8), dtype=np.int64)
+    assert kernels.vec_dot_q8_0(b.reshape(-1), q8_0.reshape(-1), isa, TYPE) == sums.sum() == blocks.dot_q8_0(lanes, d, q8_0)
+    for j in range(len(q8_0)):
+        alone = q8_0.copy()
+        alone[np.arange(len(q8_0)) != j, :2] = 0
+        assert kernels.vec_dot_q8_0(b.reshape(-1), alone.reshape(-1), isa, TYPE) == sums[j]
+
+
+@pytest.mark.parametrize("isa", kernels.available())
+def test_dot_product_of_c(isa):
+    rng = np.random.default_rng(1)
+    for n in 256, 1024, 8192:
+        b, y = TYPE.quantize(rng.standard_normal(n).astype(np.float32)), rng.standard_normal(n).astype(np.float32)
+        terms = float(np.abs(TYPE.dequantize(b) * y).sum())
+        assert kernels.vec_dot(b, y, isa, TYPE) == pytest.approx(TYPE.vec_dot(b, y), abs=1e-6 * terms)
+
+
+def test_importance_lowers_the_weighted_error():
+    rng = np.random.default_rng(2)
+    x, w = rng.standard_normal((16, 512)).astype(np.float32), rng.random(512).astype(np.float32) ** 4
+
+    def error(b):
+        return (w * (TYPE.dequantize(b) - x) ** 2).sum(axis=1)
+
+    assert (error(kernels.quantize(x, w, TYPE)) <= error(TYPE.quantize(x))).all()
+    assert error(kernels.quantize(x, w, TYPE)).sum() < 0.9 * error(TYPE.quantize(x)).sum()
+    # equal importance still gives one zero to each group
+    one = kernels.quantize(x, np.ones(512, np.float32), TYPE)
+    assert ((TYPE.dequantize(one) == 0).sum(axis=1) == 128).all()
+
+
+def test_c_refuses_what_no_block_can_hold():
+    x = np.ones((3, 512), np.float32)
+    x[1, 300], x[2, 0] = np.nan, 1e9
+    with pytest.raises(blocks.QuantizeError) as e:
+        kernels.quantize(x, kind=TYPE)
+    assert (e.value.row, e.value.cause) == (1, blocks.NOT_FINITE)
+    out = np.zeros((3, 84), np.uint8)
+    kernels.lib.quantize_stq1_0(kernels._floats(x), kernels.ffi.from_buffer(out), 3, 512, kernels.ffi.NULL)
+    assert [bool(kernels.lib.stq1_0_validate(kernels.ffi.from_buffer(row.copy()), 2)) for row in out] == [True, False, False]

@@ -1,4 +1,4 @@
-// TQ1_25 dot product for AVX2 with FMA and F16C.
+// Dot products of TQ1_25 and STQ1_0 for AVX2 with FMA and F16C.
 
 #include "tq1_25-x86.h"
 
@@ -10,6 +10,12 @@
 #define BY_LANE(y) _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *) (y).qs), by_lane)
 // Products of the magnitude of y with w under y's sign, neighbours added: right for y = -128 as well.
 #define DOT(y, w) _mm256_maddubs_epi16(_mm256_abs_epi8(y), _mm256_sign_epi8(w, y))
+
+TARGET(AVX2) INLINE float sum_of(__m256 v) {
+    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+}
 
 // The weights come out of the lookup by lane; the activations are transposed to meet them, so that each dword collects
 // the sums of one Q8_0 block and four scales apply to the block's sums at once. The other way round, interleaving the
@@ -58,9 +64,38 @@ TARGET(AVX2) void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 *
         const __m256 d = _mm256_mul_ps(_mm256_cvtph_ps(dy), _mm256_cvtph_ps(_mm_set1_epi16((short) x->d)));
         total = _mm256_fmadd_ps(sums, d, total);
     }
-    const __m128 half = _mm_add_ps(_mm256_castps256_ps128(total), _mm256_extractf128_ps(total, 1));
-    const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
-    *s = _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+    *s = sum_of(total);
+}
+
+// A lane of a chunk's sixteen groups is sixteen weights that follow one another, so two lookups in the halves of a register give
+// 32 weights in the order of a Q8_0 block.
+TARGET(AVX2) void stq1_0_vec_dot_avx2(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
+    const __m256i table01 = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) lanes[1]), _mm_loadu_si128((const __m128i *) lanes[0]));
+    const __m256i table23 = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) lanes[3]), _mm_loadu_si128((const __m128i *) lanes[2]));
+    const __m128i nibble = _mm_set1_epi8(15);
+    const __m256i one8 = _mm256_set1_epi8(1), one16 = _mm256_set1_epi16(1), bit = _mm256_set1_epi64x((int64_t) 0x8040201008040201);
+    const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    __m256 total = _mm256_setzero_ps();
+    for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x) {
+        __m256 block = _mm256_setzero_ps();
+        for (int c = 0; c < QK_STQ1_0 / STQ1_0_CHUNK; ++c, y += 2) {
+            const __m128i qs = _mm_loadl_epi64((const __m128i *) (x->qs + STQ1_0_LANE / 2 * c));
+            const __m256i slots = _mm256_broadcastsi128_si256(_mm_and_si128(_mm_unpacklo_epi8(qs, _mm_srli_epi16(qs, 4)), nibble));
+            int16_t signs;
+            memcpy(&signs, x->sign + STQ1_0_LANE / 8 * c, sizeof(signs));
+            const __m256i set  = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi16(signs), spread), bit);
+            const __m256i sign = _mm256_or_si256(_mm256_cmpeq_epi8(set, bit), one8); // -1 or 1
+            const __m256i w0 = _mm256_sign_epi8(_mm256_shuffle_epi8(table01, slots), sign);
+            const __m256i w1 = _mm256_sign_epi8(_mm256_shuffle_epi8(table23, slots), sign);
+            const __m256i y0 = _mm256_loadu_si256((const __m256i *) y[0].qs), y1 = _mm256_loadu_si256((const __m256i *) y[1].qs);
+            const __m256 f0 = _mm256_cvtepi32_ps(_mm256_madd_epi16(DOT(y0, w0), one16));
+            const __m256 f1 = _mm256_cvtepi32_ps(_mm256_madd_epi16(DOT(y1, w1), one16));
+            block = _mm256_fmadd_ps(f0, _mm256_cvtph_ps(_mm_set1_epi16((short) y[0].d)), block);
+            block = _mm256_fmadd_ps(f1, _mm256_cvtph_ps(_mm_set1_epi16((short) y[1].d)), block);
+        }
+        total = _mm256_fmadd_ps(block, _mm256_cvtph_ps(_mm_set1_epi16((short) x->d)), total);
+    }
+    *s = sum_of(total);
 }
 
 #endif

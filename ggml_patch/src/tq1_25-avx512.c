@@ -1,4 +1,4 @@
-// TQ1_25 dot product for AVX-512: F, DQ, BW, VL; and with VNNI.
+// Dot products of TQ1_25 and STQ1_0 for AVX-512: F, DQ, BW, VL; and with VNNI.
 
 #include "tq1_25-x86.h"
 
@@ -72,6 +72,49 @@ TARGET(AVX512VNNI) INLINE __m512i dot_avx512vnni(__m512i w0, __m512i y0, __m512i
     const __m512i with = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, w0, y0), w1, y1);
     const __m512i less = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(zero, one, y0), one, y1);
     return _mm512_sub_epi32(with, less);
+}
+
+// A chunk's 64 weights plus one in their order, a lane of its sixteen groups in each quarter, and two Q8_0 blocks.
+#define BODY_STQ1_0(DOT)                                                                                               \
+    const __m512i one = _mm512_set1_epi8(1), two = _mm512_set1_epi8(2);                                                \
+    const __m512i table = _mm512_add_epi8(_mm512_loadu_si512(lanes), one);                                             \
+    const __m128i nibble = _mm_set1_epi8(15);                                                                          \
+    __m512 total = _mm512_setzero_ps();                                                                                \
+    for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x) {                                                                 \
+        __m512 block = _mm512_setzero_ps();                                                                            \
+        for (int c = 0; c < QK_STQ1_0 / STQ1_0_CHUNK; ++c, y += 2) {                                                   \
+            const __m128i qs = _mm_loadl_epi64((const __m128i *) (x->qs + STQ1_0_LANE / 2 * c));                       \
+            const __m128i slots = _mm_and_si128(_mm_unpacklo_epi8(qs, _mm_srli_epi16(qs, 4)), nibble);                 \
+            uint16_t signs;                                                                                            \
+            memcpy(&signs, x->sign + STQ1_0_LANE / 8 * c, sizeof(signs));                                              \
+            const __mmask64 negative = signs * 0x0001000100010001u;                                                    \
+            const __m512i w = _mm512_shuffle_epi8(table, _mm512_broadcast_i32x4(slots));                               \
+            const __m512i y01 = _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) y[0].qs)), \
+                                                   _mm256_loadu_si256((const __m256i *) y[1].qs), 1);                  \
+            const __m512i sums = DOT(_mm512_mask_sub_epi8(w, negative, two, w), y01);                                  \
+            const __m512i dy = _mm512_mask_set1_epi16(_mm512_set1_epi16((short) y[0].d), 0xff00, (short) y[1].d);      \
+            block = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), _mm512_cvtph_ps(_mm512_castsi512_si256(dy)), block);     \
+        }                                                                                                              \
+        total = _mm512_fmadd_ps(block, _mm512_cvtph_ps(_mm256_set1_epi16((short) x->d)), total);                       \
+    }                                                                                                                  \
+    *s = _mm512_reduce_add_ps(total);
+
+TARGET(AVX512) INLINE __m512i one_dot_avx512(__m512i w, __m512i y) {
+    const __m512i one = _mm512_set1_epi8(1);
+    return _mm512_madd_epi16(_mm512_sub_epi16(_mm512_maddubs_epi16(w, y), _mm512_maddubs_epi16(one, y)), _mm512_set1_epi16(1));
+}
+
+TARGET(AVX512VNNI) INLINE __m512i one_dot_avx512vnni(__m512i w, __m512i y) {
+    const __m512i one = _mm512_set1_epi8(1), zero = _mm512_setzero_si512();
+    return _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, w, y), _mm512_dpbusd_epi32(zero, one, y));
+}
+
+TARGET(AVX512) void stq1_0_vec_dot_avx512(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
+    BODY_STQ1_0(one_dot_avx512)
+}
+
+TARGET(AVX512VNNI) void stq1_0_vec_dot_avx512vnni(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
+    BODY_STQ1_0(one_dot_avx512vnni)
 }
 
 TARGET(AVX512) void tq1_25_vec_dot_avx512(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {

@@ -1,4 +1,4 @@
-// TQ1_25 dot product: the scalar version and the choice of an instruction set.
+// Dot products of TQ1_25 and STQ1_0: the scalar versions and the choice of an instruction set.
 
 #include "tq1_25.h"
 
@@ -8,8 +8,9 @@
 #include <stdlib.h>
 #include <string.h>
 
+static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
+
 void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
-    static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
     enum { GROUPS = TQ1_25_QK8_0 / TQ1_25_GROUP }; // of a Q8_0 block
     float total = 0.0f;
     for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
@@ -21,6 +22,26 @@ void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const t
                 const int      slot = tq1_25_slot(x, GROUPS * j + g);
                 const int of_group  = lanes[0][slot] * q[0] + lanes[1][slot] * q[1] + lanes[2][slot] * q[2] + lanes[3][slot] * q[3];
                 sum += tq1_25_negative(x, GROUPS * j + g) ? -of_group : of_group;
+            }
+            of_block += tq1_25_fp16_to_float(y->d) * (float) sum;
+        }
+        total += tq1_25_fp16_to_float(x->d) * of_block;
+    }
+    *s = total;
+}
+
+// A Q8_0 block meets two lanes of the sixteen groups of a chunk, in the order of the weights.
+void stq1_0_vec_dot_scalar(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
+    float total = 0.0f;
+    for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x) {
+        float of_block = 0.0f;
+        for (int j = 0; j < QK_STQ1_0 / TQ1_25_QK8_0; ++j, ++y) {
+            const int group = j / 2 * STQ1_0_LANE, lane = j % 2 * 2;
+            int sum = 0;
+            for (int g = 0; g < STQ1_0_LANE; ++g) {
+                const int slot = stq1_0_slot(x, group + g);
+                const int of_group = lanes[lane][slot] * y->qs[g] + lanes[lane + 1][slot] * y->qs[STQ1_0_LANE + g];
+                sum += stq1_0_negative(x, group + g) ? -of_group : of_group;
             }
             of_block += tq1_25_fp16_to_float(y->d) * (float) sum;
         }
@@ -108,19 +129,20 @@ static int has_avxvnni(void) {
     .gemv = tq1_25_gemv_avx2, .expand = tq1_25_expand_avx2, .lookup = tq1_25_lookup_avx2, .store = tq1_25_store_avx2
 #define LOOKUP_AVX512(tables, codes) .max_tables = tables, .max_codes = codes, .table_size = TQ1_25_TABLE, .code_tiles = 2, .table = tq1_25_table_avx512, \
     .gemv = tq1_25_gemv_avx512, .expand = tq1_25_expand_avx512, .lookup = tq1_25_lookup_avx512, .store = tq1_25_store_avx512
+#define VEC_DOT(isa) tq1_25_vec_dot_##isa, stq1_0_vec_dot_##isa
 #define PANELS(isa) .decode = tq1_25_decode_##isa, .gemm = tq1_25_gemm_##isa
 
 const struct tq1_25_isa tq1_25_isas[] = {
 #if defined(__x86_64__) || defined(_M_X64)
-    { "zen4",       tq1_25_vec_dot_avx512vnni, has_zen4,       LOOKUP_AVX512(1, INT_MAX) },
-    { "avx512vnni", tq1_25_vec_dot_avx512vnni, has_avx512vnni, LOOKUP_AVX512(1, 8), PANELS(avx512vnni) },
-    { "avx512",     tq1_25_vec_dot_avx512,     has_avx512,     LOOKUP_AVX512(1, INT_MAX) },
+    { "zen4",       VEC_DOT(avx512vnni), has_zen4,       LOOKUP_AVX512(1, INT_MAX) },
+    { "avx512vnni", VEC_DOT(avx512vnni), has_avx512vnni, LOOKUP_AVX512(1, 8), PANELS(avx512vnni) },
+    { "avx512",     VEC_DOT(avx512),     has_avx512,     LOOKUP_AVX512(1, INT_MAX) },
 #    ifdef TQ1_25_AVXVNNI
-    { "avxvnni",    tq1_25_vec_dot_avx2,       has_avxvnni,    LOOKUP_AVX2(2, 8), PANELS(avxvnni) },
+    { "avxvnni",    VEC_DOT(avx2),       has_avxvnni,    LOOKUP_AVX2(2, 8), PANELS(avxvnni) },
 #    endif
-    { "avx2",       tq1_25_vec_dot_avx2,       has_avx2,       LOOKUP_AVX2(2, INT_MAX) },
+    { "avx2",       VEC_DOT(avx2),       has_avx2,       LOOKUP_AVX2(2, INT_MAX) },
 #endif
-    { .name = "scalar", .vec_dot = tq1_25_vec_dot_scalar },
+    { .name = "scalar", .vec_dot = tq1_25_vec_dot_scalar, .vec_dot_stq1_0 = stq1_0_vec_dot_scalar },
     { .name = NULL },
 };
 
@@ -168,4 +190,10 @@ void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_
     assert(n % QK_TQ1_25 == 0 && nrc == 1);
     (void) bs; (void) bx; (void) by; (void) nrc; // strides of a second row
     tq1_25_best_isa()->vec_dot(n, s, (const block_tq1_25 *) x, (const tq1_25_q8_0 *) y);
+}
+
+void ggml_vec_dot_stq1_0_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc) {
+    assert(n % QK_STQ1_0 == 0 && nrc == 1);
+    (void) bs; (void) bx; (void) by; (void) nrc;
+    tq1_25_best_isa()->vec_dot_stq1_0(n, s, (const block_stq1_0 *) x, (const tq1_25_q8_0 *) y);
 }

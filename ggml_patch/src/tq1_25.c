@@ -1,4 +1,4 @@
-// TQ1_25 codec: quantize, dequantize. Plain C11, the same bytes as sherry_gguf/tq1_25.py.
+// The codecs of TQ1_25 and STQ1_0: quantize, dequantize. Plain C11, the same bytes as sherry_gguf/blocks.py.
 
 #ifdef __linux__
 #    define _DEFAULT_SOURCE // madvise
@@ -42,16 +42,31 @@ static uint16_t fp16_from_double(double value) {
 
 // ---- quantize ----
 
+// In what follows the weights of a block are in the order of its groups, and their number is known where it is compiled.
+#if defined(_MSC_VER) && !defined(__clang__)
+#    define INLINE static __forceinline
+#else
+#    define INLINE static inline __attribute__((always_inline))
+#endif
+
+enum { MOST_GROUPS = STQ1_0_GROUPS };
+
+typedef struct {
+    uint8_t  slot[MOST_GROUPS];
+    uint8_t  sign[MOST_GROUPS / 8];
+    uint16_t d;
+} content; // of a block
+
 // The zero lane of each group: smallest magnitude, among equals the lowest lane. False if a weight is NaN or infinite.
-static bool choose_zeros(const float * x, uint8_t * zero) {
-    uint32_t a[QK_TQ1_25]; // magnitudes; the bits of floats >= 0 are in the floats' order
-    memcpy(a, x, sizeof(a));
+INLINE bool choose_zeros(const float * x, int groups, uint8_t * zero) {
+    uint32_t a[TQ1_25_GROUP * MOST_GROUPS]; // magnitudes; the bits of floats >= 0 are in the floats' order
+    memcpy(a, x, sizeof(*a) * TQ1_25_GROUP * (size_t) groups);
     uint32_t most = 0;
-    for (int i = 0; i < QK_TQ1_25; ++i) {
+    for (int i = 0; i < TQ1_25_GROUP * groups; ++i) {
         a[i] &= 0x7fffffff;
         most = a[i] > most ? a[i] : most;
     }
-    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+    for (int g = 0; g < groups; ++g) {
         const uint32_t * m = a + TQ1_25_GROUP * g;
         // a tournament without branches, which would be mispredicted; the left of a pair wins a tie
         const uint32_t r01 = m[1] < m[0],              r23 = m[3] < m[2];
@@ -62,65 +77,65 @@ static bool choose_zeros(const float * x, uint8_t * zero) {
     return most < 0x7f800000;
 }
 
-static void pack(const float * x, const uint8_t * zero, uint16_t d, block_tq1_25 * y) {
-    uint8_t slot[TQ1_25_GROUPS], sign[TQ1_25_GROUPS];
-    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+INLINE void encode(const float * x, int groups, const uint8_t * zero, uint16_t d, content * y) {
+    uint8_t sign[MOST_GROUPS];
+    for (int g = 0; g < groups; ++g) {
         const float * w = x + TQ1_25_GROUP * g;
         const int z = zero[g];
         const int s0 = w[z == 0] < 0, s1 = w[1 + (z <= 1)] < 0, s2 = w[2 + (z <= 2)] < 0;
-        slot[g] = (uint8_t) (z << 2 | (s2 ^ s0) << 1 | (s1 ^ s0));
+        y->slot[g] = (uint8_t) (z << 2 | (s2 ^ s0) << 1 | (s1 ^ s0));
         sign[g] = (uint8_t) (s0 << g % 8);
     }
-    for (int i = 0; i < TQ1_25_GROUPS / 2; ++i) {
-        y->qs[i] = (uint8_t) (slot[8 * (i / 4) + i % 4] | slot[8 * (i / 4) + i % 4 + 4] << 4);
-    }
-    for (int i = 0; i < TQ1_25_GROUPS / 8; ++i) {
+    for (int i = 0; i < groups / 8; ++i) {
         const uint8_t * b = sign + 8 * i;
         y->sign[i] = b[0] | b[1] | b[2] | b[3] | b[4] | b[5] | b[6] | b[7];
     }
     y->d = d;
 }
 
-static enum tq1_25_status quantize_block(const float * x, block_tq1_25 * y) {
-    uint8_t zero[TQ1_25_GROUPS];
-    if (!choose_zeros(x, zero)) {
+INLINE enum tq1_25_status quantize_plain(const float * x, int groups, content * y) {
+    uint8_t zero[MOST_GROUPS];
+    if (!choose_zeros(x, groups, zero)) {
         memset(y, 0, sizeof(*y));
         y->d = FP16_NAN;
         return TQ1_25_NOT_FINITE;
     }
-    float kept[QK_TQ1_25];
-    for (int i = 0; i < QK_TQ1_25; ++i) {
+    float kept[TQ1_25_GROUP * MOST_GROUPS];
+    for (int i = 0; i < TQ1_25_GROUP * groups; ++i) {
         kept[i] = fabsf(x[i]);
     }
-    for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+    for (int g = 0; g < groups; ++g) {
         kept[TQ1_25_GROUP * g + zero[g]] = 0.0f;
     }
     double sum = 0.0;
-    for (int i = 0; i < QK_TQ1_25; ++i) {
+    for (int i = 0; i < TQ1_25_GROUP * groups; ++i) {
         sum += (double) kept[i];
     }
-    const uint16_t d = fp16_from_double(sum / (TQ1_25_GROUPS * (TQ1_25_GROUP - 1)));
-    pack(x, zero, d == FP16_INF ? FP16_NAN : d, y);
+    const uint16_t d = fp16_from_double(sum / (groups * (TQ1_25_GROUP - 1)));
+    encode(x, groups, zero, d == FP16_INF ? FP16_NAN : d, y);
     return d == FP16_INF ? TQ1_25_OVERFLOW : TQ1_25_OK;
 }
 
 // Minimises sum w * (x - d*t)^2 over the scale and the zeros by turns, each best for the other, so the error only falls.
-static enum tq1_25_status quantize_block_weighted(const float * x, const float * w, block_tq1_25 * y) {
+INLINE enum tq1_25_status quantize_groups(const float * x, const float * w, int groups, content * y) {
     enum { TURNS = 8 }; // most blocks stand still after three
+    if (!w) {
+        return quantize_plain(x, groups, y);
+    }
     float most = 0.0f;
-    for (int i = 0; i < QK_TQ1_25; ++i) {
+    for (int i = 0; i < TQ1_25_GROUP * groups; ++i) {
         most = w[i] > most ? w[i] : most;
     }
-    uint8_t zero[TQ1_25_GROUPS];
-    if (!choose_zeros(x, zero) || !(most > 0.0f && most <= 3.0e38f)) {
-        return quantize_block(x, y); // nothing to weigh by, or nothing to weigh
+    uint8_t zero[MOST_GROUPS];
+    if (!choose_zeros(x, groups, zero) || !(most > 0.0f && most <= 3.0e38f)) {
+        return quantize_plain(x, groups, y); // nothing to weigh by, or nothing to weigh
     }
     // Inputs that the importance matrix never saw still count a little: else their zero would be a toss-up.
     const double least = 1e-6 * most;
     double d = 0.0;
     for (int turn = 0; turn < TURNS; ++turn) {
         double sum_wx = 0.0, sum_w = 0.0;
-        for (int i = 0; i < QK_TQ1_25; ++i) {
+        for (int i = 0; i < TQ1_25_GROUP * groups; ++i) {
             if (i % TQ1_25_GROUP != zero[i / TQ1_25_GROUP]) {
                 const double wi = w[i] > least ? w[i] : least; // also of a NaN
                 sum_wx += wi * fabs((double) x[i]);
@@ -129,7 +144,7 @@ static enum tq1_25_status quantize_block_weighted(const float * x, const float *
         }
         d = sum_wx / sum_w;
         int moved = 0;
-        for (int g = 0; g < TQ1_25_GROUPS; ++g) {
+        for (int g = 0; g < groups; ++g) {
             double best = 0.0;
             int    z = 0;
             for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
@@ -150,33 +165,80 @@ static enum tq1_25_status quantize_block_weighted(const float * x, const float *
         }
     }
     const uint16_t half = fp16_from_double(d);
-    pack(x, zero, half == FP16_INF ? FP16_NAN : half, y);
+    encode(x, groups, zero, half == FP16_INF ? FP16_NAN : half, y);
     return half == FP16_INF ? TQ1_25_OVERFLOW : TQ1_25_OK;
+}
+
+static enum tq1_25_status quantize_tq1_25_block(const float * x, const float * w, block_tq1_25 * y) {
+    content c;
+    const enum tq1_25_status status = quantize_groups(x, w, TQ1_25_GROUPS, &c);
+    for (int i = 0; i < TQ1_25_GROUPS / 2; ++i) {
+        y->qs[i] = (uint8_t) (c.slot[8 * (i / 4) + i % 4] | c.slot[8 * (i / 4) + i % 4 + 4] << 4);
+    }
+    memcpy(y->sign, c.sign, sizeof(y->sign));
+    y->d = c.d;
+    return status;
+}
+
+static void by_groups(const float * x, float * y) {
+    for (int g = 0; g < STQ1_0_GROUPS; ++g) {
+        for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+            y[TQ1_25_GROUP * g + lane] = x[STQ1_0_FIRST(g) + STQ1_0_LANE * lane];
+        }
+    }
+}
+
+static enum tq1_25_status quantize_stq1_0_block(const float * x, const float * w, block_stq1_0 * y) {
+    float   grouped[QK_STQ1_0], weights[QK_STQ1_0];
+    content c;
+    by_groups(x, grouped);
+    if (w) {
+        by_groups(w, weights);
+    }
+    const enum tq1_25_status status = quantize_groups(grouped, w ? weights : NULL, STQ1_0_GROUPS, &c);
+    for (int i = 0; i < STQ1_0_GROUPS / 2; ++i) {
+        y->qs[i] = (uint8_t) (c.slot[2 * i] | c.slot[2 * i + 1] << 4);
+    }
+    memcpy(y->sign, c.sign, sizeof(y->sign));
+    y->d = c.d;
+    return status;
+}
+
+// All blocks of n weights; the first status that is not OK, and its block.
+#define QUANTIZE_ALL(quantize_block, size)                                                                  \
+    enum tq1_25_status first = TQ1_25_OK;                                                                   \
+    for (int64_t i = 0; i < n / (size); ++i) {                                                              \
+        const enum tq1_25_status status = quantize_block(x + i * (size), w ? w + i * (size) : NULL, y + i); \
+        if (status != TQ1_25_OK && first == TQ1_25_OK) {                                                    \
+            first = status;                                                                                 \
+            if (bad) {                                                                                      \
+                *bad = i;                                                                                   \
+            }                                                                                               \
+        }                                                                                                   \
+    }                                                                                                       \
+    return first;
+
+enum tq1_25_status tq1_25_quantize_weighted(const float * x, const float * w, block_tq1_25 * y, int64_t n, int64_t * bad) {
+    QUANTIZE_ALL(quantize_tq1_25_block, QK_TQ1_25)
+}
+
+enum tq1_25_status stq1_0_quantize_weighted(const float * x, const float * w, block_stq1_0 * y, int64_t n, int64_t * bad) {
+    QUANTIZE_ALL(quantize_stq1_0_block, QK_STQ1_0)
 }
 
 enum tq1_25_status tq1_25_quantize(const float * x, block_tq1_25 * y, int64_t n, int64_t * bad) {
     return tq1_25_quantize_weighted(x, NULL, y, n, bad);
 }
 
-enum tq1_25_status tq1_25_quantize_weighted(const float * x, const float * w, block_tq1_25 * y, int64_t n, int64_t * bad) {
-    enum tq1_25_status first = TQ1_25_OK;
-    for (int64_t i = 0; i < n / QK_TQ1_25; ++i) {
-        const float * xi = x + i * QK_TQ1_25;
-        const enum tq1_25_status status = w ? quantize_block_weighted(xi, w + i * QK_TQ1_25, y + i) : quantize_block(xi, y + i);
-        if (status != TQ1_25_OK && first == TQ1_25_OK) {
-            first = status;
-            if (bad) {
-                *bad = i;
-            }
-        }
-    }
-    return first;
+enum tq1_25_status stq1_0_quantize(const float * x, block_stq1_0 * y, int64_t n, int64_t * bad) {
+    return stq1_0_quantize_weighted(x, NULL, y, n, bad);
 }
 
 // ---- dequantize ----
 
+static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
+
 void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n) {
-    static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
     for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
         const float d = tq1_25_fp16_to_float(x->d);
         for (int g = 0; g < TQ1_25_GROUPS; ++g) {
@@ -188,16 +250,33 @@ void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n) {
     }
 }
 
-bool tq1_25_validate(const void * x, size_t nb) {
-    const block_tq1_25 * blocks = (const block_tq1_25 *) x;
+void stq1_0_dequantize(const block_stq1_0 * x, float * y, int64_t n) {
+    for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x, y += QK_STQ1_0) {
+        const float d = tq1_25_fp16_to_float(x->d);
+        for (int g = 0; g < STQ1_0_GROUPS; ++g) {
+            const int slot = stq1_0_slot(x, g), sign = stq1_0_negative(x, g) ? -1 : 1;
+            for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+                y[STQ1_0_FIRST(g) + STQ1_0_LANE * lane] = d * (float) (sign * lanes[lane][slot]);
+            }
+        }
+    }
+}
+
+// d: the scale of the first block, each `size` bytes from the one before.
+static bool validate(const char * type, const uint16_t * d, size_t size, size_t nb) {
     for (size_t i = 0; i < nb; ++i) {
-        if (blocks[i].d >= FP16_INF) { // infinite, NaN, or the sign bit
-            fprintf(stderr, "tq1_25: the scale of block %zu is %g, not a finite number >= 0\n", i, tq1_25_fp16_to_float(blocks[i].d));
+        const uint16_t di = *(const uint16_t *) ((const char *) d + i * size);
+        if (di >= FP16_INF) { // infinite, NaN, or the sign bit
+            fprintf(stderr, "%s: the scale of block %zu is %g, not a finite number >= 0\n", type, i, tq1_25_fp16_to_float(di));
             return false;
         }
     }
     return true;
 }
+
+bool tq1_25_validate(const void * x, size_t nb) { return validate("tq1_25", &((const block_tq1_25 *) x)->d, sizeof(block_tq1_25), nb); }
+
+bool stq1_0_validate(const void * x, size_t nb) { return validate("stq1_0", &((const block_stq1_0 *) x)->d, sizeof(block_stq1_0), nb); }
 
 // ---- activations ----
 
@@ -220,24 +299,26 @@ void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n) {
 
 // ---- in the shapes of ggml's tables ----
 
-void quantize_row_tq1_25_ref(const float * x, void * y, int64_t n) {
-    assert(n % QK_TQ1_25 == 0);
-    tq1_25_quantize(x, (block_tq1_25 *) y, n, NULL);
-}
-
-void dequantize_row_tq1_25(const void * x, float * y, int64_t n) {
-    assert(n % QK_TQ1_25 == 0);
-    tq1_25_dequantize((const block_tq1_25 *) x, y, n);
-}
-
-size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix) {
-    assert(n_per_row % QK_TQ1_25 == 0);
-    const int64_t blocks = n_per_row / QK_TQ1_25;
-    for (int64_t row = 0; row < nrows; ++row) {
-        tq1_25_quantize_weighted(x + row * n_per_row, imatrix, (block_tq1_25 *) y + row * blocks, n_per_row, NULL);
+#define TABLES(type, QK)                                                                                                            \
+    void quantize_row_##type##_ref(const float * x, void * y, int64_t n) {                                                          \
+        assert(n % QK == 0);                                                                                                        \
+        type##_quantize(x, (block_##type *) y, n, NULL);                                                                            \
+    }                                                                                                                               \
+    void dequantize_row_##type(const void * x, float * y, int64_t n) {                                                              \
+        assert(n % QK == 0);                                                                                                        \
+        type##_dequantize((const block_##type *) x, y, n);                                                                          \
+    }                                                                                                                               \
+    size_t quantize_##type(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix) {                    \
+        assert(n_per_row % QK == 0);                                                                                                \
+        const int64_t blocks = n_per_row / QK;                                                                                      \
+        for (int64_t row = 0; row < nrows; ++row) {                                                                                 \
+            type##_quantize_weighted(x + row * n_per_row, imatrix, (block_##type *) y + row * blocks, n_per_row, NULL);             \
+        }                                                                                                                           \
+        return (size_t) (nrows * blocks) * sizeof(block_##type);                                                                    \
     }
-    return (size_t) (nrows * blocks) * sizeof(block_tq1_25);
-}
+
+TABLES(tq1_25, QK_TQ1_25)
+TABLES(stq1_0, QK_STQ1_0)
 
 // ---- memory ----
 

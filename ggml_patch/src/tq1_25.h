@@ -1,8 +1,8 @@
-// TQ1_25: 3:4 sparse ternary weights, 128 in 22 bytes. The block, its codec and its dot products.
+// TQ1_25: 3:4 sparse ternary weights, 128 in 22 bytes; STQ1_0: 256 in 42. The blocks, their codecs and their dot products.
 //
 // These files are compiled by llama.cpp's build and by the Python bindings alike. They take plain pointers and know
-// of ggml no more than the layout of a Q8_0 block. Lengths are in weights and are multiples of 128; pointers are
-// aligned as their types are, to two bytes for blocks.
+// of ggml no more than the layout of a Q8_0 block. Lengths are in weights and are multiples of 128, for STQ1_0 of 256;
+// pointers are aligned as their types are, to two bytes for blocks.
 
 #pragma once
 
@@ -41,6 +41,24 @@ typedef struct {
 } block_tq1_25;
 TQ1_25_ASSERT(sizeof(block_tq1_25) == TQ1_25_GROUPS / 2 + TQ1_25_GROUPS / 8 + sizeof(uint16_t), "block_tq1_25 has padding");
 
+#define STQ1_0_TYPE_ID 43 // GGML_TYPE_STQ1_0, and LLAMA_FTYPE_MOSTLY_STQ1_0
+
+#define QK_STQ1_0 256
+#define STQ1_0_GROUPS (QK_STQ1_0 / TQ1_25_GROUP)
+#define STQ1_0_LANE 16                          // weights from one lane of a group to the next
+#define STQ1_0_CHUNK (TQ1_25_GROUP * STQ1_0_LANE) // weights of 16 groups that follow one another
+
+// 1.3125 bits a weight: the layout of llama.cpp's pull request 22836
+typedef struct {
+    uint8_t  qs[STQ1_0_GROUPS / 2];   // slots: group g is in byte g/2, low nibble where g is even
+    uint8_t  sign[STQ1_0_GROUPS / 8]; // group g is bit g%8 of byte g/8
+    uint16_t d;                       // scale, fp16
+} block_stq1_0;
+TQ1_25_ASSERT(sizeof(block_stq1_0) == STQ1_0_GROUPS / 2 + STQ1_0_GROUPS / 8 + sizeof(uint16_t), "block_stq1_0 has padding");
+
+// Lane 0 of group g of a block; the others are STQ1_0_LANE weights apart.
+#define STQ1_0_FIRST(g) ((g) / STQ1_0_LANE * STQ1_0_CHUNK + (g) % STQ1_0_LANE)
+
 #define TQ1_25_QK8_0 32 // activations of a Q8_0 block
 
 // ggml's block_q8_0
@@ -72,6 +90,12 @@ TQ1_25_API void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n);
 // Are all scales of nb blocks finite and not negative? If not, says on stderr which is the first that isn't.
 TQ1_25_API bool tq1_25_validate(const void * x, size_t nb);
 
+// The same for STQ1_0.
+TQ1_25_API enum tq1_25_status stq1_0_quantize(const float * x, block_stq1_0 * y, int64_t n, int64_t * bad);
+TQ1_25_API enum tq1_25_status stq1_0_quantize_weighted(const float * x, const float * w, block_stq1_0 * y, int64_t n, int64_t * bad);
+TQ1_25_API void stq1_0_dequantize(const block_stq1_0 * x, float * y, int64_t n);
+TQ1_25_API bool stq1_0_validate(const void * x, size_t nb);
+
 // n activations, n a multiple of 32, to Q8_0: scale max|x| / 127, halves away from zero; the bytes of ggml's reference.
 TQ1_25_API void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n);
 
@@ -83,11 +107,15 @@ TQ1_25_API void tq1_25_release(const void * x, size_t size);
 TQ1_25_API void   quantize_row_tq1_25_ref(const float * x, void * y, int64_t n);
 TQ1_25_API void   dequantize_row_tq1_25(const void * x, float * y, int64_t n);
 TQ1_25_API size_t quantize_tq1_25(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix);
+TQ1_25_API void   quantize_row_stq1_0_ref(const float * x, void * y, int64_t n);
+TQ1_25_API void   dequantize_row_stq1_0(const void * x, float * y, int64_t n);
+TQ1_25_API size_t quantize_stq1_0(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix);
 
 // ---- dot products (tq1_25-dot.c and a file an instruction set) ----
 
 // *s = sum over blocks i of d_w[i] * sum over j of d_y[4i+j] * (integer sum of the 32 products), n weights
 typedef void (*tq1_25_vec_dot_t)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+typedef void (*stq1_0_vec_dot_t)(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
 
 // ---- repacked (tq1_25-repack.c, tq1_25-lookup-*.c, tq1_25-gemm-*.c) ----
 //
@@ -151,6 +179,7 @@ typedef struct {
 struct tq1_25_isa {
     const char *     name;
     tq1_25_vec_dot_t vec_dot;
+    stq1_0_vec_dot_t vec_dot_stq1_0;
     int (*supported)(void); // by this CPU; NULL: everywhere
 
     // The rest is 0 where there are no kernels for repacked rows.
@@ -186,6 +215,7 @@ extern const struct tq1_25_isa tq1_25_isas[];
 const struct tq1_25_isa * tq1_25_best_isa(void);
 
 void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+void stq1_0_vec_dot_scalar(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
 // Compilers that know AVX-VNNI.
 #if !defined(__GNUC__) || (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #    define TQ1_25_AVXVNNI
@@ -195,6 +225,9 @@ void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const t
 void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_avx512(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_avx512vnni(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+void stq1_0_vec_dot_avx2(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
+void stq1_0_vec_dot_avx512(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
+void stq1_0_vec_dot_avx512vnni(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
 void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
 void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
 void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
@@ -213,6 +246,7 @@ void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded 
 
 // In the shape of ggml's table: the best instruction set's; one row (nrc = 1).
 void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
+void ggml_vec_dot_stq1_0_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 
 // Blocks of rows to tiles, as many bytes; x and y do not overlap.
 void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
@@ -282,6 +316,14 @@ static inline int tq1_25_slot(const block_tq1_25 * x, int g) {
 }
 
 static inline int tq1_25_negative(const block_tq1_25 * x, int g) {
+    return x->sign[g / 8] >> (g % 8) & 1;
+}
+
+static inline int stq1_0_slot(const block_stq1_0 * x, int g) {
+    return x->qs[g / 2] >> 4 * (g % 2) & 15;
+}
+
+static inline int stq1_0_negative(const block_stq1_0 * x, int g) {
     return x->sign[g / 8] >> (g % 8) & 1;
 }
 
