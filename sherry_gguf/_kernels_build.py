@@ -26,6 +26,8 @@ typedef struct { ...; } block_tq1_25;
 typedef struct { ...; } block_stq1_0;
 typedef struct { ...; } tq1_25_q8_0;
 typedef struct { ...; } tq1_25_tile;
+typedef struct { ...; } stq1_0_tile;
+enum tq1_25_kind { KIND_TQ1_25, KIND_STQ1_0, ... };
 typedef struct { ...; } tq1_25_decoded;
 struct tq1_25_code_scratch { ...; };
 struct tq1_25_panel_scratch { ...; };
@@ -48,25 +50,26 @@ struct tq1_25_isa {
     void (*vec_dot_stq1_0)(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
     int (*supported)(void);
     int max_tables, max_codes;
-    void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
+    void (*gemv[2])(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
     void (*gemm)(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
     ...;
 };
 extern const struct tq1_25_isa tq1_25_isas[];
-void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
+void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y);
+void stq1_0_order(const float * x, float * y, int64_t n);
 int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n);
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
-void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s);
 int64_t tq1_25_code_groups(int64_t nc);
 int64_t tq1_25_first_of_group(int64_t nc, int64_t groups, int64_t group);
-void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                       int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch);
 int64_t tq1_25_panels(int64_t nc);
 int64_t tq1_25_first_column(int64_t nc, int64_t panel);
 int64_t tq1_25_panel_size(int64_t n, int64_t nc);
 void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
-void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_panel_scratch * scratch);
 """)
 ffibuilder.set_source(

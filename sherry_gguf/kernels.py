@@ -38,7 +38,7 @@ def available() -> list[str]:
 
 def available_repacked() -> list[str]:
     """Those of `available()` with kernels for repacked rows, the best first; on a CPU without any it is empty."""
-    return [name for name, entry in _compiled().items() if _supported(entry) and entry.gemv != ffi.NULL]
+    return [name for name, entry in _compiled().items() if _supported(entry) and entry.gemv[0] != ffi.NULL]
 
 
 def _entry(isa: str | None):
@@ -53,7 +53,7 @@ def _entry(isa: str | None):
 
 def _repacked_entry(isa: str | None):
     entry = _entry(isa)
-    if entry.gemv == ffi.NULL:
+    if entry.gemv[0] == ffi.NULL:
         raise ValueError(f"instruction set {ffi.string(entry.name).decode()} has no kernels for repacked rows; "
                          f"those that this CPU runs: {', '.join(available_repacked()) or 'none'}")  # fmt: skip
     return ffi.addressof(entry)
@@ -176,28 +176,44 @@ def vec_dot(b_row: np.ndarray, y: np.ndarray, isa: str | None = None, kind: Bloc
 # ---- repacked rows ----
 
 
-def repack(b: np.ndarray) -> np.ndarray:
-    """Packed rows, uint8 (rows, nb), to as many bytes, uint8 (rows * nb,), interleaved as llama.cpp does when it loads.
+def _kind(kind: BlockType) -> int:
+    return lib.KIND_TQ1_25 if kind is tq1_25.TYPE else lib.KIND_STQ1_0
+
+
+def order(y: np.ndarray) -> np.ndarray:
+    """Activations float32 (n,), n a multiple of 256, in the order of STQ1_0's groups, in which its repacked rows meet them."""
+    y = np.asarray(y)
+    if y.dtype != np.float32 or y.ndim != 1 or y.size % lib.QK_STQ1_0:
+        raise ValueError(f"activations are {y.dtype} {y.shape}, not float32 (n,), n a multiple of {lib.QK_STQ1_0}")
+    out = np.empty(y.size, np.float32)
+    lib.stq1_0_order(_floats(y), _floats(out), y.size)
+    return out
+
+
+def repack(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
+    """Packed rows of `kind`, uint8 (rows, nb), to as many bytes, uint8 (rows * nb,), interleaved as llama.cpp does when it loads.
 
     64 rows at a time become tiles; rows that are left over stay as they are (tq1_25.h, "repacked").
     Raises ValueError for another dtype, shape, or a length that is no whole number of blocks.
     """
-    b = tq1_25.check_blocks(b)
+    b = kind.check_blocks(b)
     if b.ndim != 2:
         raise ValueError(f"packed rows have shape {b.shape}, not (rows, bytes of a row)")
     out = np.empty(b.size, np.uint8)
-    n = b.shape[1] // tq1_25.BLOCK_BYTES * tq1_25.BLOCK
-    lib.tq1_25_repack(b.shape[0], n, _blocks(b, "block_tq1_25"), ffi.from_buffer(out))
+    n = b.shape[1] // kind.bytes * kind.size
+    lib.tq1_25_repack(_kind(kind), b.shape[0], n, _blocks(b, "uint8_t"), ffi.from_buffer(out))
     return out
 
 
-def _check_repacked(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, pieces: int) -> tuple[np.ndarray, int, int, np.ndarray, int]:
+def _check_repacked(
+    kind: BlockType, repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, pieces: int
+) -> tuple[np.ndarray, int, int, np.ndarray, int]:
     """The arguments as they are used: numbers are Python's, since NumPy's overflow."""
     repacked, q8_0 = np.asarray(repacked), np.asarray(q8_0)
     rows, n, pieces = operator.index(rows), operator.index(n), operator.index(pieces)
-    if n <= 0 or n % tq1_25.BLOCK or rows < 0:
-        raise ValueError(f"{rows} rows of {n} weights: rows are not whole blocks of {tq1_25.BLOCK}, at least one")
-    size = rows * (n // tq1_25.BLOCK) * tq1_25.BLOCK_BYTES
+    if n <= 0 or n % kind.size or rows < 0:
+        raise ValueError(f"{rows} rows of {n} weights: rows are not whole blocks of {kind.size}, at least one")
+    size = rows * (n // kind.size) * kind.bytes
     if repacked.dtype != np.uint8 or repacked.shape != (size,):
         raise ValueError(f"repacked rows are {repacked.dtype} {repacked.shape}, "
                          f"{rows} rows of {n} weights need uint8 ({size},)")  # fmt: skip
@@ -234,16 +250,18 @@ def _pieces(count: int, pieces: int) -> list[tuple[int, int]]:
     return list(zip(cuts, cuts[1:]))[::-1]
 
 
-def mul_tables(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1) -> np.ndarray:
-    """Repacked rows, uint8 (rows * n / 128 * 22,) of `repack`, times Q8_0 activations, uint8 (columns, n / 32 * 34), by
-    table lookup: float32 (columns, rows).
+def mul_tables(
+    repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
+) -> np.ndarray:
+    """Repacked rows of `kind`, uint8 (bytes,) of `repack`, times Q8_0 activations, uint8 (columns, n / 32 * 34), by table
+    lookup: float32 (columns, rows). Those of STQ1_0 are quantized in its `order`.
 
     isa: an instruction set of `available_repacked()`; by default the one that SHERRY_ISA names, else the best.
     pieces: into how many the tables and the rows of tiles are cut, as threads would; the result is the same, bit by bit.
     Raises ValueError for one that is missing, another dtype, shape or length.
     """
     isa = _repacked_entry(isa)
-    repacked, rows, n, q8_0, pieces = _check_repacked(repacked, rows, n, q8_0, pieces)
+    repacked, rows, n, q8_0, pieces = _check_repacked(kind, repacked, rows, n, q8_0, pieces)
     q8_0, columns = _columns(q8_0), len(q8_0)
     y = _pointers("const tq1_25_q8_0 *", q8_0)
     size = lib.tq1_25_table_size(isa, n)
@@ -255,17 +273,19 @@ def mul_tables(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: s
     out = np.empty((columns, rows), np.float32)
     x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
     for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
-        lib.tq1_25_mul_tables(isa, rows, n, x, begin, end, columns, y, to_tables, s)
+        lib.tq1_25_mul_tables(isa, _kind(kind), rows, n, x, begin, end, columns, y, to_tables, s)
     return out
 
 
-def mul_codes(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1) -> np.ndarray:
+def mul_codes(
+    repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
+) -> np.ndarray:
     """The same by codes that are spread once for a group of columns, which is faster for several columns.
 
     pieces: into how many the rows of tiles are cut.
     """
     isa = _repacked_entry(isa)
-    repacked, rows, n, q8_0, pieces = _check_repacked(repacked, rows, n, q8_0, pieces)
+    repacked, rows, n, q8_0, pieces = _check_repacked(kind, repacked, rows, n, q8_0, pieces)
     q8_0, columns = _columns(q8_0), len(q8_0)
     y = _pointers("const tq1_25_q8_0 *", q8_0)
     scratch = _aligned(ffi.sizeof("struct tq1_25_code_scratch"))
@@ -275,12 +295,14 @@ def mul_codes(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: st
     for group in range(groups):
         first, last = (lib.tq1_25_first_of_group(columns, groups, k) for k in (group, group + 1))
         for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
-            lib.tq1_25_mul_codes(isa, rows, n, x, begin, end, last - first, y + first, s + first,
+            lib.tq1_25_mul_codes(isa, _kind(kind), rows, n, x, begin, end, last - first, y + first, s + first,
                                  ffi.from_buffer("struct tq1_25_code_scratch *", scratch))  # fmt: skip
     return out
 
 
-def mul_panels(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1) -> np.ndarray:
+def mul_panels(
+    repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
+) -> np.ndarray:
     """The same by decoded weights and panels of columns, for instruction sets of `available_panels()`.
 
     pieces: into how many the panels, the rows of tiles and the panels of the product are cut.
@@ -289,7 +311,7 @@ def mul_panels(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: s
     if isa.gemm == ffi.NULL:
         raise ValueError(f"instruction set {ffi.string(isa.name).decode()} has no panels; "
                          f"those that this CPU runs: {', '.join(available_panels()) or 'none'}")  # fmt: skip
-    repacked, rows, n, q8_0, pieces = _check_repacked(repacked, rows, n, q8_0, pieces)
+    repacked, rows, n, q8_0, pieces = _check_repacked(kind, repacked, rows, n, q8_0, pieces)
     q8_0, columns = _columns(q8_0), len(q8_0)
     y = _pointers("const tq1_25_q8_0 *", q8_0)
     panels = _aligned(lib.tq1_25_panel_size(n, columns))
@@ -304,6 +326,6 @@ def mul_panels(repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: s
     x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
     for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
         for first, last in _pieces(count, pieces):
-            lib.tq1_25_mul_panels(isa, rows, n, x, begin, end, columns, first, last, ffi.from_buffer(panels), s,
+            lib.tq1_25_mul_panels(isa, _kind(kind), rows, n, x, begin, end, columns, first, last, ffi.from_buffer(panels), s,
                                   ffi.from_buffer("struct tq1_25_panel_scratch *", scratch))  # fmt: skip
     return out

@@ -105,7 +105,7 @@ def test_repack_writes_its_bytes_and_no_others():
     for rows in 1, 64, 65, 129:
         b = np.random.default_rng(0).integers(0, 256, (rows, 3 * 22), dtype=np.uint8)
         out = np.full(b.size + 512, 0xA5, np.uint8)
-        lib.tq1_25_repack(rows, 384, kernels._blocks(b, "block_tq1_25"), ffi.from_buffer("uint8_t[]", out) + 256)
+        lib.tq1_25_repack(lib.KIND_TQ1_25, rows, 384, kernels._blocks(b, "block_tq1_25"), ffi.from_buffer("uint8_t[]", out) + 256)
         assert (out[256:-256] == repacked(b)).all() and (out[:256] == 0xA5).all() and (out[-256:] == 0xA5).all()
 
 
@@ -346,13 +346,13 @@ def test_nothing_is_written_outside_its_range(isa, columns):
                 floats32 = out.bytes.view(np.float32).reshape(columns, rows + gap)
                 s = ffi.new("float *[]", [ffi.cast("float *", out.pointer) + c * (rows + gap) for c in range(columns)])
                 if product == "panels":
-                    lib.tq1_25_mul_panels(entry, rows, n, x, begin, end, columns, p, q, panels.pointer, s,
+                    lib.tq1_25_mul_panels(entry, lib.KIND_TQ1_25, rows, n, x, begin, end, columns, p, q, panels.pointer, s,
                                           ffi.cast("struct tq1_25_panel_scratch *", panel_scratch.pointer))  # fmt: skip
                 elif product == "tables":
-                    lib.tq1_25_mul_tables(entry, rows, n, x, begin, end, columns, of, to, s)
+                    lib.tq1_25_mul_tables(entry, lib.KIND_TQ1_25, rows, n, x, begin, end, columns, of, to, s)
                 for group in range(groups if product == "codes" else 0):
                     first, last = (lib.tq1_25_first_of_group(columns, groups, k) for k in (group, group + 1))
-                    lib.tq1_25_mul_codes(entry, rows, n, x, begin, end, last - first, of + first, s + first,
+                    lib.tq1_25_mul_codes(entry, lib.KIND_TQ1_25, rows, n, x, begin, end, last - first, of + first, s + first,
                                          ffi.cast("struct tq1_25_code_scratch *", code_scratch.pointer))  # fmt: skip
                 assert out.intact() and panel_scratch.intact() and code_scratch.intact() and panels.intact()
                 written = np.zeros((columns, rows + gap), bool)

@@ -172,3 +172,74 @@ def test_c_refuses_what_no_block_can_hold():
     out = np.zeros((3, 84), np.uint8)
     kernels.lib.quantize_stq1_0(kernels._floats(x), kernels.ffi.from_buffer(out), 3, 512, kernels.ffi.NULL)
     assert [bool(kernels.lib.stq1_0_validate(kernels.ffi.from_buffer(row.copy()), 2)) for row in out] == [True, False, False]
+
+
+# ---- repacked ----
+
+PRODUCTS = {"tables": kernels.mul_tables, "codes": kernels.mul_codes, "panels": kernels.mul_panels}
+every_product = pytest.mark.parametrize("isa, product", [
+    (isa, product) for product in PRODUCTS
+    for isa in (kernels.available_panels() if product == "panels" else kernels.available_repacked())])  # fmt: skip
+
+
+def halves(values: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(values.astype("<f2"))[..., None].view(np.uint8)
+
+
+@every_product
+@pytest.mark.parametrize("rows, columns, n", [(64, 1, 256), (192, 2, 512), (100, 3, 768), (63, 7, 512), (129, 17, 1280), (320, 13, 4864)])
+def test_repacked_products_are_exact(isa, product, rows, columns, n):
+    """Scales are powers of two, so that float32 holds every sum; activations are any int8, in the order of the groups."""
+    rng = np.random.default_rng(rows)
+    b = rng.integers(0, 256, (rows, n // 256, 42), dtype=np.uint8)
+    b[..., 40:] = halves(rng.choice([0, 0.5, 1, 2], b.shape[:2]))
+    b = b.reshape(rows, -1)
+    q = rng.integers(0, 256, (columns, n // 32, 34), dtype=np.uint8)
+    scale = rng.choice([0.5, 1, 2], q.shape[:2])
+    q[..., :2] = halves(scale)
+    lanes, d = TYPE.unpack(b)
+    w = TYPE.to_groups(lanes) * np.repeat(d.astype(np.float64), 256, axis=-1)
+    y = (q[..., 2:].view(np.int8) * scale[..., None]).reshape(columns, n)
+    for pieces in 1, 3:
+        found = PRODUCTS[product](kernels.repack(b, TYPE), rows, n, q.reshape(columns, -1), isa, pieces, TYPE)
+        np.testing.assert_array_equal(found, y @ w.T)
+
+
+def test_repacked_layout():
+    """64 rows side by side: eight parts of four bytes of slots and one of signs, then the scales as TQ1_25's tiles have them;
+    rows that are left over stay as they are."""
+    rng = np.random.default_rng(3)
+    b = rng.integers(0, 256, (70, 2 * 42), dtype=np.uint8)
+    out = kernels.repack(b, TYPE)
+    assert (out[64 * 84 :] == b[64:].reshape(-1)).all()
+    lanes, d = TYPE.unpack(b[:64])
+    codes = ternary.lanes_to_codes(TYPE.to_groups(lanes).reshape(64, 2, 8, 8, 4))  # row, block, part, group
+    tiles = out[: 64 * 84].reshape(2, 42 * 64)
+    parts = tiles[:, : 8 * 5 * 64].reshape(2, 8, 5, 64)
+    slots = codes & 15
+    assert (parts[:, :, :4] == (slots[..., :4] | slots[..., 4:] << 4).transpose(1, 2, 3, 0)).all()
+    assert (parts[:, :, 4] == np.packbits(codes >> 4, axis=-1, bitorder="little")[..., 0].transpose(1, 2, 0)).all()
+    # a place in the order of sums: TQ1_25's own tile tells which row it is
+    plain = np.zeros((64, 22), np.uint8)
+    plain[:, 20] = np.arange(64)
+    place = kernels.repack(plain)[20 * 64 :].reshape(64, 2)[:, 0]
+    np.testing.assert_array_equal(tiles[:, 8 * 5 * 64 :].view("<f2"), d[place].T)
+
+
+def test_activations_in_the_order_of_the_groups():
+    y = np.random.default_rng(4).standard_normal(768).astype(np.float32)
+    assert (kernels.order(y) == TYPE.to_groups(y)).all()
+    with pytest.raises(ValueError, match="256"):
+        kernels.order(y[:128])
+
+
+@every_product
+def test_repacked_is_the_plain_product_but_for_the_activations_scales(isa, product):
+    """The same weights and activations; what meets them is rounded in other blocks of 32."""
+    rng = np.random.default_rng(5)
+    x, y = rng.standard_normal((80, 1024)).astype(np.float32), rng.standard_normal((2, 1024)).astype(np.float32)
+    b = TYPE.quantize(x)
+    q = np.stack([kernels.quantize_q8_0(kernels.order(row)) for row in y])
+    found = PRODUCTS[product](kernels.repack(b, TYPE), 80, 1024, q, isa, kind=TYPE)
+    wanted = y.astype(np.float64) @ TYPE.dequantize(b).astype(np.float64).T
+    assert np.abs(found - wanted).max() < 0.02 * np.abs(wanted).max()

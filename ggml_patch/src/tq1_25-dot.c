@@ -126,9 +126,9 @@ static int has_avxvnni(void) {
 #endif
 
 #define LOOKUP_AVX2(tables, codes) .max_tables = tables, .max_codes = codes, .table_size = TQ1_25_TABLE_AVX2, .code_tiles = 1, .table = tq1_25_table_avx2, \
-    .gemv = tq1_25_gemv_avx2, .expand = tq1_25_expand_avx2, .lookup = tq1_25_lookup_avx2, .store = tq1_25_store_avx2
+    .gemv = { tq1_25_gemv_avx2, stq1_0_gemv_avx2 }, .expand = tq1_25_expand_avx2, .lookup = tq1_25_lookup_avx2, .store = tq1_25_store_avx2
 #define LOOKUP_AVX512(tables, codes) .max_tables = tables, .max_codes = codes, .table_size = TQ1_25_TABLE, .code_tiles = 2, .table = tq1_25_table_avx512, \
-    .gemv = tq1_25_gemv_avx512, .expand = tq1_25_expand_avx512, .lookup = tq1_25_lookup_avx512, .store = tq1_25_store_avx512
+    .gemv = { tq1_25_gemv_avx512, stq1_0_gemv_avx512 }, .expand = tq1_25_expand_avx512, .lookup = tq1_25_lookup_avx512, .store = tq1_25_store_avx512
 #define VEC_DOT(isa) tq1_25_vec_dot_##isa, stq1_0_vec_dot_##isa
 #define PANELS(isa) .decode = tq1_25_decode_##isa, .gemm = tq1_25_gemm_##isa
 

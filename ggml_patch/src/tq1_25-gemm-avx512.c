@@ -60,7 +60,7 @@ TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, co
 
 // ---- weights to bytes ----
 
-TARGET(AVX512) void tq1_25_decode_avx512vnni(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w) {
+TARGET(AVX512) void tq1_25_decode_avx512vnni(tq1_25_rows x, tq1_25_decoded * w) {
     // Each code's four weights plus one: the dwords of two registers, slots with a positive and with a negative sign.
     const __m512i one = _mm512_set1_epi8(1), slot = _mm512_set1_epi32(15);
     __m512i positive = _mm512_setzero_si512();
@@ -70,22 +70,20 @@ TARGET(AVX512) void tq1_25_decode_avx512vnni(int64_t nb, const tq1_25_tile * x, 
     }
     const __m512i codes0 = _mm512_add_epi8(one, positive), codes1 = _mm512_sub_epi8(one, positive);
 #define SIXTEEN(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) ((p) + 16 * at)))
-    for (int64_t i = 0; i < nb; ++i, ++x, ++w) {
-        for (int at = 0; at < TQ1_25_TILE / 16; ++at) {
-            uint8_t * out = w->w[at][0][0];
-            for (int j = 0; j < PARTS; ++j, out += 64 * GROUPS) {
-                const __m512i sign = _mm512_slli_epi32(SIXTEEN(x->part[j].sign), 4); // bit 4 + g
+    for (int at = 0; at < TQ1_25_TILE / 16; ++at) {
+        uint8_t * out = w->w[at][0][0];
+        for (int j = 0; j < PARTS; ++j, out += 64 * GROUPS) {
+            const __m512i sign = _mm512_slli_epi32(SIXTEEN(x.part[j].sign), 4); // bit 4 + g
 #define WEIGHTS(g, bits) _mm512_storeu_si512(out + 64 * (g), _mm512_permutex2var_epi32( \
-        codes0, _mm512_ternarylogic_epi32(slot, bits, _mm512_srli_epi32(sign, g), 0xca), codes1));
-                for (int g = 0; g < GROUPS / 2; ++g) {
-                    const __m512i bits = SIXTEEN(x->part[j].qs[g]);
-                    WEIGHTS(g, bits)
-                    WEIGHTS(g + 4, _mm512_srli_epi32(bits, 4))
-                }
+    codes0, _mm512_ternarylogic_epi32(slot, bits, _mm512_srli_epi32(sign, g), 0xca), codes1));
+            for (int g = 0; g < GROUPS / 2; ++g) {
+                const __m512i bits = SIXTEEN(x.part[j].qs[g]);
+                WEIGHTS(g, bits)
+                WEIGHTS(g + 4, _mm512_srli_epi32(bits, 4))
             }
         }
-        tq1_25_decode_scales(x, w);
     }
+    tq1_25_decode_scales(x.d, w);
 }
 
 #endif

@@ -66,47 +66,45 @@ TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq
 
 // ---- weights to bytes ----
 
-TARGET(AVX2) void tq1_25_decode_avxvnni(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w) {
+TARGET(AVX2) void tq1_25_decode_avxvnni(tq1_25_rows x, tq1_25_decoded * w) {
     const __m256i one = _mm256_set1_epi8(1), nibble = _mm256_set1_epi8(15);
     __m256i table[TQ1_25_GROUP];
     for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
         table[lane] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) lanes[lane]));
     }
-    for (int64_t i = 0; i < nb; ++i, ++x, ++w) {
-        for (int at = 0; at < TQ1_25_TILE; at += 32) {
-            for (int j = 0; j < PARTS; ++j) {
-                uint8_t * lower = w->w[at / 16][GROUPS * j][0], * upper = w->w[at / 16 + 1][GROUPS * j][0];
-                const __m256i signs = LOAD(x->part[j].sign + at);
+    for (int at = 0; at < TQ1_25_TILE; at += 32) {
+        for (int j = 0; j < PARTS; ++j) {
+            uint8_t * lower = w->w[at / 16][GROUPS * j][0], * upper = w->w[at / 16 + 1][GROUPS * j][0];
+            const __m256i signs = LOAD(x.part[j].sign + at);
 #define OF_LANE(l) _mm256_add_epi8(one, _mm256_sign_epi8(_mm256_shuffle_epi8(table[l], slots), sign))
 #define STORE(to, v) _mm256_storeu_si256((__m256i *) (to), v)
 // The slots of a group, and its sign with the group's bit on top.
 #define WEIGHTS(g, bits, turned) {                                                                             \
-                    const __m256i slots = _mm256_and_si256(bits, nibble), sign = _mm256_or_si256(turned, one); \
-                    const __m256i l0 = OF_LANE(0), l1 = OF_LANE(1), l2 = OF_LANE(2), l3 = OF_LANE(3);          \
-                    /* four bytes a row: 128-bit half k holds rows 16k and on, 16k + 4, 16k + 8, 16k + 12 */   \
-                    const __m256i l01 = _mm256_unpacklo_epi8(l0, l1), h01 = _mm256_unpackhi_epi8(l0, l1);      \
-                    const __m256i l23 = _mm256_unpacklo_epi8(l2, l3), h23 = _mm256_unpackhi_epi8(l2, l3);      \
-                    const __m256i r0 = _mm256_unpacklo_epi16(l01, l23), r4  = _mm256_unpackhi_epi16(l01, l23); \
-                    const __m256i r8 = _mm256_unpacklo_epi16(h01, h23), r12 = _mm256_unpackhi_epi16(h01, h23); \
-                    STORE(lower + 64 * (g),      _mm256_permute2x128_si256(r0, r4, 0x20));                     \
-                    STORE(lower + 64 * (g) + 32, _mm256_permute2x128_si256(r8, r12, 0x20));                    \
-                    STORE(upper + 64 * (g),      _mm256_permute2x128_si256(r0, r4, 0x31));                     \
-                    STORE(upper + 64 * (g) + 32, _mm256_permute2x128_si256(r8, r12, 0x31));                    \
-                }
-                const __m256i b0 = LOAD(x->part[j].qs[0] + at), b1 = LOAD(x->part[j].qs[1] + at);
-                const __m256i b2 = LOAD(x->part[j].qs[2] + at), b3 = LOAD(x->part[j].qs[3] + at);
-                WEIGHTS(0, b0, _mm256_slli_epi16(signs, 7))
-                WEIGHTS(1, b1, _mm256_slli_epi16(signs, 6))
-                WEIGHTS(2, b2, _mm256_slli_epi16(signs, 5))
-                WEIGHTS(3, b3, _mm256_slli_epi16(signs, 4))
-                WEIGHTS(4, _mm256_srli_epi16(b0, 4), _mm256_slli_epi16(signs, 3))
-                WEIGHTS(5, _mm256_srli_epi16(b1, 4), _mm256_slli_epi16(signs, 2))
-                WEIGHTS(6, _mm256_srli_epi16(b2, 4), _mm256_slli_epi16(signs, 1))
-                WEIGHTS(7, _mm256_srli_epi16(b3, 4), signs)
+                const __m256i slots = _mm256_and_si256(bits, nibble), sign = _mm256_or_si256(turned, one); \
+                const __m256i l0 = OF_LANE(0), l1 = OF_LANE(1), l2 = OF_LANE(2), l3 = OF_LANE(3);          \
+                /* four bytes a row: 128-bit half k holds rows 16k and on, 16k + 4, 16k + 8, 16k + 12 */   \
+                const __m256i l01 = _mm256_unpacklo_epi8(l0, l1), h01 = _mm256_unpackhi_epi8(l0, l1);      \
+                const __m256i l23 = _mm256_unpacklo_epi8(l2, l3), h23 = _mm256_unpackhi_epi8(l2, l3);      \
+                const __m256i r0 = _mm256_unpacklo_epi16(l01, l23), r4  = _mm256_unpackhi_epi16(l01, l23); \
+                const __m256i r8 = _mm256_unpacklo_epi16(h01, h23), r12 = _mm256_unpackhi_epi16(h01, h23); \
+                STORE(lower + 64 * (g),      _mm256_permute2x128_si256(r0, r4, 0x20));                     \
+                STORE(lower + 64 * (g) + 32, _mm256_permute2x128_si256(r8, r12, 0x20));                    \
+                STORE(upper + 64 * (g),      _mm256_permute2x128_si256(r0, r4, 0x31));                     \
+                STORE(upper + 64 * (g) + 32, _mm256_permute2x128_si256(r8, r12, 0x31));                    \
             }
+            const __m256i b0 = LOAD(x.part[j].qs[0] + at), b1 = LOAD(x.part[j].qs[1] + at);
+            const __m256i b2 = LOAD(x.part[j].qs[2] + at), b3 = LOAD(x.part[j].qs[3] + at);
+            WEIGHTS(0, b0, _mm256_slli_epi16(signs, 7))
+            WEIGHTS(1, b1, _mm256_slli_epi16(signs, 6))
+            WEIGHTS(2, b2, _mm256_slli_epi16(signs, 5))
+            WEIGHTS(3, b3, _mm256_slli_epi16(signs, 4))
+            WEIGHTS(4, _mm256_srli_epi16(b0, 4), _mm256_slli_epi16(signs, 3))
+            WEIGHTS(5, _mm256_srli_epi16(b1, 4), _mm256_slli_epi16(signs, 2))
+            WEIGHTS(6, _mm256_srli_epi16(b2, 4), _mm256_slli_epi16(signs, 1))
+            WEIGHTS(7, _mm256_srli_epi16(b3, 4), signs)
         }
-        tq1_25_decode_scales(x, w);
     }
+    tq1_25_decode_scales(x.d, w);
 }
 
 #endif

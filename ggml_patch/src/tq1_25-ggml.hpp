@@ -1,4 +1,4 @@
-// TQ1_25 in ggml's repack buffer: included by ggml-cpu/repack.cpp. Finds the rows and shares the work among the threads;
+// TQ1_25 and STQ1_0 in ggml's repack buffer: included by ggml-cpu/repack.cpp. Finds the rows and shares the work among the threads;
 // the arithmetic is in tq1_25-repack.c and the kernels that it calls.
 
 #pragma once
@@ -22,7 +22,7 @@
 
 namespace ggml::cpu::repack {
 
-// MUL_MAT and MUL_MAT_ID of a repacked TQ1_25 tensor. The vectors that meet one matrix are its columns: MUL_MAT has one
+// MUL_MAT and MUL_MAT_ID of a repacked TQ1_25 or STQ1_0 tensor. The vectors that meet one matrix are its columns: MUL_MAT has one
 // matrix, MUL_MAT_ID one an expert. One column is multiplied through tables, several through codes or panels.
 class tq1_25_traits : public tensor_traits_base {
     // The work buffer.
@@ -75,9 +75,10 @@ class tq1_25_traits : public tensor_traits_base {
         ggml_compute_params * params;
         ggml_tensor *         op;
         const tq1_25_isa *    isa = tq1_25_best_isa();
+        const tq1_25_kind     kind;
         char *                base;
 
-        job(ggml_compute_params * params, ggml_tensor * op) : layout(op, params->nth), params(params), op(op) {
+        job(ggml_compute_params * params, ggml_tensor * op) : layout(op, params->nth), params(params), op(op), kind(kind_of(op->src[0])) {
             base = (char *) GGML_PAD((uintptr_t) params->wdata, 64);
             GGML_ASSERT(base + size <= (char *) params->wdata + params->wsize);
         }
@@ -110,7 +111,17 @@ class tq1_25_traits : public tensor_traits_base {
             const ggml_tensor * src1 = op->src[1];
             const int64_t i1 = row_ % src1->ne[1], i2 = row_ / src1->ne[1] % src1->ne[2], i3 = row_ / src1->ne[1] / src1->ne[2];
             const char *  x  = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
-            ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float((const float *) x + begin, activations(row_) + begin / TQ1_25_QK8_0, end - begin);
+            const auto to_q8_0 = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float;
+            if (kind == KIND_TQ1_25) {
+                to_q8_0((const float *) x + begin, activations(row_) + begin / TQ1_25_QK8_0, end - begin);
+                return;
+            }
+            for (int64_t i = begin; i < end; i += QK_STQ1_0) {
+                float ordered[QK_STQ1_0];
+                const int64_t count = std::min<int64_t>(QK_STQ1_0, end - i);
+                stq1_0_order((const float *) x + i, ordered, count);
+                to_q8_0(ordered, activations(row_) + i / TQ1_25_QK8_0, count);
+            }
         }
 
         void find_columns() const {
@@ -255,7 +266,7 @@ class tq1_25_traits : public tensor_traits_base {
 
         void by_table(int64_t e, int64_t unit, int64_t end) const {
             const int64_t c = firsts()[e];
-            tq1_25_mul_tables(isa, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (firsts()[e + 1] - c), columns_y() + c, columns_table() + c,
+            tq1_25_mul_tables(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (firsts()[e + 1] - c), columns_y() + c, columns_table() + c,
                               columns_s() + c);
         }
 
@@ -265,22 +276,24 @@ class tq1_25_traits : public tensor_traits_base {
         void by_code(int64_t e, int64_t groups, int64_t group, int64_t unit, int64_t end) const {
             const int64_t count = firsts()[e + 1] - firsts()[e], begin = tq1_25_first_of_group(count, groups, group);
             const int64_t c = firsts()[e] + begin;
-            tq1_25_mul_codes(isa, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (tq1_25_first_of_group(count, groups, group + 1) - begin),
+            tq1_25_mul_codes(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (tq1_25_first_of_group(count, groups, group + 1) - begin),
                              columns_y() + c, columns_s() + c, at<tq1_25_code_scratch>(code_scratch) + params->ith);
         }
 
         void by_panel(int64_t e, int64_t unit, int64_t end, int64_t panel, int64_t last) const {
             const int64_t c = firsts()[e];
-            tq1_25_mul_panels(isa, op->src[0]->ne[1], n, matrix(e), unit, end, firsts()[e + 1] - c, panel, last, panel_at(c), columns_s() + c,
+            tq1_25_mul_panels(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, firsts()[e + 1] - c, panel, last, panel_at(c), columns_s() + c,
                               at<tq1_25_panel_scratch>(panel_scratch) + params->ith);
         }
     };
 
   public:
+    static tq1_25_kind kind_of(const ggml_tensor * t) { return t->type == GGML_TYPE_STQ1_0 ? KIND_STQ1_0 : KIND_TQ1_25; }
+
     // Where the CPU has kernels for it and there is a tile to fill.
     static const ggml::cpu::tensor_traits * choose(const ggml_tensor * t) {
         static const tq1_25_traits traits;
-        if (!tq1_25_best_isa()->gemv || t->ne[1] < TQ1_25_TILE) {
+        if (!tq1_25_best_isa()->gemv[kind_of(t)] || t->ne[1] < TQ1_25_TILE) {
             return nullptr;
         }
         if (t->buffer) {
@@ -394,7 +407,7 @@ class tq1_25_traits : public tensor_traits_base {
         share(runs * t->ne[2] * t->ne[3], [&](int64_t i) {
             const int64_t begin = i % runs * run, rows = std::min(matrix - begin, run);
             const size_t  at = (size_t) (i / runs) * t->nb[2] + (size_t) begin * t->nb[1];
-            tq1_25_repack(rows, n, (const block_tq1_25 *) ((const char *) data + at), (char *) t->data + at);
+            tq1_25_repack(kind_of(t), rows, n, (const char *) data + at, (char *) t->data + at);
         });
         return 0;
     }

@@ -56,19 +56,20 @@ TARGET(AVX2) INLINE void flush(__m256i high, __m256i low, __m256 f[4]) {
         IN_ORDER(low);                                                                                    \
     }
 
-// Rows at .. at + 31 of a tile: adds to total[4], in the order of tq1_25_tile.d.
-TARGET(AVX2) INLINE void half(__m256 * total, const tq1_25_tile * x, int at, const int8_t * table, const float * d) {
+// Rows at .. at + 31 of a tile: adds to total[4], in the order of its d.
+TARGET(AVX2) INLINE void half(int parts, __m256 * total, const tq1_25_part * x, int at, const int8_t * table, const float * d) {
+    const uint16_t * of_rows = (const uint16_t *) (x + parts);
     const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
     __m256 block[4];
-    for (int j = 0; j < PARTS; ++j, table += 32 * GROUPS) {
+    for (int j = 0; j < parts; ++j, ++x, table += 32 * GROUPS) {
         if (at == 0) {
-            prefetch_part(x, j);
+            prefetch_part(x, j, of_rows);
         }
         __m256i high, low;
 #define HIGH_SLOTS(b) _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble)
-        const __m256i sign = LOAD(x->part[j].sign + at);
-        const __m256i b0 = LOAD(x->part[j].qs[0] + at), b1 = LOAD(x->part[j].qs[1] + at);
-        const __m256i b2 = LOAD(x->part[j].qs[2] + at), b3 = LOAD(x->part[j].qs[3] + at);
+        const __m256i sign = LOAD(x->sign + at);
+        const __m256i b0 = LOAD(x->qs[0] + at), b1 = LOAD(x->qs[1] + at);
+        const __m256i b2 = LOAD(x->qs[2] + at), b3 = LOAD(x->qs[3] + at);
         SHUFFLE(0, _mm256_and_si256(b0, nibble), _mm256_slli_epi16(sign, 7))
         SHUFFLE(1, _mm256_and_si256(b1, nibble), _mm256_slli_epi16(sign, 6))
         SHUFFLE(2, _mm256_and_si256(b2, nibble), _mm256_slli_epi16(sign, 5))
@@ -85,7 +86,7 @@ TARGET(AVX2) INLINE void half(__m256 * total, const tq1_25_tile * x, int at, con
         }
     }
     for (int k = 0; k < 4; ++k) {
-        const __m128i dx = _mm_loadu_si128((const __m128i *) (x->d + 16 * k + at / 4));
+        const __m128i dx = _mm_loadu_si128((const __m128i *) (of_rows + 16 * k + at / 4));
         total[k] = _mm256_fmadd_ps(block[k], _mm256_cvtph_ps(dx), total[k]);
     }
 }
@@ -98,29 +99,35 @@ TARGET(AVX2) INLINE void store(float * s, const __m256 t[4]) {
     }
 }
 
-TARGET(AVX2) void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d) {
+TARGET(AVX2) INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
     __m256 total[8];
     for (int k = 0; k < 8; ++k) {
         total[k] = _mm256_setzero_ps();
     }
-    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, table += TQ1_25_TABLE_AVX2, d += PARTS) {
-        half(total, x, 0, table, d);
-        half(total + 4, x, 32, table, d);
+    const tq1_25_part * part = (const tq1_25_part *) x;
+    for (int64_t i = 0; i < n / (parts * TQ1_25_QK8_0); ++i, table += 32 * GROUPS * parts, d += parts) {
+        half(parts, total, part, 0, table, d);
+        half(parts, total + 4, part, 32, table, d);
+        part = (const tq1_25_part *) ((const uint16_t *) (part + parts) + TQ1_25_TILE);
     }
     store(s, total);
     store(s + 32, total + 4);
 }
 
+TARGET(AVX2) void tq1_25_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(PARTS, n, s, x, table, d); }
+
+TARGET(AVX2) void stq1_0_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(2 * PARTS, n, s, x, table, d); }
+
 // ---- several vectors ----
 
-TARGET(AVX2) void tq1_25_expand_avx2(const tq1_25_tile * const x[2], tq1_25_codes * codes) {
+TARGET(AVX2) void tq1_25_expand_avx2(const tq1_25_rows x[2], tq1_25_codes * codes) {
     const __m256i nibble = _mm256_set1_epi8(15);
     for (int at = 0; at < TQ1_25_TILE; at += 32) {
         for (int j = 0; j < PARTS; ++j) {
-            const __m256i sign = LOAD(x[0]->part[j].sign + at);
+            const __m256i sign = LOAD(x[0].part[j].sign + at);
             __m256i negative = _mm256_setzero_si256();
             UNROLL for (int g = 0; g < GROUPS; ++g) {
-                const __m256i bits = LOAD(x[0]->part[j].qs[g % 4] + at);
+                const __m256i bits = LOAD(x[0].part[j].qs[g % 4] + at);
                 const __m256i bit  = _mm256_set1_epi8((char) (1 << g)), mask = _mm256_cmpeq_epi8(_mm256_and_si256(sign, bit), bit);
                 STORE(codes->one.slot[GROUPS * j + g] + at, _mm256_and_si256(g < 4 ? bits : _mm256_srli_epi16(bits, 4), nibble));
                 STORE(codes->one.mask[GROUPS * j + g] + at, mask);
@@ -129,7 +136,7 @@ TARGET(AVX2) void tq1_25_expand_avx2(const tq1_25_tile * const x[2], tq1_25_code
             STORE(codes->one.negative[j] + at, negative);
         }
         for (int k = 0; k < 4; ++k) {
-            _mm256_storeu_ps(codes->one.d + at + 8 * k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (x[0]->d + 16 * k + at / 4))));
+            _mm256_storeu_ps(codes->one.d + at + 8 * k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (x[0].d + 16 * k + at / 4))));
         }
     }
 }

@@ -36,9 +36,9 @@ TARGET(AVX512) void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_
 #define FOUR(row)     TQ1_25_PLACE(row), TQ1_25_PLACE((row) + 4), TQ1_25_PLACE((row) + 8), TQ1_25_PLACE((row) + 12)
 #define SIXTEEN(from) FOUR(from), FOUR((from) + 16), FOUR((from) + 32), FOUR((from) + 48)
 
-TARGET(AVX512) INLINE void scales(const tq1_25_tile * x, __m512 d[4]) {
+TARGET(AVX512) INLINE void scales(const uint16_t * x, __m512 d[4]) {
     static const uint16_t places[4][16] = { { SIXTEEN(0) }, { SIXTEEN(2) }, { SIXTEEN(1) }, { SIXTEEN(3) } };
-    const __m512i d0 = LOAD(x->d), d1 = LOAD(x->d + 32);
+    const __m512i d0 = LOAD(x), d1 = LOAD(x + 32);
     for (int k = 0; k < 4; ++k) {
         const __m512i place = _mm512_castsi256_si512(_mm256_loadu_si256((const __m256i *) places[k]));
         d[k] = _mm512_cvtph_ps(_mm512_castsi512_si256(_mm512_permutex2var_epi16(d0, place, d1)));
@@ -47,13 +47,13 @@ TARGET(AVX512) INLINE void scales(const tq1_25_tile * x, __m512 d[4]) {
 
 // Sign << 4 | slot of the eight groups of a part. The lookup minds five bits of an index: what shifts leave in the others needs
 // no mask.
-TARGET(AVX512) INLINE void eight_codes(const tq1_25_tile * x, int j, __m512i codes[GROUPS]) {
+TARGET(AVX512) INLINE void eight_codes(const tq1_25_part * x, __m512i codes[GROUPS]) {
     const __m512i slot = _mm512_set1_epi8(15);
-    __m512i sign = LOAD(x->part[j].sign), qs[4];
+    __m512i sign = LOAD(x->sign), qs[4];
     LOADED(sign);
     UNROLL for (int g = 0; g < GROUPS; ++g) {
         if (g < 4) {
-            qs[g] = LOAD(x->part[j].qs[g]);
+            qs[g] = LOAD(x->qs[g]);
             LOADED(qs[g]);
         }
         const __m512i bits   = g < 4 ? qs[g] : _mm512_srli_epi16(qs[g - 4], 4);
@@ -85,15 +85,17 @@ TARGET(AVX512) void tq1_25_store_avx512(float * s, const float * sums, bool add)
 // 64 rows. A word of 64 codes looks up an even row by its lower byte and an odd one by its upper, which a multiplication by 256
 // brings down: shifts take the pipes of the lookup (0.97 of this rate). A lookup of bytes by vpermb (high and low parts, as AVX2
 // has them) needs none, but its tables of 32 bytes want to be spread to 64, which takes those pipes as well: 0.87.
-TARGET(AVX512) void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d) {
+TARGET(AVX512) INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
     const __m512i first = _mm512_set1_epi32(1), upper = _mm512_set1_epi16(1 << 8);
     __m512 total[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
-    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
+    const tq1_25_part * part = (const tq1_25_part *) x;
+    for (int64_t i = 0; i < n / (parts * TQ1_25_QK8_0); ++i) {
         __m512 block[4];
-        for (int j = 0; j < PARTS; ++j, table += 64 * GROUPS) {
-            prefetch_part(x, j);
+        const uint16_t * of_rows = (const uint16_t *) (part + parts);
+        for (int j = 0; j < parts; ++j, ++part, table += 64 * GROUPS) {
+            prefetch_part(part, j, of_rows);
             __m512i codes[GROUPS], even, odd;
-            eight_codes(x, j, codes);
+            eight_codes(part, codes);
             UNROLL for (int g = 0; g < GROUPS; ++g) {
                 __m512i entries = LOAD(table + 64 * g);
                 LOADED(entries);
@@ -114,10 +116,11 @@ TARGET(AVX512) void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile *
             }
         }
         __m512 dx[4];
-        scales(x, dx);
+        scales(of_rows, dx);
         for (int k = 0; k < 4; ++k) {
             total[k] = _mm512_fmadd_ps(block[k], dx[k], total[k]);
         }
+        part = (const tq1_25_part *) (of_rows + TQ1_25_TILE);
     }
     float sums[TQ1_25_TILE];
     for (int k = 0; k < 4; ++k) {
@@ -126,19 +129,23 @@ TARGET(AVX512) void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile *
     tq1_25_store_avx512(s, sums, false);
 }
 
+TARGET(AVX512) void tq1_25_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(PARTS, n, s, x, table, d); }
+
+TARGET(AVX512) void stq1_0_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(2 * PARTS, n, s, x, table, d); }
+
 // ---- several vectors ----
 
-TARGET(AVX512) void tq1_25_expand_avx512(const tq1_25_tile * const x[2], tq1_25_codes * codes) {
+TARGET(AVX512) void tq1_25_expand_avx512(const tq1_25_rows x[2], tq1_25_codes * codes) {
     for (int r = 0; r < 2; ++r) {
         for (int j = 0; j < PARTS; ++j) {
             __m512i code[GROUPS];
-            eight_codes(x[r], j, code);
+            eight_codes(x[r].part + j, code);
             UNROLL for (int g = 0; g < GROUPS; ++g) {
                 _mm512_storeu_si512(codes->two.code[GROUPS * j + g][r], code[g]);
             }
         }
         __m512 d[4];
-        scales(x[r], d);
+        scales(x[r].d, d);
         for (int k = 0; k < 4; ++k) {
             _mm512_storeu_ps(codes->two.d[r] + 16 * k, d[k]);
         }

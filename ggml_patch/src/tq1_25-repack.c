@@ -1,4 +1,4 @@
-// Repacked TQ1_25: the layout, the activations of the block product, and products of many rows and columns.
+// Repacked TQ1_25 and STQ1_0: the layout, the activations of the block product, and products of many rows and columns.
 
 #include "tq1_25.h"
 
@@ -21,21 +21,59 @@ enum { PARTS = QK_TQ1_25 / TQ1_25_QK8_0 }; // Q8_0 blocks that meet a block of w
 
 // ---- layout ----
 
+// What the kinds differ by, for code that meets both. A tile is 64 rows of blocks, so its size is theirs.
+typedef struct {
+    int64_t weights;
+    size_t  block, tile; // bytes
+    int     halves;      // of 128 weights
+} layout;
+
+static layout layout_of(enum tq1_25_kind kind) {
+    static const layout layouts[TQ1_25_KINDS] = {
+        { QK_TQ1_25, sizeof(block_tq1_25), sizeof(tq1_25_tile), 1 },
+        { QK_STQ1_0, sizeof(block_stq1_0), sizeof(stq1_0_tile), 2 },
+    };
+    return layouts[kind];
+}
+
+// 128 weights of the rows of a tile.
+static inline tq1_25_rows half_of(layout of, const void * tile, int64_t half) {
+    const tq1_25_part * part = (const tq1_25_part *) tile;
+    const tq1_25_rows rows = { part + PARTS * half, (const uint16_t *) (part + PARTS * of.halves) };
+    return rows;
+}
+
 // To the L2 cache: what comes next is further than hardware looks. An address behind the matrix does no harm.
-static inline void prefetch_tile(const tq1_25_tile * x) {
-    for (size_t i = 0; i < sizeof(*x); i += 64) {
+static inline void prefetch(const void * x, size_t size) {
+    for (size_t i = 0; i < size; i += 64) {
         PREFETCH((const char *) x + i);
     }
 }
 
-static void put_row(const block_tq1_25 * x, tq1_25_tile * y, int row) {
-    for (int j = 0; j < PARTS; ++j) {
-        for (int k = 0; k < 4; ++k) {
-            y->part[j].qs[k][row] = x->qs[4 * j + k];
+// A block to the row of a tile.
+static void put_row(enum tq1_25_kind kind, const void * x, void * y, int row) {
+    tq1_25_part * part = (tq1_25_part *) y;
+    const layout  of = layout_of(kind);
+    uint16_t *    d  = (uint16_t *) (part + PARTS * of.halves) + TQ1_25_PLACE(row);
+    if (kind == KIND_TQ1_25) {
+        const block_tq1_25 * block = (const block_tq1_25 *) x;
+        for (int j = 0; j < PARTS; ++j) {
+            for (int k = 0; k < 4; ++k) {
+                part[j].qs[k][row] = block->qs[4 * j + k];
+            }
+            part[j].sign[row] = block->sign[j];
         }
-        y->part[j].sign[row] = x->sign[j];
+        *d = block->d;
+        return;
     }
-    y->d[TQ1_25_PLACE(row)] = x->d;
+    const block_stq1_0 * block = (const block_stq1_0 *) x;
+    for (int j = 0; j < 2 * PARTS; ++j) {
+        for (int k = 0; k < 4; ++k) {
+            part[j].qs[k][row] = (uint8_t) (stq1_0_slot(block, 8 * j + k) | stq1_0_slot(block, 8 * j + 4 + k) << 4);
+        }
+        part[j].sign[row] = block->sign[j];
+    }
+    *d = block->d;
 }
 
 #ifdef SSE2
@@ -84,42 +122,60 @@ static void put_sixteen(const block_tq1_25 * x, int64_t nb, tq1_25_tile * y, int
     }
 #else
     for (int r = 0; r < 16; ++r) {
-        put_row(x + nb * r, y, row + r);
+        put_row(KIND_TQ1_25, x + nb * r, y, row + r);
     }
 #endif
 }
 
 // Past the caches where it can be: what is written is not read soon, and lines need not be fetched to be written (two thirds
 // of the time).
-static void put_tile(const tq1_25_tile * x, tq1_25_tile * y) {
+static void put_tile(const void * x, void * y, size_t size) {
 #ifdef SSE2
     if ((uintptr_t) y % 16 == 0) {
-        for (size_t i = 0; i < sizeof(*x); i += 16) {
+        for (size_t i = 0; i < size; i += 16) {
             _mm_stream_si128((__m128i *) ((char *) y + i), _mm_loadu_si128((const __m128i *) ((const char *) x + i)));
         }
         return;
     }
 #endif
-    memcpy(y, x, sizeof(*x));
+    memcpy(y, x, size);
 }
 
-void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y) {
-    const int64_t nb = n / QK_TQ1_25;
-    tq1_25_tile * tiles = (tq1_25_tile *) y;
-    for (; rows >= TQ1_25_TILE; rows -= TQ1_25_TILE, x += TQ1_25_TILE * nb) {
-        for (int64_t i = 0; i < nb; ++i, ++tiles) {
-            prefetch_tile((const tq1_25_tile *) (x + TQ1_25_TILE * (nb + i))); // as many bytes of the next 64 rows
-            tq1_25_tile tile;
+void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y) {
+    const layout  of = layout_of(kind);
+    const int64_t nb = n / of.weights;
+    const char *  from = (const char *) x;
+    char *        to   = (char *) y;
+    for (; rows >= TQ1_25_TILE; rows -= TQ1_25_TILE, from += of.tile * (size_t) nb) {
+        for (int64_t i = 0; i < nb; ++i, to += of.tile) {
+            prefetch(from + of.tile * (size_t) (nb + i), of.tile); // as many bytes of the next 64 rows
+            stq1_0_tile tile; // of either
             for (int row = 0; row < TQ1_25_TILE; row += 16) {
-                put_sixteen(x + nb * row + i, nb, &tile, row);
+                if (kind == KIND_TQ1_25) {
+                    put_sixteen((const block_tq1_25 *) from + nb * row + i, nb, (tq1_25_tile *) &tile, row);
+                    continue;
+                }
+                for (int r = row; r < row + 16; ++r) {
+                    put_row(kind, (const block_stq1_0 *) from + nb * r + i, &tile, r);
+                }
             }
-            put_tile(&tile, tiles);
+            put_tile(&tile, to, of.tile);
         }
     }
 #ifdef SSE2
     _mm_sfence(); // others are to see what was streamed
 #endif
-    memcpy(tiles, x, (size_t) (rows * nb) * sizeof(*x));
+    memcpy(to, from, (size_t) (rows * nb) * of.block);
+}
+
+void stq1_0_order(const float * x, float * y, int64_t n) {
+    for (int64_t i = 0; i < n; i += STQ1_0_CHUNK, x += STQ1_0_CHUNK) {
+        for (int g = 0; g < STQ1_0_LANE; ++g) {
+            for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+                *y++ = x[STQ1_0_LANE * lane + g];
+            }
+        }
+    }
 }
 
 // ---- matrix by vectors ----
@@ -139,19 +195,41 @@ void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, 
     isa->table(nb, y + PARTS * from, (int8_t *) table + from * isa->table_size, isa->table_size, scales(isa, n, table) + PARTS * from, PARTS);
 }
 
-void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+// Block i of the rows that are left over, as a tile whose other rows are zero.
+static void leftover_tile(enum tq1_25_kind kind, int64_t rows, int64_t nb, const void * x, int64_t i, stq1_0_tile * tile) {
+    const layout of = layout_of(kind);
+    memset(tile, 0, of.tile);
+    for (int64_t r = 0; r < rows; ++r) {
+        put_row(kind, (const char *) x + of.block * (size_t) (r * nb + i), tile, (int) r);
+    }
+}
+
+void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s) {
-    const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE;
+    const layout  of = layout_of(kind);
+    const int64_t nb = n / of.weights, whole = rows / TQ1_25_TILE, left = rows % TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
-        const tq1_25_tile * tiles = (const tq1_25_tile *) x + t * nb;
+        const char * tiles = (const char *) x + of.tile * (size_t) (t * nb);
         for (int c = 0; c < nc; ++c) {
-            float * to = s[c] + t * TQ1_25_TILE;
+            float *        to = s[c] + t * TQ1_25_TILE;
+            const int8_t * table = (const int8_t *) tables[c];
+            const float *  d = scales(isa, n, tables[c]);
             if (t < whole) {
-                isa->gemv(n, to, tiles, (const int8_t *) tables[c], scales(isa, n, tables[c]));
-                continue;
-            }
-            for (int64_t r = 0; r < rows % TQ1_25_TILE; ++r) {
-                isa->vec_dot(n, to + r, (const block_tq1_25 *) tiles + r * nb, y[c]);
+                isa->gemv[kind](n, to, tiles, table, d);
+            } else if (kind == KIND_TQ1_25) {
+                for (int64_t r = 0; r < left; ++r) {
+                    isa->vec_dot(n, to + r, (const block_tq1_25 *) tiles + r * nb, y[c]);
+                }
+            } else { // its plain dot product wants activations in their own order
+                float sums[TQ1_25_TILE];
+                stq1_0_tile tile;
+                for (int64_t i = 0; i < nb; ++i) {
+                    leftover_tile(kind, left, nb, tiles, i, &tile);
+                    isa->gemv[kind](of.weights, sums, &tile, table + of.halves * i * isa->table_size, d + of.halves * PARTS * i);
+                    for (int64_t r = 0; r < left; ++r) {
+                        to[r] = sums[r] + (i > 0 ? to[r] : 0.0f);
+                    }
+                }
             }
         }
     }
@@ -159,20 +237,14 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, c
 
 // ---- matrix by several vectors ----
 
-// Block i of the rows that are left over, as a tile whose other rows are zero.
-static void leftover_tile(int64_t rows, int64_t nb, const block_tq1_25 * x, int64_t i, tq1_25_tile * tile) {
-    memset(tile, 0, sizeof(*tile));
-    for (int64_t r = 0; r < rows; ++r) {
-        put_row(x + r * nb + i, tile, (int) r);
-    }
-}
-
-void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                       int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch) {
-    const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE, size = isa->table_size, tiles = isa->code_tiles;
-    const int64_t depth = TQ1_25_CODE_PAIRS / nc; // blocks of a row at a time
-    for (int64_t i = 0; i < nb; i += depth) {
-        const int64_t blocks = nb - i < depth ? nb - i : depth;
+    const layout  of = layout_of(kind);
+    const int64_t nb = n / of.weights, halves = nb * of.halves; // of a row
+    const int64_t whole = rows / TQ1_25_TILE, size = isa->table_size, tiles = isa->code_tiles;
+    const int64_t depth = TQ1_25_CODE_PAIRS / nc / of.halves * of.halves; // 128 weights of a row at a time
+    for (int64_t i = 0; i < halves; i += depth) {
+        const int64_t blocks = halves - i < depth ? halves - i : depth;
         for (int c = 0; c < nc; ++c) {
             isa->table(blocks, y[c] + PARTS * i, scratch->tables + c * size, nc * size, scratch->d + PARTS * c, PARTS * nc);
         }
@@ -185,18 +257,22 @@ void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, co
                 }
             }
             for (int64_t k = 0; k < blocks; ++k) {
-                const tq1_25_tile * of[2];
+                const int64_t block = (i + k) / of.halves, half = (i + k) % of.halves;
+                tq1_25_rows   rows_of[2];
                 for (int64_t u = 0; u < tiles; ++u) { // without a second one, the first one twice
-                    const int64_t       row = u < count ? t + u : t;
-                    const tq1_25_tile * tile = (const tq1_25_tile *) x + row * nb;
-                    of[u] = row < whole ? tile + i + k : &scratch->tile;
+                    const int64_t row = u < count ? t + u : t;
+                    const char *  tile = (const char *) x + of.tile * (size_t) (row * nb);
                     if (row < whole) {
-                        prefetch_tile(tile + tiles * nb + i + k);
+                        rows_of[u] = half_of(of, tile + of.tile * (size_t) block, half);
+                        prefetch((const char *) rows_of[u].part + of.tile * (size_t) (tiles * nb), of.tile / (size_t) of.halves);
                     } else {
-                        leftover_tile(rows % TQ1_25_TILE, nb, (const block_tq1_25 *) tile, i + k, &scratch->tile);
+                        if (half == 0) {
+                            leftover_tile(kind, rows % TQ1_25_TILE, nb, tile, block, &scratch->tile);
+                        }
+                        rows_of[u] = half_of(of, &scratch->tile, half);
                     }
                 }
-                isa->expand(of, &scratch->codes);
+                isa->expand(rows_of, &scratch->codes);
                 isa->lookup(&scratch->codes, nc, scratch->tables + k * nc * size, scratch->d + PARTS * k * nc, scratch->sums);
             }
             for (int c = 0; c < nc; ++c) {
@@ -258,28 +334,32 @@ void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * c
     }
 }
 
-void tq1_25_decode_scales(const tq1_25_tile * x, tq1_25_decoded * w) {
+void tq1_25_decode_scales(const uint16_t * d, tq1_25_decoded * w) {
     for (int place = 0; place < TQ1_25_TILE; ++place) {
-        w->d[TQ1_25_ROW(place)] = tq1_25_fp16_to_float(x->d[place]);
+        w->d[TQ1_25_ROW(place)] = tq1_25_fp16_to_float(d[place]);
     }
 }
 
-void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_panel_scratch * scratch) {
-    const int64_t nb = n / QK_TQ1_25, whole = rows / TQ1_25_TILE;
+    const layout  of = layout_of(kind);
+    const int64_t nb = n / of.weights, halves = nb * of.halves, whole = rows / TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
-        const tq1_25_tile * tiles = (const tq1_25_tile *) x + t * nb;
+        const char * tiles = (const char *) x + of.tile * (size_t) (t * nb);
         const int left = t < whole ? TQ1_25_TILE : (int) (rows % TQ1_25_TILE);
-        for (int64_t i = 0; i < nb; i += TQ1_25_DEPTH) {
-            const int64_t depth = nb - i < TQ1_25_DEPTH ? nb - i : TQ1_25_DEPTH;
-            const tq1_25_tile * part = tiles + i;
-            if (left < TQ1_25_TILE) {
-                part = scratch->tiles;
-                for (int64_t k = 0; k < depth; ++k) {
-                    leftover_tile(left, nb, (const block_tq1_25 *) tiles, i + k, &scratch->tiles[k]);
+        for (int64_t i = 0; i < halves; i += TQ1_25_DEPTH) {
+            const int64_t depth = halves - i < TQ1_25_DEPTH ? halves - i : TQ1_25_DEPTH;
+            for (int64_t k = 0; k < depth; ++k) {
+                const int64_t block = (i + k) / of.halves, half = (i + k) % of.halves;
+                const void *  tile = tiles + of.tile * (size_t) block;
+                if (left < TQ1_25_TILE) {
+                    if (half == 0) {
+                        leftover_tile(kind, left, nb, tiles, block, &scratch->tile);
+                    }
+                    tile = &scratch->tile;
                 }
+                isa->decode(half_of(of, tile, half), scratch->decoded + k);
             }
-            isa->decode(depth, part, scratch->decoded);
             for (int64_t p = first; p < last; ++p) {
                 const int64_t c = tq1_25_first_column(nc, p);
                 const int columns = (int) (tq1_25_first_column(nc, p + 1) - c);

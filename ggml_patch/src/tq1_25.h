@@ -120,20 +120,41 @@ typedef void (*stq1_0_vec_dot_t)(int64_t n, float * s, const block_stq1_0 * x, c
 // ---- repacked (tq1_25-repack.c, tq1_25-lookup-*.c, tq1_25-gemm-*.c) ----
 //
 // At load, 64 rows are interleaved, so that one instruction meets the same place of each. A matrix of `rows` rows of n
-// weights takes as many bytes as before: rows / 64 rows of tiles, each n / 128 tiles that follow one another, then
+// weights takes as many bytes as before: rows / 64 rows of tiles, each a tile a block that follow one another, then
 // the rows that are left over, up to 63, as the plain blocks they were.
+//
+// STQ1_0's weights come in the order of the groups, so that what multiplies is the same for both types; its activations go
+// through Q8_0 in that order (stq1_0_order).
 
 #define TQ1_25_TILE 64
 
+// 64 rows, the 32 weights of each that meet one Q8_0 block: eight groups
+typedef struct {
+    uint8_t qs[TQ1_25_QK8_0 / TQ1_25_GROUP / 2][TQ1_25_TILE]; // byte i: slots of groups i and 4+i
+    uint8_t sign[TQ1_25_TILE];                                // a bit a group
+} tq1_25_part;
+
 // 64 rows, a block of each: 22 cache lines
 typedef struct {
-    struct {
-        uint8_t qs[TQ1_25_QK8_0 / TQ1_25_GROUP / 2][TQ1_25_TILE]; // byte 4j+i of each row's qs: groups 8j+i and 8j+4+i
-        uint8_t sign[TQ1_25_TILE];                                // byte j of each row's sign
-    } part[QK_TQ1_25 / TQ1_25_QK8_0];                             // the 32 weights that meet one Q8_0 block
-    uint16_t d[TQ1_25_TILE];                                      // of the row TQ1_25_ROW(place)
+    tq1_25_part part[QK_TQ1_25 / TQ1_25_QK8_0];
+    uint16_t    d[TQ1_25_TILE]; // of the row TQ1_25_ROW(place)
 } tq1_25_tile;
 TQ1_25_ASSERT(sizeof(tq1_25_tile) == TQ1_25_TILE * sizeof(block_tq1_25), "tq1_25_tile has padding");
+
+// 42 cache lines
+typedef struct {
+    tq1_25_part part[QK_STQ1_0 / TQ1_25_QK8_0];
+    uint16_t    d[TQ1_25_TILE];
+} stq1_0_tile;
+TQ1_25_ASSERT(sizeof(stq1_0_tile) == TQ1_25_TILE * sizeof(block_stq1_0), "stq1_0_tile has padding");
+
+enum tq1_25_kind { KIND_TQ1_25 = 0, KIND_STQ1_0 = 1, TQ1_25_KINDS = 2 };
+
+// 128 weights in the order of the groups of each of 64 rows: a tile of TQ1_25, half of one of STQ1_0.
+typedef struct {
+    const tq1_25_part * part; // QK_TQ1_25 / TQ1_25_QK8_0 of them
+    const uint16_t *    d;
+} tq1_25_rows;
 
 // The row whose scale is at a place of tq1_25_tile.d: the order in which sums come out of the lookup. A place is
 // upper eight of sixteen, odd, sixteen, pair: h o kk mm; its row kk h mm o.
@@ -191,18 +212,18 @@ struct tq1_25_isa {
     // Tables of nb times 128 activations, table_size bytes each, and their scales, a float a Q8_0 block; strides in bytes and floats.
     int64_t table_size;
     void (*table)(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
-    // The 64 dot products of a row of tiles, rows of n weights; tables and scales follow one another.
-    void (*gemv)(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
+    // The 64 dot products of a row of tiles of a kind, rows of n weights; tables and scales follow one another.
+    void (*gemv[TQ1_25_KINDS])(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
 
     int code_tiles; // 1 or 2 at a time
-    void (*expand)(const tq1_25_tile * const x[2], tq1_25_codes * codes);
+    void (*expand)(const tq1_25_rows x[2], tq1_25_codes * codes);
     // Adds to sums[c][64 * code_tiles], in an order of its own, what a block of each row and of nc columns makes.
     void (*lookup)(const tq1_25_codes * codes, int nc, const int8_t * tables, const float * d, float * sums);
     // 64 of the sums to their rows.
     void (*store)(float * s, const float * sums, bool add);
 
     // NULL where there are no panels.
-    void (*decode)(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
+    void (*decode)(tq1_25_rows x, tq1_25_decoded * w);
     // s[64 * c + r]: the dot products of 64 rows, nb decoded tiles, with the nc columns of a panel. s is aligned to 64 bytes.
     void (*gemm)(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 };
@@ -229,17 +250,19 @@ void stq1_0_vec_dot_avx2(int64_t n, float * s, const block_stq1_0 * x, const tq1
 void stq1_0_vec_dot_avx512(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
 void stq1_0_vec_dot_avx512vnni(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
 void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
-void tq1_25_gemv_avx2(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
-void tq1_25_gemv_avx512(int64_t n, float * s, const tq1_25_tile * x, const int8_t * table, const float * d);
-void tq1_25_expand_avx2(const tq1_25_tile * const x[2], tq1_25_codes * codes);
+void tq1_25_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
+void stq1_0_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
+void tq1_25_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
+void stq1_0_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
+void tq1_25_expand_avx2(const tq1_25_rows x[2], tq1_25_codes * codes);
 void tq1_25_lookup_avx2(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
 void tq1_25_store_avx2(float * s, const float * sums, bool add);
 void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
-void tq1_25_expand_avx512(const tq1_25_tile * const x[2], tq1_25_codes * codes);
+void tq1_25_expand_avx512(const tq1_25_rows x[2], tq1_25_codes * codes);
 void tq1_25_lookup_avx512(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
 void tq1_25_store_avx512(float * s, const float * sums, bool add);
-void tq1_25_decode_avxvnni(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
-void tq1_25_decode_avx512vnni(int64_t nb, const tq1_25_tile * x, tq1_25_decoded * w);
+void tq1_25_decode_avxvnni(tq1_25_rows x, tq1_25_decoded * w);
+void tq1_25_decode_avx512vnni(tq1_25_rows x, tq1_25_decoded * w);
 void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 #endif
@@ -249,7 +272,10 @@ void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_
 void ggml_vec_dot_stq1_0_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 
 // Blocks of rows to tiles, as many bytes; x and y do not overlap.
-void tq1_25_repack(int64_t rows, int64_t n, const block_tq1_25 * x, void * y);
+void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y);
+
+// n activations in the order of STQ1_0's groups; x and y do not overlap.
+void stq1_0_order(const float * x, float * y, int64_t n);
 
 // What follows works on tile rows begin .. end - 1 of a repacked matrix x, of which there are (rows + 63) / 64, and on
 // vectors of n Q8_0 activations. Threads share the work by ranges; each part of a result is written by one.
@@ -259,7 +285,7 @@ int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n);
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
 
 // s[c][row] for columns c < nc, from their activations y[c] and tables[c].
-void tq1_25_mul_tables(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s);
 
 // nc columns are spread over groups of at most TQ1_25_CODE_COLUMNS, evenly but for pairs: the least number of groups, and the
@@ -276,11 +302,11 @@ struct tq1_25_code_scratch { // of a thread; aligned to 64 bytes
     float        sums[TQ1_25_CODE_COLUMNS * 2 * TQ1_25_TILE];
     float        rows[TQ1_25_TILE];
     tq1_25_codes codes;
-    tq1_25_tile  tile; // of the rows that are left over
+    stq1_0_tile  tile; // of the rows that are left over, of either type
 };
 
 // s[c][row] for columns c < nc, 0 < nc <= TQ1_25_CODE_COLUMNS, from their activations y[c].
-void tq1_25_mul_codes(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                       int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch);
 
 // nc columns are spread over as few panels as can be, evenly: the first column of a panel, in 0 .. nc.
@@ -295,12 +321,12 @@ void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * c
 
 struct tq1_25_panel_scratch { // of a thread; aligned to 64 bytes
     tq1_25_decoded decoded[TQ1_25_DEPTH];
-    tq1_25_tile    tiles[TQ1_25_DEPTH]; // of the rows that are left over
+    stq1_0_tile    tile; // of the rows that are left over, of either type
     float          sums[TQ1_25_COLUMNS][TQ1_25_TILE];
 };
 
 // s[c][row] for the columns c of panels first .. last - 1, of all nc columns' panels, which follow one another.
-void tq1_25_mul_panels(const struct tq1_25_isa * isa, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
+void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_panel_scratch * scratch);
 
 // ---- shared by the above ----
@@ -341,7 +367,7 @@ static inline float tq1_25_fp16_to_float(uint16_t h) {
 }
 
 // Scales of a tile to those of its rows.
-void tq1_25_decode_scales(const tq1_25_tile * x, tq1_25_decoded * w);
+void tq1_25_decode_scales(const uint16_t * d, tq1_25_decoded * w);
 
 #ifdef __cplusplus
 }
