@@ -150,7 +150,7 @@ static double by_tables(const struct tq1_25_isa * isa, const void * x, int64_t r
     for (int k = 0; k < nc; ++k) {
         tq1_25_make_table(isa, N, 0, N, c->y[k], c->tables[k]);
     }
-    tq1_25_mul_tables(isa, rows, N, x, 0, rows / TQ1_25_TILE, nc, c->y, c->tables, c->s);
+    tq1_25_mul_tables(isa, KIND_TQ1_25, rows, N, x, 0, rows / TQ1_25_TILE, nc, c->y, c->tables, c->s);
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
 
@@ -159,7 +159,7 @@ static double by_codes(const struct tq1_25_isa * isa, const void * x, int64_t ro
     const int64_t groups = tq1_25_code_groups(nc);
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t k = tq1_25_first_of_group(nc, groups, g), last = tq1_25_first_of_group(nc, groups, g + 1);
-        tq1_25_mul_codes(isa, rows, N, x, 0, rows / TQ1_25_TILE, (int) (last - k), c->y + k, c->s + k, c->code_scratch);
+        tq1_25_mul_codes(isa, KIND_TQ1_25, rows, N, x, 0, rows / TQ1_25_TILE, (int) (last - k), c->y + k, c->s + k, c->code_scratch);
     }
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
@@ -170,7 +170,7 @@ static double by_panels(const struct tq1_25_isa * isa, const void * x, int64_t r
         const int64_t k = tq1_25_first_column(nc, p);
         tq1_25_make_panel(0, N, (int) (tq1_25_first_column(nc, p + 1) - k), c->y + k, (char *) c->panels + tq1_25_panel_size(N, k));
     }
-    tq1_25_mul_panels(isa, rows, N, x, 0, rows / TQ1_25_TILE, nc, 0, tq1_25_panels(nc), c->panels, c->s, c->panel_scratch);
+    tq1_25_mul_panels(isa, KIND_TQ1_25, rows, N, x, 0, rows / TQ1_25_TILE, nc, 0, tq1_25_panels(nc), c->panels, c->s, c->panel_scratch);
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
 
@@ -197,7 +197,7 @@ int main(int argc, char ** argv) {
     }
     const struct matrix ours = make(GGML_TYPE_TQ1_25, (size_t) mib << 20, x, y, importance);
     char * tiles = allocate((size_t) ours.rows * ours.row_size);
-    tq1_25_repack(ours.rows, N, (const block_tq1_25 *) ours.data, tiles);
+    tq1_25_repack(KIND_TQ1_25, ours.rows, N, ours.data, tiles);
     float * s = allocate(sizeof(float) * ((size_t) ours.rows + 64) * FEW + sizeof(float) * (size_t) SOME_ROWS * MOST);
     struct columns c = { .panels = allocate((size_t) tq1_25_panel_size(N, MOST)) };
     c.panel_scratch = allocate(sizeof(*c.panel_scratch));
@@ -222,7 +222,7 @@ int main(int argc, char ** argv) {
             by_vec_dot(&types[t], results);
         }
         for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
-            if (!isa->gemv || (isa->supported && !isa->supported())) {
+            if (!isa->gemv[KIND_TQ1_25] || (isa->supported && !isa->supported())) {
                 continue;
             }
             for (size_t i = 0; i < sizeof(some) / sizeof(some[0]); ++i) {

@@ -34,7 +34,7 @@ int main(int argc, char ** argv) {
             }
             x[i].d = (uint16_t) (0x3c00 + 0x400 * (next() % 2)); // 1 or 2
         }
-        tq1_25_repack(rows, n, x, tiles);
+        tq1_25_repack(KIND_TQ1_25, rows, n, x, tiles);
         tq1_25_q8_0 * y = malloc((size_t) (nc * n / TQ1_25_QK8_0) * sizeof(*y));
         for (int64_t i = 0; i < nc * n / TQ1_25_QK8_0; ++i) {
             for (int k = 0; k < TQ1_25_QK8_0; ++k) {
@@ -54,7 +54,7 @@ int main(int argc, char ** argv) {
             const int64_t c = tq1_25_first_column(nc, p);
             tq1_25_make_panel(0, n, (int) (tq1_25_first_column(nc, p + 1) - c), of + c, panels + tq1_25_panel_size(n, c));
         }
-        tq1_25_mul_panels(isa, rows, n, tiles, 0, (rows + TQ1_25_TILE - 1) / TQ1_25_TILE, nc, 0, count, panels, s, scratch);
+        tq1_25_mul_panels(isa, KIND_TQ1_25, rows, n, tiles, 0, (rows + TQ1_25_TILE - 1) / TQ1_25_TILE, nc, 0, count, panels, s, scratch);
         for (int64_t c = 0; c < nc; ++c) {
             for (int64_t r = 0; r < rows; ++r, ++compared) {
                 float expected;
