@@ -1,34 +1,38 @@
-"""Teaches the `gguf` package the TQ1_25 type: enum members, sizes, codec."""
+"""Teaches the `gguf` package the TQ1_25 and STQ1_0 types: enum members, sizes, codecs."""
 
 from __future__ import annotations
 
-from . import tq1_25
+from . import stq1_0, tq1_25
+from .blocks import BlockType
 
 
 def register():
-    """Add TQ1_25 to the `gguf` package that this process imports, and return that package. Idempotent.
+    """Add TQ1_25 and STQ1_0 to the `gguf` package that this process imports, and return that package. Idempotent.
 
     The published package gets all of it; the pinned llama.cpp's own gguf-py already has the enum members and sizes.
-    Afterwards `gguf.GGUFReader` reads such files, and `gguf.quants.quantize` and `dequantize` take the type; a row
-    that is no whole number of blocks raises `gguf.QuantError`, a NaN `tq1_25.QuantizeError`.
+    Afterwards `gguf.GGUFReader` reads such files, and `gguf.quants.quantize` and `dequantize` take the types; a row
+    that is no whole number of blocks raises `gguf.QuantError`, a NaN `blocks.QuantizeError`.
     """
     import gguf  # here: a converting process first chooses which gguf package there is
 
-    qtype = _member(gguf.GGMLQuantizationType, tq1_25.NAME, tq1_25.TYPE_ID)
-    _member(gguf.LlamaFileType, f"MOSTLY_{tq1_25.NAME}", tq1_25.FILE_TYPE)
-    gguf.GGML_QUANT_SIZES.setdefault(qtype, (tq1_25.BLOCK, tq1_25.BLOCK_BYTES))
-    if qtype not in gguf.quants._type_traits:
-
-        class TQ1_25(getattr(gguf.quants, "__Quant"), qtype=qtype):  # being defined registers it
-            @classmethod
-            def quantize_blocks(cls, blocks):
-                return tq1_25.quantize(blocks)
-
-            @classmethod
-            def dequantize_blocks(cls, blocks):
-                return tq1_25.dequantize(blocks)
-
+    for kind in tq1_25.TYPE, stq1_0.TYPE:
+        qtype = _member(gguf.GGMLQuantizationType, kind.name, kind.type_id)
+        _member(gguf.LlamaFileType, f"MOSTLY_{kind.name}", kind.file_type)
+        gguf.GGML_QUANT_SIZES.setdefault(qtype, (kind.size, kind.bytes))
+        if qtype not in gguf.quants._type_traits:
+            _codec(getattr(gguf.quants, "__Quant"), qtype, kind)
     return gguf
+
+
+def _codec(base, qtype, kind: BlockType):
+    class Codec(base, qtype=qtype):  # being defined registers it
+        @classmethod
+        def quantize_blocks(cls, blocks):
+            return kind.quantize(blocks)
+
+        @classmethod
+        def dequantize_blocks(cls, blocks):
+            return kind.dequantize(blocks)
 
 
 def _member(enum, name: str, value: int):

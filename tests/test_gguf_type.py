@@ -5,25 +5,30 @@ import numpy as np
 import pytest
 import small_models
 
-from sherry_gguf import gguf_type, tq1_25
+from sherry_gguf import gguf_type, stq1_0, tq1_25
 
 gguf = gguf_type.register()
 TYPE = gguf.GGMLQuantizationType.TQ1_25
+KINDS = pytest.mark.parametrize("kind, number", [(tq1_25.TYPE, 125), (stq1_0.TYPE, 43)])
 
 
-def test_members_and_sizes():
+@KINDS
+def test_members_and_sizes(kind, number):
     assert gguf_type.register() is gguf  # a second time changes nothing
-    assert TYPE == gguf.GGMLQuantizationType(125) == gguf.GGMLQuantizationType["TQ1_25"] == 125
-    assert [m.name for m in gguf.GGMLQuantizationType].count("TQ1_25") == 1
-    assert gguf.LlamaFileType.MOSTLY_TQ1_25 == gguf.LlamaFileType(125) == 125
-    assert gguf.GGML_QUANT_SIZES[TYPE] == (128, 22)
+    qtype = gguf.GGMLQuantizationType[kind.name]
+    assert qtype == gguf.GGMLQuantizationType(number) == number == getattr(gguf.GGMLQuantizationType, kind.name)
+    assert [m.name for m in gguf.GGMLQuantizationType].count(kind.name) == 1
+    assert getattr(gguf.LlamaFileType, f"MOSTLY_{kind.name}") == gguf.LlamaFileType(number) == number
+    assert gguf.GGML_QUANT_SIZES[qtype] == (kind.size, kind.bytes)
 
 
-def test_codec_is_the_reference():
-    x = small_models.random_rows(33, 896)
-    blocks = gguf.quants.quantize(x, TYPE)
-    assert blocks.tobytes() == tq1_25.quantize(x).tobytes() and blocks.shape == (33, 154)
-    assert gguf.quants.dequantize(blocks, TYPE).tobytes() == tq1_25.dequantize(blocks).tobytes()
+@KINDS
+def test_codec_is_the_reference(kind, number):
+    qtype = gguf.GGMLQuantizationType(number)
+    x = small_models.random_rows(33, 768)
+    blocks = gguf.quants.quantize(x, qtype)
+    assert blocks.tobytes() == kind.quantize(x).tobytes() and blocks.shape == (33, 768 // kind.size * kind.bytes)
+    assert gguf.quants.dequantize(blocks, qtype).tobytes() == kind.dequantize(blocks).tobytes()
 
 
 def test_bad_rows():
