@@ -125,6 +125,7 @@ from sherry_gguf import llama_cpp
 
 FOLDERS = ("piqa", "arc", "hellaswag", "winogrande")  # of lm-eval, that define them; to read all takes seconds
 SURE = 1e9  # a bias on a token's logit that makes it the next one
+TRIES, PATIENCE = 3, 30.0  # runs of a llama-perplexity that loses its last lines, at least, and seconds
 FLOOR = -104.0  # llama-server's probabilities are floats; e^-104 is none any more
 
 
@@ -474,8 +475,8 @@ def within(context: int, trained: int) -> None:
 def perplexity(model: Path, text: Path, tokens: int, a: argparse.Namespace) -> Loss:
     """`held_out_loss` of a GGUF, by llama-perplexity; `tokens`: of the text. Raises Stop, NotBuilt."""
     chunks, scored = chunks_of(tokens, a.context, a.chunks)
-    means = []
-    for _ in range(3):  # its log is written by a thread of its own, and it does not always wait for that at its end
+    began, tries = time.monotonic(), 0
+    while True:  # its log is written by a thread of its own, for which it does not wait at its end
         with tool("llama-perplexity", "-m", model, "-f", text, "-c", a.context, "-t", a.threads, "--chunks", chunks,
                   "-b", min(2048, 256 * a.context), "--ppl-output-type", 1, "-fit", "off") as t, \
              tqdm(total=chunks, desc="Running chunks", unit="chunk", mininterval=0.5) as bar:  # fmt: skip
@@ -486,10 +487,11 @@ def perplexity(model: Path, text: Path, tokens: int, a: argparse.Namespace) -> L
                     bar.update()
             if t.process.wait():
                 raise Stop(f"llama-perplexity: {t.words()}")
+        tries += 1
         if len(means) == chunks:
             break
-    else:
-        raise Stop(f"llama-perplexity printed {len(means)} of {chunks} chunks: {t.words()}")
+        if tries >= TRIES and time.monotonic() - began > PATIENCE:
+            raise Stop(f"llama-perplexity printed {len(means)} of {chunks} chunks: {t.words()}")
     if not math.isfinite(means[-1]):
         raise Stop(f"the loss is {means[-1]}")
     return Loss(means[-1], scored, chunks, tokens)

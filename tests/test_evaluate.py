@@ -1,6 +1,7 @@
 """scripts/evaluate.py: a checkpoint and its GGUFs give the same figures, what fails is told, and no server is left."""
 
 import argparse
+import contextlib
 import importlib.util
 import json
 import math
@@ -562,6 +563,27 @@ def test_what_a_tool_said_of_its_end(printed, words):
         t = evaluate.Tool(process)
         assert len(list(t.lines())) == printed.count("\n") + 1
     assert t.words() == f"{words} (exit code 3)"
+
+
+def test_lost_lines_are_printed_again(monkeypatch):
+    """llama-perplexity may end before its last lines are written, more often the busier the machine is."""
+    runs = []
+
+    @contextlib.contextmanager
+    def tool(*_):
+        runs.append(1)
+        lines = ["       0  544.7954  6.300410  0.026470", "      64  540.1000  6.200000  0.020000"]
+        with subprocess.Popen(["printf", "%s\\n", *lines[: 1 + (len(runs) > 5)]], stdout=subprocess.PIPE, text=True) as process:
+            yield evaluate.Tool(process)
+
+    monkeypatch.setattr(evaluate, "tool", tool)
+    a = argparse.Namespace(context=64, chunks=2, threads=1, text="text")
+    assert evaluate.perplexity(Path("model"), Path("text"), 1000, a).nats == 6.2 and len(runs) == 6
+    monkeypatch.setattr(evaluate, "PATIENCE", 0.0)
+    runs.clear()
+    with pytest.raises(evaluate.Stop, match="printed 1 of 2 chunks"):
+        evaluate.perplexity(Path("model"), Path("text"), 1000, a)
+    assert len(runs) == 3
 
 
 def test_the_servers_refusal_is_told(models):
