@@ -1,4 +1,4 @@
-"""`sherry-gguf convert | verify | inspect`."""
+"""`sherry-gguf convert | verify | inspect | retag`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from . import convert, llama_cpp, tq1_25, verify
+from . import convert, llama_cpp, retag, tq1_25, verify
 from .convert import ConvertError, Options
 
 
@@ -23,6 +23,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         "convert": (_convert_parser, _convert),
         "verify": (_verify_parser, _verify),
         "inspect": (_inspect_parser, _inspect),
+        "retag": (_retag_parser, _retag),
     }
     if prog:
         make, run = commands[argv[0]]
@@ -257,6 +258,28 @@ def _inspect_parser(parser: argparse.ArgumentParser):
 def _inspect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for line in verify.inspect(args.gguf, args.tensors):
         print(line)
+    return 0
+
+
+# ---- retag ----
+
+
+def _retag_parser(parser: argparse.ArgumentParser):
+    parser.description = (
+        "Give the STQ1_0 tensors of an old file the type's number of today, 43. The first files have 42, which upstream has "
+        "given to Q2_0 since: which of both a tensor is shows in its size."
+    )
+    parser.add_argument("gguf", type=Path, help="the file")
+    parser.add_argument("output", type=Path, nargs="?", help="the copy to write")
+    parser.add_argument("--in-place", action="store_true", help="change the file itself")
+    parser.add_argument("--verbose", action="store_true", help="a traceback on errors")
+
+
+def _retag(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if (args.output is None) != args.in_place:
+        parser.error("give a file to write, or --in-place")
+    count = retag.retag_in_place(args.gguf) if args.in_place else retag.retag(args.gguf, args.output)
+    print(f"{args.output or args.gguf}: {count} tensors are STQ1_0 by number 43 now")
     return 0
 
 

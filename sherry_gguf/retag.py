@@ -1,0 +1,198 @@
+"""STQ1_0 files of before the type had its number: 42, which upstream's llama.cpp has given to Q2_0 since.
+
+Both are told apart by the room that a tensor has in the file, up to the next one: STQ1_0 takes 42 bytes for 256 weights and
+Q2_0 takes 72. Nothing else in the file is believed, and a tensor with another room is no reason to guess.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import math
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import BinaryIO, Iterator
+
+from . import convert, gguf_type, stq1_0
+from .convert import ConvertError
+
+Q2_0 = (64, 18)  # weights and bytes of a block of upstream's type 42
+BACKUP = ".before-retag"  # behind the file's name: its old head, while a retag in place is at work
+
+
+@dataclasses.dataclass
+class Entry:
+    """A tensor as a file's table has it: `type_at` is where in the file its type's number is, `start` where its data is."""
+
+    name: str
+    shape: tuple[int, ...]  # GGUF's order: the row's length first
+    type_id: int
+    type_at: int
+    start: int
+
+
+def read_table(path: Path) -> tuple[list[Entry], int, int]:
+    """The tensors of a GGUF file by their bytes alone, whatever their types; the offset of its data; their alignment.
+
+    Raises ConvertError for what is no GGUF file.
+    """
+    gguf = gguf_type.register()
+    entries = []
+
+    class Table(gguf.GGUFReader):
+        def _build_tensors(self, start_offs, fields):  # which would look at the types
+            for field in fields:
+                type_at = field.offset + sum(int(part.nbytes) for part in field.parts[:4])
+                shape = tuple(int(n) for n in field.parts[3])
+                entries.append(Entry(field.name, shape, int(field.parts[4][0]), type_at, int(start_offs) + int(field.parts[5][0])))
+
+    if not path.is_file():
+        raise ConvertError(f"{path}: {'not an ordinary file' if path.exists() else 'no such file'}")
+    try:
+        reader = Table(path)
+        if reader.byte_order == "S":
+            raise ConvertError(f"{path} is of the other byte order, which no file of STQ1_0 was")
+        return entries, int(reader.data_offset), int(reader.alignment)
+    except ConvertError:
+        raise
+    except Exception as e:  # the reader fails in as many ways as there are bytes
+        raise ConvertError(f"{path} is not a GGUF file, or is truncated or damaged: {type(e).__name__}: {e}") from e
+
+
+def old_tensors(path: Path) -> list[Entry]:
+    """Those of STQ1_0 with the old number. Raises ConvertError where there are none, or a tensor of 42 may be anything else."""
+    entries, data, alignment = read_table(path)
+    ends = sorted({e.start for e in entries})
+    size = path.stat().st_size
+    found = []
+    for e in entries:
+        if e.type_id != stq1_0.OLD_TYPE_ID:
+            continue
+        after = next((start for start in ends if start > e.start), None)
+        room = (size if after is None else after) - e.start
+        weights = math.prod(e.shape)
+
+        def fits(block: int, nbytes: int) -> bool:
+            if not e.shape or e.shape[0] % block:
+                return False
+            needed = weights // block * nbytes
+            # the last tensor of a file may lack its padding
+            return room in (needed, -(-needed // alignment) * alignment) if after is None else room == -(-needed // alignment) * alignment
+
+        if e.start < data or e.start % alignment or weights == 0:
+            raise ConvertError(f"{path}: tensor {e.name} has no weights, or its data begins at {e.start}, where no tensor's can")
+        if fits(stq1_0.TYPE.size, stq1_0.TYPE.bytes):
+            found.append(e)
+            continue
+        shape = " x ".join(map(str, e.shape))
+        if fits(*Q2_0):
+            raise ConvertError(f"{path}: tensor {e.name}, {shape}, has {room} bytes, 72 for each 256 weights: it is upstream's Q2_0, "
+                               "which has the number 42 now, and needs no change")
+        raise ConvertError(f"{path}: tensor {e.name}, {shape}, of type 42 has {room} bytes, neither STQ1_0's 42 for each 256 weights nor "
+                           "Q2_0's 72: the file is damaged, or of another type")
+    if not found:
+        raise ConvertError(f"{path} has no tensor of type {stq1_0.OLD_TYPE_ID}: there is nothing to change")
+    return found
+
+
+def retag(source: Path, target: Path) -> int:
+    """Write a copy of an old STQ1_0 file with the type's number of today; the count of tensors. Raises ConvertError.
+
+    The target is there whole, or as it was before.
+    """
+    source, target = Path(source), Path(target)
+    found = old_tensors(source)
+    if target.exists() and target.samefile(source):
+        raise ConvertError(f"{target} is the file itself: --in-place changes it where it is")
+    if target.is_dir():
+        raise ConvertError(f"{target} is a directory")
+    if not target.parent.is_dir():
+        raise ConvertError(f"{target.parent}: no such directory")
+    with convert._staging(target, source.stat().st_size) as staging:
+        new = staging / target.name
+        shutil.copyfile(source, new)
+        with open(new, "r+b") as f:
+            _set(f, found, stq1_0.TYPE.type_id)
+            os.fsync(f.fileno())
+        _check(new, found)
+        convert._commit([new], [target])
+    return len(found)
+
+
+def retag_in_place(path: Path) -> int:
+    """The same in the file itself; the count of tensors. Raises ConvertError.
+
+    Its head, up to the last number that changes, is kept beside it until the new one is on the disk; a run that was cut off
+    in between is undone by the next one.
+    """
+    path = Path(path)
+    backup = path.with_name(path.name + BACKUP)
+    if backup.exists():
+        _restore(path, backup)
+    found = old_tensors(path)
+    with _told(path), open(path, "r+b") as f:
+        head = f.read(max(e.type_at for e in found) + 4)
+        part = backup.with_name(backup.name + ".part")
+        with open(part, "wb") as b:
+            b.write(head)
+            b.flush()
+            os.fsync(b.fileno())
+        os.replace(part, backup)
+        _sync_directory(path.parent)
+        _set(f, found, stq1_0.TYPE.type_id)
+        os.fsync(f.fileno())
+    _check(path, found)
+    backup.unlink()
+    return len(found)
+
+
+def _set(f: BinaryIO, entries: list[Entry], type_id: int) -> None:
+    for e in entries:
+        f.seek(e.type_at)
+        f.write(struct.pack("<I", type_id))
+    f.flush()
+
+
+def _check(path: Path, found: list[Entry]) -> None:
+    changed = {e.type_at: e for e in found}
+    entries, _, _ = read_table(path)
+    if sum(e.type_at in changed and e.type_id == stq1_0.TYPE.type_id for e in entries) != len(found):
+        raise ConvertError(f"{path} read back is not what was written: check the disk and its free space")
+
+
+def _restore(path: Path, backup: Path) -> None:
+    """Put back the head that a retag which was cut off had kept. It is whole: it came to its name by a rename."""
+    head = backup.read_bytes()
+    with _told(path), open(path, "r+b") as f:
+        now = f.read(len(head))
+        # but for the numbers of types it must be the file's own: somebody may have put another file in its place
+        differ = [i for i, (a, b) in enumerate(zip(now, head)) if a != b]
+        if len(now) != len(head) or any((now[i], head[i]) != (stq1_0.TYPE.type_id, stq1_0.OLD_TYPE_ID) for i in differ):
+            raise ConvertError(f"{backup} is of a retag that was cut off, but not of the {path.name} that is there now: remove it if "
+                               "that file is whole")
+        f.seek(0)
+        f.write(head)
+        f.flush()
+        os.fsync(f.fileno())
+    backup.unlink()
+
+
+def _sync_directory(directory: Path) -> None:
+    with contextlib.suppress(OSError):  # not everywhere can one be opened
+        fd = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        why = "there is no room for the copy of its head" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or e
+        raise ConvertError(f"cannot change {path}: {why}") from e

@@ -1,0 +1,185 @@
+"""Old STQ1_0 files: told from upstream's Q2_0 by size alone, changed whole or not at all."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import ENV
+
+from sherry_gguf import cli, gguf_type, retag, stq1_0
+from sherry_gguf.convert import ConvertError
+
+gguf = gguf_type.register()
+Q = gguf.GGMLQuantizationType
+
+
+def write(path, tensors, alignment=32):
+    """tensors: name to (type's number, number in the file, shape in NumPy's order)."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    if alignment != 32:
+        writer.add_custom_alignment(alignment)
+    writer.add_string("general.name", "an old one")
+    sizes = {43: (256, 42), 42: (64, 18), 0: (1, 4)}
+    for name, (real, _, shape) in tensors.items():
+        block, nbytes = sizes[real]
+        data = rng.integers(0, 256, (*shape[:-1], shape[-1] // block * nbytes), dtype=np.uint8)
+        if real == 0:
+            writer.add_tensor(name, data.view(np.float32))
+        else:  # the published package has no Q2_0: its bytes are written as those of a type that has as many
+            writer.add_tensor_info(name, data.shape, np.dtype(np.uint8), data.nbytes, raw_dtype=Q.I8)
+            writer.tensors[-1][name].tensor = data
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    entries, _, _ = retag.read_table(path)
+    with open(path, "r+b") as f:
+        for e in entries:
+            real, number, shape = tensors[e.name]
+            if real:
+                f.seek(e.type_at - 8 * len(shape))
+                f.write(np.array(shape[::-1], "<u8").tobytes() + np.array([number], "<u4").tobytes())
+    return path
+
+
+OLD = {"token_embd.weight": (0, 0, (4, 32)), "a": (43, 42, (3, 256)), "b": (43, 42, (5, 768)), "norm": (0, 0, (7,)), "c": (43, 42, (2, 4, 512))}
+
+
+@pytest.fixture
+def old(tmp_path):
+    return write(tmp_path / "old.gguf", OLD)
+
+
+def numbers(path):
+    return {e.name: e.type_id for e in retag.read_table(path)[0]}
+
+
+@pytest.mark.parametrize("alignment", [32, 64, 128])
+def test_a_copy(tmp_path, alignment, capsys):
+    old = write(tmp_path / "old.gguf", OLD, alignment)
+    before = old.read_bytes()
+    assert cli.main(["retag", str(old), str(tmp_path / "new.gguf")]) == 0
+    assert "3 tensors are STQ1_0 by number 43" in capsys.readouterr().out
+    assert old.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["new.gguf", "old.gguf"]
+    assert numbers(tmp_path / "new.gguf") == {name: 43 if real == 43 else real for name, (real, _, _) in OLD.items()}
+    new = (tmp_path / "new.gguf").read_bytes()
+    assert len(new) == len(before) and [(a, b) for a, b in zip(before, new) if a != b] == [(42, 43)] * 3
+    # the published reader takes it now, and gives the weights
+    tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "new.gguf").tensors}
+    assert tensors["b"].tensor_type == Q.STQ1_0 and tensors["b"].shape.tolist() == [768, 5]
+    assert gguf.quants.dequantize(tensors["b"].data, Q.STQ1_0).shape == (5, 768)
+
+
+def test_in_place(old, capsys):
+    before = old.read_bytes()
+    assert cli.main(["retag", str(old), "--in-place"]) == 0
+    assert numbers(old)["c"] == 43 and os.listdir(old.parent) == ["old.gguf"]
+    assert [(a, b) for a, b in zip(before, old.read_bytes()) if a != b] == [(42, 43)] * 3
+    assert cli.main(["retag", str(old), "--in-place"]) == 1
+    assert "has no tensor of type 42: there is nothing to change" in capsys.readouterr().err
+
+
+def test_upstreams_q2_0_is_refused(tmp_path, capsys):
+    for tensors in {"a": (42, 42, (3, 256))}, OLD | {"q": (42, 42, (5, 64))}, {"q": (42, 42, (1, 64)), "z": (0, 0, (1, 32))}:
+        file = write(tmp_path / "q2_0.gguf", tensors)
+        before = file.read_bytes()
+        for more in ["--in-place"], [str(tmp_path / "new.gguf")]:
+            assert cli.main(["retag", str(file), *more]) == 1
+            assert "it is upstream's Q2_0" in capsys.readouterr().err
+        assert file.read_bytes() == before and os.listdir(tmp_path) == ["q2_0.gguf"]
+
+
+def test_sizes_of_neither(old, tmp_path, capsys):
+    data = old.read_bytes()
+    for wrong in data[:-64], data + bytes(64), data[:-1]:
+        old.write_bytes(wrong)
+        assert cli.main(["retag", str(old), str(tmp_path / "new.gguf")]) == 1
+        assert "neither STQ1_0's 42 for each 256 weights nor Q2_0's 72" in capsys.readouterr().err
+    (e,) = (e for e in retag.read_table(old)[0] if e.name == "b")
+    for at, value, says in ((e.type_at + 4, e.start, "neither STQ1_0's"), (e.type_at + 4, 33, "where no tensor's can"),
+                            (e.type_at - 8, 0, "no weights"), (e.type_at - 16, 100, "neither STQ1_0's")):  # fmt: skip
+        wrong = bytearray(data)
+        wrong[at : at + 8] = np.array([value], "<u8").tobytes()
+        old.write_bytes(wrong)
+        with pytest.raises(ConvertError, match=f"tensor [ab], .*{says}|tensor b .*{says}"):
+            retag.old_tensors(old)
+
+
+def test_files_without_their_last_padding(old):
+    entries, _, _ = retag.read_table(old)
+    last = max(entries, key=lambda e: e.start)
+    assert last.name == "c"
+    os.truncate(old, last.start + 2 * 4 * 84)
+    assert len(retag.old_tensors(old)) == 3
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda p: None, "no such file"), (lambda p: p.mkdir(), "not an ordinary file"), (lambda p: p.write_bytes(b"junk"), "is not a GGUF file"),
+    (lambda p: p.write_bytes(b""), "is not a GGUF file"),
+])
+def test_what_is_no_gguf(tmp_path, capsys, make, says):
+    make(tmp_path / "x.gguf")
+    assert cli.main(["retag", str(tmp_path / "x.gguf"), str(tmp_path / "new.gguf")]) == 1
+    assert says in capsys.readouterr().err and not (tmp_path / "new.gguf").exists()
+
+
+def test_places_that_cannot_be_written(old, tmp_path, capsys):
+    before = old.read_bytes()
+    for target, says in ((old, "--in-place changes it"), (tmp_path, "is a directory"), (tmp_path / "none/new.gguf", "no such directory")):
+        assert cli.main(["retag", str(old), str(target)]) == 1
+        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["retag", str(old)])
+    with pytest.raises(SystemExit):
+        cli.main(["retag", str(old), str(tmp_path / "new.gguf"), "--in-place"])
+    assert old.read_bytes() == before and os.listdir(tmp_path) == ["old.gguf"]
+
+
+def test_a_retag_in_place_that_was_cut_off_is_undone(old, capsys):
+    before = old.read_bytes()
+    found = retag.old_tensors(old)
+    backup = old.with_name(old.name + retag.BACKUP)
+    backup.write_bytes(before[: max(e.type_at for e in found) + 4])
+    with open(old, "r+b") as f:
+        retag._set(f, found[:2], 43)
+    assert cli.main(["retag", str(old), "--in-place"]) == 0
+    assert [(a, b) for a, b in zip(before, old.read_bytes()) if a != b] == [(42, 43)] * 3 and not backup.exists()
+    # another file under that name is left alone
+    backup.write_bytes(b"x" * 100)
+    after = old.read_bytes()
+    assert cli.main(["retag", str(old), "--in-place"]) == 1
+    assert "of a retag that was cut off, but not of the old.gguf" in capsys.readouterr().err and old.read_bytes() == after
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_killed_at_any_moment(old, tmp_path, in_place):
+    """kill -9: the source as it was, the target absent or whole; in place the next run ends it."""
+    before, target = old.read_bytes(), tmp_path / "new.gguf"
+    code = "import sys\nfrom sherry_gguf import cli\nprint('up', flush=True)\nsys.exit(cli.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", code, "retag", str(old), *(["--in-place"] if in_place else [str(target)])]
+    rng, done = random.Random(0), 0
+    wanted = None
+    for _ in range(6):
+        with subprocess.Popen(command, stdout=subprocess.PIPE, env=ENV) as process:
+            process.stdout.readline()
+            time.sleep(rng.random() * 0.15)
+            process.send_signal(signal.SIGKILL)
+        done += process.returncode == 0
+        if in_place:
+            data = old.read_bytes()
+            assert {pair for pair in zip(before, data) if pair[0] != pair[1]} <= {(42, 43)} and len(data) == len(before)
+        else:
+            assert old.read_bytes() == before
+            if target.exists():
+                data = target.read_bytes()
+                assert [(a, b) for a, b in zip(before, data) if a != b] == [(42, 43)] * 3
+                target.unlink()
+    wanted = cli.main(["retag", str(old), *(["--in-place"] if in_place else [str(target)])])
+    assert wanted == 0 or (in_place and set(numbers(old).values()) == {0, 43})
+    assert sorted(os.listdir(tmp_path)) == (["old.gguf"] if in_place else ["new.gguf", "old.gguf"])
