@@ -101,13 +101,13 @@ def test_sizes_of_neither(old, tmp_path, capsys):
         old.write_bytes(wrong)
         assert cli.main(["retag", str(old), str(tmp_path / "new.gguf")]) == 1
         assert "neither STQ1_0's 42 for each 256 weights nor Q2_0's 72" in capsys.readouterr().err
-    (e,) = (e for e in retag.read_table(old)[0] if e.name == "b")
-    for at, value, says in ((e.type_at + 4, e.start, "neither STQ1_0's"), (e.type_at + 4, 33, "where no tensor's can"),
-                            (e.type_at - 8, 0, "no weights"), (e.type_at - 16, 100, "neither STQ1_0's")):  # fmt: skip
+    a, b = (e for e in retag.read_table(old)[0] if e.name in "ab")
+    for at, value, says in ((b.type_at + 4, b.start, "tensor a, .*neither STQ1_0's"), (a.type_at + 4, 33, "tensor a .*where no tensor's can"),
+                            (b.type_at - 8, 0, "tensor b has no weights"), (b.type_at - 16, 100, "tensor b, .*neither STQ1_0's")):  # fmt: skip
         wrong = bytearray(data)
         wrong[at : at + 8] = np.array([value], "<u8").tobytes()
         old.write_bytes(wrong)
-        with pytest.raises(ConvertError, match=f"tensor [ab], .*{says}|tensor b .*{says}"):
+        with pytest.raises(ConvertError, match=says):
             retag.old_tensors(old)
 
 
