@@ -1,4 +1,4 @@
-"""`sherry-gguf convert | verify | inspect | retag`."""
+"""`sherry-gguf convert | verify | inspect | retag | transcode`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from . import convert, llama_cpp, retag, tq1_25, verify
+from . import convert, llama_cpp, retag, tq1_25, transcode, verify
 from .convert import ConvertError, Options
 
 
@@ -24,6 +24,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         "verify": (_verify_parser, _verify),
         "inspect": (_inspect_parser, _inspect),
         "retag": (_retag_parser, _retag),
+        "transcode": (_transcode_parser, _transcode),
     }
     if prog:
         make, run = commands[argv[0]]
@@ -280,6 +281,28 @@ def _retag(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("give a file to write, or --in-place")
     count = retag.retag_in_place(args.gguf) if args.in_place else retag.retag(args.gguf, args.output)
     print(f"{args.output or args.gguf}: {count} tensors are STQ1_0 by number 43 now")
+    return 0
+
+
+# ---- transcode ----
+
+
+def _transcode_parser(parser: argparse.ArgumentParser):
+    parser.description = (
+        "Write a GGUF file with its ternary tensors in another type, exactly where that can hold the values, and say where not. "
+        "Everything else is copied."
+    )
+    parser.add_argument("gguf", type=Path, help="the file; of a split, each is a call")
+    parser.add_argument("output", type=Path, help="the file to write")
+    parser.add_argument("--to", required=True, choices=transcode.TARGETS, help="the type")
+    parser.add_argument("--require-exact", action="store_true", help="fail unless every value is kept")
+    parser.add_argument("--verbose", action="store_true", help="a traceback on errors")
+
+
+def _transcode(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    for line in transcode.summary(transcode.transcode(args.gguf, args.output, args.to, args.require_exact, progress=True)):
+        print(line)
+    print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

@@ -1,0 +1,231 @@
+"""A GGUF file's ternary tensors in another type, tensor by tensor; everything else as it is, byte for byte.
+
+What is ternary by its type (TQ1_25, STQ1_0, TQ1_0, TQ2_0) is transcoded; F32, F16, BF16 and Q8_0 matrices are where every block
+of the target holds their values, which brings back what was ternary once. Exact means that each value decodes to what it was.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import os
+import shutil
+import struct
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+
+from . import convert, gguf_type, stq1_0, tq1_25, verify
+from .blocks import BlockType, QuantizeError
+from .convert import ConvertError
+
+TARGETS = ("tq1_25", "stq1_0", "tq2_0", "q8_0", "f16")
+SPARSE: dict[str, BlockType] = {kind.name: kind for kind in (tq1_25.TYPE, stq1_0.TYPE)}
+TERNARY = (*SPARSE, "TQ1_0", "TQ2_0")
+OTHERS = ("F32", "F16", "BF16", "Q8_0")  # that may hold ternary weights
+FILE_TYPES = {"tq2_0": 37, "q8_0": 7, "f16": 1}  # general.file_type; the sparse types have their own
+_ROWS = 1 << 20  # weights handled at a time, about
+_COPY = 1 << 24  # bytes
+
+
+@dataclasses.dataclass
+class Moved:
+    """A tensor of the new file, in the terms of `convert._reread`."""
+
+    name: str
+    old: Any  # gguf.GGMLQuantizationType
+    type: Any
+    shape: tuple[int, ...]  # NumPy's order
+    nbytes: int
+    source: verify.Stored
+    blocks: int = 0  # of the target's, where the type changed
+    exact: int = 0
+    squared_error: float = 0.0
+    squares: float = 0.0
+    why: str = ""  # it stayed as it is, where one might have thought otherwise
+    sha256: bytes = b""
+
+    @property
+    def relative_error(self) -> float:
+        """|new - old| / |old|, Frobenius."""
+        return math.sqrt(self.squared_error / self.squares) if self.squares else 0.0
+
+
+def transcode(source: Path, target: Path, to: str, require_exact: bool = False, progress: bool = False) -> list[Moved]:
+    """Write `source` with its ternary tensors as `to`, one of `TARGETS`; what became of each tensor.
+
+    Of a split one file is handled, not all. The target is there whole, or as it was before. Raises ConvertError, also where
+    there is nothing to transcode, and with `require_exact` where a block's values cannot be held.
+    """
+    gguf = gguf_type.register()
+    if to not in TARGETS:
+        raise ConvertError(f"--to {to}: one of {', '.join(TARGETS)}")
+    source, target = Path(source), Path(target)
+    wanted = gguf.GGMLQuantizationType[to.upper()]
+    reader = _open(source)
+    plan = [_plan(t, source, wanted, gguf) for t in reader.tensors]
+    if not any(m.type != m.old for m in plan):
+        held = sorted({m.old.name for m in plan})
+        raise ConvertError(f"{source} has no tensor that could be {wanted.name} instead, of {', '.join(held)}")
+    if target.exists() and target.samefile(source):
+        raise ConvertError(f"{target} is the file itself: name another one to write")
+    target = convert._writable(target.parent, target) if target.parent.is_dir() else target
+    if not target.parent.is_dir():
+        raise ConvertError(f"cannot write {target}: {target.parent} is no directory")
+    options = convert.Options(progress=progress)
+    head = _head(reader, plan, to)
+    needed = len(head) + sum(_padded(m.nbytes, int(reader.alignment)) for m in plan)
+    with convert._staging(target, needed) as staging:
+        if needed > (free := shutil.disk_usage(staging).free):
+            raise ConvertError(convert._disk_full(target, needed, free))
+        new = staging / target.name
+        with open(new, "wb") as out, convert.progress_bar(options, total=needed, unit="B", unit_scale=True) as bar:
+            out.write(head)
+            bar.update(len(head))
+            for m in plan:
+                digest = hashlib.sha256()
+                for data in _data(m, gguf):
+                    digest.update(data)
+                    if len(data) == _COPY and not np.frombuffer(data, np.uint64).any():
+                        out.seek(_COPY, os.SEEK_CUR)  # a hole stays one
+                    else:
+                        out.write(data)
+                    bar.update(len(data))
+                m.sha256 = digest.digest()
+                out.write(bytes(_padded(m.nbytes, int(reader.alignment)) - m.nbytes))
+            out.truncate()
+        if require_exact and (inexact := [m for m in plan if m.exact < m.blocks]):
+            raise ConvertError(f"--require-exact: {len(inexact)} tensors have blocks that {wanted.name} cannot hold, {inexact[0].name} "
+                               f"{inexact[0].blocks - inexact[0].exact} of {inexact[0].blocks}. Nothing was written")
+        convert._reread(new, plan)
+        convert._commit([new], [target])
+    return plan
+
+
+def _open(path: Path):
+    verify.read_gguf(path)  # its errors say what is wrong
+    import gguf
+
+    return gguf.GGUFReader(path)
+
+
+def _plan(t, path: Path, wanted, gguf) -> Moved:
+    stored = verify.Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), path, int(t.data_offset), int(t.n_bytes))
+    m = Moved(t.name, t.tensor_type, t.tensor_type, stored.shape, stored.nbytes, stored)
+    if t.tensor_type == wanted or t.tensor_type.name not in TERNARY + OTHERS or not stored.weights or len(stored.shape) < 2:
+        return m
+    size, nbytes = gguf.GGML_QUANT_SIZES[wanted]
+    ternary = t.tensor_type.name in TERNARY
+    if stored.shape[-1] % size:
+        m.why = f"rows of {stored.shape[-1]} are no whole blocks of {size}" if ternary else ""
+        return m
+    if not ternary and (wanted.name in ("F16", "Q8_0") or not _fits(stored, wanted, gguf)):
+        return m
+    m.type, m.nbytes = wanted, stored.weights // size * nbytes
+    return m
+
+
+def _fits(stored: verify.Stored, wanted, gguf) -> bool:
+    try:
+        return all(exact.all() for _, _, exact, _ in _encoded(stored, wanted, gguf))
+    except ConvertError:  # NaN, or too large
+        return False
+
+
+def _encoded(stored: verify.Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """Of some rows at a time: values, bytes, which blocks are exact, what they decode to."""
+    size = gguf.GGML_QUANT_SIZES[wanted][0]
+    n, rows = stored.shape[-1], math.prod(stored.shape[:-1])
+    step = max(1, _ROWS // n)
+    for start in range(0, rows, step):
+        x = gguf.quants.dequantize(stored.read(start, step), stored.type).reshape(-1, n)
+        try:
+            data = _encode(x, wanted, gguf)
+        except QuantizeError as e:
+            raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + e.row}: {e.cause}") from e
+        back = gguf.quants.dequantize(data, wanted).reshape(x.shape)
+        yield x, data, (back == x).reshape(-1, size).all(axis=1), back
+
+
+def _encode(x: np.ndarray, wanted, gguf) -> np.ndarray:
+    if wanted.name in SPARSE:
+        from . import kernels
+
+        return kernels.quantize(x, kind=SPARSE[wanted.name])
+    if wanted.name == "F16":
+        with np.errstate(over="ignore"):
+            return x.astype(np.float16).view(np.uint8)
+    if wanted.name == "Q8_0":
+        return _q8_0(x, gguf)
+    return gguf.quants.quantize(x, wanted)
+
+
+def _q8_0(x: np.ndarray, gguf) -> np.ndarray:
+    """As usual, but where a block is ternary: the usual scale, a 127th of the largest value, would round it."""
+    data = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
+    blocks, out = x.reshape(-1, 32), data.reshape(-1, 34)
+    d = np.abs(blocks).max(axis=1, keepdims=True)
+    with np.errstate(over="ignore"):
+        half = d.astype(np.float16)
+    ternary = ((np.abs(blocks) == d) | (blocks == 0)).all(axis=1) & (half == d)[:, 0]
+    out[ternary, :2] = half[ternary].view(np.uint8).reshape(-1, 2)
+    out[ternary, 2:] = np.sign(blocks[ternary]).astype(np.int8).view(np.uint8)
+    return data
+
+
+def _data(m: Moved, gguf) -> Iterator[bytes | memoryview]:
+    """The tensor's bytes in the new file; counts what is exact."""
+    if m.type == m.old:
+        with open(m.source.path, "rb") as f:
+            f.seek(m.source.offset)
+            left = m.nbytes
+            while left:
+                data = f.read(min(left, _COPY))
+                if not data:
+                    raise ConvertError(f"{m.source.path} ends within the tensor {m.name}")
+                left -= len(data)
+                yield data
+        return
+    for x, data, exact, back in _encoded(m.source, m.type, gguf):
+        m.blocks += exact.size
+        m.exact += int(exact.sum())
+        m.squared_error += float(np.square(back.astype(np.float64) - x).sum())
+        m.squares += float(np.square(x, dtype=np.float64).sum())
+        yield memoryview(np.ascontiguousarray(data)).cast("B")
+
+
+def _head(reader, plan: list[Moved], to: str) -> bytes:
+    """All before the tensors' data: the metadata as it is, but for the file type; the table anew."""
+    first = min((int(t.field.offset) for t in reader.tensors))
+    head = bytearray(reader.data[:first].tobytes())
+    field = reader.fields.get("general.file_type")
+    if field is not None and len(field.parts[-1]) == 1 and field.parts[-1].nbytes == 4:
+        at = int(field.offset) + sum(int(p.nbytes) for p in field.parts[:-1])
+        head[at : at + 4] = struct.pack("<I", SPARSE[to.upper()].file_type if to.upper() in SPARSE else FILE_TYPES[to])
+    offset, alignment = 0, int(reader.alignment)
+    for t, m in zip(reader.tensors, plan):
+        for part in t.field.parts[:4]:  # name and shape
+            head += part.tobytes()
+        head += struct.pack("<IQ", int(m.type), offset)
+        offset += _padded(m.nbytes, alignment)
+    return bytes(head) + bytes(_padded(len(head), alignment) - len(head))
+
+
+def _padded(n: int, alignment: int) -> int:
+    return -(-n // alignment) * alignment
+
+
+def summary(plan: list[Moved]) -> Iterator[str]:
+    """The lines that say what became of the tensors."""
+    moved = [m for m in plan if m.type != m.old]
+    exact = [m for m in moved if m.exact == m.blocks]
+    yield (f"{len(moved)} of {len(plan)} tensors are {moved[0].type.name} now, {len(exact)} of them exact: each value as it was; the "
+           "others' bytes are the same")
+    for m in moved:
+        if m.exact < m.blocks:
+            yield f"not exact: {m.name}, {m.blocks - m.exact} of {m.blocks} blocks, relative error {m.relative_error:.4f}"
+    for m in plan:
+        if m.why:
+            yield f"left as it is: {m.name}, {m.old.name}: {m.why}"

@@ -1,0 +1,210 @@
+"""From one ternary type to another: exact where it can be, told where not, and nothing else changes."""
+
+import os
+
+import numpy as np
+import pytest
+
+from sherry_gguf import cli, gguf_type, stq1_0, transcode, tq1_25, verify
+from sherry_gguf.convert import ConvertError
+
+gguf = gguf_type.register()
+Q = gguf.GGMLQuantizationType
+RNG = np.random.default_rng(0)
+
+
+def ternary(kind, rows, n, same=False):
+    """Weights that `kind` holds; with `same`, neighbouring blocks of 128 share a scale."""
+    x = kind.dequantize(kind.quantize(RNG.standard_normal((rows, n)).astype(np.float32)))
+    if same:
+        x = np.sign(x) * np.repeat(np.abs(x).max(axis=1, keepdims=True), n, axis=1)
+    return x.astype(np.float32)
+
+
+def write(path, tensors, file_type=125, alignment=None):
+    """tensors: name to (type, values)."""
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("general.name", "ternäry")
+    writer.add_file_type(file_type)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "ж"])
+    writer.add_array("x.numbers", [1, 2, 3])
+    if alignment:
+        writer.add_custom_alignment(alignment)
+    for name, (qtype, x) in tensors.items():
+        if qtype == Q.F32:
+            writer.add_tensor(name, x)
+        elif qtype == Q.F16:
+            writer.add_tensor(name, x.astype(np.float16))
+        else:
+            writer.add_tensor(name, gguf.quants.quantize(x, qtype), raw_dtype=qtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def values(path):
+    return {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in gguf.GGUFReader(path).tensors}
+
+
+def types(path):
+    return {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write(tmp_path / "model.gguf", {
+        "token_embd.weight": (Q.F16, RNG.standard_normal((7, 256))),
+        "blk.0.attn_q.weight": (Q.TQ1_25, ternary(tq1_25.TYPE, 5, 512)),
+        "blk.0.norm.weight": (Q.F32, RNG.standard_normal(256).astype(np.float32)),
+        "blk.0.ffn_up.weight": (Q.TQ1_25, ternary(tq1_25.TYPE, 3, 768, same=True)),
+        "blk.0.odd.weight": (Q.TQ1_25, ternary(tq1_25.TYPE, 2, 384)),
+        "output.weight": (Q.Q8_0, RNG.standard_normal((7, 256)).astype(np.float32)),
+    })  # fmt: skip
+
+
+def test_exact_in_types_with_a_scale_for_less(model, tmp_path, capsys):
+    for to in "f16", "q8_0":
+        out = tmp_path / f"{to}.gguf"
+        assert cli.main(["transcode", str(model), str(out), "--to", to, "--require-exact"]) == 0
+        assert f"3 of 6 tensors are {to.upper()} now, 3 of them exact" in capsys.readouterr().out
+        for name, x in values(model).items():
+            assert (values(out)[name] == x).all(), name
+        assert [types(out)[f"blk.0.{n}.weight"] for n in ("attn_q", "ffn_up", "odd")] == [to.upper()] * 3
+        assert types(out)["token_embd.weight"] == "F16" and types(out)["output.weight"] == "Q8_0"
+        # and back: the same bytes, but for what stood for nothing
+        back = tmp_path / "back.gguf"
+        assert cli.main(["transcode", str(out), str(back), "--to", "tq1_25", "--require-exact"]) == 0
+        assert back.read_bytes() == model.read_bytes()
+
+
+def test_what_a_larger_block_cannot_hold_is_told(model, tmp_path, capsys):
+    out = tmp_path / "tq2_0.gguf"
+    assert cli.main(["transcode", str(model), str(out), "--to", "tq2_0", "--require-exact"]) == 1
+    assert "blk.0.attn_q.weight 10 of 10. Nothing was written" in capsys.readouterr().err and not out.exists()
+    assert cli.main(["transcode", str(model), str(out), "--to", "tq2_0"]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 6 tensors are TQ2_0 now, 1 of them exact" in said
+    assert "not exact: blk.0.attn_q.weight, 10 of 10 blocks, relative error 0." in said
+    assert "left as it is: blk.0.odd.weight, TQ1_25: rows of 384 are no whole blocks of 256" in said
+    found, wanted = values(out), values(model)
+    assert (found["blk.0.ffn_up.weight"] == wanted["blk.0.ffn_up.weight"]).all()
+    error = np.linalg.norm(found["blk.0.attn_q.weight"] - wanted["blk.0.attn_q.weight"]) / np.linalg.norm(wanted["blk.0.attn_q.weight"])
+    assert f"relative error {error:.4f}" in said and error < 0.2
+
+
+def test_stq1_0_to_others_and_back(tmp_path, capsys):
+    model = write(tmp_path / "stq.gguf", {"a": (Q.STQ1_0, ternary(stq1_0.TYPE, 4, 512)), "b": (Q.F32, np.ones(3, np.float32))}, 43, 64)
+    for to in "tq2_0", "f16", "q8_0":
+        assert cli.main(["transcode", str(model), str(tmp_path / "x.gguf"), "--to", to, "--require-exact"]) == 0
+        assert (values(tmp_path / "x.gguf")["a"] == values(model)["a"]).all()
+        assert cli.main(["transcode", str(tmp_path / "x.gguf"), str(tmp_path / "y.gguf"), "--to", "stq1_0", "--require-exact"]) == 0
+        assert (tmp_path / "y.gguf").read_bytes() == model.read_bytes()
+    capsys.readouterr()
+    # its groups are not those of TQ1_25
+    assert cli.main(["transcode", str(model), str(tmp_path / "z.gguf"), "--to", "tq1_25"]) == 0
+    assert "0 of them exact" in (said := capsys.readouterr().out) and "not exact: a, 16 of 16 blocks" in said
+
+
+@pytest.mark.parametrize("to", transcode.TARGETS)
+def test_metadata_is_kept(model, tmp_path, to):
+    if to == "tq1_25":
+        transcode.transcode(model, tmp_path / "f16.gguf", "f16")
+        model = tmp_path / "f16.gguf"
+    transcode.transcode(model, tmp_path / "out.gguf", to)
+    before, after = verify.read_gguf(model), verify.read_gguf(tmp_path / "out.gguf")
+    wanted = {"tq1_25": 125, "stq1_0": 43, "tq2_0": 37, "q8_0": 7, "f16": 1}[to]
+    assert after.fields == before.fields | {"general.file_type": wanted} and after.types == before.types
+    assert list(after.tensors) == list(before.tensors)
+    for name in "token_embd.weight", "blk.0.norm.weight", "output.weight":
+        assert (after.tensors[name].read() == before.tensors[name].read()).all()
+
+
+def test_file_types_are_llama_cpps():
+    for to, number in transcode.FILE_TYPES.items():
+        assert gguf.LlamaFileType[f"MOSTLY_{to.upper()}"] == number
+
+
+def test_many_rows_and_experts(tmp_path):
+    """More than is handled at a time, on three axes."""
+    x = ternary(tq1_25.TYPE, 3 * 1500, 512).reshape(3, 1500, 512)
+    model = write(tmp_path / "m.gguf", {"experts": (Q.TQ1_25, x)})
+    (m,) = transcode.transcode(model, tmp_path / "f.gguf", "f16")
+    assert m.blocks == m.exact == x.size and (values(tmp_path / "f.gguf")["experts"] == x).all()
+
+
+def test_what_cannot_be_transcoded(model, tmp_path, capsys):
+    other = write(tmp_path / "other.gguf", {"a": (Q.F32, RNG.standard_normal((4, 256)).astype(np.float32))})
+    assert cli.main(["transcode", str(other), str(tmp_path / "x.gguf"), "--to", "tq1_25"]) == 1
+    assert "has no tensor that could be TQ1_25 instead, of F32" in capsys.readouterr().err
+    assert cli.main(["transcode", str(model), str(tmp_path / "x.gguf"), "--to", "tq1_25"]) == 1
+    assert "has no tensor that could be TQ1_25 instead" in capsys.readouterr().err
+    for target, says in ((model, "is the file itself"), (tmp_path / "no/x.gguf", "no directory"), (tmp_path, "no ordinary file")):
+        assert cli.main(["transcode", str(model), str(target), "--to", "f16"]) == 1
+        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["transcode", str(model), str(tmp_path / "x.gguf"), "--to", "q4_0"])
+    with pytest.raises(ConvertError, match="--to q4_0: one of"):
+        transcode.transcode(model, tmp_path / "x.gguf", "q4_0")
+    assert cli.main(["transcode", str(tmp_path / "none.gguf"), str(tmp_path / "x.gguf"), "--to", "f16"]) == 1
+    assert "no such file" in capsys.readouterr().err
+    assert sorted(os.listdir(tmp_path)) == ["model.gguf", "other.gguf"]
+
+
+def test_scales_that_are_no_numbers(tmp_path, capsys):
+    x = tq1_25.quantize(ternary(tq1_25.TYPE, 3, 256))
+    x[1, 20:22] = np.array([np.nan], "<f2").view(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "bad.gguf", "llama")
+    writer.add_tensor("w", x, raw_dtype=Q.TQ1_25)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert cli.main(["transcode", str(tmp_path / "bad.gguf"), str(tmp_path / "x.gguf"), "--to", "stq1_0"]) == 1
+    assert "tensor w, row 1: a weight is NaN or infinite" in capsys.readouterr().err and not (tmp_path / "x.gguf").exists()
+
+
+def test_a_source_that_is_cut_while_it_is_read(model, tmp_path, monkeypatch):
+    real = transcode._data
+
+    def data(m, gguf):
+        if m.name == "output.weight":
+            os.truncate(model, m.source.offset + 10)
+        return real(m, gguf)
+
+    monkeypatch.setattr(transcode, "_data", data)
+    with pytest.raises(ConvertError, match="ends within the tensor output.weight"):
+        transcode.transcode(model, tmp_path / "x.gguf", "f16")
+    assert os.listdir(tmp_path) == ["model.gguf"]
+
+
+def test_more_than_4_gib(tmp_path):
+    """Offsets beyond 32 bits; a tensor of zeros that is a hole in the file, and stays one."""
+    x = ternary(tq1_25.TYPE, 4, 256)
+    model = write(tmp_path / "m.gguf", {"zeros": (Q.F32, np.ones((2, 32), np.float32)), "a": (Q.TQ1_25, x), "last": (Q.F32, np.arange(8, dtype=np.float32))})
+    reader = gguf.GGUFReader(model)
+    zeros, a, last = reader.tensors
+    data = {t.name: t.data.tobytes() for t in reader.tensors}
+    rows = (1 << 32) // 128 + 5
+    with open(model, "r+b") as f:  # the first tensor grows; it has two axes, of which the second is rows
+        head = bytearray(f.read(reader.data_offset))
+        at = [int(t.field.offset) + sum(int(p.nbytes) for p in t.field.parts[:5]) for t in reader.tensors]
+        head[at[0] - 12 : at[0] - 4] = np.array([rows], "<u8").tobytes()
+        starts = [rows * 128, rows * 128 + a.n_bytes + -a.n_bytes % 32]
+        for place, start in zip(at[1:], starts):
+            head[place : place + 8] = np.array([start], "<u8").tobytes()
+        f.seek(0)
+        f.write(head)
+        for name, start in zip(("a", "last"), starts):
+            f.seek(reader.data_offset + start)
+            f.write(data[name])
+        f.seek(reader.data_offset)
+        f.write(bytes(512))
+    assert model.stat().st_size > 1 << 32
+    out = tmp_path / "out.gguf"
+    plan = transcode.transcode(model, out, "f16", require_exact=True)
+    assert [m.type.name for m in plan] == ["F32", "F16", "F32"]
+    assert out.stat().st_size > 1 << 32 and out.stat().st_blocks * 512 < 1 << 28
+    found = {t.name: t.data for t in gguf.GGUFReader(out).tensors}
+    assert (found["a"].astype(np.float32) == x).all() and (found["last"] == np.arange(8)).all() and found["zeros"].shape == (rows, 32)
