@@ -1,4 +1,4 @@
-"""The built libggml: what is registered under TQ1_25 gives the same bytes and numbers as the reference."""
+"""The built libggml: what is registered under TQ1_25 and STQ1_0 gives the same bytes and numbers as the reference."""
 
 import subprocess
 import sys
@@ -6,8 +6,11 @@ import sys
 import numpy as np
 import pytest
 
-from sherry_gguf import kernels, llama_cpp, tq1_25
+from sherry_gguf import kernels, llama_cpp, stq1_0, tq1_25
 from vectors import BLOCKS, DOTS
+
+
+KINDS = pytest.mark.parametrize("kind", [tq1_25.TYPE, stq1_0.TYPE])
 
 
 @pytest.fixture(scope="module")
@@ -17,15 +20,16 @@ def ggml():
 
 @pytest.fixture
 def x():
-    return np.random.default_rng(0).standard_normal((6, 896)).astype(np.float32)
+    return np.random.default_rng(0).standard_normal((6, 768)).astype(np.float32)
 
 
-def test_registration(ggml):
-    assert ggml.types["TQ1_25"] == tq1_25.TYPE_ID
-    assert ggml.block("tq1_25") == (tq1_25.BLOCK, tq1_25.BLOCK_BYTES)
-    assert ggml.row_size("TQ1_25", 896) == 896 // 128 * 22
-    assert ggml.vec_dot_type("TQ1_25") == "Q8_0"
-    assert not [name for name, type_id in ggml.types.items() if 42 < type_id < 125]
+@KINDS
+def test_registration(ggml, kind):
+    assert ggml.types[kind.name] == kind.type_id
+    assert ggml.block(kind.name.lower()) == (kind.size, kind.bytes)
+    assert ggml.row_size(kind.name, 768) == 768 // kind.size * kind.bytes
+    assert ggml.vec_dot_type(kind.name) == "Q8_0"
+    assert not [name for name, type_id in ggml.types.items() if 43 < type_id < 125]
 
 
 def test_golden_blocks(ggml):
@@ -35,17 +39,19 @@ def test_golden_blocks(ggml):
         assert (ggml.dequantize("TQ1_25", block[None])[0] == np.float32(d) * np.array(lanes, np.float32)).all()
 
 
-def test_quantize_chunk_and_to_float(ggml, x):
-    packed = ggml.quantize("TQ1_25", x)
-    assert (packed == tq1_25.quantize(x)).all()
-    assert (ggml.dequantize("TQ1_25", packed) == tq1_25.dequantize(packed)).all()
+@KINDS
+def test_quantize_chunk_and_to_float(ggml, x, kind):
+    packed = ggml.quantize(kind.name, x)
+    assert (packed == kind.quantize(x)).all() and (ggml.from_float(kind.name, x[0]) == packed[0]).all()
+    assert (ggml.dequantize(kind.name, packed) == kind.dequantize(packed)).all()
 
 
-def test_importance_matrix(ggml, x):
-    importance = np.random.default_rng(1).random(896).astype(np.float32)
-    packed = ggml.quantize("TQ1_25", x, importance)
-    assert (packed == kernels.quantize(x, importance)).all()
-    assert (packed != tq1_25.quantize(x)).any()
+@KINDS
+def test_importance_matrix(ggml, x, kind):
+    importance = np.random.default_rng(1).random(768).astype(np.float32)
+    packed = ggml.quantize(kind.name, x, importance)
+    assert (packed == kernels.quantize(x, importance, kind)).all()
+    assert (packed != kind.quantize(x)).any()
 
 
 @pytest.mark.parametrize("i", range(len(DOTS)))
@@ -54,11 +60,12 @@ def test_golden_dots(ggml, i):
     assert ggml.vec_dot("TQ1_25", row, kernels.quantize_q8_0(y)) == pytest.approx(result, rel=1e-5)
 
 
-def test_vec_dot_is_the_best_kernel(ggml, x, monkeypatch):
+@KINDS
+def test_vec_dot_is_the_best_kernel(ggml, x, monkeypatch, kind):
     monkeypatch.delenv("SHERRY_ISA", raising=False)
-    packed, q8_0 = tq1_25.quantize(x), kernels.quantize_q8_0(x[0])
+    packed, q8_0 = kind.quantize(x), kernels.quantize_q8_0(x[0])
     for row in packed:
-        assert ggml.vec_dot("TQ1_25", row, q8_0) == kernels.vec_dot_q8_0(row, q8_0)
+        assert ggml.vec_dot(kind.name, row, q8_0) == kernels.vec_dot_q8_0(row, q8_0, kind=kind)
 
 
 IN_ANOTHER_PROCESS = """
@@ -87,19 +94,21 @@ def test_a_missing_instruction_set_ends_the_process_with_its_name():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-def test_bad_weights_make_an_invalid_row(ggml, x, bad):
+@KINDS
+def test_bad_weights_make_an_invalid_row(ggml, x, bad, kind):
     x[3, 700] = bad
-    with pytest.raises(ValueError, match="NaN, infinite or too large for TQ1_25"):
-        ggml.quantize("TQ1_25", x)
+    with pytest.raises(ValueError, match=f"NaN, infinite or too large for {kind.name}"):
+        ggml.quantize(kind.name, x)
 
 
 @pytest.mark.parametrize("d", [np.nan, np.inf, -1.0])
-def test_bad_scales_are_invalid(ggml, x, d, capfd):
-    packed = tq1_25.quantize(x)
-    assert ggml.valid("TQ1_25", packed)
-    packed.reshape(-1, 22)[9, 20:] = np.frombuffer(np.float16(d).tobytes(), np.uint8)
-    assert not ggml.valid("TQ1_25", packed)
-    assert "the scale of block 9 is" in capfd.readouterr().err
+@KINDS
+def test_bad_scales_are_invalid(ggml, x, d, capfd, kind):
+    packed = kind.quantize(x)
+    assert ggml.valid(kind.name, packed)
+    packed.reshape(-1, kind.bytes)[9, -2:] = np.frombuffer(np.float16(d).tobytes(), np.uint8)
+    assert not ggml.valid(kind.name, packed)
+    assert f"{kind.name.lower()}: the scale of block 9 is" in capfd.readouterr().err
 
 
 def test_other_types(ggml, x):
@@ -121,7 +130,7 @@ def test_other_types(ggml, x):
     (lambda g, x: g.quantize("I32", x), "nothing can be quantized to I32"),
     (lambda g, x: g.quantize("q8_k", x), "nothing can be quantized to q8_k"),
     (lambda g, x: g.quantize("TQ1_25", x.astype(np.float64)), "float64"),
-    (lambda g, x: g.quantize("TQ1_25", x, x[0, :128]), r"\(128,\), rows have 896"),
+    (lambda g, x: g.quantize("TQ1_25", x, x[0, :128]), r"\(128,\), rows have 768"),
     (lambda g, x: g.dequantize("I32", x.view(np.uint8)), "I32 has no to_float"),
     (lambda g, x: g.dequantize("TQ1_25", np.zeros((1, 23), np.uint8)), "rows of 23 bytes"),
     (lambda g, x: g.from_float("IQ2_XXS", x[0, :768]), "IQ2_XXS has no from_float"),

@@ -17,7 +17,7 @@ import pytest
 import small_models
 from conftest import ENV, sherry
 
-from sherry_gguf import gguf_type, kernels, llama_cpp, tq1_25
+from sherry_gguf import gguf_type, kernels, llama_cpp, stq1_0, tq1_25
 
 gguf_type.register()
 HERE = Path(__file__).parent
@@ -86,13 +86,14 @@ def demo(tmp_path_factory):
 def test_quantize_fns():
     code, text = run("test-quantize-fns", "-v")
     assert code == 0, text
-    assert len(re.findall(r"tq1_25 .*ok", text)) == 3
+    assert len(re.findall(r"\btq1_25 .*ok", text)) == len(re.findall(r"\bstq1_0 .*ok", text)) == 3
 
 
 @pytest.mark.parametrize("isa", kernels.available())  # it shows that they run; tests/test_ops.py, that they are right
 @pytest.mark.parametrize("op, least", [("MUL_MAT", 40), ("MUL_MAT_ID", 60), ("GET_ROWS", 5), ("CPY", 10)])
-def test_backend_ops(op, least, isa):
-    code, text = run("test-backend-ops", "test", "-b", "CPU", "-o", op, "-p", "tq1_25", env=ENV | {"SHERRY_ISA": isa})
+@pytest.mark.parametrize("kind", ["tq1_25", "stq1_0"])
+def test_backend_ops(op, least, isa, kind):
+    code, text = run("test-backend-ops", "test", "-b", "CPU", "-o", op, "-p", kind, env=ENV | {"SHERRY_ISA": isa})
     passed = re.search(r"(\d+)/(\d+) tests passed", text)
     assert code == 0 and passed and passed[1] == passed[2] and int(passed[1]) >= least, text[-3000:]
 
@@ -101,7 +102,8 @@ def test_backend_ops(op, least, isa):
 
 
 def test_quantize_names_the_type():
-    assert re.search(r"125 +or +TQ1_25", run("llama-quantize", "--help")[1])
+    text = run("llama-quantize", "--help")[1]
+    assert re.search(r"125 +or +TQ1_25", text) and re.search(r"43 +or +STQ1_0", text)
 
 
 def test_bench_names_the_type(llama):
@@ -220,18 +222,18 @@ def test_quantize_refuses_what_no_block_can_hold(demo, tmp_path, value, message)
 # ---- files that must be refused ----
 
 
-def set_type(path, tensor, type_id):
+def set_type(path, tensor, type_id, was=tq1_25.TYPE_ID):
     """Change a tensor's type id in a GGUF: it stands right before the offset, the last 12 bytes of its table entry."""
     field = next(t for t in gguf.GGUFReader(path).tensors if t.name == tensor).field
     end = field.offset + sum(part.nbytes for part in field.parts)
     with open(path, "r+b") as file:
         file.seek(end - 12)
-        assert int.from_bytes(file.read(4), "little") == tq1_25.TYPE_ID
+        assert int.from_bytes(file.read(4), "little") == was
         file.seek(end - 12)
         file.write(type_id.to_bytes(4, "little"))
 
 
-@pytest.mark.parametrize("type_id", [43, 77, 124, 126, 4, 2**31])
+@pytest.mark.parametrize("type_id", [44, 77, 124, 126, 4, 2**31])
 def test_an_unused_type_id_is_refused_with_a_message(llama, tmp_path, type_id):
     path = shutil.copy(llama[1], tmp_path / "odd.gguf")
     set_type(path, "blk.1.ffn_up.weight", type_id)
@@ -252,6 +254,56 @@ def test_check_tensors_finds_a_bad_scale(llama, tmp_path, d):
     reader.data.flush()
     code, text = run("llama-cli", "-m", path, "-p", "x", "-n", 1, "-st", "--check-tensors")
     assert code == 1 and "the scale of block 14 is" in text and "blk.1.ffn_up.weight" in text, text
+
+
+# ---- STQ1_0 ----
+
+
+@pytest.fixture(scope="session")
+def stq(demo, tmp_path_factory):
+    """The demo's weights in STQ1_0, by llama-quantize: not exact, since its groups are others."""
+    path = tmp_path_factory.mktemp("stq") / "stq.gguf"
+    code, text = run("llama-quantize", demo[1], path, "STQ1_0", 2)
+    assert code == 0, text
+    return path
+
+
+def test_quantize_to_stq1_0_gives_what_the_reference_gives(demo, stq):
+    f32, found = tensors(demo[1]), tensors(stq)
+    ternary = [name for name, t in found.items() if t.tensor_type == stq1_0.TYPE.type_id]
+    assert len(ternary) == 28
+    for name in ternary:
+        assert (found[name].data == stq1_0.TYPE.quantize(f32[name].data)).all(), name
+
+
+@pytest.mark.parametrize("batch", [1, 40, 150])
+def test_stq1_0_with_and_without_repack(demo, stq, logits, batch, tmp_path):
+    """What the two round differently are the activations: their blocks of 32 are others."""
+    (tmp_path / "text.txt").write_text((demo[0] / "held_out.txt").read_text()[:3000])
+    check_repack_changes_little(logits, stq, tmp_path / "text.txt", batch)
+
+
+def test_a_file_with_the_old_number_is_told_what_to_do(stq, tmp_path):
+    """As the first files of Sherry's authors: 42 for STQ1_0. After the command that llama-cli names, it runs, and says the same."""
+    old = shutil.copy(stq, tmp_path / "old.gguf")
+    for name, t in tensors(stq).items():
+        if t.tensor_type == stq1_0.TYPE.type_id:
+            set_type(old, name, stq1_0.OLD_TYPE_ID, stq1_0.TYPE.type_id)
+    code, text = run("llama-cli", "-m", old, "-p", "x", "-n", 1, "-st")
+    assert code == 1 and "is STQ1_0, with the number that this type had once: run `sherry-gguf retag IN OUT`" in text, text
+    result = sherry("retag", old, tmp_path / "new.gguf")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "new.gguf").read_bytes() == stq.read_bytes()
+    assert greedy(tmp_path / "new.gguf") == greedy(stq)
+
+
+def test_check_tensors_finds_a_bad_scale_of_stq1_0(stq, tmp_path):
+    path = shutil.copy(stq, tmp_path / "odd.gguf")
+    reader = gguf.GGUFReader(path, "r+")
+    next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight").data[7, 40:42] = np.frombuffer(np.float16(-1).tobytes(), np.uint8)
+    reader.data.flush()
+    code, text = run("llama-cli", "-m", path, "-p", "x", "-n", 1, "-st", "--check-tensors")
+    assert code == 1 and "stq1_0: the scale of block 7 is -1" in text and "blk.1.ffn_up.weight" in text, text
 
 
 # ---- other ways to run a model ----
