@@ -55,7 +55,7 @@ def test_random_bytes(fuzz, seed):
     result = subprocess.run([fuzz, str(seed), "3000"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     repacked = 3000 // 5 * (2 * len(kernels.available_repacked()) + len(kernels.available_panels()))
-    assert int(result.stdout.split()[0]) == 3000 * (8 + len(kernels.available())) + repacked
+    assert int(result.stdout.split()[0]) == 3000 * (2 * (8 + len(kernels.available())) + 1) + repacked
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,20 @@ def test_dot_product():
     assert TYPE.vec_dot(b, y) == pytest.approx(float(TYPE.dequantize(b).astype(np.float64) @ seen), rel=1e-12)
 
 
+def test_limits_of_upstreams_test_are_what_the_reference_has():
+    """test-quantize-fns takes a cosine, in which weights 16 apart are nearly in phase, so that no zero is small; on random
+    weights the type is as good as TQ1_25."""
+    i = np.arange(4096)
+    x, y = (0.1 + 2 * np.cos(i)).astype(np.float32), (0.1 + 2 * np.cos(i + 1)).astype(np.float64)
+
+    def error(kind, x):
+        return np.linalg.norm(kind.dequantize(kind.quantize(x)) - x) / len(x)
+
+    assert 0.0104 < error(TYPE, x) < 0.0106 and 0.24 < abs((TYPE.dequantize(TYPE.quantize(x)) - x) @ y) / len(x) < 0.245
+    x = np.random.default_rng(0).standard_normal(1 << 16).astype(np.float32)
+    assert error(TYPE, x) == pytest.approx(error(tq1_25.TYPE, x), rel=0.005)
+
+
 @pytest.mark.parametrize("value, cause", [(np.nan, blocks.NOT_FINITE), (np.inf, blocks.NOT_FINITE), (1e5, blocks.OVERFLOW)])
 def test_what_no_block_can_hold_names_the_row(value, cause):
     x = TYPE.dequantize(TYPE.quantize(np.ones((3, 2, 512), np.float32)))
