@@ -561,6 +561,8 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
         trainer.export(stage, getattr(torch, s.export_dtype))
     except ValueError as e:  # not finite
         raise Stop(str(e)) from e
+    if torch.distributed.is_initialized():  # the rest is the first process's alone
+        torch.distributed.destroy_process_group()
     if main_process:
         history, steps, rows = trainer.state.log_history, trainer.state.global_step, np.array(held_out["input_ids"])
         del trainer, model, teacher  # their memory
@@ -643,4 +645,11 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())
+    code = main()
+    if int(os.environ.get("RANK", 0)):
+        # A thread of Gloo that lets go of a tensor while Python finalizes aborts the process, and torchrun then ends the
+        # first one, which may still be evaluating the export. Trackers and files are the first one's alone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
