@@ -222,9 +222,10 @@ def test_quantize_refuses_what_no_block_can_hold(demo, tmp_path, value, message)
 # ---- files that must be refused ----
 
 
-def set_type(path, tensor, type_id, was=tq1_25.TYPE_ID):
-    """Change a tensor's type id in a GGUF: it stands right before the offset, the last 12 bytes of its table entry."""
-    field = next(t for t in gguf.GGUFReader(path).tensors if t.name == tensor).field
+def set_type(path, tensor, type_id, was=tq1_25.TYPE_ID, table=None):
+    """Change a tensor's type id in a GGUF: it stands right before the offset, the last 12 bytes of its table entry. `table`
+    is a file of the same tensors that the reader takes, where it does not take this one."""
+    field = next(t for t in gguf.GGUFReader(table or path).tensors if t.name == tensor).field
     end = field.offset + sum(part.nbytes for part in field.parts)
     with open(path, "r+b") as file:
         file.seek(end - 12)
@@ -288,7 +289,7 @@ def test_a_file_with_the_old_number_is_told_what_to_do(stq, tmp_path):
     old = shutil.copy(stq, tmp_path / "old.gguf")
     for name, t in tensors(stq).items():
         if t.tensor_type == stq1_0.TYPE.type_id:
-            set_type(old, name, stq1_0.OLD_TYPE_ID, stq1_0.TYPE.type_id)
+            set_type(old, name, stq1_0.OLD_TYPE_ID, stq1_0.TYPE.type_id, table=stq)
     code, text = run("llama-cli", "-m", old, "-p", "x", "-n", 1, "-st")
     assert code == 1 and "is STQ1_0, with the number that this type had once: run `sherry-gguf retag IN OUT`" in text, text
     result = sherry("retag", old, tmp_path / "new.gguf")

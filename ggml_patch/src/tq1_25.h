@@ -369,6 +369,19 @@ static inline float tq1_25_fp16_to_float(uint16_t h) {
 // Scales of a tile to those of its rows.
 void tq1_25_decode_scales(const uint16_t * d, tq1_25_decoded * w);
 
+// Both types' entries in ggml's tables of types, in ggml.c and ggml-cpu.c.
+#define GGML_TRAITS_3_4_SPARSE \
+    GGML_TRAITS_ENTRY(GGML_TYPE_TQ1_25, "tq1_25", QK_TQ1_25, block_tq1_25, dequantize_row_tq1_25, quantize_row_tq1_25_ref) \
+    GGML_TRAITS_ENTRY(GGML_TYPE_STQ1_0, "stq1_0", QK_STQ1_0, block_stq1_0, dequantize_row_stq1_0, quantize_row_stq1_0_ref)
+#define GGML_TRAITS_ENTRY(id, name, weights, block, dequantize, quantize) \
+    [id] = { .type_name = name, .blck_size = weights, .type_size = sizeof(block), .is_quantized = true, .to_float = dequantize, \
+             .from_float_ref = quantize },
+#define GGML_CPU_TRAITS_3_4_SPARSE \
+    GGML_CPU_TRAITS_ENTRY(GGML_TYPE_TQ1_25, quantize_row_tq1_25_ref, ggml_vec_dot_tq1_25_q8_0) \
+    GGML_CPU_TRAITS_ENTRY(GGML_TYPE_STQ1_0, quantize_row_stq1_0_ref, ggml_vec_dot_stq1_0_q8_0)
+#define GGML_CPU_TRAITS_ENTRY(id, quantize, dot) \
+    [id] = { .from_float = quantize, .vec_dot = dot, .vec_dot_type = GGML_TYPE_Q8_0, .nrows = 1 },
+
 #ifdef __cplusplus
 }
 #endif
