@@ -561,8 +561,6 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
         trainer.export(stage, getattr(torch, s.export_dtype))
     except ValueError as e:  # not finite
         raise Stop(str(e)) from e
-    if torch.distributed.is_initialized():  # the rest is the first process's alone
-        torch.distributed.destroy_process_group()
     if main_process:
         history, steps, rows = trainer.state.log_history, trainer.state.global_step, np.array(held_out["input_ids"])
         del trainer, model, teacher  # their memory
@@ -648,7 +646,8 @@ if __name__ == "__main__":
     code = main()
     if int(os.environ.get("RANK", 0)):
         # A thread of Gloo that lets go of a tensor while Python finalizes aborts the process, and torchrun then ends the
-        # first one, which may still be evaluating the export. Trackers and files are the first one's alone.
+        # first one, which may still be evaluating the export. Trackers and files are the first one's alone. To destroy the
+        # process group before is no cure: its end waits for that thread with the GIL held, which the thread waits for.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -31,7 +31,6 @@ history = trainer.state.log_history
     "losses": [e["loss"] for e in history if "loss" in e], "flips": [e["flips"] for e in history if "flips" in e]}))
 trainer.export(out / "hf", torch.float32)
 assert (out / "hf/config.json").is_file()
-torch.distributed.destroy_process_group()
 sys.stdout.flush()
 sys.stderr.flush()
 os._exit(0)  # as train_sherry.py's processes: a thread of Gloo may abort one that finalizes Python
