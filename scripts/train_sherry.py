@@ -644,7 +644,7 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)
     code = main()
-    if int(os.environ.get("RANK", 0)):
+    if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
         # A thread of Gloo that lets go of a tensor while Python finalizes aborts the process, and torchrun then ends the
         # first one, which may still be evaluating the export. Trackers and files are the first one's alone. To destroy the
         # process group before is no cure: its end waits for that thread with the GIL held, which the thread waits for.
