@@ -1203,7 +1203,11 @@ def _sweep(directory: Path):
 
 
 def _commit(staged: list[Path], files: list[Path]):
-    """Put the files in their places, with the permissions of those that they replace: all, or none."""
+    """Put the files in their places, with the permissions of those that they replace: all, or none.
+
+    Of a split the first file, by which the others are found, goes first and comes last: nobody meets files of two conversions,
+    were this one killed here. What other conversions put into the directory at the same time waits.
+    """
     for new, file in zip(staged, files):
         if file.exists():
             shutil.copymode(file, new)
@@ -1211,19 +1215,26 @@ def _commit(staged: list[Path], files: list[Path]):
         os.replace(staged[0], files[0])
         return
     with _uninterrupted():
+        lock = _lock(files[0].parent, wait=True)
         undo: list[tuple[Path, Path]] = []
+
+        def move(here: Path, there: Path):
+            os.rename(here, there)
+            undo.append((there, here))
+
         try:
             for i, (new, file) in enumerate(zip(staged, files)):
                 if file.is_file():
-                    old = new.with_name(f"{i}.old")
-                    os.rename(file, old)
-                    undo.append((old, file))
-                os.rename(new, file)
-                undo.append((file, new))
+                    move(file, new.with_name(f"{i}.old"))
+            for new, file in reversed([*zip(staged, files)]):
+                move(new, file)
         except BaseException:
-            for here, there in reversed(undo):
-                os.rename(here, there)
+            for there, here in reversed(undo):
+                os.rename(there, here)
             raise
+        finally:
+            if lock is not None:
+                os.close(lock)
 
 
 @contextlib.contextmanager

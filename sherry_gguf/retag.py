@@ -130,22 +130,23 @@ def retag_in_place(path: Path) -> int:
     """
     path = Path(path)
     backup = path.with_name(path.name + BACKUP)
-    if backup.exists():
-        _restore(path, backup)
-    found = old_tensors(path)
-    with _told(path), open(path, "r+b") as f:
-        head = f.read(max(e.type_at for e in found) + 4)
-        part = backup.with_name(backup.name + ".part")
-        with open(part, "wb") as b:
-            b.write(head)
-            b.flush()
-            os.fsync(b.fileno())
-        os.replace(part, backup)
-        _sync_directory(path.parent)
-        _set(f, found, stq1_0.TYPE.type_id)
-        os.fsync(f.fileno())
-    _check(path, found)
-    backup.unlink()
+    with _alone(path):
+        if backup.exists():
+            _restore(path, backup)
+        found = old_tensors(path)
+        with _told(path), open(path, "r+b") as f:
+            head = f.read(max(e.type_at for e in found) + 4)
+            part = backup.with_name(backup.name + ".part")
+            with open(part, "wb") as b:
+                b.write(head)
+                b.flush()
+                os.fsync(b.fileno())
+            os.replace(part, backup)
+            _sync_directory(path.parent)
+            _set(f, found, stq1_0.TYPE.type_id)
+            os.fsync(f.fileno())
+        _check(path, found)
+        backup.unlink()
     return len(found)
 
 
@@ -178,6 +179,26 @@ def _restore(path: Path, backup: Path) -> None:
         f.flush()
         os.fsync(f.fileno())
     backup.unlink()
+
+
+@contextlib.contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Hold a lock on the file, where there is such a thing: another retag's half of the work is no reason to undo it."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # old_tensors says what is wrong with it
+            if not path.is_file():  # a pipe would be waited for
+                raise FileNotFoundError
+            f = stack.enter_context(open(path, "rb"))
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConvertError(f"{path} is being changed by another retag: wait for its end") from None
+        yield
 
 
 def _sync_directory(directory: Path) -> None:

@@ -28,7 +28,7 @@ typedef struct {
     int     halves;      // of 128 weights
 } layout;
 
-static layout layout_of(enum tq1_25_kind kind) {
+static inline layout layout_of(enum tq1_25_kind kind) {
     static const layout layouts[TQ1_25_KINDS] = {
         { QK_TQ1_25, sizeof(block_tq1_25), sizeof(tq1_25_tile), 1 },
         { QK_STQ1_0, sizeof(block_stq1_0), sizeof(stq1_0_tile), 2 },
@@ -94,35 +94,53 @@ static inline void transpose(__m128i a[16]) {
 }
 #endif
 
-// Sixteen rows, the first a multiple of sixteen, nb blocks from one to the next.
-static void put_sixteen(const block_tq1_25 * x, int64_t nb, tq1_25_tile * y, int row) {
 #ifdef SSE2
-    __m128i a[16];
+// Sixteen bytes of each of sixteen rows, transposed. What isn't used of it isn't computed: the compiler sees to it.
+static inline void load_transposed(const char * x, size_t stride, __m128i a[16]) {
     for (int r = 0; r < 16; ++r) {
-        a[r] = _mm_loadu_si128((const __m128i *) x[nb * r].qs);
+        a[r] = _mm_loadu_si128((const __m128i *) (x + stride * (size_t) r));
     }
     transpose(a);
-    for (int k = 0; k < 16; ++k) {
-        _mm_storeu_si128((__m128i *) (y->part[k / 4].qs[k % 4] + row), a[k]);
+}
+#endif
+
+// Sixteen rows, the first a multiple of sixteen, `stride` bytes from one's block to the next one's.
+static inline void put_sixteen(enum tq1_25_kind kind, const char * x, size_t stride, void * y, int row) {
+#ifdef SSE2
+    const layout  of = layout_of(kind);
+    tq1_25_part * part = (tq1_25_part *) y;
+    uint16_t *    d = (uint16_t *) (part + PARTS * of.halves);
+    __m128i a[16];
+    for (int h = 0; h < of.halves; ++h) {
+        load_transposed(x + 16 * h, stride, a);
+        for (int j = 0; j < PARTS; ++j) {
+            const __m128i * b = a + 4 * j;
+            uint8_t (* qs)[TQ1_25_TILE] = part[PARTS * h + j].qs;
+            for (int k = 0; k < 4; ++k) {
+                __m128i slots = b[k];
+                if (kind == KIND_STQ1_0) { // a byte has two groups that follow each other; those of a tile are four apart
+                    const __m128i low = _mm_set1_epi8(15), first = b[k / 2], second = b[2 + k / 2];
+                    slots = k % 2 ? _mm_or_si128(_mm_and_si128(_mm_srli_epi16(first, 4), low), _mm_andnot_si128(low, second))
+                                  : _mm_or_si128(_mm_and_si128(first, low), _mm_slli_epi16(_mm_and_si128(second, low), 4));
+                }
+                _mm_storeu_si128((__m128i *) (qs[k] + row), slots);
+            }
+        }
     }
-    enum { LAST = sizeof(*x) - 16 }; // the last sixteen bytes: ten of qs, sign, d
-    for (int r = 0; r < 16; ++r) {
-        a[r] = _mm_loadu_si128((const __m128i *) ((const char *) &x[nb * r] + LAST));
-    }
-    transpose(a); // what isn't stored isn't computed: the compiler sees to it
-    for (int j = 0; j < 4; ++j) {
-        _mm_storeu_si128((__m128i *) (y->part[j].sign + row), a[10 + j]);
+    load_transposed(x + of.block - 16, stride, a); // ends with sign and d
+    for (int j = 0; j < PARTS * of.halves; ++j) {
+        _mm_storeu_si128((__m128i *) (part[j].sign + row), a[14 - PARTS * of.halves + j]);
     }
     for (int h = 0; h < 2; ++h) { // rows 8h and on: even ones to a place, odd ones sixteen further
-        __m128i d = h ? _mm_unpackhi_epi8(a[14], a[15]) : _mm_unpacklo_epi8(a[14], a[15]);
-        d = _mm_shufflehi_epi16(_mm_shufflelo_epi16(d, 0xd8), 0xd8);
-        d = _mm_shuffle_epi32(d, 0xd8);
-        _mm_storel_epi64((__m128i *) (y->d + TQ1_25_PLACE(row + 8 * h)), d);
-        _mm_storel_epi64((__m128i *) (y->d + TQ1_25_PLACE(row + 8 * h + 1)), _mm_unpackhi_epi64(d, d));
+        __m128i e = h ? _mm_unpackhi_epi8(a[14], a[15]) : _mm_unpacklo_epi8(a[14], a[15]);
+        e = _mm_shufflehi_epi16(_mm_shufflelo_epi16(e, 0xd8), 0xd8);
+        e = _mm_shuffle_epi32(e, 0xd8);
+        _mm_storel_epi64((__m128i *) (d + TQ1_25_PLACE(row + 8 * h)), e);
+        _mm_storel_epi64((__m128i *) (d + TQ1_25_PLACE(row + 8 * h + 1)), _mm_unpackhi_epi64(e, e));
     }
 #else
     for (int r = 0; r < 16; ++r) {
-        put_row(KIND_TQ1_25, x + nb * r, y, row + r);
+        put_row(kind, x + stride * (size_t) r, y, row + r);
     }
 #endif
 }
@@ -151,12 +169,11 @@ void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * 
             prefetch(from + of.tile * (size_t) (nb + i), of.tile); // as many bytes of the next 64 rows
             stq1_0_tile tile; // of either
             for (int row = 0; row < TQ1_25_TILE; row += 16) {
-                if (kind == KIND_TQ1_25) {
-                    put_sixteen((const block_tq1_25 *) from + nb * row + i, nb, (tq1_25_tile *) &tile, row);
-                    continue;
-                }
-                for (int r = row; r < row + 16; ++r) {
-                    put_row(kind, (const block_stq1_0 *) from + nb * r + i, &tile, r);
+                const char * sixteen = from + of.block * (size_t) (nb * row + i);
+                if (kind == KIND_TQ1_25) { // a constant each
+                    put_sixteen(KIND_TQ1_25, sixteen, of.block * (size_t) nb, &tile, row);
+                } else {
+                    put_sixteen(KIND_STQ1_0, sixteen, of.block * (size_t) nb, &tile, row);
                 }
             }
             put_tile(&tile, to, of.tile);

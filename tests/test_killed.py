@@ -1,0 +1,227 @@
+"""kill -9 at random moments, and two at once: sources stay as they were, targets are absent, as before, or whole.
+
+A command's imports take longer than its work, so a server that has them forks for each command, and the kill meets the work.
+"""
+
+import fcntl
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+
+import conftest
+import numpy as np
+import pytest
+import small_models
+from conftest import sherry
+
+from sherry_gguf import cli, gguf_type, retag
+
+SERVER = """
+import json, os, sys
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+from sherry_gguf import convert, kernels
+from sherry_gguf.cli import main
+convert.upstream()
+for line in sys.stdin:
+    if (pid := os.fork()) == 0:
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for fd in 0, 1, 2:
+            os.dup2(nowhere, fd)
+        os._exit(main(json.loads(line)))
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def server():
+    with conftest.python(SERVER, stdin=subprocess.PIPE, stderr=None) as process:
+        yield process
+        process.stdin.close()
+
+
+def killed(server, arguments, delay):
+    """Run a command and kill it after `delay` seconds, or let it end; its exit code."""
+    print(json.dumps(list(map(str, arguments))), file=server.stdin, flush=True)
+    pid = int(server.stdout.readline())
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)  # it may have ended; the server has not yet waited for it, or just now
+    return int(server.stdout.readline())
+
+
+def files(directory):
+    return {p.name: p.read_bytes() for p in directory.iterdir() if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return small_models.make(tmp_path_factory.mktemp("checkpoint") / "m", "llama", latent=True)
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """20 million weights of STQ1_0 with today's number and with the old one."""
+    gguf = gguf_type.register()
+    directory = tmp_path_factory.mktemp("packed")
+    writer = gguf.GGUFWriter(directory / "new.gguf", "llama")
+    rng = np.random.default_rng(0)
+    for i in range(20):
+        data = rng.integers(0, 256, (1000, 4, 42), np.uint8)
+        data[..., 41] &= 63  # scales that are numbers
+        writer.add_tensor(f"blk.{i}.weight", data.reshape(1000, -1), raw_dtype=gguf.GGMLQuantizationType.STQ1_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    old = bytearray((directory / "new.gguf").read_bytes())
+    for e in retag.read_table(directory / "new.gguf")[0]:
+        old[e.type_at] = 42
+    (directory / "old.gguf").write_bytes(old)
+    return directory
+
+
+# command: its arguments, its source, how often it is killed
+CASES = {
+    "convert": (lambda source, to: ["convert", source, "--outfile", to], "checkpoint", 60),
+    "convert-split": (lambda source, to: ["convert", source, "--outfile", to, "--split-max-tensors", 4], "checkpoint", 50),
+    "retag": (lambda source, to: ["retag", source / "old.gguf", to], "packed", 60),
+    "transcode": (lambda source, to: ["transcode", source / "new.gguf", to, "--to", "tq2_0"], "packed", 60),
+}
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["absent", "older"])
+@pytest.mark.parametrize("case", CASES)
+def test_kill_9(server, case, older, tmp_path, request):
+    """230 kills in all: half of them while there is an older target."""
+    command, source, kills = CASES[case]
+    source = request.getfixturevalue(source)
+    before = files(source)
+    directory = tmp_path / "whole"
+    directory.mkdir()
+    begin = time.monotonic()
+    assert killed(server, command(source, directory / "x.gguf"), None) == 0
+    duration = time.monotonic() - begin
+    whole = files(directory)
+    assert (len(whole) > 2) == (case == "convert-split") and all(data[:4] == b"GGUF" for data in whole.values())
+    first = min(whole)
+    directory = tmp_path / "killed"
+    directory.mkdir()
+    rng, at_work, ended = random.Random(case), 0, 0
+    for _ in range(kills // 2):
+        for name in whole:
+            if older:
+                (directory / name).write_bytes(b"an older target")
+            else:
+                (directory / name).unlink(missing_ok=True)
+        code = killed(server, command(source, directory / "x.gguf"), rng.random() * duration * 1.1)
+        assert code in (0, -signal.SIGKILL)
+        ended += code == 0
+        at_work += any(directory.glob(".sherry-gguf-*/*"))
+        assert files(source) == before
+        found = files(directory)
+        if first not in found:  # the others of a split are found by it
+            assert not older or len(whole) > 1
+        elif found[first] == b"an older target":
+            assert older and found == dict.fromkeys(whole, b"an older target")
+        else:
+            assert found == whole
+    assert at_work >= kills // 2 // 10 and ended <= kills // 4, "the kills missed the work"
+    # the next one removes what those left, but for the only copies of older files
+    assert killed(server, command(source, directory / "x.gguf"), None) == 0
+    left = [p for p in directory.iterdir() if p.is_dir()]
+    assert files(directory) == whole and all(any(p.glob("*.old")) for p in left) and (older and len(whole) > 1 or not left)
+
+
+def test_kill_9_in_place(server, packed, tmp_path):
+    """40 kills: the file's numbers are old ones or new ones, and the next run makes them all new."""
+    target = tmp_path / "x.gguf"
+    old, new = (packed / "old.gguf").read_bytes(), (packed / "new.gguf").read_bytes()
+    target.write_bytes(old)
+    begin = time.monotonic()
+    assert killed(server, ["retag", target, "--in-place"], None) == 0 and files(tmp_path) == {"x.gguf": new}
+    duration = time.monotonic() - begin
+    rng, kept = random.Random(0), 0
+    backup = target.name + retag.BACKUP
+    for _ in range(40):
+        target.write_bytes(old)
+        killed(server, ["retag", target, "--in-place"], rng.random() * duration * 1.1)
+        found = files(tmp_path)
+        head = found.get(backup)
+        kept += head is not None
+        if found["x.gguf"] not in (old, new):
+            assert head is not None and found["x.gguf"][len(head) :] == old[len(head) :]
+        assert head is None or head == old[: len(head)]
+        code = killed(server, ["retag", target, "--in-place"], None)
+        assert code == (0 if head is not None or found["x.gguf"] == old else 1)  # 1: there is nothing left to change
+        assert target.read_bytes() == new
+        for p in tmp_path.iterdir():
+            if p != target:
+                assert p.name == backup + ".part"
+                p.unlink()
+    assert kept
+
+
+SPLIT = ["--split-max-tensors", "4"]
+
+
+@pytest.mark.parametrize("split", [[], SPLIT], ids=["one-file", "split"])
+def test_two_conversions_to_one_target(checkpoint, split, tmp_path):
+    """One wins, whole: the files are those of one of them, and nothing else is there."""
+    different = ["--keep", "ffn_up"], ["--keep", "attn_q"]
+    wanted = []
+    for i, flags in enumerate(different):
+        (tmp_path / str(i)).mkdir()
+        done = sherry("convert", checkpoint, "--outfile", tmp_path / str(i) / "x.gguf", *split, *flags)
+        assert done.returncode == 0, done.stderr
+        wanted.append(files(tmp_path / str(i)))
+    assert wanted[0].keys() == wanted[1].keys() and wanted[0] != wanted[1] and (len(wanted[0]) > 2) == bool(split)
+    both = tmp_path / "both"
+    both.mkdir()
+    # they begin to put their files in place at the same time
+    gate = tmp_path / "gate"
+    gate.touch()
+    code = f"""
+import fcntl, os, sys
+from sherry_gguf import cli, convert
+commit = convert._commit
+def waiting(*args):
+    print("ready", flush=True)
+    with open({str(gate)!r}) as f:
+        fcntl.flock(f, fcntl.LOCK_SH)
+    commit(*args)
+convert._commit = waiting
+sys.exit(cli.main(sys.argv[1:]))
+"""
+    winners = set()
+    for _ in range(4):
+        with open(gate) as f:
+            fcntl.flock(f, fcntl.LOCK_EX)
+            run = [
+                conftest.python(code, "convert", checkpoint, "--outfile", both / "x.gguf", *split, *flags, stderr=subprocess.DEVNULL)
+                for flags in different
+            ]
+            for process in run:
+                while line := process.stdout.readline():
+                    if line == "ready\n":
+                        break
+                assert line, process.wait()
+        assert [process.communicate() and process.returncode for process in run] == [0, 0]
+        found = files(both)
+        assert found in wanted and sorted(os.listdir(both)) == sorted(found)
+        winners.add(wanted.index(found))
+    assert winners
+
+
+def test_two_retags_in_place(packed, tmp_path, capsys):
+    target = tmp_path / "x.gguf"
+    old = (packed / "old.gguf").read_bytes()
+    target.write_bytes(old)
+    with open(target) as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        assert cli.main(["retag", str(target), "--in-place"]) == 1
+    assert "is being changed by another retag" in capsys.readouterr().err and files(tmp_path) == {"x.gguf": old}
+    assert cli.main(["retag", str(target), "--in-place"]) == 0 and target.read_bytes() == (packed / "new.gguf").read_bytes()
