@@ -20,18 +20,24 @@ from conftest import sherry
 from sherry_gguf import cli, gguf_type, retag
 
 SERVER = """
-import json, os, sys
+import json, os, signal, sys, time
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 from sherry_gguf import convert, kernels
 from sherry_gguf.cli import main
 convert.upstream()
+fsync = os.fsync
+os.fsync = lambda fd: (time.sleep(0.01), fsync(fd))  # a disk that takes its time: kills meet what waits for it too
+print("ready", flush=True)
 for line in sys.stdin:
+    arguments, delay = json.loads(line)
     if (pid := os.fork()) == 0:
         nowhere = os.open(os.devnull, os.O_RDWR)
         for fd in 0, 1, 2:
             os.dup2(nowhere, fd)
-        os._exit(main(json.loads(line)))
-    print(pid, flush=True)
+        os._exit(main(arguments))
+    if delay is not None:
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)  # which may have ended: until it is waited for, its number is its own
     print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
 """
 
@@ -39,17 +45,14 @@ for line in sys.stdin:
 @pytest.fixture(scope="module")
 def server():
     with conftest.python(SERVER, stdin=subprocess.PIPE, stderr=None) as process:
+        assert process.stdout.readline() == "ready\n"
         yield process
         process.stdin.close()
 
 
 def killed(server, arguments, delay):
     """Run a command and kill it after `delay` seconds, or let it end; its exit code."""
-    print(json.dumps(list(map(str, arguments))), file=server.stdin, flush=True)
-    pid = int(server.stdout.readline())
-    if delay is not None:
-        time.sleep(delay)
-        os.kill(pid, signal.SIGKILL)  # it may have ended; the server has not yet waited for it, or just now
+    print(json.dumps([list(map(str, arguments)), delay]), file=server.stdin, flush=True)
     return int(server.stdout.readline())
 
 
@@ -102,9 +105,12 @@ def test_kill_9(server, case, older, tmp_path, request):
     before = files(source)
     directory = tmp_path / "whole"
     directory.mkdir()
-    begin = time.monotonic()
-    assert killed(server, command(source, directory / "x.gguf"), None) == 0
-    duration = time.monotonic() - begin
+    durations = []
+    for _ in range(3):  # the first one may have to read what it runs
+        begin = time.monotonic()
+        assert killed(server, command(source, directory / "x.gguf"), None) == 0
+        durations.append(time.monotonic() - begin)
+    duration = min(durations)
     whole = files(directory)
     assert (len(whole) > 2) == (case == "convert-split") and all(data[:4] == b"GGUF" for data in whole.values())
     first = min(whole)
@@ -141,9 +147,13 @@ def test_kill_9_in_place(server, packed, tmp_path):
     target = tmp_path / "x.gguf"
     old, new = (packed / "old.gguf").read_bytes(), (packed / "new.gguf").read_bytes()
     target.write_bytes(old)
-    begin = time.monotonic()
-    assert killed(server, ["retag", target, "--in-place"], None) == 0 and files(tmp_path) == {"x.gguf": new}
-    duration = time.monotonic() - begin
+    durations = []
+    for _ in range(3):
+        target.write_bytes(old)
+        begin = time.monotonic()
+        assert killed(server, ["retag", target, "--in-place"], None) == 0 and files(tmp_path) == {"x.gguf": new}
+        durations.append(time.monotonic() - begin)
+    duration = min(durations)
     rng, kept = random.Random(0), 0
     backup = target.name + retag.BACKUP
     for _ in range(40):
@@ -196,8 +206,7 @@ def waiting(*args):
 convert._commit = waiting
 sys.exit(cli.main(sys.argv[1:]))
 """
-    winners = set()
-    for _ in range(4):
+    for _ in range(2):
         with open(gate) as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             run = [
@@ -212,8 +221,6 @@ sys.exit(cli.main(sys.argv[1:]))
         assert [process.communicate() and process.returncode for process in run] == [0, 0]
         found = files(both)
         assert found in wanted and sorted(os.listdir(both)) == sorted(found)
-        winners.add(wanted.index(found))
-    assert winners
 
 
 def test_two_retags_in_place(packed, tmp_path, capsys):
