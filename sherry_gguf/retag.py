@@ -7,7 +7,6 @@ Q2_0 takes 72. Nothing else in the file is believed, and a tensor with another r
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import math
 import os
@@ -16,55 +15,18 @@ import struct
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
-from . import convert, gguf_type, stq1_0
+from . import convert, stq1_0
 from .convert import ConvertError
+from .reader import Entry, open_gguf
 
 Q2_0 = (64, 18)  # weights and bytes of a block of upstream's type 42
 BACKUP = ".before-retag"  # behind the file's name: its old head, while a retag in place is at work
 
 
-@dataclasses.dataclass
-class Entry:
-    """A tensor as a file's table has it: `type_at` is where in the file its type's number is, `start` where its data is."""
-
-    name: str
-    shape: tuple[int, ...]  # GGUF's order: the row's length first
-    type_id: int
-    type_at: int
-    start: int
-
-
-def read_table(path: Path) -> tuple[list[Entry], int, int]:
-    """The tensors of a GGUF file by their bytes alone, whatever their types; the offset of its data; their alignment.
-
-    Raises ConvertError for what is no GGUF file.
-    """
-    gguf = gguf_type.register()
-    entries = []
-
-    class Table(gguf.GGUFReader):
-        def _build_tensors(self, start_offs, fields):  # which would look at the types
-            for field in fields:
-                type_at = field.offset + sum(int(part.nbytes) for part in field.parts[:4])
-                shape = tuple(int(n) for n in field.parts[3])
-                entries.append(Entry(field.name, shape, int(field.parts[4][0]), type_at, int(start_offs) + int(field.parts[5][0])))
-
-    if not path.is_file():
-        raise ConvertError(f"{path}: {'not an ordinary file' if path.exists() else 'no such file'}")
-    try:
-        reader = Table(path)
-        if reader.byte_order == "S":
-            raise ConvertError(f"{path} is of the other byte order, which no file of STQ1_0 was")
-        return entries, int(reader.data_offset), int(reader.alignment)
-    except ConvertError:
-        raise
-    except Exception as e:  # the reader fails in as many ways as there are bytes
-        raise ConvertError(f"{path} is not a GGUF file, or is truncated or damaged: {type(e).__name__}: {e}") from e
-
-
 def old_tensors(path: Path) -> list[Entry]:
     """Those of STQ1_0 with the old number. Raises ConvertError where there are none, or a tensor of 42 may be anything else."""
-    entries, data, alignment = read_table(path)
+    reader = open_gguf(path, types=False)
+    entries, data, alignment = reader.table, int(reader.data_offset), int(reader.alignment)
     ends = sorted({e.start for e in entries})
     size = path.stat().st_size
     found = []
@@ -159,8 +121,7 @@ def _set(f: BinaryIO, entries: list[Entry], type_id: int) -> None:
 
 def _check(path: Path, found: list[Entry]) -> None:
     changed = {e.type_at: e for e in found}
-    entries, _, _ = read_table(path)
-    if sum(e.type_at in changed and e.type_id == stq1_0.TYPE.type_id for e in entries) != len(found):
+    if sum(e.type_at in changed and e.type_id == stq1_0.TYPE.type_id for e in open_gguf(path, types=False).table) != len(found):
         raise ConvertError(f"{path} read back is not what was written: check the disk and its free space")
 
 

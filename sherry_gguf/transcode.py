@@ -18,8 +18,9 @@ from typing import Any, Iterator
 import numpy as np
 
 from . import convert, gguf_type, stq1_0, tq1_25, verify
-from .blocks import BlockType, QuantizeError
+from .blocks import NOT_FINITE, BlockType, QuantizeError
 from .convert import ConvertError
+from .reader import open_gguf
 
 TARGETS = ("tq1_25", "stq1_0", "tq2_0", "q8_0", "f16")
 SPARSE: dict[str, BlockType] = {kind.name: kind for kind in (tq1_25.TYPE, stq1_0.TYPE)}
@@ -64,7 +65,7 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
         raise ConvertError(f"--to {to}: one of {', '.join(TARGETS)}")
     source, target = Path(source), Path(target)
     wanted = gguf.GGMLQuantizationType[to.upper()]
-    reader = _open(source)
+    reader = open_gguf(source)
     plan = [_plan(t, source, wanted, gguf) for t in reader.tensors]
     if not any(m.type != m.old for m in plan):
         held = sorted({m.old.name for m in plan})
@@ -104,13 +105,6 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
     return plan
 
 
-def _open(path: Path):
-    verify.read_gguf(path)  # its errors say what is wrong
-    import gguf
-
-    return gguf.GGUFReader(path)
-
-
 def _plan(t, path: Path, wanted, gguf) -> Moved:
     stored = verify.Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), path, int(t.data_offset), int(t.n_bytes))
     m = Moved(t.name, t.tensor_type, t.tensor_type, stored.shape, stored.nbytes, stored)
@@ -140,13 +134,26 @@ def _encoded(stored: verify.Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, 
     n, rows = stored.shape[-1], math.prod(stored.shape[:-1])
     step = max(1, _ROWS // n)
     for start in range(0, rows, step):
-        x = gguf.quants.dequantize(stored.read(start, step), stored.type).reshape(-1, n)
+        raw = stored.read(start, step)
+        if stored.type.name in SPARSE:
+            _check_scales(stored, start, raw, SPARSE[stored.type.name])
+        x = gguf.quants.dequantize(raw, stored.type).reshape(-1, n)
+        if not (finite := np.isfinite(x).all(axis=1)).all():
+            raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + int(finite.argmin())}: {NOT_FINITE}")
         try:
             data = _encode(x, wanted, gguf)
         except QuantizeError as e:
             raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + e.row}: {e.cause}") from e
         back = gguf.quants.dequantize(data, wanted).reshape(x.shape)
         yield x, data, (back == x).reshape(-1, size).all(axis=1), back
+
+
+def _check_scales(stored: verify.Stored, start: int, rows: np.ndarray, kind: BlockType):
+    d = rows.reshape(len(rows), -1, kind.bytes)[..., -2:].copy().view("<f2")[..., 0]
+    if (bad := ~np.isfinite(d) | np.signbit(d)).any():
+        row, block = np.argwhere(bad)[0]
+        raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + row}, block {block}: its scale is {d[row, block]}, which no "
+                           f"{kind.name} has: the file is damaged")
 
 
 def _encode(x: np.ndarray, wanted, gguf) -> np.ndarray:

@@ -17,8 +17,9 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from . import convert, gguf_type, llama_cpp, ternary, tq1_25
+from . import convert, llama_cpp, ternary, tq1_25
 from .convert import ConvertError, Grouping, Options, Tensor
+from .reader import open_gguf
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
 
@@ -59,7 +60,6 @@ class Gguf:
 
 def read_gguf(path: Path) -> Gguf:
     """Read the metadata and the tensor table; of a split, any file stands for all. Raises ConvertError."""
-    gguf = gguf_type.register()
     path = Path(path)
     files = [path]
     if split := _SHARD.search(path.name):
@@ -68,18 +68,16 @@ def read_gguf(path: Path) -> Gguf:
         files = named if path in named else files
     model = Gguf(files, {}, {}, {})
     for file in files:
-        if not file.is_file():
-            raise ConvertError(f"{file}: {'not an ordinary file' if file.exists() else 'no such file'}")
+        reader = open_gguf(file)
+        fields = {name: f for name, f in reader.fields.items() if not name.startswith("GGUF.")}
         try:
-            reader = gguf.GGUFReader(file)
-            fields = {name: f for name, f in reader.fields.items() if not name.startswith("GGUF.")}
             values = {name: f.contents() for name, f in fields.items()}
-            tensors = [
-                Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), file, t.data_offset, t.n_bytes)
-                for t in reader.tensors
-            ]
-        except Exception as e:  # the reader fails in as many ways as there are bytes
-            raise ConvertError(f"{file} is not a GGUF file, or is truncated or damaged: {type(e).__name__}: {e}") from e
+        except ValueError as e:  # text that is none
+            raise ConvertError(f"{file} is damaged: its metadata: {e}") from e
+        tensors = [
+            Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), file, t.data_offset, t.n_bytes)
+            for t in reader.tensors
+        ]
         model.fields = values | model.fields  # a split's later files hold only split.*
         model.types = {name: tuple(f.types) for name, f in fields.items()} | model.types
         for t in tensors:

@@ -1,11 +1,12 @@
-"""Small GGUF models that the fuzzers start from: `python tests/fuzz_seeds.py DIRECTORY` writes them."""
+"""Small GGUF files that the fuzzers start from: `python tests/fuzz_seeds.py DIRECTORY` writes them."""
 
 import sys
 from pathlib import Path
 
 import numpy as np
 
-from sherry_gguf import gguf_type, retag
+from sherry_gguf import gguf_type
+from sherry_gguf.reader import open_gguf
 
 gguf = gguf_type.register()
 Q = gguf.GGMLQuantizationType
@@ -55,16 +56,36 @@ def model(path: Path, qtype, width: int, old: bool = False) -> Path:
     writer.close()
     if old:
         data = bytearray(path.read_bytes())
-        for e in retag.read_table(path)[0]:
+        for e in open_gguf(path, types=False).table:
             if e.type_id == Q.STQ1_0:
                 data[e.type_at] = 42
         path.write_bytes(data)
     return path
 
 
+def table(path: Path) -> Path:
+    """No model: a tensor of each of some types, in less than a kilobyte."""
+    rng = np.random.default_rng(0)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_file_type(gguf.LlamaFileType.MOSTLY_TQ1_25)
+    writer.add_token_list(["a", "b"])
+    for name in "F32", "F16", "Q8_0", "TQ2_0", "TQ1_25", "STQ1_0":
+        block = gguf.GGML_QUANT_SIZES[Q[name]][0]
+        x = rng.choice([-0.5, 0.0, 0.5], (2, max(block, 8))).astype(np.float16 if name == "F16" else np.float32)
+        if name in ("TQ1_25", "STQ1_0"):
+            x = rng.standard_normal(x.shape).astype(np.float32)
+        writer.add_tensor(name.lower(), x if name in ("F32", "F16") else gguf.quants.quantize(x, Q[name]), raw_dtype=Q[name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
 def write(directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     return [
+        table(directory / "table.gguf"),
         model(directory / "tq1_25.gguf", Q.TQ1_25, 128),
         model(directory / "stq1_0.gguf", Q.STQ1_0, 256),
         model(directory / "stq1_0-old.gguf", Q.STQ1_0, 256, old=True),

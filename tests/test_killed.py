@@ -18,6 +18,7 @@ import small_models
 from conftest import sherry
 
 from sherry_gguf import cli, gguf_type, retag
+from sherry_gguf.reader import open_gguf
 
 SERVER = """
 import json, os, signal, sys, time
@@ -81,7 +82,7 @@ def packed(tmp_path_factory):
     writer.write_tensors_to_file()
     writer.close()
     old = bytearray((directory / "new.gguf").read_bytes())
-    for e in retag.read_table(directory / "new.gguf")[0]:
+    for e in open_gguf(directory / "new.gguf", types=False).table:
         old[e.type_at] = 42
     (directory / "old.gguf").write_bytes(old)
     return directory

@@ -7,6 +7,7 @@ import pytest
 
 from sherry_gguf import cli, gguf_type, retag, stq1_0
 from sherry_gguf.convert import ConvertError
+from sherry_gguf.reader import open_gguf
 
 gguf = gguf_type.register()
 Q = gguf.GGMLQuantizationType
@@ -32,7 +33,7 @@ def write(path, tensors, alignment=32):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    entries, _, _ = retag.read_table(path)
+    entries = open_gguf(path, types=False).table
     with open(path, "r+b") as f:
         for e in entries:
             real, number, shape = tensors[e.name]
@@ -51,7 +52,7 @@ def old(tmp_path):
 
 
 def numbers(path):
-    return {e.name: e.type_id for e in retag.read_table(path)[0]}
+    return {e.name: e.type_id for e in open_gguf(path, types=False).table}
 
 
 @pytest.mark.parametrize("alignment", [32, 64, 128])
@@ -95,7 +96,7 @@ def test_sizes_of_neither(old, tmp_path, capsys):
         old.write_bytes(wrong)
         assert cli.main(["retag", str(old), str(tmp_path / "new.gguf")]) == 1
         assert "neither STQ1_0's 42 for each 256 weights nor Q2_0's 72" in capsys.readouterr().err
-    a, b = (e for e in retag.read_table(old)[0] if e.name in "ab")
+    a, b = (e for e in open_gguf(old, types=False).table if e.name in "ab")
     for at, value, says in ((b.type_at + 4, b.start, "tensor a, .*neither STQ1_0's"), (a.type_at + 4, 33, "tensor a .*where no tensor's can"),
                             (b.type_at - 8, 0, "tensor b has no weights"), (b.type_at - 16, 100, "tensor b, .*neither STQ1_0's")):  # fmt: skip
         wrong = bytearray(data)
@@ -106,7 +107,7 @@ def test_sizes_of_neither(old, tmp_path, capsys):
 
 
 def test_files_without_their_last_padding(old):
-    entries, _, _ = retag.read_table(old)
+    entries = open_gguf(old, types=False).table
     last = max(entries, key=lambda e: e.start)
     assert last.name == "c"
     os.truncate(old, last.start + 2 * 4 * 84)

@@ -152,17 +152,37 @@ def test_what_cannot_be_transcoded(model, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["model.gguf", "other.gguf"]
 
 
-def test_scales_that_are_no_numbers(tmp_path, capsys):
-    x = tq1_25.quantize(ternary(tq1_25.TYPE, 3, 256))
-    x[1, 20:22] = np.array([np.nan], "<f2").view(np.uint8)
-    writer = gguf.GGUFWriter(tmp_path / "bad.gguf", "llama")
-    writer.add_tensor("w", x, raw_dtype=Q.TQ1_25)
+@pytest.mark.parametrize("kind", [tq1_25.TYPE, stq1_0.TYPE], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, -0.5, -0.0])
+def test_bad_scales(tmp_path, capsys, kind, scale):
+    """What llama.cpp's --check-tensors refuses, transcode refuses: by name, whatever the target, with nothing written."""
+    x = kind.quantize(ternary(kind, 3, 1024))
+    x[1, 2 * kind.bytes - 2 : 2 * kind.bytes] = np.array([scale], "<f2").view(np.uint8)
+    file = tmp_path / "bad.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tensor("w", x, raw_dtype=Q(kind.type_id))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    assert cli.main(["transcode", str(tmp_path / "bad.gguf"), str(tmp_path / "x.gguf"), "--to", "stq1_0"]) == 1
-    assert "tensor w, row 1: a weight is NaN or infinite" in capsys.readouterr().err and not (tmp_path / "x.gguf").exists()
+    for to in {"stq1_0", "tq1_25", "f16", "q8_0", "tq2_0"} - {kind.name.lower()}:
+        assert cli.main(["transcode", str(file), str(tmp_path / "x.gguf"), "--to", to]) == 1
+        assert f"bad.gguf: tensor w, row 1, block 1: its scale is {scale}, which no {kind.name} has" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == ["bad.gguf"]
+
+
+def test_weights_of_another_type_that_are_no_numbers(tmp_path, capsys):
+    x = gguf.quants.quantize(ternary(stq1_0.TYPE, 3, 256), Q.TQ2_0)
+    x[2, -2:] = np.array([np.nan], "<f2").view(np.uint8)
+    file = tmp_path / "bad.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_tensor("w", x, raw_dtype=Q.TQ2_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    assert cli.main(["transcode", str(file), str(tmp_path / "x.gguf"), "--to", "stq1_0"]) == 1
+    assert "bad.gguf: tensor w, row 2: a weight is NaN or infinite" in capsys.readouterr().err and os.listdir(tmp_path) == ["bad.gguf"]
 
 
 def test_a_source_that_is_cut_while_it_is_read(model, tmp_path, monkeypatch):

@@ -1,0 +1,151 @@
+"""Files that lie: each refused, by our readers and by the patched loader, with the tensor's name and the cause."""
+
+import re
+import subprocess
+import time
+
+import fuzz_seeds
+import numpy as np
+import pytest
+from conftest import sherry
+
+from sherry_gguf import gguf_type, llama_cpp
+from sherry_gguf.reader import open_gguf
+
+gguf = gguf_type.register()
+Q = gguf.GGMLQuantizationType
+NAME = "blk.0.attn_k.weight"
+
+
+@pytest.fixture(scope="module", params=["TQ1_25", "STQ1_0"])
+def model(request, tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "m.gguf"
+    return fuzz_seeds.model(path, Q[request.param], 128 if request.param == "TQ1_25" else 256)
+
+
+def u32(value):
+    return np.array([value], "<u4").tobytes()
+
+
+def u64(value):
+    return np.array([value], "<u8").tobytes()
+
+
+def changed(model, tmp_path, change):
+    """A copy of a model with `change(data, entry of NAME, the next entry)` done to its bytes."""
+    data = bytearray(model.read_bytes())
+    table = open_gguf(model).table
+    i = next(i for i, e in enumerate(table) if e.name == NAME)
+    data = change(data, table[i], table[i + 1]) or data
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data)
+    return path
+
+
+def put(data, at, value):
+    data[at : at + len(value)] = value
+
+
+def loaded(path, *flags, says=""):
+    """llama-completion's exit code and what it says; until it says that: it may end before its last lines are written."""
+    deadline = time.monotonic() + 30
+    while True:
+        code, text = loaded_once(path, *flags)
+        if re.search(says, text) or time.monotonic() > deadline:
+            return code, text
+
+
+def loaded_once(path, *flags):
+    result = llama_cpp.run("llama-completion", "-m", path, "-p", "a", "-n", 1, "-no-cnv", "--no-warmup", "--check-tensors", *flags,
+                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=100)  # fmt: skip
+    return result.returncode, result.stdout
+
+
+def test_the_model_itself_is_whole(model):
+    code, text = loaded(model)
+    assert code == 0, text
+    assert sherry("inspect", model, "--tensors").returncode == 0
+
+
+# change; what our reader says after the file's name; what llama.cpp says
+LIES = {
+    "truncated": (lambda d, e, n: d[:-100], r"tensor blk.0.ffn_down.weight .*would end at byte \d+, the file has \d+: it is truncated|tensor output_norm",
+                  r"tensor '[a-z0-9._]+' data is not within the file bounds|failed to read tensor data"),
+    "overlapping": (lambda d, e, n: put(d, n.type_at + 4, u64(0)), r"tensors \S+ and \S+ overlap: one ends at byte \d+, the other begins at \d+",
+                    r"tensor 'blk.0.attn_v.weight' has offset 0, expected \d+"),
+    "misaligned": (lambda d, e, n: put(d, n.type_at + 4, u64(33)), r"tensor blk.0.attn_v.weight .*not a multiple of the file's alignment, 32",
+                   r"tensor 'blk.0.attn_v.weight' has offset 33, expected \d+"),
+    "beyond the end": (lambda d, e, n: put(d, e.type_at + 4, u64(1 << 62)), rf"tensor {NAME} .*would end at byte \d+, the file has",
+                       rf"tensor '{NAME}' has offset {1 << 62}, expected"),
+    "too many rows": (lambda d, e, n: put(d, e.type_at - 8, u64(1 << 40)), rf"tensor {NAME} .*would end at byte \d+, the file has",
+                      r"tensor 'blk.0.attn_v.weight' has offset \d+, expected \d+"),
+    "rows beyond 64 bits": (lambda d, e, n: put(d, e.type_at - 8, u64((1 << 63) - 1)), rf"tensor {NAME} .*has more weights than 64 bits count",
+                            rf"incorrect shape for a tensor '{NAME}' may cause overflow"),
+    "just 2^63 weights": (lambda d, e, n: put(d, e.type_at - 16, u64(1 << 31) + u64(1 << 32)), rf"tensor {NAME} .*more weights than 64 bits count",
+                          rf"incorrect shape for a tensor '{NAME}' may cause overflow"),
+    "negative rows": (lambda d, e, n: put(d, e.type_at - 8, u64((1 << 64) - 1)), rf"tensor {NAME} .*more weights than 64 bits count",
+                      rf"tensor '{NAME}' dimension 1 has invalid number of elements: -1 < 0"),
+    "rows of no whole blocks": (lambda d, e, n: put(d, e.type_at - 16, u64(130)), rf"tensor {NAME} .*its rows are no whole blocks",
+                                rf"tensor '{NAME}' of type \d+ \(s?tq1_\w+\) has 130 elements per row, not a multiple of block size"),
+    "wrong count of dimensions": (lambda d, e, n: put(d, e.type_at - 20, u32(1000)), r"is not a GGUF file, or is truncated or damaged",
+                                  rf"tensor '{NAME}' has invalid number of dimensions: 1000 > 4"),
+    "unused type": (lambda d, e, n: put(d, e.type_at, u32(99)), rf"tensor {NAME} .*is of type 99, which is none that is known",
+                    rf"tensor '{NAME}' has ggml type 99, which is not in use"),
+    "another type's size": (lambda d, e, n: put(d, e.type_at, u32(8)), rf"tensors {NAME} and \S+ overlap", r"tensor 'blk.0.attn_v.weight' has offset"),
+    "more tensors than there are": (lambda d, e, n: put(d, 8, u64(1000)), r"is not a GGUF file, or is truncated or damaged", r"failed to read|error"),
+    "2^64 - 1 tensors": (lambda d, e, n: put(d, 8, u64((1 << 64) - 1)), r"is not a GGUF file, or is truncated or damaged", r"failed|error|number of tensors"),
+    "2^62 keys": (lambda d, e, n: put(d, 16, u64(1 << 62)), r"is not a GGUF file, or is truncated or damaged", r"failed|error|number of"),
+    "a name twice": (lambda d, e, n: put(d, n.type_at - 20 - len(n.name), NAME.encode()), rf"duplicated tensor with name {NAME}",
+                     rf"duplicate tensor name '{NAME}'"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_tables_that_lie(model, tmp_path, lie):
+    change, ours, llama = LIES[lie]
+    path = changed(model, tmp_path, change)
+    before = path.read_bytes()
+    for command in (["inspect", path], ["transcode", path, tmp_path / "out.gguf", "--to", "f16"]):
+        done = sherry(*command)
+        assert done.returncode == 1 and re.search(ours, done.stderr) and str(path) in done.stderr, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+    code, text = loaded(path, says=llama)
+    assert code == 1 and re.search(llama, text), f"{code}\n{text[-3000:]}"
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("d", [np.nan, np.inf, -np.inf, -0.5])
+@pytest.mark.parametrize("flags", [[], ["--load-mode", "none"], ["--no-repack"]], ids=" ".join)
+def test_scales_that_lie(model, tmp_path, d, flags):
+    """The last block's, in a row that repacked rows may leave over."""
+
+    def change(data, e, n):
+        size = {22: 22, 42: 42}[gguf.GGML_QUANT_SIZES[Q(e.type_id)][1]]
+        blocks = int(np.prod(e.shape)) // gguf.GGML_QUANT_SIZES[Q(e.type_id)][0]
+        put(data, e.start + size * blocks - 2, np.array([d], "<f2").tobytes())
+
+    path = changed(model, tmp_path, change)
+    code, text = loaded(path, *flags, says=f"tensor '{NAME}' has invalid data")
+    assert code == 1 and f"tensor '{NAME}' has invalid data" in text, text[-3000:]
+    assert re.search(r"s?tq1_\w+: the scale of block \d+ is -?(nan|inf|0.5), not a finite number", text), text[-3000:]
+
+
+# of some keys: their type's number
+KEYS = {"llama.embedding_length": 4, "llama.block_count": 4, "llama.attention.head_count": 4, "llama.context_length": 4, "general.file_type": 4,
+        "tokenizer.ggml.tokens": 9, "tokenizer.ggml.scores": 9, "general.architecture": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value_type", [(key, t) for key, own in KEYS.items() for t in (0, 4, 6, 7, 8, 9, 12, 13, 1000) if t != own])
+def test_metadata_of_the_wrong_type(model, tmp_path, key, value_type):
+    """A refusal, or a run that does without: no crash."""
+    data = model.read_bytes()
+    at = data.index(key.encode()) + len(key)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(data[:at] + u32(value_type) + data[at + 4 :])
+    assert data[at : at + 4] == u32(KEYS[key])
+    for command in ["inspect", path, "--tensors"], ["transcode", path, tmp_path / "out.gguf", "--to", "f16"]:
+        done = sherry(*command)
+        assert done.returncode in (0, 1) and "Traceback" not in done.stderr, done.stderr
+        assert done.returncode == 0 or str(path) in done.stderr
+    code, text = loaded(path)
+    assert code in (0, 1), f"{code}\n{text[-3000:]}"
