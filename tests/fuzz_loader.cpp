@@ -3,8 +3,9 @@
 // Of what loads, each tensor of our types is multiplied by one column and by several, which its repacked rows have kernels for;
 // a few models decode tokens too, which is slow. scripts/fuzz builds and runs it.
 //
-// llama.cpp answers some hyperparameters that no model has, such as no layers, by an assertion: these, in its src/llama-*.cpp and
-// src/models, end an input and no more. Any other assertion, of ggml and of its reader of files, is a crash.
+// llama.cpp answers some hyperparameters that no model has, such as no layers, and types that an operator does not take by an
+// assertion: these, in its src/llama-*.cpp and src/models, and of the operators while it decodes, end an input and no more. Any other
+// one, as of ggml, of its reader of files and of the model loader, is a crash.
 //
 // environment: FUZZ_LOG, show llama.cpp's log; FUZZ_ASSERTIONS, a file to add those assertions to
 
@@ -29,12 +30,14 @@
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t * data, size_t size, size_t max_size);
 
-static std::string path;
-static int         file = -1;
+static std::string    path;
+static int            file = -1;
 static ggml_backend_t backend;
+static bool           decoding;
 
 static void on_abort(const char * message) {
-    if (!strstr(message, "/src/llama-") && !strstr(message, "/src/models/")) {
+    const bool of_model = (strstr(message, "/src/llama-") && !strstr(message, "/src/llama-model-loader.cpp")) || strstr(message, "/src/models/");
+    if (!of_model && !(decoding && strstr(message, "/ggml-cpu/"))) {
         fprintf(stderr, "%s\n", message);
         return; // and ggml aborts
     }
@@ -114,10 +117,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             }
         }
         if (size % 16 < 2) {
+            decoding = true;
             decode(model);
         }
     } catch (const std::runtime_error &) {
     }
+    decoding = false;
     llama_model_free(model);
     return 0;
 }
@@ -131,7 +136,7 @@ extern "C" size_t LLVMFuzzerCustomMutator(uint8_t * data, size_t size, size_t ma
     }
     uint8_t head[HEAD + 256];
     memcpy(head, data, HEAD);
-    const size_t changed = LLVMFuzzerMutate(head, HEAD, sizeof(head));
+    const size_t changed = LLVMFuzzerMutate(head, HEAD, max_size < sizeof(head) ? max_size : sizeof(head));
     if (changed != HEAD && rand() % 2) { // what follows keeps its place
         memcpy(data, head, changed < HEAD ? changed : HEAD);
         return size;
