@@ -65,6 +65,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=8, help="sequences of a step")
     p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    p.add_argument("--method", choices=list(train_sherry.METHODS), default="sherry",
+                   help="full: in full precision, to be quantized after training")
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
                    help="of the matrix products while training; auto measures which is faster")
     p.add_argument("--seed", type=int, default=0)
@@ -111,6 +113,7 @@ def run(a: argparse.Namespace) -> int:
 
 
 def differences(old: dict, new: dict) -> str:
+    old = {"method": "sherry"} | old  # what earlier versions trained without saying so
     return ", ".join(f"{k}: {old.get(k)} then, {new.get(k)} now" for k in {**old, **new} if old.get(k) != new.get(k))
 
 
@@ -177,7 +180,7 @@ def train(work: Path, a: argparse.Namespace) -> int:
     flags = {
         "model": work / "start", "train": work / "train.jsonl", "validation": work / "held_out.jsonl",
         "context": a.context, "eval_tokens": EVAL_TOKENS, "export": work / "hf", "output_dir": work / "run",
-        "max_steps": a.steps, "per_device_train_batch_size": a.batch, "learning_rate": a.lr, "weight_decay": 0.1,
+        "method": a.method, "max_steps": a.steps, "per_device_train_batch_size": a.batch, "learning_rate": a.lr, "weight_decay": 0.1,
         "adam_beta2": 0.95, "optim": "adamw_torch_fused", "seed": a.seed, "bf16": bf16, "use_cpu": True,
         "save_strategy": "steps", "save_steps": max(1, a.steps // 10), "report_to": "none",
     }  # fmt: skip

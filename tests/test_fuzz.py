@@ -27,5 +27,5 @@ def test_nothing_is_found(target):
     result = subprocess.run([sys.executable, REPO / "scripts" / "fuzz", target, "--seconds", "90"], capture_output=True, text=True)
     print(result.stdout)
     assert result.returncode == 0, result.stdout + result.stderr
-    tried = re.search(rf"{target}: (\d+) inputs in 90 s, (\d+) edges", result.stdout)
+    tried = re.search(rf"{target}: (\d+) inputs in \d+ s, (\d+) edges", result.stdout)
     assert int(tried[1]) > {"loader": 5000, "readers": 500}[target] and int(tried[2]) > {"loader": 10000, "readers": 300}[target], result.stdout

@@ -197,13 +197,31 @@ def test_quantize_weighs_by_an_importance_matrix(demo, tmp_path):
     tensor.data[:] += 0.3 * np.abs(tensor.data).max() * small_models.random_rows(*tensor.data.shape)
     weights = tensor.data.copy()
     reader.data.flush()
-    code, text = run("llama-quantize", "--imatrix", tmp_path / "im.gguf", noisy, tmp_path / "q.gguf", "TQ1_25", 2)
+    code, text = run("llama-quantize", "--pure", "--imatrix", tmp_path / "im.gguf", noisy, tmp_path / "q.gguf", "TQ1_25", 2)
     assert code == 0, text
     im = tensors(tmp_path / "im.gguf")
     importance = (im[f"{name}.in_sum2"].data / im[f"{name}.counts"].data).astype(np.float32).reshape(-1)
     packed = tensors(tmp_path / "q.gguf")[name].data
     assert (packed == kernels.quantize(weights, importance)).all()
     assert (packed != kernels.quantize(weights)).any()
+
+
+@pytest.mark.parametrize("kind", ["TQ1_25", "STQ1_0"])
+def test_quantize_mixes_types_where_there_is_an_importance_matrix(demo, tmp_path, kind):
+    """What is quantized after training: the first layer's ffn_down and attn_v get more bits. --pure and trained models: none do."""
+    _, f32, _ = demo
+    (tmp_path / "text.txt").write_text(small_models.corpus()[:20000])
+    code, text = run("llama-imatrix", "-m", f32, "-f", tmp_path / "text.txt", "-o", tmp_path / "im.gguf", "-c", 128, "-t", 2)
+    assert code == 0, text
+    found = {}
+    for label, flags in {"mixed": ["--imatrix", tmp_path / "im.gguf"], "pure": ["--pure", "--imatrix", tmp_path / "im.gguf"], "plain": []}.items():
+        code, text = run("llama-quantize", *flags, f32, tmp_path / "q.gguf", kind, 2)
+        assert code == 0, text
+        found[label] = {name: qtype for name, qtype in types_of(tmp_path / "q.gguf").items() if re.match(r"blk\.\d+\.(attn|ffn)_\w+\.", name) and "norm" not in name}
+    assert len(found["mixed"]) == 28
+    assert set(found["pure"].values()) == set(found["plain"].values()) == {kind}
+    for name, qtype in found["mixed"].items():
+        assert qtype == ("Q2_K" if "attn_v" in name or name == "blk.0.ffn_down.weight" else kind), name
 
 
 @pytest.mark.parametrize("value, message", [
