@@ -15,7 +15,7 @@ import struct
 from pathlib import Path
 from typing import BinaryIO, Iterator
 
-from . import convert, stq1_0
+from . import convert, stq1_0, verify
 from .convert import ConvertError
 from .reader import Entry, open_gguf
 
@@ -66,6 +66,7 @@ def retag(source: Path, target: Path) -> int:
     The target is there whole, or as it was before.
     """
     source, target = Path(source), Path(target)
+    verify.check_shard(source, target)
     found = old_tensors(source)
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the file itself: --in-place changes it where it is")

@@ -64,6 +64,7 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
     if to not in TARGETS:
         raise ConvertError(f"--to {to}: one of {', '.join(TARGETS)}")
     source, target = Path(source), Path(target)
+    verify.check_shard(source, target)
     wanted = gguf.GGMLQuantizationType[to.upper()]
     reader = open_gguf(source)
     plan = [_plan(t, source, wanted, gguf) for t in reader.tensors]

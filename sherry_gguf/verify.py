@@ -58,6 +58,14 @@ class Gguf:
     tensors: dict[str, Stored]
 
 
+def check_shard(source: Path, target: Path):
+    """Raise ConvertError where a file of a split would come out under a name by which its split cannot be found."""
+    shard, named = _SHARD.search(source.name), _SHARD.search(target.name)
+    if shard and not (named and named[0] == shard[0]):
+        raise ConvertError(f"{source} is file {int(shard[1])} of {int(shard[2])} of a split, each of which is a call: {target.name} must end "
+                           f"with {shard[0]}, as it does")
+
+
 def read_gguf(path: Path) -> Gguf:
     """Read the metadata and the tensor table; of a split, any file stands for all. Raises ConvertError."""
     path = Path(path)

@@ -121,6 +121,15 @@ def test_metadata_is_kept(model, tmp_path, to):
         assert (after.tensors[name].read() == before.tensors[name].read()).all()
 
 
+def test_the_files_of_a_split_keep_their_places(model, tmp_path, capsys):
+    shard = model.rename(tmp_path / "m-00002-of-00003.gguf")
+    for name in "out.gguf", "out-00001-of-00003.gguf", "out-00002-of-00004.gguf":
+        for command in ["transcode", str(shard), str(tmp_path / name), "--to", "f16"], ["retag", str(shard), str(tmp_path / name)]:
+            assert cli.main(command) == 1
+            assert f"is file 2 of 3 of a split, each of which is a call: {name} must end with -00002-of-00003.gguf" in capsys.readouterr().err
+    assert cli.main(["transcode", str(shard), str(tmp_path / "out-00002-of-00003.gguf"), "--to", "f16"]) == 0
+
+
 def test_file_types_are_llama_cpps():
     for to, number in transcode.FILE_TYPES.items():
         assert gguf.LlamaFileType[f"MOSTLY_{to.upper()}"] == number
