@@ -53,6 +53,11 @@ def prepare(a: argparse.Namespace) -> tuple[Path, Path]:
     if subprocess.run([sys.executable, ROOT / "scripts/make_demo_checkpoint.py", "--method", "full", "--out", a.model, *a.training]).returncode:
         raise Stop("make_demo_checkpoint.py failed: its message is above")
     bf16, matrix, text = a.work / "bf16.gguf", a.work / "imatrix.gguf", a.work / "calibration.txt"
+    made, wanted = a.work / "made.json", [json.loads((a.model / "demo.json").read_text()), a.calibration, a.context]
+    if not made.exists() or json.loads(made.read_text()) != wanted:
+        for old in made, bf16, matrix:
+            old.unlink(missing_ok=True)
+        made.write_text(json.dumps(wanted))
     if not bf16.exists():
         part = a.work / "part.gguf"
         call(sys.executable, llama_cpp.source_dir() / "convert_hf_to_gguf.py", a.model, "--outtype", "bf16", "--outfile", part)
@@ -87,7 +92,9 @@ def measure(a: argparse.Namespace) -> dict:
     found = a.work / "evaluated.json"
     call(sys.executable, ROOT / "scripts/evaluate.py", "--text", a.model / "held_out.txt", "--context", a.context, "--threads", a.threads,
          *(["--chunks", a.chunks] if a.chunks else []), "--output", found, *files.values())  # fmt: skip
-    results = {"machine": cpu_name(), "model": json.loads((a.model / "demo.json").read_text()), "context": a.context, "rows": []}
+    model = json.loads((a.model / "demo.json").read_text())
+    del model["settings"]["corpus"]  # where this machine has it
+    results = {"machine": cpu_name(), "model": model, "context": a.context, "rows": []}
     for label, measured in zip(files, json.loads(found.read_text())["models"]):
         bits, types = blocks_of(files[label])
         results["rows"].append({"label": label, "bits": bits, "types": types} | measured["text"])

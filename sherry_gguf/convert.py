@@ -923,7 +923,7 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
         if plan:
             check_blocks(model, plan, options)
         names = model.gguf_writer.format_shard_names(target)
-        files = [_writable(model_dir, f) for f in names]
+        files = [_not_of_checkpoint(model_dir, f) for f in names]
         if len(set(files)) < len(files):
             raise ConvertError(f"cannot write {target}: two files of the split are symbolic links to the same place")
         notes = _kept_notes(plan)
@@ -952,11 +952,19 @@ def _target(model_dir: Path, options: Options) -> Path:
     if os.path.isdir(target):
         target = target / default
     name = re.sub(r"\{(ftype|outtype)\}", kind.lower(), target.name)
-    return _writable(model_dir, target.with_name(name.replace("{FTYPE}", kind.upper())))
+    return _not_of_checkpoint(model_dir, target.with_name(name.replace("{FTYPE}", kind.upper())))
 
 
-def _writable(model_dir: Path, target: Path) -> Path:
-    """Where a file of that name goes. Raises ConvertError if it cannot, or would replace what it must not."""
+def _not_of_checkpoint(model_dir: Path, target: Path) -> Path:
+    """`writable`, of what is no file of the checkpoint. Raises ConvertError."""
+    target = writable(target)
+    if target.exists() and any(f.is_file() and f.suffix != ".gguf" and f.samefile(target) for f in model_dir.iterdir()):
+        raise ConvertError(f"cannot write {target}: it is a file of the checkpoint itself. Name another --outfile")
+    return target
+
+
+def writable(target: Path) -> Path:
+    """Where a file of that name goes. Raises ConvertError if it cannot, or would replace what is no ordinary file."""
     try:
         if target.is_symlink():
             target = target.resolve()  # written through, as by any program
@@ -965,13 +973,8 @@ def _writable(model_dir: Path, target: Path) -> Path:
                 f"cannot write {target}: {target.parent} is "
                 + ("no directory" if target.parent.exists() else "not there. Create it first")
             )
-        if target.exists():
-            if not target.is_file():
-                raise ConvertError(f"cannot write {target}: it is there and is no ordinary file")
-            if any(f.is_file() and f.suffix != ".gguf" and f.samefile(target) for f in model_dir.iterdir()):
-                raise ConvertError(
-                    f"cannot write {target}: it is a file of the checkpoint itself. Name another --outfile"
-                )
+        if target.exists() and not target.is_file():
+            raise ConvertError(f"cannot write {target}: it is there and is no ordinary file")
     except (OSError, RuntimeError) as e:  # a name too long, a loop of symbolic links
         raise ConvertError(f"cannot write {target}: {e}") from e
     return target
@@ -1167,7 +1170,7 @@ def _staging(target: Path, needed: int) -> Iterator[Path]:
             raise
         if e.errno in _DISK_FULL:
             raise ConvertError(_disk_full(target, needed, shutil.disk_usage(target.parent).free)) from e
-        raise ConvertError(f"cannot write {target}: {e.strerror or e}. Choose another --outfile") from e
+        raise ConvertError(f"cannot write {target}: {e.strerror or e}. Choose another place for it") from e
     finally:
         with _uninterrupted():
             if staging:

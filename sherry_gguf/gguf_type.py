@@ -5,6 +5,8 @@ from __future__ import annotations
 from . import stq1_0, tq1_25
 from .blocks import BlockType
 
+TYPES: dict[str, BlockType] = {kind.name: kind for kind in (tq1_25.TYPE, stq1_0.TYPE)}
+
 
 def register():
     """Add TQ1_25 and STQ1_0 to the `gguf` package that this process imports, and return that package. Idempotent.
@@ -15,7 +17,7 @@ def register():
     """
     import gguf  # here: a converting process first chooses which gguf package there is
 
-    for kind in tq1_25.TYPE, stq1_0.TYPE:
+    for kind in TYPES.values():
         qtype = _member(gguf.GGMLQuantizationType, kind.name, kind.type_id)
         _member(gguf.LlamaFileType, f"MOSTLY_{kind.name}", kind.file_type)
         gguf.GGML_QUANT_SIZES.setdefault(qtype, (kind.size, kind.bytes))

@@ -30,21 +30,18 @@ def open_gguf(path: Path, types: bool = True):
     """A gguf.GGUFReader of a file, with its tensors as `table`, a list of Entry. Raises ConvertError.
 
     With `types` each tensor is known to be within the file, whole, aligned, apart from the others and of a known type; without,
-    types are not looked at, and neither are `tensors` there nor is anything known of the table but that it is one.
+    types are not looked at, and neither are `tensors` there nor is anything known of the table but that it is one: `problem`
+    of the reader says what is wrong with it.
     """
     path = Path(path)
     if not path.is_file():
         raise ConvertError(f"{path}: {'not an ordinary file' if path.exists() else 'no such file'}")
     try:
         return _reader()(path, types)
-    except _Problem as e:
-        raise ConvertError(f"{path}: {e}") from e
+    except ConvertError:
+        raise
     except Exception as e:  # gguf's reader fails in as many ways as there are bytes
         raise ConvertError(f"{path} is not a GGUF file, or is truncated or damaged: {type(e).__name__}: {e}") from e
-
-
-class _Problem(Exception):
-    """What is wrong with a tensor: its name and the cause."""
 
 
 @functools.cache
@@ -53,10 +50,10 @@ def _reader():
 
     class Reader(gguf.GGUFReader):
         def __init__(self, path: Path, types: bool):
-            self.types, self.table = types, []
+            self.path, self.types, self.table = path, types, []
             super().__init__(path)
             if self.byte_order == "S":
-                raise _Problem("it is of the other byte order, which the blocks of 3:4 sparse ternary weights are not made for")
+                raise ConvertError(f"{path} is of the other byte order, which the blocks of 3:4 sparse ternary weights are not made for")
 
         def _get(self, offset, dtype, count=1, override_order=None):
             # gguf's takes what there is, so that a count beyond the file's end is counted to in vain
@@ -65,39 +62,55 @@ def _reader():
                 raise EOFError(f"what begins at byte {int(offset)} would end at byte {end} of {len(self.data)}")
             return super()._get(offset, dtype, count, override_order)
 
+        def _get_field_parts(self, orig_offs, raw_type):
+            if raw_type != gguf.GGUFValueType.ARRAY or (scalar := self.gguf_scalar_to_np.get(int(self._get(orig_offs, np.uint32)[0]))) is None:
+                return super()._get_field_parts(orig_offs, raw_type)
+            # one part for all elements: gguf's makes an array of each, 15 us and 700 bytes a number
+            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
+            values = self._get(orig_offs + 12, scalar, count[0])
+            types = [gguf.GGUFValueType.ARRAY] + [gguf.GGUFValueType(int(kind[0]))] * bool(count[0])
+            return 12 + values.nbytes, [kind, count, values], [2], types
+
         def _build_tensors(self, start_offs, fields):
             for field in fields:
                 shape = tuple(int(n) for n in field.parts[3])
                 type_at = int(field.offset) + sum(int(part.nbytes) for part in field.parts[:4])
                 self.table.append(Entry(field.name, shape, int(field.parts[4][0]), type_at, int(start_offs) + int(field.parts[5][0])))
             if self.types:
-                self._check()
+                if problem := self.problem():
+                    raise ConvertError(f"{self.path}: {problem}")
                 super()._build_tensors(start_offs, fields)
 
-        def _check(self):
-            size, ends = len(self.data), []
+        def problem(self, old: bool = False) -> str:
+            """What is wrong with a tensor, by name, or ""; with `old` the number 42 is believed to be STQ1_0's."""
+            size, ends, names = len(self.data), [], set()
             for e in self.table:
                 tensor = f"tensor {e.name}" + f" ({' x '.join(map(str, e.shape))})" * bool(e.shape)
+                type_id = stq1_0.TYPE.type_id if old and e.type_id == stq1_0.OLD_TYPE_ID else e.type_id
+                hint = "; if the file is of STQ1_0 as it was first, `sherry-gguf retag` mends it" * (type_id == stq1_0.OLD_TYPE_ID)
+                if e.name in names:
+                    return f"{tensor} is there twice"
+                names.add(e.name)
                 if not 1 <= len(e.shape) <= MAX_DIMS:
-                    raise _Problem(f"{tensor} has {len(e.shape)} dimensions, not 1 to {MAX_DIMS}")
-                if e.type_id not in gguf.GGMLQuantizationType._value2member_map_:
-                    old = f": if the file is of STQ1_0 as it was first, `sherry-gguf retag` mends it" * (e.type_id == stq1_0.OLD_TYPE_ID)
-                    raise _Problem(f"{tensor} is of type {e.type_id}, which is none that is known here{old}")
-                qtype = gguf.GGMLQuantizationType(e.type_id)
+                    return f"{tensor} has {len(e.shape)} dimensions, not 1 to {MAX_DIMS}"
+                if type_id not in gguf.GGMLQuantizationType._value2member_map_:
+                    return f"{tensor} is of type {type_id}, which is none that is known here{hint}"
+                qtype = gguf.GGMLQuantizationType(type_id)
                 block, nbytes = gguf.GGML_QUANT_SIZES[qtype]
                 if e.shape[0] % block:
-                    raise _Problem(f"{tensor} is {qtype.name}, in blocks of {block}: its rows are no whole blocks")
-                if math.prod(e.shape) >= 1 << 63 or math.prod(n for n in e.shape if n) >= 1 << 63:
-                    raise _Problem(f"{tensor} has more weights than 64 bits count")
+                    return f"{tensor} is {qtype.name}, in blocks of {block}: its rows are no whole blocks"
+                if math.prod(n for n in e.shape if n) >= 1 << 63:
+                    return f"{tensor} has more weights than 64 bits count"
                 if e.start % self.alignment:
-                    raise _Problem(f"{tensor} begins at byte {e.start}, not a multiple of the file's alignment, {self.alignment}")
+                    return f"{tensor} begins at byte {e.start}, not a multiple of the file's alignment, {self.alignment}"
                 end = e.start + math.prod(e.shape) // block * nbytes
                 if end > size:
-                    raise _Problem(f"{tensor} would end at byte {end}, the file has {size}: it is truncated, or damaged")
-                ends.append((e.start, end, e.name))
+                    return f"{tensor} would end at byte {end}, the file has {size}: it is truncated, or damaged{hint}"
+                ends.append((e.start, end, e.name, hint))
             ends.sort()
-            for (_, end, one), (start, _, other) in zip(ends, ends[1:]):
+            for (_, end, one, hint), (start, _, other, _) in zip(ends, ends[1:]):
                 if start < end:
-                    raise _Problem(f"tensors {one} and {other} overlap: one ends at byte {end}, the other begins at {start}")
+                    return f"tensors {one} and {other} overlap: one ends at byte {end}, the other begins at {start}{hint}"
+            return ""
 
     return Reader

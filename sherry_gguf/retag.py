@@ -24,39 +24,43 @@ BACKUP = ".before-retag"  # behind the file's name: its old head, while a retag 
 
 
 def old_tensors(path: Path) -> list[Entry]:
-    """Those of STQ1_0 with the old number. Raises ConvertError where there are none, or a tensor of 42 may be anything else."""
+    """Those of STQ1_0 with the old number, maybe none. Raises ConvertError where a tensor of 42 may be anything else."""
     reader = open_gguf(path, types=False)
-    entries, data, alignment = reader.table, int(reader.data_offset), int(reader.alignment)
+    entries, alignment = reader.table, int(reader.alignment)
     ends = sorted({e.start for e in entries})
     size = path.stat().st_size
-    found = []
+    found, either = [], []
     for e in entries:
         if e.type_id != stq1_0.OLD_TYPE_ID:
             continue
         after = next((start for start in ends if start > e.start), None)
         room = (size if after is None else after) - e.start
         weights = math.prod(e.shape)
+        shape = " x ".join(map(str, e.shape))
+        if not weights:
+            raise ConvertError(f"{path}: tensor {e.name}, {shape}, has no weights: nothing tells its type")
 
         def fits(block: int, nbytes: int) -> bool:
-            if not e.shape or e.shape[0] % block:
+            if e.shape[0] % block:
                 return False
             needed = weights // block * nbytes
             # the last tensor of a file may lack its padding
             return room in (needed, -(-needed // alignment) * alignment) if after is None else room == -(-needed // alignment) * alignment
 
-        if e.start < data or e.start % alignment or weights == 0:
-            raise ConvertError(f"{path}: tensor {e.name} has no weights, or its data begins at {e.start}, where no tensor's can")
-        if fits(stq1_0.TYPE.size, stq1_0.TYPE.bytes):
-            found.append(e)
-            continue
-        shape = " x ".join(map(str, e.shape))
-        if fits(*Q2_0):
+        old, new = fits(stq1_0.TYPE.size, stq1_0.TYPE.bytes), fits(*Q2_0)
+        if not old and not new:
+            raise ConvertError(f"{path}: tensor {e.name}, {shape}, of type 42 has {room} bytes, neither STQ1_0's 42 for each 256 weights nor "
+                               "Q2_0's 72: the file is damaged, or of another type")
+        if not old:
             raise ConvertError(f"{path}: tensor {e.name}, {shape}, has {room} bytes, 72 for each 256 weights: it is upstream's Q2_0, "
                                "which has the number 42 now, and needs no change")
-        raise ConvertError(f"{path}: tensor {e.name}, {shape}, of type 42 has {room} bytes, neither STQ1_0's 42 for each 256 weights nor "
-                           "Q2_0's 72: the file is damaged, or of another type")
-    if not found:
-        raise ConvertError(f"{path} has no tensor of type {stq1_0.OLD_TYPE_ID}: there is nothing to change")
+        found.append(e)
+        either += [e] * new
+    if either and len(either) == len(found):  # no file has both types: what is one of them tells of the others
+        raise ConvertError(f"{path}: tensor {either[0].name}, and each other one of type 42, is so small that, filled up to {alignment} bytes, "
+                           "it may be STQ1_0 or upstream's Q2_0: nothing tells which")
+    if problem := reader.problem(old=True):
+        raise ConvertError(f"{path}: {problem}")
     return found
 
 
@@ -67,13 +71,12 @@ def retag(source: Path, target: Path) -> int:
     """
     source, target = Path(source), Path(target)
     verify.check_shard(source, target)
+    target = convert.writable(target)
     found = old_tensors(source)
+    if not found and not verify.is_shard(source):  # of a split, one without any goes along
+        raise _nothing(source)
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the file itself: --in-place changes it where it is")
-    if target.is_dir():
-        raise ConvertError(f"{target} is a directory")
-    if not target.parent.is_dir():
-        raise ConvertError(f"{target.parent}: no such directory")
     with convert._staging(target, source.stat().st_size) as staging:
         new = staging / target.name
         shutil.copyfile(source, new)
@@ -97,20 +100,30 @@ def retag_in_place(path: Path) -> int:
         if backup.exists():
             _restore(path, backup)
         found = old_tensors(path)
+        if not found:
+            raise _nothing(path)
         with _told(path), open(path, "r+b") as f:
             head = f.read(max(e.type_at for e in found) + 4)
             part = backup.with_name(backup.name + ".part")
-            with open(part, "wb") as b:
-                b.write(head)
-                b.flush()
-                os.fsync(b.fileno())
-            os.replace(part, backup)
+            try:
+                with open(part, "wb") as b:
+                    b.write(head)
+                    b.flush()
+                    os.fsync(b.fileno())
+                os.replace(part, backup)
+            except BaseException:
+                part.unlink(missing_ok=True)
+                raise
             _sync_directory(path.parent)
             _set(f, found, stq1_0.TYPE.type_id)
             os.fsync(f.fileno())
         _check(path, found)
         backup.unlink()
     return len(found)
+
+
+def _nothing(path: Path) -> ConvertError:
+    return ConvertError(f"{path} has no tensor of type {stq1_0.OLD_TYPE_ID}: there is nothing to change")
 
 
 def _set(f: BinaryIO, entries: list[Entry], type_id: int) -> None:
@@ -122,7 +135,7 @@ def _set(f: BinaryIO, entries: list[Entry], type_id: int) -> None:
 
 def _check(path: Path, found: list[Entry]) -> None:
     changed = {e.type_at: e for e in found}
-    if sum(e.type_at in changed and e.type_id == stq1_0.TYPE.type_id for e in open_gguf(path, types=False).table) != len(found):
+    if sum(e.type_at in changed and e.type_id == stq1_0.TYPE.type_id for e in open_gguf(path).table) != len(found):
         raise ConvertError(f"{path} read back is not what was written: check the disk and its free space")
 
 

@@ -16,9 +16,8 @@ BLOCK, BLOCK_BYTES = TYPE.size, TYPE.bytes
 
 pack, unpack = TYPE.pack, TYPE.unpack
 quantize, dequantize, is_exact, vec_dot = TYPE.quantize, TYPE.dequantize, TYPE.is_exact, TYPE.vec_dot
-check_weights, check_blocks, check_activations = TYPE.check_weights, TYPE.check_blocks, TYPE.check_activations
 
 __all__ = [
     "BLOCK", "BLOCK_BYTES", "FILE_TYPE", "NAME", "NOT_FINITE", "OVERFLOW", "TYPE", "TYPE_ID", "QuantizeError",
-    "check_activations", "check_blocks", "check_weights", "dequantize", "dot_q8_0", "is_exact", "pack", "quantize", "unpack", "vec_dot",
+    "dequantize", "dot_q8_0", "is_exact", "pack", "quantize", "unpack", "vec_dot",
 ]  # fmt: skip

@@ -13,18 +13,17 @@ import os
 import shutil
 import struct
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, BinaryIO, Iterator
 
 import numpy as np
 
-from . import convert, gguf_type, stq1_0, tq1_25, verify
+from . import convert, gguf_type, verify
 from .blocks import NOT_FINITE, BlockType, QuantizeError
 from .convert import ConvertError
 from .reader import open_gguf
 
 TARGETS = ("tq1_25", "stq1_0", "tq2_0", "q8_0", "f16")
-SPARSE: dict[str, BlockType] = {kind.name: kind for kind in (tq1_25.TYPE, stq1_0.TYPE)}
-TERNARY = (*SPARSE, "TQ1_0", "TQ2_0")
+TERNARY = (*gguf_type.TYPES, "TQ1_0", "TQ2_0")
 OTHERS = ("F32", "F16", "BF16", "Q8_0")  # that may hold ternary weights
 FILE_TYPES = {"tq2_0": 37, "q8_0": 7, "f16": 1}  # general.file_type; the sparse types have their own
 _ROWS = 1 << 20  # weights handled at a time, about
@@ -65,17 +64,15 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
         raise ConvertError(f"--to {to}: one of {', '.join(TARGETS)}")
     source, target = Path(source), Path(target)
     verify.check_shard(source, target)
+    target = convert.writable(target)
     wanted = gguf.GGMLQuantizationType[to.upper()]
     reader = open_gguf(source)
     plan = [_plan(t, source, wanted, gguf) for t in reader.tensors]
-    if not any(m.type != m.old for m in plan):
+    if not any(m.type != m.old for m in plan) and not verify.is_shard(source):  # of a split, one without any goes along
         held = sorted({m.old.name for m in plan})
         raise ConvertError(f"{source} has no tensor that could be {wanted.name} instead, of {', '.join(held)}")
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the file itself: name another one to write")
-    target = convert._writable(target.parent, target) if target.parent.is_dir() else target
-    if not target.parent.is_dir():
-        raise ConvertError(f"cannot write {target}: {target.parent} is no directory")
     options = convert.Options(progress=progress)
     head = _head(reader, plan, to)
     needed = len(head) + sum(_padded(m.nbytes, int(reader.alignment)) for m in plan)
@@ -98,6 +95,7 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
                 m.sha256 = digest.digest()
                 out.write(bytes(_padded(m.nbytes, int(reader.alignment)) - m.nbytes))
             out.truncate()
+            _correct(reader, plan, out)
         if require_exact and (inexact := [m for m in plan if m.exact < m.blocks]):
             raise ConvertError(f"--require-exact: {len(inexact)} tensors have blocks that {wanted.name} cannot hold, {inexact[0].name} "
                                f"{inexact[0].blocks - inexact[0].exact} of {inexact[0].blocks}. Nothing was written")
@@ -124,7 +122,12 @@ def _plan(t, path: Path, wanted, gguf) -> Moved:
 
 def _fits(stored: verify.Stored, wanted, gguf) -> bool:
     try:
-        return all(exact.all() for _, _, exact, _ in _encoded(stored, wanted, gguf))
+        zero = True
+        for x, _, exact, _ in _encoded(stored, wanted, gguf):
+            if not exact.all():
+                return False
+            zero = zero and not x.any()
+        return not zero  # which is no ternary matrix, but one that is not used, or a bias
     except ConvertError:  # NaN, or too large
         return False
 
@@ -136,8 +139,8 @@ def _encoded(stored: verify.Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, 
     step = max(1, _ROWS // n)
     for start in range(0, rows, step):
         raw = stored.read(start, step)
-        if stored.type.name in SPARSE:
-            _check_scales(stored, start, raw, SPARSE[stored.type.name])
+        if stored.type.name in gguf_type.TYPES:
+            _check_scales(stored, start, raw, gguf_type.TYPES[stored.type.name])
         x = gguf.quants.dequantize(raw, stored.type).reshape(-1, n)
         if not (finite := np.isfinite(x).all(axis=1)).all():
             raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + int(finite.argmin())}: {NOT_FINITE}")
@@ -158,10 +161,10 @@ def _check_scales(stored: verify.Stored, start: int, rows: np.ndarray, kind: Blo
 
 
 def _encode(x: np.ndarray, wanted, gguf) -> np.ndarray:
-    if wanted.name in SPARSE:
+    if wanted.name in gguf_type.TYPES:
         from . import kernels
 
-        return kernels.quantize(x, kind=SPARSE[wanted.name])
+        return kernels.quantize(x, kind=gguf_type.TYPES[wanted.name])
     if wanted.name == "F16":
         with np.errstate(over="ignore"):
             return x.astype(np.float16).view(np.uint8)
@@ -206,19 +209,41 @@ def _data(m: Moved, gguf) -> Iterator[bytes | memoryview]:
 
 def _head(reader, plan: list[Moved], to: str) -> bytes:
     """All before the tensors' data: the metadata as it is, but for the file type; the table anew."""
-    first = min((int(t.field.offset) for t in reader.tensors))
+    first = min((int(t.field.offset) for t in reader.tensors), default=len(reader.data))
     head = bytearray(reader.data[:first].tobytes())
     field = reader.fields.get("general.file_type")
     if field is not None and len(field.parts[-1]) == 1 and field.parts[-1].nbytes == 4:
         at = int(field.offset) + sum(int(p.nbytes) for p in field.parts[:-1])
-        head[at : at + 4] = struct.pack("<I", SPARSE[to.upper()].file_type if to.upper() in SPARSE else FILE_TYPES[to])
+        head[at : at + 4] = struct.pack("<I", gguf_type.TYPES[to.upper()].file_type if to.upper() in gguf_type.TYPES else FILE_TYPES[to])
     offset, alignment = 0, int(reader.alignment)
     for t, m in zip(reader.tensors, plan):
         for part in t.field.parts[:4]:  # name and shape
             head += part.tobytes()
         head += struct.pack("<IQ", int(m.type), offset)
         offset += _padded(m.nbytes, alignment)
-    return bytes(head) + bytes(_padded(len(head), alignment) - len(head))
+    return bytes(head) + bytes(_padded(len(head), alignment) - len(head) if plan else 0)
+
+
+def _correct(reader, plan: list[Moved], out: BinaryIO):
+    """What the converter wrote of its tensors' exactness, where it is so no more."""
+    names, exact, errors, every = (reader.fields.get(f"sherry.{k}") for k in ("tensor.names", "tensor.exact", "tensor.relative_error", "exact"))
+    of_name = {m.name: m for m in plan if m.exact < m.blocks}
+    if names is None or exact is None or exact.parts[-1].dtype != np.bool_:
+        return
+
+    def last_part(field) -> int:
+        return int(field.offset) + sum(int(p.nbytes) for p in field.parts[:-1])
+
+    for i, name in enumerate(names.contents()[: len(exact.parts[-1])]):
+        if name in of_name:
+            out.seek(last_part(exact) + i)
+            out.write(b"\0")
+            if errors is not None and errors.parts[-1].dtype == np.float32 and i < len(errors.parts[-1]):
+                out.seek(last_part(errors) + 4 * i)  # as if they were independent, if there was one before
+                out.write(struct.pack("<f", math.hypot(errors.parts[-1][i], of_name[name].relative_error)))
+            if every is not None and every.parts[-1].dtype == np.bool_:
+                out.seek(last_part(every))
+                out.write(b"\0")
 
 
 def _padded(n: int, alignment: int) -> int:
@@ -229,8 +254,11 @@ def summary(plan: list[Moved]) -> Iterator[str]:
     """The lines that say what became of the tensors."""
     moved = [m for m in plan if m.type != m.old]
     exact = [m for m in moved if m.exact == m.blocks]
-    yield (f"{len(moved)} of {len(plan)} tensors are {moved[0].type.name} now, {len(exact)} of them exact: each value as it was; the "
-           "others' bytes are the same")
+    if moved:
+        yield (f"{len(moved)} of {len(plan)} tensors are {moved[0].type.name} now, {len(exact)} of them exact: each value as it was; the "
+               "others' bytes are the same")
+    else:
+        yield f"none of {len(plan)} tensors is another type now: a copy, that goes with the other files of its split"
     for m in moved:
         if m.exact < m.blocks:
             yield f"not exact: {m.name}, {m.blocks - m.exact} of {m.blocks} blocks, relative error {m.relative_error:.4f}"

@@ -17,7 +17,7 @@ from typing import Any, Iterator
 
 import numpy as np
 
-from . import convert, llama_cpp, ternary, tq1_25
+from . import convert, gguf_type, llama_cpp, ternary, tq1_25
 from .convert import ConvertError, Grouping, Options, Tensor
 from .reader import open_gguf
 
@@ -56,6 +56,11 @@ class Gguf:
     fields: dict[str, Any]
     types: dict[str, tuple]  # of the fields: a GGUFValueType, behind ARRAY that of the elements
     tensors: dict[str, Stored]
+
+
+def is_shard(path: Path) -> bool:
+    """Is a file named as one of a split is?"""
+    return bool(_SHARD.search(path.name))
 
 
 def check_shard(source: Path, target: Path):
@@ -160,9 +165,9 @@ def _sizes(tensors) -> tuple[str, str, str]:
 
 
 def _scales(t: Stored) -> str:
-    if t.type.name != tq1_25.NAME or not t.weights:
+    if t.type.name not in gguf_type.TYPES or not t.weights:
         return ""
-    d = t.read().reshape(-1, tq1_25.BLOCK_BYTES)[:, 20:].copy().view("<f2")
+    d = t.read().reshape(-1, gguf_type.TYPES[t.type.name].bytes)[:, -2:].copy().view("<f2")
     return f"{d.min():.4g} {d.max():.4g}"
 
 

@@ -341,7 +341,7 @@ def test_no_target_directory(model, fails, tmp_path):
 
 
 def test_unwritable_target(model, fails):
-    fails(model, "--outfile", "/proc/x.gguf", told=["cannot write /proc/x.gguf", "Choose another --outfile"])
+    fails(model, "--outfile", "/proc/x.gguf", told=["cannot write /proc/x.gguf", "Choose another place for it"])
     fails(model, "--outfile", "/dev/null", told=["cannot write /dev/null: it is there and is no ordinary file"])
 
 

@@ -1,12 +1,13 @@
 """The built libggml: what is registered under TQ1_25 and STQ1_0 gives the same bytes and numbers as the reference."""
 
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from sherry_gguf import kernels, llama_cpp, stq1_0, tq1_25
+from sherry_gguf import kernels, llama_cpp, reader, retag, stq1_0, tq1_25
 from vectors import BLOCKS, DOTS
 
 
@@ -30,6 +31,12 @@ def test_registration(ggml, kind):
     assert ggml.row_size(kind.name, 768) == 768 // kind.size * kind.bytes
     assert ggml.vec_dot_type(kind.name) == "Q8_0"
     assert not [name for name, type_id in ggml.types.items() if 43 < type_id < 125]
+
+
+def test_what_python_knows_of_upstream(ggml):
+    assert ggml.block("q2_0") == retag.Q2_0 and ggml.types["Q2_0"] == stq1_0.OLD_TYPE_ID
+    header = (llama_cpp.source_dir() / "ggml/include/ggml.h").read_text()
+    assert int(re.search(r"#define GGML_MAX_DIMS +(\d+)", header)[1]) == reader.MAX_DIMS
 
 
 def test_golden_blocks(ggml):

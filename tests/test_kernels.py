@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sherry_gguf import kernels, ternary, tq1_25
+from sherry_gguf import blocks as block_types
+from sherry_gguf import gguf_type, kernels, ternary, tq1_25
 from vectors import BLOCKS, DOTS
 
 SOURCES = Path(__file__).parent.parent / "ggml_patch" / "src"
@@ -40,9 +41,12 @@ def random_rows(seed, n, kind):
 
 def test_constants_of_c_and_python_are_equal():
     lib = kernels.lib
-    assert (lib.TQ1_25_TYPE_ID, lib.QK_TQ1_25, lib.TQ1_25_GROUP) == (tq1_25.TYPE_ID, tq1_25.BLOCK, ternary.GROUP)
-    assert kernels.ffi.sizeof("block_tq1_25") == tq1_25.BLOCK_BYTES
-    assert tq1_25.FILE_TYPE == tq1_25.TYPE_ID  # the header has one number for both
+    assert set(gguf_type.TYPES) == {"TQ1_25", "STQ1_0"} and lib.TQ1_25_GROUP == ternary.GROUP
+    for name, kind in gguf_type.TYPES.items():
+        assert (getattr(lib, f"{name}_TYPE_ID"), getattr(lib, f"QK_{name}")) == (kind.type_id, kind.size)
+        assert kernels.ffi.sizeof(f"block_{name.lower()}") == kind.bytes
+        assert kind.file_type == kind.type_id  # the header has one number for both
+    assert (block_types.Q8_0, block_types.Q8_0_BYTES) == (lib.TQ1_25_QK8_0, kernels.Q8_0_BYTES)
     sizes = {q: (n, size) for q, (n, size) in quants.GGML_QUANT_SIZES.items()}
     assert sizes[GGMLQuantizationType.Q8_0] == (lib.TQ1_25_QK8_0, kernels.Q8_0_BYTES)
     for lane in range(4):

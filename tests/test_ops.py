@@ -128,7 +128,7 @@ def main(kind, threads):
         edge = (np.abs(np.abs(y / step) % 1 - 0.5) < 1e-4) * step
         return (np.abs(found - q @ w.T) <= 2e-5 * (np.abs(q) @ np.abs(w).T) + edge @ np.abs(w).T).all()
 
-    n, rows = 768, 45  # rows that no unrolling divides
+    n, rows = 7 * kind.size, 45  # rows that no unrolling divides
     packed, w = weights(rows, n)
     a = tensor(kind.type_id, (n, rows), packed)
     for columns in 1, 2, 7, 33:

@@ -97,13 +97,101 @@ def test_sizes_of_neither(old, tmp_path, capsys):
         assert cli.main(["retag", str(old), str(tmp_path / "new.gguf")]) == 1
         assert "neither STQ1_0's 42 for each 256 weights nor Q2_0's 72" in capsys.readouterr().err
     a, b = (e for e in open_gguf(old, types=False).table if e.name in "ab")
-    for at, value, says in ((b.type_at + 4, b.start, "tensor a, .*neither STQ1_0's"), (a.type_at + 4, 33, "tensor a .*where no tensor's can"),
-                            (b.type_at - 8, 0, "tensor b has no weights"), (b.type_at - 16, 100, "tensor b, .*neither STQ1_0's")):  # fmt: skip
+    for at, value, says in ((b.type_at + 4, b.start, "tensor a, .*neither STQ1_0's"), (a.type_at + 4, 33, "tensor a, .*neither STQ1_0's"),
+                            (b.type_at - 8, 0, "tensor b, 768 x 0, has no weights"), (b.type_at - 16, 100, "tensor b, .*neither STQ1_0's")):  # fmt: skip
         wrong = bytearray(data)
         wrong[at : at + 8] = np.array([value], "<u8").tobytes()
         old.write_bytes(wrong)
         with pytest.raises(ConvertError, match=says):
             retag.old_tensors(old)
+
+
+@pytest.mark.parametrize("alignment, real", [(128, (1, 256)), (128, (256,)), (4096, (16, 256))])
+def test_rooms_that_tell_nothing(tmp_path, capsys, alignment, real):
+    """42 and 72 bytes for each 256 weights, filled up to the alignment, may be as many: no guess, but by other tensors."""
+    for type_id in 42, 43:
+        file = write(tmp_path / "x.gguf", {"a": (type_id, 42, real), "z": (0, 0, (1, 32))}, alignment)
+        assert cli.main(["retag", str(file), str(tmp_path / "new.gguf")]) == 1
+        assert "tensor a, and each other one of type 42, is so small that" in capsys.readouterr().err and not (tmp_path / "new.gguf").exists()
+        larger = {"a": (type_id, 42, real), "b": (type_id, 42, (300, 256)), "z": (0, 0, (1, 32))}
+        file = write(tmp_path / "x.gguf", larger, alignment)
+        assert cli.main(["retag", str(file), str(tmp_path / "new.gguf")]) == (0 if type_id == 43 else 1)
+        told = capsys.readouterr()
+        assert "2 tensors are STQ1_0" in told.out if type_id == 43 else "tensor b, 256 x 300, has 21632 bytes" in told.err or "it is upstream's Q2_0" in told.err
+
+
+def test_what_else_is_wrong_is_told(old, tmp_path, capsys):
+    """Damage that is not of a tensor of 42 is no reason to write a copy of it."""
+    data = old.read_bytes()
+    first, e = (next(e for e in open_gguf(old, types=False).table if e.name == name) for name in ("token_embd.weight", "norm"))
+    for at, value, says in ((e.type_at, 99, "tensor norm (7) is of type 99"), (e.type_at - 8, 1 << 40, "tensor norm (1099511627776) would end at byte"),
+                            (first.type_at + 4, e.start - first.start, "tensors norm and token_embd.weight overlap")):  # fmt: skip
+        wrong = bytearray(data)
+        width = 4 if at == e.type_at else 8
+        wrong[at : at + width] = value.to_bytes(width, "little")
+        old.write_bytes(wrong)
+        for command in ["retag", str(old), str(tmp_path / "new.gguf")], ["retag", str(old), "--in-place"]:
+            assert cli.main(command) == 1
+            assert says in capsys.readouterr().err
+        assert old.read_bytes() == wrong and os.listdir(tmp_path) == ["old.gguf"]
+
+
+def test_old_bytes_are_kept_until_the_new_ones_are_on_the_disk(old, monkeypatch):
+    """The order of what reaches the disk: the copy of the head, its name, the new numbers; then the copy goes."""
+    calls = []
+    names = {}
+
+    def recorded(function, name):
+        def call(*args, **kwargs):
+            what = os.readlink(f"/proc/self/fd/{args[0]}") if name == "fsync" else str(args[0])
+            calls.append((name, os.path.basename(what)))
+            if name == "unlink":
+                names["numbers"] = numbers(old)
+            return function(*args, **kwargs)
+
+        return call
+
+    for module, name in (os, "fsync"), (os, "replace"), (os, "unlink"):
+        monkeypatch.setattr(module, name, recorded(getattr(module, name), name))
+    retag.retag_in_place(old)
+    backup = old.name + retag.BACKUP
+    assert calls == [("fsync", backup + ".part"), ("replace", backup + ".part"), ("fsync", old.parent.name), ("fsync", old.name), ("unlink", backup)]
+    assert 42 not in names["numbers"].values()
+
+
+def test_a_head_that_cannot_be_copied_leaves_nothing(old, monkeypatch, capsys):
+    before = old.read_bytes()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert cli.main(["retag", str(old), "--in-place"]) == 1
+    assert "there is no room for the copy of its head" in capsys.readouterr().err
+    assert old.read_bytes() == before and os.listdir(old.parent) == ["old.gguf"]
+
+
+def test_targets_as_other_programs_take_them(old, tmp_path, capsys):
+    """A symbolic link is written through; what is no ordinary file is left alone."""
+    (tmp_path / "real.gguf").write_bytes(b"older")
+    (tmp_path / "link.gguf").symlink_to("real.gguf")
+    assert cli.main(["retag", str(old), str(tmp_path / "link.gguf")]) == 0
+    assert (tmp_path / "link.gguf").is_symlink() and numbers(tmp_path / "real.gguf")["a"] == 43
+    os.mkfifo(tmp_path / "pipe.gguf")
+    assert cli.main(["retag", str(old), str(tmp_path / "pipe.gguf")]) == 1
+    assert "no ordinary file" in capsys.readouterr().err and not (tmp_path / "pipe.gguf").is_file()
+    assert cli.main(["retag", str(old), str(tmp_path / ("x" * 300))]) == 1
+    assert "cannot write" in capsys.readouterr().err
+
+
+def test_a_split_goes_file_by_file(old, tmp_path, capsys):
+    """One of its files may have no tensor of 42: it is copied, so that the split is whole."""
+    shard = old.rename(tmp_path / "m-00002-of-00002.gguf")
+    first = write(tmp_path / "m-00001-of-00002.gguf", {"norm": (0, 0, (7,))})
+    for i, source in (1, first), (2, shard):
+        assert cli.main(["retag", str(source), str(tmp_path / f"n-0000{i}-of-00002.gguf")]) == 0
+    assert "0 tensors are STQ1_0" in capsys.readouterr().out
+    assert (tmp_path / "n-00001-of-00002.gguf").read_bytes() == first.read_bytes()
 
 
 def test_files_without_their_last_padding(old):
@@ -126,7 +214,7 @@ def test_what_is_no_gguf(tmp_path, capsys, make, says):
 
 def test_places_that_cannot_be_written(old, tmp_path, capsys):
     before = old.read_bytes()
-    for target, says in ((old, "--in-place changes it"), (tmp_path, "is a directory"), (tmp_path / "none/new.gguf", "no such directory")):
+    for target, says in ((old, "--in-place changes it"), (tmp_path, "no ordinary file"), (tmp_path / "none/new.gguf", "none is not there. Create it first")):
         assert cli.main(["retag", str(old), str(target)]) == 1
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):

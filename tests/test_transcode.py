@@ -149,7 +149,7 @@ def test_what_cannot_be_transcoded(model, tmp_path, capsys):
     assert "has no tensor that could be TQ1_25 instead, of F32" in capsys.readouterr().err
     assert cli.main(["transcode", str(model), str(tmp_path / "x.gguf"), "--to", "tq1_25"]) == 1
     assert "has no tensor that could be TQ1_25 instead" in capsys.readouterr().err
-    for target, says in ((model, "is the file itself"), (tmp_path / "no/x.gguf", "no directory"), (tmp_path, "no ordinary file")):
+    for target, says in ((model, "is the file itself"), (tmp_path / "no/x.gguf", "no is not there. Create it first"), (tmp_path, "no ordinary file")):
         assert cli.main(["transcode", str(model), str(target), "--to", "f16"]) == 1
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):
@@ -206,6 +206,55 @@ def test_a_source_that_is_cut_while_it_is_read(model, tmp_path, monkeypatch):
     with pytest.raises(ConvertError, match="ends within the tensor output.weight"):
         transcode.transcode(model, tmp_path / "x.gguf", "f16")
     assert os.listdir(tmp_path) == ["model.gguf"]
+
+
+def test_zeros_are_no_ternary_matrix(tmp_path, capsys):
+    """What is not used, or a bias, stays as llama.cpp wants it."""
+    x = ternary(stq1_0.TYPE, 2, 256)
+    model = write(tmp_path / "m.gguf", {"a": (Q.F32, x), "zeros": (Q.F32, np.zeros((4, 256), np.float32))})
+    transcode.transcode(model, tmp_path / "out.gguf", "stq1_0")
+    assert types(tmp_path / "out.gguf") == {"a": "STQ1_0", "zeros": "F32"}
+
+
+def test_a_split_goes_file_by_file(model, tmp_path, capsys):
+    """A file without ternary tensors, or without any, is copied with the file type of the others."""
+    for i, tensors in enumerate(({}, {"norm": (Q.F32, np.ones(3, np.float32))}), 1):
+        shard = write(tmp_path / f"m-0000{i}-of-00003.gguf", tensors)
+        out = tmp_path / f"n-0000{i}-of-00003.gguf"
+        assert cli.main(["transcode", str(shard), str(out), "--to", "f16"]) == 0
+        assert f"none of {len(tensors)} tensors is another type now" in capsys.readouterr().out
+        assert len(out.read_bytes()) == len(shard.read_bytes()) and len(gguf.GGUFReader(out).tensors) == len(tensors)
+        assert gguf.GGUFReader(out).fields["general.file_type"].contents() == 1
+
+
+def test_what_was_said_of_exactness_is_corrected(tmp_path, capsys):
+    """The converter's sherry.* keys: what comes out inexact is so in the new file's metadata, and stays so on the way back."""
+    kind = tq1_25.TYPE
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    names = ["a", "b", "c"]
+    for name, same in zip(names, (True, False, True)):
+        writer.add_tensor(name, kind.quantize(ternary(kind, 2, 512, same)), raw_dtype=Q.TQ1_25)
+    writer.add_bool("sherry.exact", False)
+    writer.add_array("sherry.tensor.names", names)
+    writer.add_array("sherry.tensor.exact", [True, True, False])
+    writer.add_array("sherry.tensor.relative_error", [0.0, 0.0, 0.25])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    plan = transcode.transcode(tmp_path / "m.gguf", tmp_path / "tq2.gguf", "tq2_0")
+    transcode.transcode(tmp_path / "tq2.gguf", tmp_path / "back.gguf", "tq1_25")
+    for name in "tq2.gguf", "back.gguf":
+        fields = verify.read_gguf(tmp_path / name).fields
+        assert fields["sherry.tensor.exact"] == [True, False, False] and fields["sherry.tensor.names"] == names
+        assert np.allclose(fields["sherry.tensor.relative_error"], [0, plan[1].relative_error, 0.25], rtol=0.02) and plan[1].relative_error > 0.01
+    lines = list(verify.inspect(tmp_path / "back.gguf", tensors=True))
+    assert any("1 of 3 TQ1_25 tensors are exact" in line for line in lines)
+
+
+def test_a_second_run_replaces_the_first(model, tmp_path):
+    for _ in range(2):
+        assert cli.main(["transcode", str(model), str(tmp_path / "x.bin"), "--to", "f16"]) == 0
 
 
 def test_more_than_4_gib(tmp_path):

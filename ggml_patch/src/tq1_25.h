@@ -318,6 +318,7 @@ int64_t tq1_25_panel_size(int64_t n, int64_t nc);
 void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
 
 #define TQ1_25_DEPTH 16 // blocks of a row that are decoded at once, for all columns: 132 KB
+TQ1_25_ASSERT(TQ1_25_DEPTH % 2 == 0, "both halves of a block of STQ1_0 are decoded from one tile");
 
 struct tq1_25_panel_scratch { // of a thread; aligned to 64 bytes
     tq1_25_decoded decoded[TQ1_25_DEPTH];
