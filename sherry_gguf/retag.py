@@ -72,6 +72,8 @@ def retag(source: Path, target: Path) -> int:
     source, target = Path(source), Path(target)
     verify.check_shard(source, target)
     target = convert.writable(target)
+    if source.with_name(source.name + BACKUP).exists():
+        raise ConvertError(f"{source.name + BACKUP} says that a retag of {source} in place was cut off: run it with --in-place again")
     found = old_tensors(source)
     if not found and not verify.is_shard(source):  # of a split, one without any goes along
         raise _nothing(source)
@@ -97,7 +99,7 @@ def retag_in_place(path: Path) -> int:
     path = Path(path)
     backup = path.with_name(path.name + BACKUP)
     with _alone(path):
-        if backup.exists():
+        if os.path.lexists(backup):
             _restore(path, backup)
         found = old_tensors(path)
         if not found:
@@ -105,8 +107,9 @@ def retag_in_place(path: Path) -> int:
         with _told(path), open(path, "r+b") as f:
             head = f.read(max(e.type_at for e in found) + 4)
             part = backup.with_name(backup.name + ".part")
+            part.unlink(missing_ok=True)
             try:
-                with open(part, "wb") as b:
+                with open(part, "xb") as b:  # not through a link that somebody has put there
                     b.write(head)
                     b.flush()
                     os.fsync(b.fileno())
@@ -141,6 +144,8 @@ def _check(path: Path, found: list[Entry]) -> None:
 
 def _restore(path: Path, backup: Path) -> None:
     """Put back the head that a retag which was cut off had kept. It is whole: it came to its name by a rename."""
+    if backup.is_symlink() or not backup.is_file():
+        raise ConvertError(f"{backup} is in the way of a retag in place, and no ordinary file: remove it")
     head = backup.read_bytes()
     with _told(path), open(path, "r+b") as f:
         now = f.read(len(head))

@@ -75,14 +75,16 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
         raise ConvertError(f"{target} is the file itself: name another one to write")
     options = convert.Options(progress=progress)
     head = _head(reader, plan, to)
-    needed = len(head) + sum(_padded(m.nbytes, int(reader.alignment)) for m in plan)
+    start = _padded(len(head), int(reader.alignment)) if plan else len(head)
+    needed = start + sum(_padded(m.nbytes, int(reader.alignment)) for m in plan)
     with convert._staging(target, needed) as staging:
         if needed > (free := shutil.disk_usage(staging).free):
             raise ConvertError(convert._disk_full(target, needed, free))
         new = staging / target.name
         with open(new, "wb") as out, convert.progress_bar(options, total=needed, unit="B", unit_scale=True) as bar:
             out.write(head)
-            bar.update(len(head))
+            out.seek(start)  # padding is zeros, as a hole
+            bar.update(start)
             for m in plan:
                 digest = hashlib.sha256()
                 for data in _data(m, gguf):
@@ -93,7 +95,7 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
                         out.write(data)
                     bar.update(len(data))
                 m.sha256 = digest.digest()
-                out.write(bytes(_padded(m.nbytes, int(reader.alignment)) - m.nbytes))
+                out.seek(_padded(m.nbytes, int(reader.alignment)) - m.nbytes, os.SEEK_CUR)
             out.truncate()
             _correct(reader, plan, out)
         if require_exact and (inexact := [m for m in plan if m.exact < m.blocks]):
@@ -107,10 +109,12 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
 def _plan(t, path: Path, wanted, gguf) -> Moved:
     stored = verify.Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), path, int(t.data_offset), int(t.n_bytes))
     m = Moved(t.name, t.tensor_type, t.tensor_type, stored.shape, stored.nbytes, stored)
-    if t.tensor_type == wanted or t.tensor_type.name not in TERNARY + OTHERS or not stored.weights or len(stored.shape) < 2:
+    ternary = t.tensor_type.name in TERNARY
+    if t.tensor_type == wanted or not (ternary or t.tensor_type.name in OTHERS) or not stored.weights:
+        return m
+    if len(stored.shape) < 2 and not ternary:
         return m
     size, nbytes = gguf.GGML_QUANT_SIZES[wanted]
-    ternary = t.tensor_type.name in TERNARY
     if stored.shape[-1] % size:
         m.why = f"rows of {stored.shape[-1]} are no whole blocks of {size}" if ternary else ""
         return m
@@ -141,7 +145,8 @@ def _encoded(stored: verify.Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, 
         raw = stored.read(start, step)
         if stored.type.name in gguf_type.TYPES:
             _check_scales(stored, start, raw, gguf_type.TYPES[stored.type.name])
-        x = gguf.quants.dequantize(raw, stored.type).reshape(-1, n)
+        with np.errstate(all="ignore"):  # what is no number is looked for below
+            x = gguf.quants.dequantize(raw, stored.type).reshape(-1, n)
         if not (finite := np.isfinite(x).all(axis=1)).all():
             raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + int(finite.argmin())}: {NOT_FINITE}")
         try:
@@ -149,6 +154,8 @@ def _encoded(stored: verify.Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, 
         except QuantizeError as e:
             raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + e.row}: {e.cause}") from e
         back = gguf.quants.dequantize(data, wanted).reshape(x.shape)
+        if not (finite := np.isfinite(back).all(axis=1)).all():
+            raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + int(finite.argmin())}: a weight is beyond what {wanted.name} holds")
         yield x, data, (back == x).reshape(-1, size).all(axis=1), back
 
 
@@ -221,7 +228,7 @@ def _head(reader, plan: list[Moved], to: str) -> bytes:
             head += part.tobytes()
         head += struct.pack("<IQ", int(m.type), offset)
         offset += _padded(m.nbytes, alignment)
-    return bytes(head) + bytes(_padded(len(head), alignment) - len(head) if plan else 0)
+    return bytes(head)
 
 
 def _correct(reader, plan: list[Moved], out: BinaryIO):

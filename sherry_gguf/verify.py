@@ -117,7 +117,8 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
     for key, value in model.fields.items():
         if key.startswith(("general.", f"{arch}.", "sherry.", "split.")) or key in _TOKENIZER:
             yield f"  {key:45} {_short(value)}"
-    yield f"  {'tokenizer.ggml.tokens':45} {len(model.fields.get('tokenizer.ggml.tokens', ()))} tokens"
+    tokens = model.fields.get("tokenizer.ggml.tokens", [])
+    yield f"  {'tokenizer.ggml.tokens':45} {f'{len(tokens)} tokens' if isinstance(tokens, list) else _short(tokens)}"
     names, flags = (model.fields.get(f"sherry.tensor.{k}") for k in ("names", "exact"))
     exact = dict(zip(names, flags)) if isinstance(names, list) and isinstance(flags, list) else {}
     if exact:

@@ -155,7 +155,7 @@ def test_old_bytes_are_kept_until_the_new_ones_are_on_the_disk(old, monkeypatch)
         monkeypatch.setattr(module, name, recorded(getattr(module, name), name))
     retag.retag_in_place(old)
     backup = old.name + retag.BACKUP
-    assert calls == [("fsync", backup + ".part"), ("replace", backup + ".part"), ("fsync", old.parent.name), ("fsync", old.name), ("unlink", backup)]
+    assert calls == [("unlink", backup + ".part"), ("fsync", backup + ".part"), ("replace", backup + ".part"), ("fsync", old.parent.name), ("fsync", old.name), ("unlink", backup)]
     assert 42 not in names["numbers"].values()
 
 
@@ -169,6 +169,23 @@ def test_a_head_that_cannot_be_copied_leaves_nothing(old, monkeypatch, capsys):
     assert cli.main(["retag", str(old), "--in-place"]) == 1
     assert "there is no room for the copy of its head" in capsys.readouterr().err
     assert old.read_bytes() == before and os.listdir(old.parent) == ["old.gguf"]
+
+
+def test_what_lies_beside_the_file(old, tmp_path, capsys):
+    """Names of a retag in place that somebody else has used: nothing is written through them, nothing waits for them."""
+    before, backup = old.read_bytes(), old.name + retag.BACKUP
+    (tmp_path / "victim").write_bytes(b"precious")
+    (tmp_path / (backup + ".part")).symlink_to("victim")
+    assert cli.main(["retag", str(old), "--in-place"]) == 0 and (tmp_path / "victim").read_bytes() == b"precious"
+    old.write_bytes(before)
+    for make in os.mkfifo, lambda path: os.symlink("victim", path):
+        make(tmp_path / backup)
+        assert cli.main(["retag", str(old), "--in-place"]) == 1
+        assert "is in the way of a retag in place" in capsys.readouterr().err and old.read_bytes() == before
+        (tmp_path / backup).unlink()
+    (tmp_path / backup).write_bytes(before[:100])
+    assert cli.main(["retag", str(old), str(tmp_path / "new.gguf")]) == 1
+    assert "was cut off: run it with --in-place again" in capsys.readouterr().err
 
 
 def test_targets_as_other_programs_take_them(old, tmp_path, capsys):

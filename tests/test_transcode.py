@@ -208,6 +208,36 @@ def test_a_source_that_is_cut_while_it_is_read(model, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["model.gguf"]
 
 
+def test_what_is_beyond_a_type_is_refused(tmp_path, capfd):
+    """TQ2_0 has the code 3, twice its scale, which may be more than F16 holds."""
+    x = gguf.quants.quantize(ternary(stq1_0.TYPE, 3, 256), Q.TQ2_0)
+    x[2, :-2], x[2, -2:] = 255, np.array([40000], "<f2").view(np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("w", x, raw_dtype=Q.TQ2_0)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for to in "f16", "q8_0":
+        assert cli.main(["transcode", str(tmp_path / "m.gguf"), str(tmp_path / "x.gguf"), "--to", to]) == (1 if to == "f16" else 0)
+    told = capfd.readouterr()
+    assert told.err.count("tensor w, row 2: a weight is beyond what F16 holds") == 1 and "Warning" not in told.err
+
+
+def test_ternary_vectors_are_transcoded_too(tmp_path):
+    x = ternary(tq1_25.TYPE, 1, 256)[0]
+    model = write(tmp_path / "m.gguf", {"w": (Q.TQ1_25, x)})
+    transcode.transcode(model, tmp_path / "out.gguf", "f16", require_exact=True)
+    assert types(tmp_path / "out.gguf") == {"w": "F16"} and (values(tmp_path / "out.gguf")["w"] == x).all()
+
+
+def test_padding_is_a_hole(tmp_path):
+    model = write(tmp_path / "m.gguf", {"a": (Q.TQ1_25, ternary(tq1_25.TYPE, 2, 256)), "b": (Q.F32, np.ones((2, 32), np.float32))}, alignment=1 << 26)
+    transcode.transcode(model, tmp_path / "out.gguf", "f16")
+    assert (tmp_path / "out.gguf").stat().st_size >= 2 << 26 and (tmp_path / "out.gguf").stat().st_blocks * 512 < 1 << 20
+    assert types(tmp_path / "out.gguf") == {"a": "F16", "b": "F32"}
+
+
 def test_zeros_are_no_ternary_matrix(tmp_path, capsys):
     """What is not used, or a bias, stays as llama.cpp wants it."""
     x = ternary(stq1_0.TYPE, 2, 256)

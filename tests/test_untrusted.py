@@ -157,6 +157,24 @@ def test_long_arrays_are_read_at_once(tmp_path):
     assert len(open_gguf(path).fields["x.bytes"].parts) == 6  # key, kind, and one part for all the numbers
 
 
+@pytest.mark.parametrize("value_type, size", [(0, 1), (5, 4), (6, 4), (7, 1), (11, 8)])
+def test_a_list_that_is_a_number(tmp_path, value_type, size):
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_uint32("tokenizer.ggml.tokens", 1)
+    writer.add_array("sherry.tensor.names", ["a"])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    data = path.read_bytes()
+    for key in b"tokenizer.ggml.tokens", b"sherry.tensor.names":
+        at = data.index(key) + len(key)
+        old = 8 if key.startswith(b"tok") else 4 + 4 + 8 + 8 + 1
+        path.write_bytes(data[:at] + u32(value_type) + bytes([1] * size) + data[at + old :])
+        done = sherry("inspect", path, "--tensors")
+        assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize("d", [np.nan, np.inf, -np.inf, -0.5])
 @pytest.mark.parametrize("flags", [[], ["--load-mode", "none"], ["--no-repack"]], ids=" ".join)
 def test_scales_that_lie(model, tmp_path, d, flags):
