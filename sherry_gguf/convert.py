@@ -1211,14 +1211,18 @@ def _commit(staged: list[Path], files: list[Path]):
     Of a split the first file, by which the others are found, goes first and comes last: nobody meets files of two conversions,
     were this one killed here. What other conversions put into the directory at the same time waits.
     """
-    for new, file in zip(staged, files):
-        if file.exists():
-            shutil.copymode(file, new)
+    def permissions():
+        for new, file in zip(staged, files):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(file, new)
+
     if len(files) == 1:
+        permissions()
         os.replace(staged[0], files[0])
         return
     with _uninterrupted():
         lock = _lock(files[0].parent, wait=True)
+        permissions()
         undo: list[tuple[Path, Path]] = []
 
         def move(here: Path, there: Path):

@@ -211,7 +211,7 @@ sys.exit(cli.main(sys.argv[1:]))
         with open(gate) as f:
             fcntl.flock(f, fcntl.LOCK_EX)
             run = [
-                conftest.python(code, "convert", checkpoint, "--outfile", both / "x.gguf", *split, *flags, stderr=subprocess.DEVNULL)
+                conftest.python(code, "convert", checkpoint, "--outfile", both / "x.gguf", *split, *flags, stderr=open(tmp_path / flags[1], "w"))
                 for flags in different
             ]
             for process in run:
@@ -219,7 +219,8 @@ sys.exit(cli.main(sys.argv[1:]))
                     if line == "ready\n":
                         break
                 assert line, process.wait()
-        assert [process.communicate() and process.returncode for process in run] == [0, 0]
+        codes = [process.communicate() and process.returncode for process in run]
+        assert codes == [0, 0], [(tmp_path / flags[1]).read_text() for flags in different]
         found = files(both)
         assert found in wanted and sorted(os.listdir(both)) == sorted(found)
 
