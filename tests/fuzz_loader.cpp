@@ -37,7 +37,7 @@ static bool           decoding;
 
 static void on_abort(const char * message) {
     const bool of_model = (strstr(message, "/src/llama-") && !strstr(message, "/src/llama-model-loader.cpp")) || strstr(message, "/src/models/");
-    const bool ours = strstr(message, "/sherry/") || strstr(message, "/ggml-cpu/repack.cpp");
+    const bool ours = strstr(message, "/sherry/");
     if (ours || (!of_model && !decoding)) {
         fprintf(stderr, "%s\n", message);
         return; // and ggml aborts
