@@ -237,11 +237,15 @@ def _correct(reader, plan: list[Moved], out: BinaryIO):
     of_name = {m.name: m for m in plan if m.exact < m.blocks}
     if names is None or exact is None or exact.parts[-1].dtype != np.bool_:
         return
+    try:
+        listed = list(names.contents())
+    except (TypeError, ValueError):  # no list, or no text: none of the converter's
+        return
 
     def last_part(field) -> int:
         return int(field.offset) + sum(int(p.nbytes) for p in field.parts[:-1])
 
-    for i, name in enumerate(names.contents()[: len(exact.parts[-1])]):
+    for i, name in enumerate(listed[: len(exact.parts[-1])]):
         if name in of_name:
             out.seek(last_part(exact) + i)
             out.write(b"\0")

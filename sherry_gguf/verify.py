@@ -85,7 +85,7 @@ def read_gguf(path: Path) -> Gguf:
         fields = {name: f for name, f in reader.fields.items() if not name.startswith("GGUF.")}
         try:
             values = {name: f.contents() for name, f in fields.items()}
-        except ValueError as e:  # text that is none
+        except Exception as e:  # text that is none, and what else bytes can be
             raise ConvertError(f"{file} is damaged: its metadata: {e}") from e
         tensors = [
             Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), file, t.data_offset, t.n_bytes)

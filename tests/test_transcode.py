@@ -282,6 +282,21 @@ def test_what_was_said_of_exactness_is_corrected(tmp_path, capsys):
     assert any("1 of 3 TQ1_25 tensors are exact" in line for line in lines)
 
 
+@pytest.mark.parametrize("names", [7, "no list", True])
+def test_names_that_are_no_list(tmp_path, names):
+    """Metadata that is not the converter's is copied and not corrected."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    writer.add_tensor("a", tq1_25.quantize(ternary(tq1_25.TYPE, 2, 512)), raw_dtype=Q.TQ1_25)
+    writer.add_key_value("sherry.tensor.names", names, gguf.GGUFValueType.get_type(names))
+    writer.add_array("sherry.tensor.exact", [True])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (m,) = transcode.transcode(tmp_path / "m.gguf", tmp_path / "out.gguf", "tq2_0")
+    assert m.exact < m.blocks and verify.read_gguf(tmp_path / "out.gguf").fields["sherry.tensor.names"] == names
+
+
 def test_a_second_run_replaces_the_first(model, tmp_path):
     for _ in range(2):
         assert cli.main(["transcode", str(model), str(tmp_path / "x.bin"), "--to", "f16"]) == 0
