@@ -1,5 +1,6 @@
 """Small GGUF files that the fuzzers start from: `python tests/fuzz_seeds.py DIRECTORY` writes them."""
 
+import struct
 import sys
 from pathlib import Path
 
@@ -82,13 +83,26 @@ def table(path: Path) -> Path:
     return path
 
 
+def shaped(path: Path, *dims: int) -> Path:
+    """`table` with the last tensor's dimensions changed, of which nothing else in the file speaks."""
+    data = table(path).read_bytes()
+    at = open_gguf(path, types=False).table[-1].type_at
+    dims_at = at - 4 - 2 * 8
+    path.write_bytes(data[:dims_at] + struct.pack(f"<I{len(dims)}Q", len(dims), *dims) + data[at:])
+    return path
+
+
 def write(directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
+    most = (1 << 31) - 256
     return [
         table(directory / "table.gguf"),
         model(directory / "tq1_25.gguf", Q.TQ1_25, 128),
         model(directory / "stq1_0.gguf", Q.STQ1_0, 256),
         model(directory / "stq1_0-old.gguf", Q.STQ1_0, 256, old=True),
+        # two findings: gguf.cpp passed both, and an assertion of ggml_new_tensor ended the process
+        shaped(directory / "found-most-weights.gguf", most, ((1 << 63) - 1) // most),
+        shaped(directory / "found-no-rows.gguf", 1 << 31, 0, 1 << 32),
     ]
 
 

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import time
+from pathlib import Path
 
 import fuzz_seeds
 import numpy as np
@@ -132,6 +133,16 @@ def test_tables_that_lie(model, tmp_path, lie):
     code, text = loaded(path, says=llama)
     assert code == 1 and re.search(llama, text), f"{code}\n{text[-3000:]}"
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("found", ["most-weights", "no-rows"])
+def test_findings_of_the_fuzzer(found):
+    path = Path(__file__).parent / "fuzz_corpus" / f"found-{found}.gguf"
+    says = "incorrect shape for a tensor 'stq1_0' may cause overflow"
+    code, text = loaded(path, says=says)
+    assert code == 1 and says in text, f"{code}\n{text[-3000:]}"
+    done = sherry("inspect", path)
+    assert done.returncode == 1 and done.stderr.startswith(f"error: {path}: tensor stq1_0 ("), done.stderr
 
 
 def test_long_arrays_are_read_at_once(tmp_path):
