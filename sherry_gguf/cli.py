@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         print(f"error: {'not enough memory: ' * isinstance(e, MemoryError)}{told}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, _Terminated) as e:
-        print("interrupted: no half-written file is left", file=sys.stderr)
+        in_place = getattr(args, "in_place", False)
+        print(f"interrupted: {'the same command again finishes it' if in_place else 'no half-written file is left'}", file=sys.stderr)
         return 128 + (e.number if isinstance(e, _Terminated) else signal.SIGINT)
     finally:
         for number, handler in previous.items():
@@ -300,7 +301,7 @@ def _transcode_parser(parser: argparse.ArgumentParser):
 
 
 def _transcode(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    for line in transcode.summary(transcode.transcode(args.gguf, args.output, args.to, args.require_exact, progress=True)):
+    for line in transcode.summary(*transcode.transcode(args.gguf, args.output, args.to, args.require_exact, progress=True)):
         print(line)
     print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
     return 0

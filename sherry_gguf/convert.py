@@ -1122,7 +1122,7 @@ def _add_sherry(writer, quantized: list[Tensor], grouping: Grouping) -> int:
 
 def _reread(path: Path, expected: list[Tensor]):
     """Flush the file to the disk and read it back from there. Raises ConvertError if it is not what was computed."""
-    import gguf
+    from .reader import open_gguf
 
     with open(path, "r+b") as f:
         os.fsync(f.fileno())
@@ -1130,7 +1130,7 @@ def _reread(path: Path, expected: list[Tensor]):
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         stored = [
             (r.name, tuple(int(n) for n in reversed(r.shape)), r.tensor_type, r.data_offset, r.n_bytes)
-            for r in gguf.GGUFReader(path).tensors
+            for r in open_gguf(path).tensors
         ]
         good = [s[:3] for s in stored] == [(t.name, t.shape, t.type) for t in expected]
         for t, (*_, offset, left) in zip(expected, stored if good else ()):
@@ -1173,7 +1173,7 @@ def _staging(target: Path, needed: int) -> Iterator[Path]:
         raise ConvertError(f"cannot write {target}: {e.strerror or e}. Choose another place for it") from e
     finally:
         with _uninterrupted():
-            if staging:
+            if staging and not any(staging.glob("*.old")):  # what `_commit` could not put back
                 shutil.rmtree(staging, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
@@ -1190,9 +1190,11 @@ def _lock(directory: Path, wait: bool = False) -> int | None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
         return fd
-    except OSError:
+    except BaseException as e:
         os.close(fd)
-        return None
+        if isinstance(e, OSError):
+            return None
+        raise
 
 
 def _sweep(directory: Path):
@@ -1220,28 +1222,41 @@ def _commit(staged: list[Path], files: list[Path]):
         permissions()
         os.replace(staged[0], files[0])
         return
-    with _uninterrupted():
-        lock = _lock(files[0].parent, wait=True)
-        permissions()
-        undo: list[tuple[Path, Path]] = []
+    lock = _lock(files[0].parent, wait=True)  # can be interrupted
+    try:
+        with _uninterrupted():
+            permissions()
+            _replace_all(staged, files)
+    finally:
+        if lock is not None:
+            os.close(lock)
 
-        def move(here: Path, there: Path):
-            os.rename(here, there)
-            undo.append((there, here))
 
-        try:
-            for i, (new, file) in enumerate(zip(staged, files)):
-                if file.is_file():
-                    move(file, new.with_name(f"{i}.old"))
-            for new, file in reversed([*zip(staged, files)]):
-                move(new, file)
-        except BaseException:
-            for there, here in reversed(undo):
+def _replace_all(staged: list[Path], files: list[Path]):
+    undo: list[tuple[Path, Path]] = []
+
+    def move(here: Path, there: Path):
+        os.rename(here, there)
+        undo.append((there, here))
+
+    try:
+        for i, (new, file) in enumerate(zip(staged, files)):
+            if file.is_file():
+                move(file, new.with_name(f"{i}.old"))
+        for new, file in reversed([*zip(staged, files)]):
+            move(new, file)
+    except BaseException as e:
+        left = []
+        for there, here in reversed(undo):
+            try:
                 os.rename(there, here)
-            raise
-        finally:
-            if lock is not None:
-                os.close(lock)
+            except OSError:
+                left.append((there, here))
+        if left:
+            places = ", ".join(f"{here.name} is {there}" for there, here in left if there.suffix == ".old") or "older ones there were none"
+            raise ConvertError(f"cannot write {files[0]}: {getattr(e, 'strerror', None) or e}; nor could the files that were there be put back: {places}. Move "
+                               "them by hand") from e
+        raise
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,8 +39,10 @@ def open_gguf(path: Path, types: bool = True):
         raise ConvertError(f"{path}: {'not an ordinary file' if path.exists() else 'no such file'}")
     try:
         return _reader()(path, types)
-    except ConvertError:
+    except (ConvertError, MemoryError, ImportError):
         raise
+    except OSError as e:
+        raise ConvertError(f"cannot read {path}: {e.strerror or e}") from e
     except Exception as e:  # gguf's reader fails in as many ways as there are bytes
         raise ConvertError(f"{path} is not a GGUF file, or is truncated or damaged: {type(e).__name__}: {e}") from e
 
@@ -50,7 +53,7 @@ def _reader():
 
     class Reader(gguf.GGUFReader):
         def __init__(self, path: Path, types: bool):
-            self.path, self.types, self.table = path, types, []
+            self.path, self.types, self.table, self.entries = path, types, [], 0
             super().__init__(path)
             if self.byte_order == "S":
                 raise ConvertError(f"{path} is of the other byte order, which the blocks of 3:4 sparse ternary weights are not made for")
@@ -63,13 +66,33 @@ def _reader():
             return super()._get(offset, dtype, count, override_order)
 
         def _get_field_parts(self, orig_offs, raw_type):
-            if raw_type != gguf.GGUFValueType.ARRAY or (scalar := self.gguf_scalar_to_np.get(int(self._get(orig_offs, np.uint32)[0]))) is None:
+            V = gguf.GGUFValueType
+            kind = self._get(orig_offs, np.uint32) if raw_type == V.ARRAY else None
+            if kind is None or kind[0] not in (V.STRING, *self.gguf_scalar_to_np):
                 return super()._get_field_parts(orig_offs, raw_type)
-            # one part for all elements: gguf's makes an array of each, 15 us and 700 bytes a number
-            kind, count = self._get(orig_offs, np.uint32), self._get(orig_offs + 4, np.uint64)
-            values = self._get(orig_offs + 12, scalar, count[0])
-            types = [gguf.GGUFValueType.ARRAY] + [gguf.GGUFValueType(int(kind[0]))] * bool(count[0])
-            return 12 + values.nbytes, [kind, count, values], [2], types
+            count = self._get(orig_offs + 4, np.uint64)
+            types = [V.ARRAY] + [V(int(kind[0]))] * bool(count[0])
+            # gguf's makes an array or two of each element: 15 us and 700 bytes a number, 20 us and 1700 bytes a text
+            if kind[0] != V.STRING:
+                values = self._get(orig_offs + 12, self.gguf_scalar_to_np[V(int(kind[0]))], count[0])
+                return 12 + values.nbytes, [kind, count, values], [2], types
+            parts, at, data = [kind, count], int(orig_offs) + 12, memoryview(self.data)
+            order = sys.byteorder if self.byte_order == "I" else {"little": "big", "big": "little"}[sys.byteorder]
+            for _ in range(int(count[0])):
+                end = at + 8 + int.from_bytes(data[at : at + 8], order)
+                if at + 8 > len(data) or end > len(data):
+                    raise EOFError(f"what begins at byte {at} would end at byte {max(end, at + 8)} of {len(data)}")
+                parts.append(data[at + 8 : end])
+                at = end
+            return at - int(orig_offs), parts, list(range(2, len(parts))), types
+
+        def _get_tensor_info_field(self, orig_offs):
+            length, name = self._get_str(orig_offs)
+            count = int(self._get(orig_offs + int(length.nbytes) + int(name.nbytes), np.uint32)[0])
+            self.entries += 1
+            if not 1 <= count <= MAX_DIMS:
+                raise ValueError(f"tensor {self.entries} of its table, {bytes(name).decode(errors='replace')!r}, has {count} dimensions, not 1 to {MAX_DIMS}")
+            return super()._get_tensor_info_field(orig_offs)
 
         def _build_tensors(self, start_offs, fields):
             for field in fields:
@@ -87,12 +110,11 @@ def _reader():
             for e in self.table:
                 tensor = f"tensor {e.name}" + f" ({' x '.join(map(str, e.shape))})" * bool(e.shape)
                 type_id = stq1_0.TYPE.type_id if old and e.type_id == stq1_0.OLD_TYPE_ID else e.type_id
-                hint = "; if the file is of STQ1_0 as it was first, `sherry-gguf retag` mends it" * (type_id == stq1_0.OLD_TYPE_ID)
+                hint = ("; `sherry-gguf retag` mends the file if that is STQ1_0 as it was first, and tells if it is upstream's Q2_0"
+                        * (type_id == stq1_0.OLD_TYPE_ID))  # fmt: skip
                 if e.name in names:
                     return f"{tensor} is there twice"
                 names.add(e.name)
-                if not 1 <= len(e.shape) <= MAX_DIMS:
-                    return f"{tensor} has {len(e.shape)} dimensions, not 1 to {MAX_DIMS}"
                 if type_id not in gguf.GGMLQuantizationType._value2member_map_:
                     return f"{tensor} is of type {type_id}, which is none that is known here{hint}"
                 qtype = gguf.GGMLQuantizationType(type_id)

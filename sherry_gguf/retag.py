@@ -6,6 +6,7 @@ Q2_0 takes 72. Nothing else in the file is believed, and a tensor with another r
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import errno
 import math
@@ -33,7 +34,8 @@ def old_tensors(path: Path) -> list[Entry]:
     for e in entries:
         if e.type_id != stq1_0.OLD_TYPE_ID:
             continue
-        after = next((start for start in ends if start > e.start), None)
+        i = bisect.bisect_right(ends, e.start)
+        after = ends[i] if i < len(ends) else None
         room = (size if after is None else after) - e.start
         weights = math.prod(e.shape)
         shape = " x ".join(map(str, e.shape))

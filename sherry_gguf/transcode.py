@@ -53,8 +53,9 @@ class Moved:
         return math.sqrt(self.squared_error / self.squares) if self.squares else 0.0
 
 
-def transcode(source: Path, target: Path, to: str, require_exact: bool = False, progress: bool = False) -> list[Moved]:
-    """Write `source` with its ternary tensors as `to`, one of `TARGETS`; what became of each tensor.
+def transcode(source: Path, target: Path, to: str, require_exact: bool = False, progress: bool = False) -> tuple[list[Moved], int]:
+    """Write `source` with its ternary tensors as `to`, one of `TARGETS`; what became of each tensor, and how many there are of other
+    files that no longer count as exact: the first file of a split says of all its tensors which are, and knows of its own alone.
 
     Of a split one file is handled, not all. The target is there whole, or as it was before. Raises ConvertError, also where
     there is nothing to transcode, and with `require_exact` where a block's values cannot be held.
@@ -78,7 +79,8 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
     start = _padded(len(head), int(reader.alignment)) if plan else len(head)
     needed = start + sum(_padded(m.nbytes, int(reader.alignment)) for m in plan)
     with convert._staging(target, needed) as staging:
-        if needed > (free := shutil.disk_usage(staging).free):
+        holes = max(0, source.stat().st_size - 512 * getattr(source.stat(), "st_blocks", math.inf))  # most of them stay
+        if needed - holes > (free := shutil.disk_usage(staging).free):
             raise ConvertError(convert._disk_full(target, needed, free))
         new = staging / target.name
         with open(new, "wb") as out, convert.progress_bar(options, total=needed, unit="B", unit_scale=True) as bar:
@@ -97,13 +99,13 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
                 m.sha256 = digest.digest()
                 out.seek(_padded(m.nbytes, int(reader.alignment)) - m.nbytes, os.SEEK_CUR)
             out.truncate()
-            _correct(reader, plan, out)
+            unknown = _correct(reader, plan, out, verify.is_shard(source) and wanted.name in TERNARY)
         if require_exact and (inexact := [m for m in plan if m.exact < m.blocks]):
             raise ConvertError(f"--require-exact: {len(inexact)} tensors have blocks that {wanted.name} cannot hold, {inexact[0].name} "
                                f"{inexact[0].blocks - inexact[0].exact} of {inexact[0].blocks}. Nothing was written")
         convert._reread(new, plan)
         convert._commit([new], [target])
-    return plan
+    return plan, unknown
 
 
 def _plan(t, path: Path, wanted, gguf) -> Moved:
@@ -231,16 +233,21 @@ def _head(reader, plan: list[Moved], to: str) -> bytes:
     return bytes(head)
 
 
-def _correct(reader, plan: list[Moved], out: BinaryIO):
-    """What the converter wrote of its tensors' exactness, where it is so no more."""
+def _correct(reader, plan: list[Moved], out: BinaryIO, doubt: bool) -> int:
+    """What the converter wrote of its tensors' exactness, where it is so no more; with `doubt` also of tensors that are not in this
+    file, with a relative error that is no number. How many these are.
+    """
     names, exact, errors, every = (reader.fields.get(f"sherry.{k}") for k in ("tensor.names", "tensor.exact", "tensor.relative_error", "exact"))
-    of_name = {m.name: m for m in plan if m.exact < m.blocks}
+    here = {m.name for m in plan}
+    of_name = {m.name: m.relative_error for m in plan if m.exact < m.blocks}
     if names is None or exact is None or exact.parts[-1].dtype != np.bool_:
-        return
+        return 0
     try:
         listed = list(names.contents())
     except (TypeError, ValueError):  # no list, or no text: none of the converter's
-        return
+        return 0
+    unknown = [name for name, flag in zip(listed, exact.parts[-1]) if doubt and flag and name not in here]
+    of_name |= dict.fromkeys(unknown, math.nan)
 
     def last_part(field) -> int:
         return int(field.offset) + sum(int(p.nbytes) for p in field.parts[:-1])
@@ -251,18 +258,19 @@ def _correct(reader, plan: list[Moved], out: BinaryIO):
             out.write(b"\0")
             if errors is not None and errors.parts[-1].dtype == np.float32 and i < len(errors.parts[-1]):
                 out.seek(last_part(errors) + 4 * i)  # as if they were independent, if there was one before
-                out.write(struct.pack("<f", math.hypot(errors.parts[-1][i], of_name[name].relative_error)))
+                out.write(struct.pack("<f", math.hypot(errors.parts[-1][i], of_name[name])))
             if every is not None and every.parts[-1].dtype == np.bool_:
                 out.seek(last_part(every))
                 out.write(b"\0")
+    return len(unknown)
 
 
 def _padded(n: int, alignment: int) -> int:
     return -(-n // alignment) * alignment
 
 
-def summary(plan: list[Moved]) -> Iterator[str]:
-    """The lines that say what became of the tensors."""
+def summary(plan: list[Moved], unknown: int = 0) -> Iterator[str]:
+    """The lines that say what became of the tensors: `transcode`'s results."""
     moved = [m for m in plan if m.type != m.old]
     exact = [m for m in moved if m.exact == m.blocks]
     if moved:
@@ -273,6 +281,8 @@ def summary(plan: list[Moved]) -> Iterator[str]:
     for m in moved:
         if m.exact < m.blocks:
             yield f"not exact: {m.name}, {m.blocks - m.exact} of {m.blocks} blocks, relative error {m.relative_error:.4f}"
+    if unknown:
+        yield f"{unknown} tensors of the split's other files no longer count as exact in sherry.tensor.exact; their files' calls say what they are"
     for m in plan:
         if m.why:
             yield f"left as it is: {m.name}, {m.old.name}: {m.why}"

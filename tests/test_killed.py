@@ -17,7 +17,8 @@ import pytest
 import small_models
 from conftest import sherry
 
-from sherry_gguf import cli, gguf_type, retag
+from sherry_gguf import cli, convert, gguf_type, retag
+from sherry_gguf.convert import ConvertError
 from sherry_gguf.reader import open_gguf
 
 SERVER = """
@@ -223,6 +224,88 @@ sys.exit(cli.main(sys.argv[1:]))
         assert codes == [0, 0], [(tmp_path / flags[1]).read_text() for flags in different]
         found = files(both)
         assert found in wanted and sorted(os.listdir(both)) == sorted(found)
+
+
+class Renames:
+    """os.rename, until a number of them have been; `after`: which of those behind do no more."""
+
+    def __init__(self, good, after):
+        self.rename, self.left, self.after = os.rename, good, after
+
+    def __call__(self, here, there):
+        self.left -= 1
+        if self.left < 0 and self.after(here):
+            raise PermissionError(13, "Permission denied")
+        self.rename(here, there)
+
+
+@pytest.mark.parametrize("good", range(6))
+@pytest.mark.parametrize("old", [True, False])
+@pytest.mark.parametrize("after", [lambda _: True, lambda path: path.name == "1.old"], ids=["all", "one"])
+def test_what_cannot_be_put_back_is_kept(tmp_path, monkeypatch, good, old, after):
+    """Whatever fails while the files of a split take their places, and again while the older ones are put back: these are not lost."""
+    names = [f"x-0000{i}-of-00003.gguf" for i in (1, 2, 3)]
+    for name in names if old else ():
+        (tmp_path / name).write_text(f"old {name}")
+    failing = Renames(good, lambda here: failing.left == -1 or after(here))
+    with pytest.raises(ConvertError, match="cannot write .*: Permission denied") as told:
+        with convert._staging(tmp_path / "x.gguf", 1) as staging:
+            for name in names:
+                (staging / name).write_text(f"new {name}")
+            with monkeypatch.context() as m:
+                m.setattr(os, "rename", failing)
+                convert._commit([staging / name for name in names], [tmp_path / name for name in names])
+            assert old is False and good >= 3, "nothing failed"
+            raise PermissionError(13, "Permission denied")
+    found = {p.relative_to(tmp_path): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
+    if old:
+        assert {f"old {name}" for name in names} <= set(found.values())
+        for place, text in found.items():
+            if text.startswith("old") and place.name not in names:
+                assert f"{text[4:]} is {tmp_path / place}" in str(told.value)
+                os.rename(tmp_path / place, tmp_path / text[4:])  # as it says
+        assert {name: (tmp_path / name).read_text() for name in names} == {name: f"old {name}" for name in names}
+    else:
+        assert all(text.startswith("new") for text in found.values())
+
+
+def test_waiting_for_a_directory_can_be_interrupted(tmp_path):
+    code = """
+import sys
+from pathlib import Path
+from sherry_gguf import convert
+names = ["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"]
+with convert._staging(Path("x.gguf"), 1) as staging:
+    for name in names:
+        (staging / name).write_text("new")
+    print("ready", flush=True)
+    convert._commit([staging / name for name in names], [Path(name) for name in names])
+"""
+    fd = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    try:
+        process = conftest.python(code, cwd=tmp_path)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.3)  # it waits now; before, it would be interrupted as well
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=30)
+        assert "KeyboardInterrupt" in output and process.returncode and os.listdir(tmp_path) == [], output
+    finally:
+        os.close(fd)
+
+
+def test_an_interrupted_retag_in_place_says_what_to_do(packed, tmp_path, capsys, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    target = tmp_path / "x.gguf"
+    target.write_bytes((packed / "old.gguf").read_bytes())
+    monkeypatch.setattr(os, "fsync", interrupted)
+    assert cli.main(["retag", str(target), "--in-place"]) == 130
+    assert "interrupted: the same command again finishes it" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert cli.main(["retag", str(target), "--in-place"]) == 0 and files(tmp_path) == {"x.gguf": (packed / "new.gguf").read_bytes()}
+    assert cli.main(["retag", str(packed / "old.gguf"), str(tmp_path / "y.gguf")]) == 0
 
 
 def test_two_retags_in_place(packed, tmp_path, capsys):

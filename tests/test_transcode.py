@@ -139,7 +139,7 @@ def test_many_rows_and_experts(tmp_path):
     """More than is handled at a time, on three axes."""
     x = ternary(tq1_25.TYPE, 3 * 1500, 512).reshape(3, 1500, 512)
     model = write(tmp_path / "m.gguf", {"experts": (Q.TQ1_25, x)})
-    (m,) = transcode.transcode(model, tmp_path / "f.gguf", "f16")
+    (m,), _ = transcode.transcode(model, tmp_path / "f.gguf", "f16")
     assert m.blocks == m.exact == x.size and (values(tmp_path / "f.gguf")["experts"] == x).all()
 
 
@@ -194,16 +194,17 @@ def test_weights_of_another_type_that_are_no_numbers(tmp_path, capsys):
     assert "bad.gguf: tensor w, row 2: a weight is NaN or infinite" in capsys.readouterr().err and os.listdir(tmp_path) == ["bad.gguf"]
 
 
-def test_a_source_that_is_cut_while_it_is_read(model, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["output.weight", "blk.0.attn_q.weight"])
+def test_a_source_that_is_cut_while_it_is_read(model, tmp_path, monkeypatch, name):
     real = transcode._data
 
     def data(m, gguf):
-        if m.name == "output.weight":
+        if m.name == name:
             os.truncate(model, m.source.offset + 10)
         return real(m, gguf)
 
     monkeypatch.setattr(transcode, "_data", data)
-    with pytest.raises(ConvertError, match="ends within the tensor output.weight"):
+    with pytest.raises(ConvertError, match=f"ends within the tensor {name}"):
         transcode.transcode(model, tmp_path / "x.gguf", "f16")
     assert os.listdir(tmp_path) == ["model.gguf"]
 
@@ -272,7 +273,7 @@ def test_what_was_said_of_exactness_is_corrected(tmp_path, capsys):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    plan = transcode.transcode(tmp_path / "m.gguf", tmp_path / "tq2.gguf", "tq2_0")
+    plan, _ = transcode.transcode(tmp_path / "m.gguf", tmp_path / "tq2.gguf", "tq2_0")
     transcode.transcode(tmp_path / "tq2.gguf", tmp_path / "back.gguf", "tq1_25")
     for name in "tq2.gguf", "back.gguf":
         fields = verify.read_gguf(tmp_path / name).fields
@@ -280,6 +281,54 @@ def test_what_was_said_of_exactness_is_corrected(tmp_path, capsys):
         assert np.allclose(fields["sherry.tensor.relative_error"], [0, plan[1].relative_error, 0.25], rtol=0.02) and plan[1].relative_error > 0.01
     lines = list(verify.inspect(tmp_path / "back.gguf", tensors=True))
     assert any("1 of 3 TQ1_25 tensors are exact" in line for line in lines)
+
+
+@pytest.mark.parametrize("to", ["tq2_0", "f16"])
+def test_the_first_file_of_a_split_says_what_it_knows(tmp_path, capsys, to):
+    """It lists the tensors of all files; where another type may have cost something, those of others no longer count as exact."""
+    kind = tq1_25.TYPE
+    for i, (name, same) in enumerate({"a": True, "b": False}.items(), 1):
+        writer = gguf.GGUFWriter(tmp_path / f"m-0000{i}-of-00002.gguf", "llama")
+        if i == 1:
+            writer.add_bool("sherry.exact", True)
+            writer.add_array("sherry.tensor.names", ["a", "b"])
+            writer.add_array("sherry.tensor.exact", [True, True])
+            writer.add_array("sherry.tensor.relative_error", [0.0, 0.0])
+        writer.add_tensor(name, kind.quantize(ternary(kind, 2, 512, same)), raw_dtype=Q.TQ1_25)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        for source, target, t in ("m", "there", to), ("there", "back", "tq1_25"):
+            names = [str(tmp_path / f"{s}-0000{i}-of-00002.gguf") for s in (source, target)]
+            assert cli.main(["transcode", *names, "--to", t]) == 0
+    told = capsys.readouterr().out
+    fields = verify.read_gguf(tmp_path / "there-00001-of-00002.gguf").fields
+    if to == "f16":  # holds them all; on the way back it is not known whether the other file does
+        assert fields["sherry.tensor.exact"] == [True, True] and fields["sherry.exact"] is True
+    else:
+        assert fields["sherry.tensor.exact"] == [True, False] and fields["sherry.exact"] is False
+        assert fields["sherry.tensor.relative_error"][0] == 0 and np.isnan(fields["sherry.tensor.relative_error"][1])
+    assert told.count("1 tensors of the split's other files no longer count as exact in sherry.tensor.exact") == 1
+    lines = list(verify.inspect(tmp_path / "back-00002-of-00002.gguf"))
+    assert any("1 of 2 TQ1_25 tensors are exact by what the file says" in line for line in lines), lines
+
+
+def test_other_types_are_not_called_exact(tmp_path):
+    """llama-quantize copies the converter's keys."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    x = ternary(tq1_25.TYPE, 2, 512)
+    for name, qtype in {"a": Q.TQ1_25, "b": Q.STQ1_0, "c": Q.F16}.items():
+        writer.add_tensor(name, gguf.quants.quantize(x, qtype), raw_dtype=qtype)
+    writer.add_array("sherry.tensor.names", ["a", "b", "c", "gone"])
+    writer.add_array("sherry.tensor.exact", [True] * 4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    lines = list(verify.inspect(tmp_path / "m.gguf", tensors=True))
+    assert any("1 of 1 TQ1_25 tensors are exact by what the file says" in line for line in lines), lines
+    assert [line.split()[0] for line in lines if " yes " in line] == ["a"]
 
 
 @pytest.mark.parametrize("names", [7, "no list", True])
@@ -293,7 +342,7 @@ def test_names_that_are_no_list(tmp_path, names):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    (m,) = transcode.transcode(tmp_path / "m.gguf", tmp_path / "out.gguf", "tq2_0")
+    (m,), _ = transcode.transcode(tmp_path / "m.gguf", tmp_path / "out.gguf", "tq2_0")
     assert m.exact < m.blocks and verify.read_gguf(tmp_path / "out.gguf").fields["sherry.tensor.names"] == names
 
 
@@ -326,7 +375,7 @@ def test_more_than_4_gib(tmp_path):
         f.write(bytes(512))
     assert model.stat().st_size > 1 << 32
     out = tmp_path / "out.gguf"
-    plan = transcode.transcode(model, out, "f16", require_exact=True)
+    plan, _ = transcode.transcode(model, out, "f16", require_exact=True)
     assert [m.type.name for m in plan] == ["F32", "F16", "F32"]
     assert out.stat().st_size > 1 << 32 and out.stat().st_blocks * 512 < 1 << 28
     found = {t.name: t.data for t in gguf.GGUFReader(out).tensors}

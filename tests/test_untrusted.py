@@ -103,7 +103,7 @@ LIES = {
                       rf"tensor '{NAME}' dimension 1 has invalid number of elements: -1 < 0"),
     "rows of no whole blocks": (lambda d, e, n: put(d, e.type_at - 16, u64(130)), rf"tensor {NAME} .*its rows are no whole blocks",
                                 rf"tensor '{NAME}' of type \d+ \(s?tq1_\w+\) has 130 elements per row, not a multiple of block size"),
-    "wrong count of dimensions": (lambda d, e, n: put(d, e.type_at - 20, u32(1000)), r"is not a GGUF file, or is truncated or damaged",
+    "wrong count of dimensions": (lambda d, e, n: put(d, e.type_at - 20, u32(1000)), rf"damaged: .*tensor \d+ of its table, '{NAME}', has 1000 dimensions, not 1 to 4",
                                   rf"tensor '{NAME}' has invalid number of dimensions: 1000 > 4"),
     "unused type": (lambda d, e, n: put(d, e.type_at, u32(99)), rf"tensor {NAME} .*is of type 99, which is none that is known",
                     rf"tensor '{NAME}' has ggml type 99, which is not in use"),
@@ -166,6 +166,36 @@ def test_long_arrays_are_read_at_once(tmp_path):
     assert len(fields["x.bytes"]) == count and fields["x.bytes"][:3] == [0, 1, 2] and fields["x.flags"] == [True, False]
     assert fields["x.empty"] == [] and fields["x.texts"] == ["a", "b"]
     assert len(open_gguf(path).fields["x.bytes"].parts) == 6  # key, kind, and one part for all the numbers
+
+
+def test_many_texts(tmp_path):
+    """Half a million take a second, where gguf's reader takes ten; of one that is too long, the others are no matter."""
+    path, texts = tmp_path / "x.gguf", ["", "a", "жжж"] * 170_000
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_array("x.texts", texts)
+    writer.add_uint32("x.after", 7)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    fields = open_gguf(path).fields
+    assert fields["x.texts"].contents() == texts and fields["x.texts"].contents(1) == "a" and fields["x.after"].contents() == 7
+    data = bytearray(path.read_bytes())
+    at = data.index(b"x.texts") + len(b"x.texts") + 4 + 4 + 8 + 8
+    for length in (1 << 62, (1 << 64) - 1):
+        data[at : at + 8] = u64(length)
+        path.write_bytes(data)
+        with pytest.raises(ConvertError, match="is not a GGUF file, or is truncated or damaged: EOFError: what begins at byte"):
+            open_gguf(path)
+
+
+def test_what_is_not_the_files_fault(tmp_path, model, monkeypatch):
+    for error, raised, says in (PermissionError(13, "Permission denied"), ConvertError, "cannot read .*m.gguf: Permission denied"), (MemoryError("some"), MemoryError, "some"):
+        def memmap(*_, error=error, **__):
+            raise error
+
+        monkeypatch.setattr(np, "memmap", memmap)
+        with pytest.raises(raised, match=says):
+            open_gguf(model)
 
 
 @pytest.mark.parametrize("value_type, size", [(0, 1), (5, 4), (6, 4), (7, 1), (11, 8)])
