@@ -1,5 +1,7 @@
 """A minute and a half of each fuzzer from the stored corpus; scripts/fuzz --seconds 3600 is the long run."""
 
+import argparse
+import importlib.machinery
 import importlib.util
 import re
 import shutil
@@ -17,6 +19,15 @@ CORPUS = REPO / "tests" / "fuzz_corpus"
 def test_the_corpus_has_the_seeds(tmp_path):
     stored = {p.read_bytes() for p in CORPUS.iterdir()}
     assert all(p.read_bytes() in stored for p in fuzz_seeds.write(tmp_path)), "run python tests/fuzz_seeds.py tests/fuzz_corpus"
+
+
+@pytest.mark.parametrize("death", ["kill -9 $$", "exit 3"])
+def test_a_target_that_dies_without_a_word_is_no_success(tmp_path, death):
+    loader = importlib.machinery.SourceFileLoader("fuzz", str(REPO / "scripts" / "fuzz"))
+    fuzz = importlib.util.module_from_spec(importlib.util.spec_from_loader("fuzz", loader))
+    loader.exec_module(fuzz)
+    with pytest.raises(fuzz.Stop, match="readers ended with -?\\d and left no input that shows why"):
+        fuzz.fuzz("readers", ["sh", "-c", f"echo '#1000 cov: 5'; {death}"], tmp_path, argparse.Namespace(seconds=5, keep=None))
 
 
 @pytest.mark.parametrize("target", [
