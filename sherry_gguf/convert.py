@@ -1257,6 +1257,10 @@ def _replace_all(staged: list[Path], files: list[Path]):
             raise ConvertError(f"cannot write {files[0]}: {getattr(e, 'strerror', None) or e}; nor could the files that were there be put back: {places}. Move "
                                "them by hand") from e
         raise
+    for there, _ in undo:
+        if there.suffix == ".old":  # else `_staging` would take it for one that is needed
+            with contextlib.suppress(OSError):
+                there.unlink()
 
 
 @contextlib.contextmanager
