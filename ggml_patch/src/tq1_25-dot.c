@@ -115,6 +115,44 @@ static int has_avxvnni(void) {
 
 #endif
 
+#ifdef TQ1_25_ARM
+
+#    if defined(__linux__)
+#        include <sys/auxv.h>
+static int has_dotprod(void) { return (getauxval(AT_HWCAP) & 1ul << 20) != 0; }
+static int has_i8mm(void) { return has_dotprod() && (getauxval(AT_HWCAP2) & 1ul << 13) != 0; }
+#    elif defined(__APPLE__)
+#        include <sys/sysctl.h>
+static int has(const char * name) {
+    int value = 0;
+    size_t size = sizeof(value);
+    return sysctlbyname(name, &value, &size, NULL, 0) == 0 && value == 1;
+}
+static int has_dotprod(void) { return has("hw.optional.arm.FEAT_DotProd"); }
+static int has_i8mm(void) { return has_dotprod() && has("hw.optional.arm.FEAT_I8MM"); }
+#    elif defined(_WIN32)
+#        include <windows.h>
+static int has_dotprod(void) { return IsProcessorFeaturePresent(43); } // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
+static int has_i8mm(void) { return has_dotprod() && IsProcessorFeaturePresent(66); } // PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE
+#    else // what the build was told
+static int has_dotprod(void) {
+#        ifdef __ARM_FEATURE_DOTPROD
+    return 1;
+#        else
+    return 0;
+#        endif
+}
+static int has_i8mm(void) {
+#        ifdef __ARM_FEATURE_MATMUL_INT8
+    return 1;
+#        else
+    return 0;
+#        endif
+}
+#    endif
+
+#endif
+
 // ---- the choice ----
 
 #ifdef _MSC_VER // aligned pointers are read and written whole
@@ -129,6 +167,8 @@ static int has_avxvnni(void) {
     .gemv = { tq1_25_gemv_avx2, stq1_0_gemv_avx2 }, .expand = tq1_25_expand_avx2, .lookup = tq1_25_lookup_avx2, .store = tq1_25_store_avx2
 #define LOOKUP_AVX512(tables, codes) .max_tables = tables, .max_codes = codes, .table_size = TQ1_25_TABLE, .code_tiles = 2, .table = tq1_25_table_avx512, \
     .gemv = { tq1_25_gemv_avx512, stq1_0_gemv_avx512 }, .expand = tq1_25_expand_avx512, .lookup = tq1_25_lookup_avx512, .store = tq1_25_store_avx512
+#define LOOKUP_NEON(tables, codes) .max_tables = tables, .max_codes = codes, .table_size = TQ1_25_TABLE, .code_tiles = 1, .table = tq1_25_table_neon, \
+    .gemv = { tq1_25_gemv_neon, stq1_0_gemv_neon }, .expand = tq1_25_expand_neon, .lookup = tq1_25_lookup_neon, .store = tq1_25_store_neon
 #define VEC_DOT(isa) tq1_25_vec_dot_##isa, stq1_0_vec_dot_##isa
 #define PANELS(isa) .decode = tq1_25_decode_##isa, .gemm = tq1_25_gemm_##isa
 
@@ -141,6 +181,11 @@ const struct tq1_25_isa tq1_25_isas[] = {
     { "avxvnni",    VEC_DOT(avx2),       has_avxvnni,    LOOKUP_AVX2(2, 8), PANELS(avxvnni) },
 #    endif
     { "avx2",       VEC_DOT(avx2),       has_avx2,       LOOKUP_AVX2(2, INT_MAX) },
+#endif
+#ifdef TQ1_25_ARM
+    { "i8mm",       VEC_DOT(dotprod),    has_i8mm,       LOOKUP_NEON(1, 4), PANELS(i8mm) },
+    { "dotprod",    VEC_DOT(dotprod),    has_dotprod,    LOOKUP_NEON(1, 8), PANELS(dotprod) },
+    { "neon",       VEC_DOT(neon),       NULL,           LOOKUP_NEON(1, INT_MAX) },
 #endif
     { .name = "scalar", .vec_dot = tq1_25_vec_dot_scalar, .vec_dot_stq1_0 = stq1_0_vec_dot_scalar },
     { .name = NULL },

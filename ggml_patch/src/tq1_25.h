@@ -182,6 +182,10 @@ typedef union {
         uint8_t negative[QK_TQ1_25 / TQ1_25_QK8_0][TQ1_25_TILE];         // how many groups of a part are
         float   d[TQ1_25_TILE];                                          // in the order of the sums
     } one;
+    struct { // NEON
+        uint8_t code[TQ1_25_GROUPS][TQ1_25_TILE]; // sign << 4 | slot
+        float   d[TQ1_25_TILE];
+    } neon;
 } tq1_25_codes;
 
 #define TQ1_25_CODE_COLUMNS 16                   // vectors at a time
@@ -265,6 +269,24 @@ void tq1_25_decode_avxvnni(tq1_25_rows x, tq1_25_decoded * w);
 void tq1_25_decode_avx512vnni(tq1_25_rows x, tq1_25_decoded * w);
 void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
+#endif
+
+#if (defined(__aarch64__) && !defined(__AARCH64EB__)) || defined(_M_ARM64)
+#    define TQ1_25_ARM // 64-bit, little-endian
+void tq1_25_vec_dot_neon(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+void tq1_25_vec_dot_dotprod(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+void stq1_0_vec_dot_neon(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
+void stq1_0_vec_dot_dotprod(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
+void tq1_25_table_neon(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
+void tq1_25_gemv_neon(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
+void stq1_0_gemv_neon(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
+void tq1_25_expand_neon(const tq1_25_rows x[2], tq1_25_codes * codes);
+void tq1_25_lookup_neon(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
+void tq1_25_store_neon(float * s, const float * sums, bool add);
+void tq1_25_decode_dotprod(tq1_25_rows x, tq1_25_decoded * w);
+void tq1_25_decode_i8mm(tq1_25_rows x, tq1_25_decoded * w);
+void tq1_25_gemm_dotprod(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
+void tq1_25_gemm_i8mm(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 #endif
 
 // In the shape of ggml's table: the best instruction set's; one row (nrc = 1).

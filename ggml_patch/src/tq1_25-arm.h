@@ -1,0 +1,102 @@
+// What the ARM files share: 64-bit ARM, little-endian.
+
+#pragma once
+
+#include "tq1_25.h"
+
+#ifdef TQ1_25_ARM
+
+#include <arm_neon.h>
+
+#if defined(_MSC_VER) && !defined(__clang__)
+#    define TARGET(isa)
+#    define INLINE static __forceinline
+#    define UNROLL
+#    define LOADED(v)
+#    define MOVED(p)
+#    define PREFETCH(p) __prefetch(p)
+#else
+#    ifdef __clang__
+#        define TARGET(isa) __attribute__((target(isa)))
+#        define UNROLL _Pragma("unroll")
+#    else // as arm_neon.h has it; "+isa" alone is less than what it wants
+#        define TARGET(isa) __attribute__((target("arch=armv8.2-a+" isa)))
+#        define UNROLL _Pragma("GCC unroll 16")
+#    endif
+#    define INLINE static inline __attribute__((always_inline))
+// GCC would load constants anew in each round of a loop.
+#    define LOADED(v) __asm__("" : "+w"(v))
+// Or it would compute an address for each load of an unrolled loop that moves along, where the load can move it.
+#    define MOVED(p) __asm__("" : "+r"(p))
+#    define PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#endif
+
+// Nothing where the whole build has it: its -march may be more than the attribute's.
+#ifdef __ARM_FEATURE_DOTPROD
+#    define DOTPROD
+#else
+#    define DOTPROD TARGET("dotprod")
+#endif
+#ifdef __ARM_FEATURE_MATMUL_INT8
+#    define I8MM
+#else
+#    define I8MM TARGET("i8mm")
+#endif
+
+enum {
+    PARTS  = QK_TQ1_25 / TQ1_25_QK8_0,    // Q8_0 blocks that meet a block of weights
+    GROUPS = TQ1_25_QK8_0 / TQ1_25_GROUP, // groups that meet a Q8_0 block
+};
+
+static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
+
+// A lane of each code, sign << 4 | slot, plus a number.
+INLINE int8x16x2_t lane_of_codes(int lane, int8_t plus) {
+    int8_t codes[32]; // GCC keeps a pair that one load has brought in its two registers; of another one it makes copies
+    vst1q_s8(codes, vaddq_s8(vdupq_n_s8(plus), vld1q_s8(lanes[lane])));
+    vst1q_s8(codes + 16, vsubq_s8(vdupq_n_s8(plus), vld1q_s8(lanes[lane])));
+    int8x16x2_t both = vld1q_s8_x2(codes);
+    LOADED(both);
+    return both;
+}
+
+// Codes from slots and from a byte each whose bit 4 is the sign.
+INLINE uint8x16_t with_sign(uint8x16_t slots, uint8x16_t sign) { return vbslq_u8(vdupq_n_u8(16), sign, slots); }
+
+INLINE float fp16(const uint16_t * d) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vld1_dup_u16(d))), 0); }
+
+// The codes of group g of sixteen rows, from the bytes that have its slots and the rows' signs. Shifts are by constants.
+INLINE uint8x16_t codes_of(int g, uint8x16_t bits, uint8x16_t signs) {
+    const uint8x16_t slots = g < 4 ? vandq_u8(bits, vdupq_n_u8(15)) : vshrq_n_u8(bits, 4);
+    switch (g) {
+        case 0:  return with_sign(slots, vshlq_n_u8(signs, 4));
+        case 1:  return with_sign(slots, vshlq_n_u8(signs, 3));
+        case 2:  return with_sign(slots, vshlq_n_u8(signs, 2));
+        case 3:  return with_sign(slots, vshlq_n_u8(signs, 1));
+        case 4:  return with_sign(slots, signs);
+        case 5:  return with_sign(slots, vshrq_n_u8(signs, 1));
+        case 6:  return with_sign(slots, vshrq_n_u8(signs, 2));
+        default: return with_sign(slots, vshrq_n_u8(signs, 3));
+    }
+}
+
+// The scales of rows 8k .. 8k + 7 of a tile, from where they are.
+INLINE void scales_of_rows(const uint16_t * d, int k, float32x4_t out[2]) {
+    const uint16_t * even = d + TQ1_25_PLACE(8 * k), * odd = d + TQ1_25_PLACE(8 * k + 1);
+    const uint16x4x2_t rows = vzip_u16(vld1_u16(even), vld1_u16(odd));
+    out[0] = vcvt_f32_f16(vreinterpret_f16_u16(rows.val[0]));
+    out[1] = vcvt_f32_f16(vreinterpret_f16_u16(rows.val[1]));
+}
+
+// What of a tile comes 24 tiles (33 KB) further, as on x86; not measured on ARM.
+INLINE void prefetch_part(const tq1_25_part * x, int part, const uint16_t * d) {
+    enum { AHEAD = 24 * sizeof(tq1_25_tile) };
+    for (size_t i = 0; i < sizeof(*x); i += 64) {
+        PREFETCH((const char *) x + AHEAD + i);
+    }
+    if (part < 2) {
+        PREFETCH((const char *) d + AHEAD + 64 * part);
+    }
+}
+
+#endif

@@ -1,0 +1,4 @@
+// Dot products of TQ1_25 and STQ1_0 for NEON with dotprod.
+
+#define NEON_DOTPROD
+#include "tq1_25-neon.c"

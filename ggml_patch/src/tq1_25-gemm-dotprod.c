@@ -1,0 +1,106 @@
+// Repacked TQ1_25, matrix by matrix, for NEON with dotprod.
+
+#include "tq1_25-arm.h"
+
+#ifdef TQ1_25_ARM
+
+// Up to four dwords.
+DOTPROD INLINE int32x4_t dwords(const int8_t * p, int count) {
+    const int32_t * q = (const int32_t *) p;
+    switch (count) {
+        case 1:  return vsetq_lane_s32(*q, vdupq_n_s32(0), 0);
+        case 2:  return vcombine_s32(vld1_s32(q), vdup_n_s32(0));
+        case 3:  return vcombine_s32(vld1_s32(q), vset_lane_s32(q[2], vdup_n_s32(0), 0));
+        default: return vld1q_s32(q);
+    }
+}
+
+DOTPROD INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int32x4_t y, int lane) { // of a constant lane
+    const int8x16_t q = vreinterpretq_s8_s32(y);
+    switch (lane) {
+        case 0:  return vdotq_laneq_s32(sum, w, q, 0);
+        case 1:  return vdotq_laneq_s32(sum, w, q, 1);
+        case 2:  return vdotq_laneq_s32(sum, w, q, 2);
+        default: return vdotq_laneq_s32(sum, w, q, 3);
+    }
+}
+
+// Eight rows, from row `at` on, by all columns of a panel: the sums of a Q8_0 block and of a block of weights fill 24 registers.
+DOTPROD INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded * w, int at, const int8_t * panel) {
+    for (int64_t i = 0; i < nb; ++i, ++w) {
+        float32x4_t block[TQ1_25_COLUMNS][2];
+        UNROLL for (int c = 0; c < nc; ++c) {
+            block[c][0] = block[c][1] = vdupq_n_f32(0.0f);
+        }
+        const int8_t * rows = (const int8_t *) w->w[at / 16][0][at % 16];
+        for (int j = 0; j < PARTS; ++j) {
+            int32x4_t sum[TQ1_25_COLUMNS][2];
+            UNROLL for (int c = 0; c < nc; ++c) {
+                sum[c][0] = sum[c][1] = vld1q_dup_s32((const int32_t *) (panel + 4 * (GROUPS * nc + c)));
+            }
+            UNROLL for (int g = 0; g < GROUPS; ++g, rows += 64) {
+                const int8x16_t w0 = vld1q_s8(rows), w1 = vld1q_s8(rows + 16);
+                const int32x4_t y0 = dwords(panel + 4 * g * nc, nc), y1 = nc > 4 ? dwords(panel + 4 * (g * nc + 4), nc - 4) : y0;
+                UNROLL for (int c = 0; c < nc; ++c) {
+                    sum[c][0] = dot(sum[c][0], w0, c < 4 ? y0 : y1, c % 4);
+                    sum[c][1] = dot(sum[c][1], w1, c < 4 ? y0 : y1, c % 4);
+                }
+            }
+            UNROLL for (int c = 0; c < nc; ++c) {
+                const float d = *(const float *) (panel + 4 * ((GROUPS + 1) * nc + c));
+                block[c][0] = vfmaq_n_f32(block[c][0], vcvtq_f32_s32(sum[c][0]), d);
+                block[c][1] = vfmaq_n_f32(block[c][1], vcvtq_f32_s32(sum[c][1]), d);
+            }
+            panel += 4 * (GROUPS + 2) * nc;
+        }
+        UNROLL for (int c = 0; c < nc; ++c) {
+            float * to = s + TQ1_25_TILE * c + at;
+            UNROLL for (int k = 0; k < 2; ++k) {
+                const float32x4_t t = i == 0 ? vdupq_n_f32(0.0f) : vld1q_f32(to + 4 * k);
+                vst1q_f32(to + 4 * k, vfmaq_f32(t, block[c][k], vld1q_f32(w->d + at + 4 * k)));
+            }
+        }
+    }
+}
+
+DOTPROD void tq1_25_gemm_dotprod(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
+    for (int at = 0; at < TQ1_25_TILE; at += 8) {
+        switch (nc) { // a constant in each
+            case 1:  eight_rows(nb, 1, s, w, at, panel); break;
+            case 2:  eight_rows(nb, 2, s, w, at, panel); break;
+            case 3:  eight_rows(nb, 3, s, w, at, panel); break;
+            case 4:  eight_rows(nb, 4, s, w, at, panel); break;
+            case 5:  eight_rows(nb, 5, s, w, at, panel); break;
+            default: eight_rows(nb, TQ1_25_COLUMNS, s, w, at, panel);
+        }
+    }
+}
+
+void tq1_25_decode_dotprod(tq1_25_rows x, tq1_25_decoded * w) {
+    int8x16x2_t of_lane[TQ1_25_GROUP];
+    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+        of_lane[lane] = lane_of_codes(lane, 1);
+    }
+    for (int at = 0; at < TQ1_25_TILE; at += 16) {
+        for (int j = 0; j < PARTS; ++j) {
+            const tq1_25_part * part = x.part + j;
+            const uint8x16_t signs = vld1q_u8(part->sign + at);
+            UNROLL for (int g = 0; g < GROUPS; ++g) {
+                const uint8x16_t code = codes_of(g, vld1q_u8(part->qs[g % 4] + at), signs);
+                uint8x16x4_t weights;
+                UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+                    weights.val[lane] = vreinterpretq_u8_s8(vqtbl2q_s8(of_lane[lane], code));
+                }
+                vst4q_u8(w->w[at / 16][GROUPS * j + g][0], weights);
+            }
+        }
+    }
+    for (int k = 0; k < TQ1_25_TILE / 8; ++k) {
+        float32x4_t d[2];
+        scales_of_rows(x.d, k, d);
+        vst1q_f32(w->d + 8 * k, d[0]);
+        vst1q_f32(w->d + 8 * k + 4, d[1]);
+    }
+}
+
+#endif

@@ -1,0 +1,102 @@
+// Repacked TQ1_25, matrix by matrix, for NEON with i8mm.
+
+#include "tq1_25-arm.h"
+
+#ifdef TQ1_25_ARM
+
+// An instruction multiplies two rows by two columns, eight weights of each: groups 2k and 2k + 1 of a row follow one another in
+// the decoded weights, 16 rows of eight bytes.
+
+// Groups g and g + 1 of columns c and c + 1; where there is but one column, twice.
+I8MM INLINE int8x16_t two_columns(const int8_t * panel, int nc, int g, int c) {
+    const int32_t * lower = (const int32_t *) (panel + 4 * (g * nc + c)), * upper = lower + nc;
+    const int32x2_t a = c + 1 < nc ? vld1_s32(lower) : vld1_dup_s32(lower), b = c + 1 < nc ? vld1_s32(upper) : vld1_dup_s32(upper);
+    return vreinterpretq_s8_s32(vzip1q_s32(vcombine_s32(a, vdup_n_s32(0)), vcombine_s32(b, vdup_n_s32(0))));
+}
+
+// What the panel holds for columns c and c + 1, for a pair of rows.
+I8MM INLINE int32x4_t of_two(const int8_t * panel, int nc, int c) {
+    const int32_t * p = (const int32_t *) panel + c;
+    return c + 1 < nc ? vreinterpretq_s32_s64(vld1q_dup_s64((const int64_t *) p)) : vld1q_dup_s32(p);
+}
+
+enum { PAIRS = TQ1_25_COLUMNS / 2 };
+
+// Eight rows, from row `at` on, by all columns of a panel.
+I8MM INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded * w, int at, const int8_t * panel) {
+    const int pairs = (nc + 1) / 2;
+    for (int64_t i = 0; i < nb; ++i, ++w) {
+        float32x4_t block[PAIRS][4];
+        UNROLL for (int c = 0; c < pairs; ++c) {
+            UNROLL for (int r = 0; r < 4; ++r) {
+                block[c][r] = vdupq_n_f32(0.0f);
+            }
+        }
+        const int8_t * rows = (const int8_t *) w->w[at / 16][0][0] + 8 * (at % 16);
+        for (int j = 0; j < PARTS; ++j) {
+            int32x4_t sum[PAIRS][4];
+            UNROLL for (int c = 0; c < pairs; ++c) {
+                sum[c][0] = sum[c][1] = sum[c][2] = sum[c][3] = of_two(panel + 4 * GROUPS * nc, nc, 2 * c);
+            }
+            UNROLL for (int g = 0; g < GROUPS; g += 2, rows += 128) {
+                int8x16_t y[PAIRS];
+                UNROLL for (int c = 0; c < pairs; ++c) {
+                    y[c] = two_columns(panel, nc, g, 2 * c);
+                }
+                UNROLL for (int r = 0; r < 4; ++r) {
+                    const int8x16_t two_rows = vld1q_s8(rows + 16 * r);
+                    UNROLL for (int c = 0; c < pairs; ++c) {
+                        sum[c][r] = vmmlaq_s32(sum[c][r], two_rows, y[c]);
+                    }
+                }
+            }
+            UNROLL for (int c = 0; c < pairs; ++c) {
+                const float32x4_t d = vreinterpretq_f32_s32(of_two(panel + 4 * (GROUPS + 1) * nc, nc, 2 * c));
+                UNROLL for (int r = 0; r < 4; ++r) {
+                    block[c][r] = vfmaq_f32(block[c][r], vcvtq_f32_s32(sum[c][r]), d);
+                }
+            }
+            panel += 4 * (GROUPS + 2) * nc;
+        }
+        UNROLL for (int r = 0; r < 2; ++r) {
+            const float32x4_t d = vld1q_f32(w->d + at + 4 * r);
+            UNROLL for (int c = 0; c < nc; ++c) {
+                const float32x4_t rows01 = block[c / 2][2 * r], rows23 = block[c / 2][2 * r + 1];
+                const float32x4_t of_column = c % 2 ? vuzp2q_f32(rows01, rows23) : vuzp1q_f32(rows01, rows23);
+                float * to = s + TQ1_25_TILE * c + at + 4 * r;
+                vst1q_f32(to, vfmaq_f32(i == 0 ? vdupq_n_f32(0.0f) : vld1q_f32(to), of_column, d));
+            }
+        }
+    }
+}
+
+I8MM void tq1_25_gemm_i8mm(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
+    for (int at = 0; at < TQ1_25_TILE; at += 8) {
+        switch (nc) { // a constant in each
+            case 1:  eight_rows(nb, 1, s, w, at, panel); break;
+            case 2:  eight_rows(nb, 2, s, w, at, panel); break;
+            case 3:  eight_rows(nb, 3, s, w, at, panel); break;
+            case 4:  eight_rows(nb, 4, s, w, at, panel); break;
+            case 5:  eight_rows(nb, 5, s, w, at, panel); break;
+            default: eight_rows(nb, TQ1_25_COLUMNS, s, w, at, panel);
+        }
+    }
+}
+
+void tq1_25_decode_i8mm(tq1_25_rows x, tq1_25_decoded * w) {
+    tq1_25_decode_dotprod(x, w);
+    int32_t * two = (int32_t *) w->w; // groups of sixteen rows
+    for (size_t i = 0; i < sizeof(w->w) / 128; ++i, two += 32) {
+        int32x4_t rows[8];
+        UNROLL for (int r = 0; r < 8; r += 2) {
+            const int32x4_t even = vld1q_s32(two + 2 * r), odd = vld1q_s32(two + 2 * r + 16);
+            rows[r]     = vzip1q_s32(even, odd);
+            rows[r + 1] = vzip2q_s32(even, odd);
+        }
+        UNROLL for (int r = 0; r < 8; ++r) {
+            vst1q_s32(two + 4 * r, rows[r]);
+        }
+    }
+}
+
+#endif

@@ -1,0 +1,103 @@
+// Dot products of TQ1_25 and STQ1_0 for NEON. tq1_25-dotprod.c has this file again, with products by sdot.
+
+#include "tq1_25-arm.h"
+
+#ifdef TQ1_25_ARM
+
+#include <string.h>
+
+#ifdef NEON_DOTPROD
+#    define NAME(name) name##_dotprod
+#    define FOR        DOTPROD
+typedef int32x4_t sums;
+
+FOR INLINE sums no_sums(void) { return vdupq_n_s32(0); }
+FOR INLINE sums add(sums s, int8x16_t w, int8x16_t y) { return vdotq_s32(s, w, y); }
+FOR INLINE int32x4_t fours(sums s) { return s; }
+#else
+#    define NAME(name) name##_neon
+#    define FOR
+typedef struct { int16x8_t lower, upper; } sums; // of up to 255 products each
+
+FOR INLINE sums no_sums(void) {
+    const sums none = { vdupq_n_s16(0), vdupq_n_s16(0) };
+    return none;
+}
+FOR INLINE sums add(sums s, int8x16_t w, int8x16_t y) {
+    s.lower = vmlal_s8(s.lower, vget_low_s8(w), vget_low_s8(y));
+    s.upper = vmlal_high_s8(s.upper, w, y);
+    return s;
+}
+// What bytes 4k .. 4k + 3 have brought, in dword k.
+FOR INLINE int32x4_t fours(sums s) { return vpaddq_s32(vpaddlq_s16(s.lower), vpaddlq_s16(s.upper)); }
+#endif
+
+// Sixteen weights of a lane, by code. Their signs: of each byte the bit that it has in `bit`.
+FOR INLINE uint8x16_t codes(uint8x16_t slots, uint8x16_t signs, uint8x16_t bit) { return with_sign(slots, vtstq_u8(signs, bit)); }
+
+// The weights come out of the lookup by lane; the activations are taken apart to meet them, so that each dword collects the sums
+// of one Q8_0 block and four scales apply at once.
+FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
+    static const uint8_t spread_to[16] = { 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3 };
+    uint8x16_t spread = vld1q_u8(spread_to);
+    uint8x16_t lower_bit = vreinterpretq_u8_u32(vdupq_n_u32(0x08040201)), upper_bit = vreinterpretq_u8_u32(vdupq_n_u32(0x80402010));
+    LOADED(spread);
+    LOADED(lower_bit);
+    LOADED(upper_bit);
+    int8x16x2_t of_lane[TQ1_25_GROUP];
+    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+        of_lane[lane] = lane_of_codes(lane, 0);
+    }
+    float32x4_t total = vdupq_n_f32(0.0f);
+    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, y += PARTS) {
+        const uint8x16_t qs = vld1q_u8(x->qs);
+        uint32_t word;
+        memcpy(&word, x->sign, sizeof(word));
+        const uint8x16_t signs = vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(word)), spread);
+        // byte 4k + i: group 8k + i, and 8k + 4 + i
+        const uint8x16_t code[2] = { codes(vandq_u8(qs, vdupq_n_u8(15)), signs, lower_bit), codes(vshrq_n_u8(qs, 4), signs, upper_bit) };
+        sums sum = no_sums();
+        UNROLL for (int h = 0; h < 2; ++h) { // a half of each Q8_0 block: its bytes by lane, in the order of the codes
+            const int8x16_t y0 = vld1q_s8(y[0].qs + 16 * h), y1 = vld1q_s8(y[1].qs + 16 * h);
+            const int8x16_t y2 = vld1q_s8(y[2].qs + 16 * h), y3 = vld1q_s8(y[3].qs + 16 * h);
+            const int8x16_t even01 = vuzp1q_s8(y0, y1), even23 = vuzp1q_s8(y2, y3), odd01 = vuzp2q_s8(y0, y1), odd23 = vuzp2q_s8(y2, y3);
+            sum = add(sum, vqtbl2q_s8(of_lane[0], code[h]), vuzp1q_s8(even01, even23));
+            sum = add(sum, vqtbl2q_s8(of_lane[1], code[h]), vuzp1q_s8(odd01, odd23));
+            sum = add(sum, vqtbl2q_s8(of_lane[2], code[h]), vuzp2q_s8(even01, even23));
+            sum = add(sum, vqtbl2q_s8(of_lane[3], code[h]), vuzp2q_s8(odd01, odd23));
+        }
+        const uint16x4_t dy = vset_lane_u16(y[3].d, vset_lane_u16(y[2].d, vset_lane_u16(y[1].d, vdup_n_u16(y[0].d), 1), 2), 3);
+        const float32x4_t d = vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(dy)), fp16(&x->d));
+        total = vfmaq_f32(total, vcvtq_f32_s32(fours(sum)), d);
+    }
+    *s = vaddvq_f32(total);
+}
+
+// A lane of a chunk's sixteen groups is sixteen weights that follow one another.
+FOR void NAME(stq1_0_vec_dot)(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
+    uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+    LOADED(bit);
+    int8x16x2_t of_lane[TQ1_25_GROUP];
+    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+        of_lane[lane] = lane_of_codes(lane, 0);
+    }
+    float32x4_t total = vdupq_n_f32(0.0f);
+    for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x) {
+        float32x4_t block = vdupq_n_f32(0.0f);
+        UNROLL for (int c = 0; c < QK_STQ1_0 / STQ1_0_CHUNK; ++c, y += 2) {
+            const uint8x8_t  qs = vld1_u8(x->qs + STQ1_0_LANE / 2 * c);
+            const uint8x8x2_t slots = vzip_u8(vand_u8(qs, vdup_n_u8(15)), vshr_n_u8(qs, 4));
+            const uint8x16_t signs = vcombine_u8(vdup_n_u8(x->sign[2 * c]), vdup_n_u8(x->sign[2 * c + 1]));
+            const uint8x16_t code = codes(vcombine_u8(slots.val[0], slots.val[1]), signs, bit);
+            UNROLL for (int j = 0; j < 2; ++j) {
+                sums sum = add(no_sums(), vqtbl2q_s8(of_lane[2 * j], code), vld1q_s8(y[j].qs));
+                sum = add(sum, vqtbl2q_s8(of_lane[2 * j + 1], code), vld1q_s8(y[j].qs + STQ1_0_LANE));
+                block = vfmaq_n_f32(block, vcvtq_f32_s32(fours(sum)), fp16(&y[j].d));
+            }
+        }
+        total = vfmaq_n_f32(total, block, fp16(&x->d));
+    }
+    *s = vaddvq_f32(total);
+}
+
+#endif
