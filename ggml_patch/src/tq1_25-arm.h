@@ -65,19 +65,18 @@ INLINE uint8x16_t with_sign(uint8x16_t slots, uint8x16_t sign) { return vbslq_u8
 
 INLINE float fp16(const uint16_t * d) { return vgetq_lane_f32(vcvt_f32_f16(vreinterpret_f16_u16(vld1_dup_u16(d))), 0); }
 
-// The codes of group g of sixteen rows, from the bytes that have its slots and the rows' signs. Shifts are by constants.
-INLINE uint8x16_t codes_of(int g, uint8x16_t bits, uint8x16_t signs) {
-    const uint8x16_t slots = g < 4 ? vandq_u8(bits, vdupq_n_u8(15)) : vshrq_n_u8(bits, 4);
-    switch (g) {
-        case 0:  return with_sign(slots, vshlq_n_u8(signs, 4));
-        case 1:  return with_sign(slots, vshlq_n_u8(signs, 3));
-        case 2:  return with_sign(slots, vshlq_n_u8(signs, 2));
-        case 3:  return with_sign(slots, vshlq_n_u8(signs, 1));
-        case 4:  return with_sign(slots, signs);
-        case 5:  return with_sign(slots, vshrq_n_u8(signs, 1));
-        case 6:  return with_sign(slots, vshrq_n_u8(signs, 2));
-        default: return with_sign(slots, vshrq_n_u8(signs, 3));
+// The codes of groups g and g + 4 of sixteen rows, from the bytes that have their slots and the rows' signs.
+INLINE void two_codes(int g, uint8x16_t slots, uint8x16_t signs, uint8x16_t codes[2]) {
+    const uint8x16_t both = vdupq_n_u8(0x11), low = vdupq_n_u8(15);
+    uint8x16_t bits; // bit 0: the sign of group g, bit 4: that of group g + 4
+    switch (g) {     // shifts are by constants
+        case 0:  bits = vandq_u8(signs, both); break;
+        case 1:  bits = vandq_u8(vshrq_n_u8(signs, 1), both); break;
+        case 2:  bits = vandq_u8(vshrq_n_u8(signs, 2), both); break;
+        default: bits = vandq_u8(vshrq_n_u8(signs, 3), both); break;
     }
+    codes[0] = vbslq_u8(low, slots, vshlq_n_u8(bits, 4));
+    codes[1] = vsriq_n_u8(bits, slots, 4);
 }
 
 // The scales of rows 8k .. 8k + 7 of a tile, from where they are.

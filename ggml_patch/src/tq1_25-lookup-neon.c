@@ -81,12 +81,11 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
                     prefetch_part(part + j, j, of_rows);
                 }
                 int8x16_t high[AT_ONCE], low[AT_ONCE];
-                uint8x16_t signs[AT_ONCE], qs[AT_ONCE][4];
+                uint8x16_t signs[AT_ONCE], code[AT_ONCE][2];
                 UNROLL for (int r = 0; r < AT_ONCE; ++r) {
                     signs[r] = vld1q_u8(part[j].sign + at + 16 * r);
                 }
                 UNROLL for (int u = 0; u < GROUPS; ++u) {
-                    const int g = GROUP_AT(u);
                     const int8x16x2_t h = vld1q_s8_x2(entries);
                     entries += ENTRIES / 2;
                     MOVED(entries);
@@ -95,10 +94,9 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
                     MOVED(entries);
                     UNROLL for (int r = 0; r < AT_ONCE; ++r) {
                         if (u % 2 == 0) {
-                            qs[r][g] = vld1q_u8(part[j].qs[g] + at + 16 * r);
+                            two_codes(u / 2, vld1q_u8(part[j].qs[u / 2] + at + 16 * r), signs[r], code[r]);
                         }
-                        const uint8x16_t code = codes_of(g, qs[r][g % 4], signs[r]);
-                        const int8x16_t  of_high = vqtbl2q_s8(h, code), of_low = vqtbl2q_s8(l, code);
+                        const int8x16_t of_high = vqtbl2q_s8(h, code[r][u % 2]), of_low = vqtbl2q_s8(l, code[r][u % 2]);
                         high[r] = u == 0 ? of_high : vaddq_s8(high[r], of_high);
                         low[r]  = u == 0 ? of_low : vaddq_s8(low[r], of_low);
                         LOADED(high[r]);
@@ -111,7 +109,7 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
             }
             UNROLL for (int r = 0; r < 2 * AT_ONCE; ++r) {
                 float32x4_t scale[2];
-                scales_of_rows(of_rows, at / 8 + r, scale);
+                scales_of_rows(of_rows + at / 4, r, scale);
                 float * to = s + at + 8 * r;
                 vst1q_f32(to, vfmaq_f32(vld1q_f32(to), block[2 * r], scale[0]));
                 vst1q_f32(to + 4, vfmaq_f32(vld1q_f32(to + 4), block[2 * r + 1], scale[1]));
@@ -132,14 +130,16 @@ void tq1_25_expand_neon(const tq1_25_rows x[2], tq1_25_codes * codes) {
         for (int j = 0; j < PARTS; ++j) {
             const tq1_25_part * part = x[0].part + j;
             const uint8x16_t signs = vld1q_u8(part->sign + at);
-            UNROLL for (int g = 0; g < GROUPS; ++g) {
-                const uint8x16_t bits = vld1q_u8(part->qs[g % 4] + at);
-                vst1q_u8(codes->neon.code[GROUPS * j + g] + at, codes_of(g, bits, signs));
+            UNROLL for (int g = 0; g < 4; ++g) {
+                uint8x16_t code[2];
+                two_codes(g, vld1q_u8(part->qs[g] + at), signs, code);
+                vst1q_u8(codes->neon.code[GROUPS * j + g] + at, code[0]);
+                vst1q_u8(codes->neon.code[GROUPS * j + 4 + g] + at, code[1]);
             }
         }
         UNROLL for (int k = 0; k < 2; ++k) {
             float32x4_t scale[2];
-            scales_of_rows(x[0].d, at / 8 + k, scale);
+            scales_of_rows(x[0].d + at / 4, k, scale);
             vst1q_f32(codes->neon.d + at + 8 * k, scale[0]);
             vst1q_f32(codes->neon.d + at + 8 * k + 4, scale[1]);
         }
