@@ -13,6 +13,7 @@
 #    define INLINE static __forceinline
 #    define UNROLL
 #    define LOADED(v)
+#    define IN_ORDER(v)
 #    define MOVED(p)
 #    define PREFETCH(p) __prefetch(p)
 #else
@@ -26,6 +27,8 @@
 #    define INLINE static inline __attribute__((always_inline))
 // GCC would load constants anew in each round of a loop.
 #    define LOADED(v) __asm__("" : "+w"(v))
+// It would take one sum after the other, with everything that they have in common in more registers than there are.
+#    define IN_ORDER(v) __asm__ volatile("" : "+w"(v))
 // Or it would compute an address for each load of an unrolled loop that moves along, where the load can move it.
 #    define MOVED(p) __asm__("" : "+r"(p))
 #    define PREFETCH(p) __builtin_prefetch(p, 0, 2)

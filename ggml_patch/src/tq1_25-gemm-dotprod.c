@@ -44,8 +44,8 @@ DOTPROD INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decod
                 UNROLL for (int c = 0; c < nc; ++c) {
                     sum[c][0] = dot(sum[c][0], w0, c < 4 ? y0 : y1, c % 4);
                     sum[c][1] = dot(sum[c][1], w1, c < 4 ? y0 : y1, c % 4);
-                    LOADED(sum[c][0]);
-                    LOADED(sum[c][1]);
+                    IN_ORDER(sum[c][0]);
+                    IN_ORDER(sum[c][1]);
                 }
             }
             UNROLL for (int c = 0; c < nc; ++c) {

@@ -47,7 +47,7 @@ I8MM INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded 
                     const int8x16_t two_rows = vld1q_s8(rows + 16 * r);
                     UNROLL for (int c = 0; c < pairs; ++c) {
                         sum[c][r] = vmmlaq_s32(sum[c][r], two_rows, y[c]);
-                        LOADED(sum[c][r]);
+                        IN_ORDER(sum[c][r]);
                     }
                 }
             }

@@ -99,8 +99,8 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
                         const int8x16_t of_high = vqtbl2q_s8(h, code[r][u % 2]), of_low = vqtbl2q_s8(l, code[r][u % 2]);
                         high[r] = u == 0 ? of_high : vaddq_s8(high[r], of_high);
                         low[r]  = u == 0 ? of_low : vaddq_s8(low[r], of_low);
-                        LOADED(high[r]);
-                        LOADED(low[r]);
+                        IN_ORDER(high[r]);
+                        IN_ORDER(low[r]);
                     }
                 }
                 UNROLL for (int r = 0; r < AT_ONCE; ++r) {
@@ -168,6 +168,8 @@ INLINE void columns(const tq1_25_codes * codes, int at, int nc, const int8_t * t
                     const int8x16_t of_high = vqtbl2q_s8(h, code[r]), of_low = vqtbl2q_s8(l, code[r]);
                     high[c][r] = u == 0 ? of_high : vaddq_s8(high[c][r], of_high);
                     low[c][r]  = u == 0 ? of_low : vaddq_s8(low[c][r], of_low);
+                    IN_ORDER(high[c][r]);
+                    IN_ORDER(low[c][r]);
                 }
             }
         }
