@@ -1,6 +1,7 @@
 """C against NumPy on bytes, every instruction set against scalar on integers, and what Python may not do to C."""
 
 import mmap
+import platform
 import re
 import sys
 from pathlib import Path
@@ -321,24 +322,27 @@ def test_q8_0_gives_the_bytes_of_gguf(x):
 
 
 def test_available_lists_what_the_machine_has():
-    flags = Path("/proc/cpuinfo")
-    best_first = ["zen4", "avx512vnni", "avx512", "avxvnni", "avx2", "scalar"]
+    best_first = ["zen4", "avx512vnni", "avx512", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "scalar"]
     assert [isa for isa in best_first if isa in ISAS] == ISAS and ISAS[-1] == "scalar"
     table = (SOURCES / "tq1_25-dot.c").read_text().split("tq1_25_isas[] = {")[1].split("};")[0]
-    checks = re.findall(r'\{ "(\w+)", +VEC_DOT\((\w+)\), +has_(\w+),', table)
+    checks = re.findall(r'\{ "(\w+)", +VEC_DOT\((\w+)\), +(?:has_(\w+)|NULL),', table)
     assert [name for name, _, _ in checks] == best_first[:-1]
-    plain = {"zen4": "avx512vnni", "avxvnni": "avx2"}  # the dot product of another, that has all it needs
+    plain = {"zen4": "avx512vnni", "avxvnni": "avx2", "i8mm": "dotprod"}  # the dot product of another, that has all it needs
     for name, kernel, check in checks:
-        assert kernel == plain.get(name, name) and check == name
-    if flags.exists() and re.search(r"^flags", text := flags.read_text(), re.M):
-        cpu = set(re.search(r"^flags\s*: (.*)$", text, re.M)[1].split())
+        assert kernel == plain.get(name, name) and check == ("" if name == "neon" else name)
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""  # an emulator's is its host's
+    if platform.machine() in ("x86_64", "AMD64") and (flags := re.search(r"^flags\s*: (.*)$", text, re.M)):
         needs = {"avx2": {"avx2", "fma", "f16c"}}
         needs["avxvnni"] = needs["avx2"] | {"avx_vnni"}
         needs["avx512"] = needs["avx2"] | {"avx512f", "avx512dq", "avx512bw", "avx512vl"}
         needs["avx512vnni"] = needs["avx512"] | {"avx512_vnni"}
         if re.search(r"^vendor_id\s*: AuthenticAMD$", text, re.M):
             needs["zen4"] = needs["avx512vnni"]
-        assert set(ISAS) == {"scalar"} | {isa for isa, flags in needs.items() if flags <= cpu}
+    elif platform.machine() in ("aarch64", "arm64") and (flags := re.search(r"^Features\s*: (.*)$", text, re.M)):
+        needs = {"neon": {"asimd"}, "dotprod": {"asimddp"}, "i8mm": {"asimddp", "i8mm"}}
+    else:
+        return
+    assert set(ISAS) == {"scalar"} | {isa for isa, wanted in needs.items() if wanted <= set(flags[1].split())}
 
 
 def test_an_instruction_set_that_is_missing_raises(monkeypatch):
@@ -346,8 +350,8 @@ def test_an_instruction_set_that_is_missing_raises(monkeypatch):
     with pytest.raises(ValueError, match="instruction set mmx: no such kernel.*it runs .*scalar"):
         kernels.vec_dot(row, y, isa="mmx")
     monkeypatch.setattr(kernels, "_supported", lambda entry: entry.supported == kernels.ffi.NULL)
-    assert kernels.available() == ["scalar"]
-    with pytest.raises(ValueError, match="this CPU lacks it; it runs scalar"):
+    assert kernels.available() == [isa for isa in ("neon", "scalar") if isa in kernels._compiled()]
+    with pytest.raises(ValueError, match="this CPU lacks it; it runs .*scalar"):
         kernels.vec_dot(row, y, isa=next(iter(kernels._compiled())))
 
 
