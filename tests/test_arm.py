@@ -48,10 +48,11 @@ def run(python, cpu, *args, **env):
 def test_each_cpu_has_its_variants(python, cpu):
     done = run(python, cpu, "-c", "import json; from sherry_gguf import kernels; print(json.dumps(kernels.available()))")
     assert done.returncode == 0 and json.loads(done.stdout) == CPUS[cpu], done.stdout + done.stderr
+    multiply = "import numpy as np; from sherry_gguf import kernels; x = np.ones(128, np.float32); kernels.vec_dot(kernels.quantize(x), x)"
     for isa in CPUS["max"]:
-        done = run(python, cpu, "-c", "from sherry_gguf import kernels; kernels.lib.tq1_25_best_isa()", SHERRY_ISA=isa)
+        done = run(python, cpu, "-c", multiply, SHERRY_ISA=isa)
         assert done.returncode == (isa not in CPUS[cpu]), done.stderr
-        assert done.returncode == 0 or "this CPU lacks it; this CPU runs " + " ".join(CPUS[cpu]) in done.stderr, done.stderr
+        assert done.returncode == 0 or f"{isa}: this CPU lacks it; it runs {', '.join(CPUS[cpu])}" in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("cpu", CPUS)
@@ -60,4 +61,4 @@ def test_the_tests_of_the_kernels(python, cpu):
     done = run(python, cpu, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) > 400, done.stdout[-2000:]
+    assert passed and int(passed[1]) > 300, done.stdout[-2000:]
