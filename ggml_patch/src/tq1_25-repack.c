@@ -4,9 +4,22 @@
 
 #include <string.h>
 
+// Sixteen bytes at a time, which every x86-64 and every 64-bit ARM CPU has.
 #if defined(__SSE2__) || defined(_M_X64)
 #    define SSE2
 #    include <immintrin.h>
+typedef __m128i bytes;
+#    define LOAD(p)         _mm_loadu_si128((const __m128i *) (p))
+#    define STORE(p, v)     _mm_storeu_si128((__m128i *) (p), v)
+#    define ZIP_LOWER(a, b) _mm_unpacklo_epi8(a, b)
+#    define ZIP_UPPER(a, b) _mm_unpackhi_epi8(a, b)
+#elif defined(TQ1_25_ARM)
+#    include <arm_neon.h>
+typedef uint8x16_t bytes;
+#    define LOAD(p)         vld1q_u8((const uint8_t *) (p))
+#    define STORE(p, v)     vst1q_u8((uint8_t *) (p), v)
+#    define ZIP_LOWER(a, b) vzip1q_u8(a, b)
+#    define ZIP_UPPER(a, b) vzip2q_u8(a, b)
 #endif
 
 #ifdef _MSC_VER
@@ -76,68 +89,88 @@ static void put_row(enum tq1_25_kind kind, const void * x, void * y, int row) {
     *d = block->d;
 }
 
-#ifdef SSE2
+#ifdef LOAD
 // Sixteen rows of sixteen bytes to rows of bytes at the same place: each round doubles the rows
 // whose bytes are neighbours.
-static inline void transpose(__m128i a[16]) {
-    __m128i b[16];
+static inline void transpose(bytes a[16]) {
+    bytes b[16];
     for (int round = 0; round < 2; ++round) {
         for (int r = 0; r < 8; ++r) {
-            b[2 * r]     = _mm_unpacklo_epi8(a[r], a[r + 8]);
-            b[2 * r + 1] = _mm_unpackhi_epi8(a[r], a[r + 8]);
+            b[2 * r]     = ZIP_LOWER(a[r], a[r + 8]);
+            b[2 * r + 1] = ZIP_UPPER(a[r], a[r + 8]);
         }
         for (int r = 0; r < 8; ++r) {
-            a[2 * r]     = _mm_unpacklo_epi8(b[r], b[r + 8]);
-            a[2 * r + 1] = _mm_unpackhi_epi8(b[r], b[r + 8]);
+            a[2 * r]     = ZIP_LOWER(b[r], b[r + 8]);
+            a[2 * r + 1] = ZIP_UPPER(b[r], b[r + 8]);
         }
     }
 }
-#endif
 
-#ifdef SSE2
 // Sixteen bytes of each of sixteen rows, transposed. What isn't used of it isn't computed: the compiler sees to it.
-static inline void load_transposed(const char * x, size_t stride, __m128i a[16]) {
+static inline void load_transposed(const char * x, size_t stride, bytes a[16]) {
     for (int r = 0; r < 16; ++r) {
-        a[r] = _mm_loadu_si128((const __m128i *) (x + stride * (size_t) r));
+        a[r] = LOAD(x + stride * (size_t) r);
     }
     transpose(a);
+}
+
+// STQ1_0 has two groups that follow each other in a byte; those of a tile are four apart. Both low or both high nibbles of two rows.
+static inline bytes low_nibbles(bytes first, bytes second) {
+#    ifdef SSE2
+    const bytes low = _mm_set1_epi8(15);
+    return _mm_or_si128(_mm_and_si128(first, low), _mm_slli_epi16(_mm_and_si128(second, low), 4));
+#    else
+    return vsliq_n_u8(first, second, 4);
+#    endif
+}
+
+static inline bytes high_nibbles(bytes first, bytes second) {
+#    ifdef SSE2
+    const bytes low = _mm_set1_epi8(15);
+    return _mm_or_si128(_mm_and_si128(_mm_srli_epi16(first, 4), low), _mm_andnot_si128(low, second));
+#    else
+    return vsriq_n_u8(second, first, 4);
+#    endif
+}
+
+// The scales of eight rows, even ones to a place and odd ones to another.
+static inline void put_scales(bytes eight, uint16_t * even, uint16_t * odd) {
+#    ifdef SSE2
+    eight = _mm_shufflehi_epi16(_mm_shufflelo_epi16(eight, 0xd8), 0xd8);
+    eight = _mm_shuffle_epi32(eight, 0xd8);
+    _mm_storel_epi64((__m128i *) even, eight);
+    _mm_storel_epi64((__m128i *) odd, _mm_unpackhi_epi64(eight, eight));
+#    else
+    const uint16x8_t d = vreinterpretq_u16_u8(eight);
+    vst1_u16(even, vget_low_u16(vuzp1q_u16(d, d)));
+    vst1_u16(odd, vget_low_u16(vuzp2q_u16(d, d)));
+#    endif
 }
 #endif
 
 // Sixteen rows, the first a multiple of sixteen, `stride` bytes from one's block to the next one's.
 static inline void put_sixteen(enum tq1_25_kind kind, const char * x, size_t stride, void * y, int row) {
-#ifdef SSE2
+#ifdef LOAD
     const layout  of = layout_of(kind);
     tq1_25_part * part = (tq1_25_part *) y;
     uint16_t *    d = (uint16_t *) (part + PARTS * of.halves);
-    __m128i a[16];
+    bytes a[16];
     for (int h = 0; h < of.halves; ++h) {
         load_transposed(x + 16 * h, stride, a);
         for (int j = 0; j < PARTS; ++j) {
-            const __m128i * b = a + 4 * j;
-            uint8_t (* qs)[TQ1_25_TILE] = part[PARTS * h + j].qs;
+            const bytes * b = a + 4 * j;
             for (int k = 0; k < 4; ++k) {
-                __m128i slots = b[k];
-                if (kind == KIND_STQ1_0) { // a byte has two groups that follow each other; those of a tile are four apart
-                    const __m128i low = _mm_set1_epi8(15), first = b[k / 2], second = b[2 + k / 2];
-                    slots = k % 2 ? _mm_or_si128(_mm_and_si128(_mm_srli_epi16(first, 4), low), _mm_andnot_si128(low, second))
-                                  : _mm_or_si128(_mm_and_si128(first, low), _mm_slli_epi16(_mm_and_si128(second, low), 4));
-                }
-                _mm_storeu_si128((__m128i *) (qs[k] + row), slots);
+                const bytes slots = kind == KIND_TQ1_25 ? b[k] : k % 2 ? high_nibbles(b[k / 2], b[2 + k / 2]) : low_nibbles(b[k / 2], b[2 + k / 2]);
+                STORE(part[PARTS * h + j].qs[k] + row, slots);
             }
         }
     }
     load_transposed(x + of.block - 16, stride, a); // ends with sign and d
     for (int j = 0; j < PARTS * of.halves; ++j) {
-        _mm_storeu_si128((__m128i *) (part[j].sign + row), a[14 - PARTS * of.halves + j]);
+        STORE(part[j].sign + row, a[14 - PARTS * of.halves + j]);
     }
-    for (int h = 0; h < 2; ++h) { // rows 8h and on: even ones to a place, odd ones sixteen further
-        __m128i e = h ? _mm_unpackhi_epi8(a[14], a[15]) : _mm_unpacklo_epi8(a[14], a[15]);
-        e = _mm_shufflehi_epi16(_mm_shufflelo_epi16(e, 0xd8), 0xd8);
-        e = _mm_shuffle_epi32(e, 0xd8);
-        _mm_storel_epi64((__m128i *) (d + TQ1_25_PLACE(row + 8 * h)), e);
-        _mm_storel_epi64((__m128i *) (d + TQ1_25_PLACE(row + 8 * h + 1)), _mm_unpackhi_epi64(e, e));
-    }
+    put_scales(ZIP_LOWER(a[14], a[15]), d + TQ1_25_PLACE(row), d + TQ1_25_PLACE(row + 1));
+    put_scales(ZIP_UPPER(a[14], a[15]), d + TQ1_25_PLACE(row + 8), d + TQ1_25_PLACE(row + 9));
 #else
     for (int r = 0; r < 16; ++r) {
         put_row(kind, x + stride * (size_t) r, y, row + r);
@@ -197,6 +230,12 @@ void stq1_0_order(const float * x, float * y, int64_t n) {
             _mm_storeu_ps(to + 4, b);
             _mm_storeu_ps(to + 8, c);
             _mm_storeu_ps(to + 12, d);
+        }
+#elif defined(TQ1_25_ARM)
+        for (int g = 0; g < STQ1_0_LANE; g += 4) {
+            const float32x4x4_t by_lane = { { vld1q_f32(x + g), vld1q_f32(x + STQ1_0_LANE + g), vld1q_f32(x + 2 * STQ1_0_LANE + g),
+                                              vld1q_f32(x + 3 * STQ1_0_LANE + g) } };
+            vst4q_f32(y + TQ1_25_GROUP * g, by_lane);
         }
 #else
         for (int g = 0; g < STQ1_0_LANE; ++g) {
@@ -336,6 +375,8 @@ static int32_t sum_of(const int8_t q[TQ1_25_QK8_0]) {
     const __m128i b = _mm_xor_si128(_mm_loadu_si128((const __m128i *) (q + 16)), top);
     const __m128i s = _mm_add_epi64(_mm_sad_epu8(a, zero), _mm_sad_epu8(b, zero));
     return _mm_cvtsi128_si32(s) + _mm_extract_epi16(s, 4) - 128 * TQ1_25_QK8_0;
+#elif defined(TQ1_25_ARM)
+    return vaddlvq_s8(vld1q_s8(q)) + vaddlvq_s8(vld1q_s8(q + 16));
 #else
     int32_t sum = 0;
     for (int k = 0; k < TQ1_25_QK8_0; ++k) {
