@@ -90,6 +90,28 @@ INLINE void scales_of_rows(const uint16_t * d, int k, float32x4_t out[2]) {
     out[1] = vcvt_f32_f16(vreinterpret_f16_u16(rows.val[1]));
 }
 
+// All 64 scales of a tile, in the order of the rows.
+INLINE void put_scales(const uint16_t * d, float * to) {
+    for (int k = 0; k < TQ1_25_TILE / 8; ++k) {
+        float32x4_t scale[2];
+        scales_of_rows(d, k, scale);
+        vst1q_f32(to + 8 * k, scale[0]);
+        vst1q_f32(to + 8 * k + 4, scale[1]);
+    }
+}
+
+// Weights of a group of sixteen rows, four bytes a row. An st4 would do it at once, in more time on most CPUs.
+INLINE void sixteen_rows(const int8x16x2_t of_lane[TQ1_25_GROUP], uint8x16_t code, int8x16_t weights[4]) {
+    const int8x16_t l0 = vqtbl2q_s8(of_lane[0], code), l1 = vqtbl2q_s8(of_lane[1], code);
+    const int8x16_t l2 = vqtbl2q_s8(of_lane[2], code), l3 = vqtbl2q_s8(of_lane[3], code);
+    const int16x8_t a0 = vreinterpretq_s16_s8(vzip1q_s8(l0, l1)), a1 = vreinterpretq_s16_s8(vzip2q_s8(l0, l1));
+    const int16x8_t b0 = vreinterpretq_s16_s8(vzip1q_s8(l2, l3)), b1 = vreinterpretq_s16_s8(vzip2q_s8(l2, l3));
+    weights[0] = vreinterpretq_s8_s16(vzip1q_s16(a0, b0));
+    weights[1] = vreinterpretq_s8_s16(vzip2q_s16(a0, b0));
+    weights[2] = vreinterpretq_s8_s16(vzip1q_s16(a1, b1));
+    weights[3] = vreinterpretq_s8_s16(vzip2q_s16(a1, b1));
+}
+
 // What of a tile comes 24 tiles (33 KB) further, as on x86; not measured on ARM.
 INLINE void prefetch_part(const tq1_25_part * x, int part, const uint16_t * d) {
     enum { AHEAD = 24 * sizeof(tq1_25_tile) };

@@ -78,18 +78,6 @@ DOTPROD void tq1_25_gemm_dotprod(int64_t nb, int nc, float * s, const tq1_25_dec
     }
 }
 
-// Weights of a group of sixteen rows, four bytes a row. An st4 would do it at once, in more time on most CPUs.
-INLINE void sixteen_rows(const int8x16x2_t of_lane[TQ1_25_GROUP], uint8x16_t code, int8x16_t weights[4]) {
-    const int8x16_t l0 = vqtbl2q_s8(of_lane[0], code), l1 = vqtbl2q_s8(of_lane[1], code);
-    const int8x16_t l2 = vqtbl2q_s8(of_lane[2], code), l3 = vqtbl2q_s8(of_lane[3], code);
-    const int16x8_t a0 = vreinterpretq_s16_s8(vzip1q_s8(l0, l1)), a1 = vreinterpretq_s16_s8(vzip2q_s8(l0, l1));
-    const int16x8_t b0 = vreinterpretq_s16_s8(vzip1q_s8(l2, l3)), b1 = vreinterpretq_s16_s8(vzip2q_s8(l2, l3));
-    weights[0] = vreinterpretq_s8_s16(vzip1q_s16(a0, b0));
-    weights[1] = vreinterpretq_s8_s16(vzip2q_s16(a0, b0));
-    weights[2] = vreinterpretq_s8_s16(vzip1q_s16(a1, b1));
-    weights[3] = vreinterpretq_s8_s16(vzip2q_s16(a1, b1));
-}
-
 void tq1_25_decode_dotprod(tq1_25_rows x, tq1_25_decoded * w) {
     int8x16x2_t of_lane[TQ1_25_GROUP];
     UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
@@ -113,12 +101,7 @@ void tq1_25_decode_dotprod(tq1_25_rows x, tq1_25_decoded * w) {
             }
         }
     }
-    for (int k = 0; k < TQ1_25_TILE / 8; ++k) {
-        float32x4_t d[2];
-        scales_of_rows(x.d, k, d);
-        vst1q_f32(w->d + 8 * k, d[0]);
-        vst1q_f32(w->d + 8 * k + 4, d[1]);
-    }
+    put_scales(x.d, w->d);
 }
 
 #endif

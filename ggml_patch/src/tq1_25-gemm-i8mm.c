@@ -7,9 +7,15 @@
 // An instruction multiplies two rows by two columns, eight weights of each: groups 2k and 2k + 1 of a row follow one another in
 // the decoded weights, 16 rows of eight bytes.
 
-// Groups g and g + 1 of columns c and c + 1; where there is but one column, twice.
+// Groups g and g + 1 of columns c and c + 1, c even; where there is but one column, twice. Four columns share their loads.
 I8MM INLINE int8x16_t two_columns(const int8_t * panel, int nc, int g, int c) {
-    const int32_t * lower = (const int32_t *) (panel + 4 * (g * nc + c)), * upper = lower + nc;
+    const int32_t * lower = (const int32_t *) panel + g * nc + c, * upper = lower + nc;
+    if (c % 4 == 0 && c + 4 <= nc) {
+        return vreinterpretq_s8_s32(vzip1q_s32(vld1q_s32(lower), vld1q_s32(upper)));
+    }
+    if (c % 4 == 2 && c + 2 <= nc) {
+        return vreinterpretq_s8_s32(vzip2q_s32(vld1q_s32(lower - 2), vld1q_s32(upper - 2)));
+    }
     const int32x2_t a = c + 1 < nc ? vld1_s32(lower) : vld1_dup_s32(lower), b = c + 1 < nc ? vld1_s32(upper) : vld1_dup_s32(upper);
     return vreinterpretq_s8_s32(vzip1q_s32(vcombine_s32(a, vdup_n_s32(0)), vcombine_s32(b, vdup_n_s32(0))));
 }
@@ -85,19 +91,33 @@ I8MM void tq1_25_gemm_i8mm(int64_t nb, int nc, float * s, const tq1_25_decoded *
 }
 
 void tq1_25_decode_i8mm(tq1_25_rows x, tq1_25_decoded * w) {
-    tq1_25_decode_dotprod(x, w);
-    int32_t * two = (int32_t *) w->w; // groups of sixteen rows
-    for (size_t i = 0; i < sizeof(w->w) / 128; ++i, two += 32) {
-        int32x4_t rows[8];
-        UNROLL for (int r = 0; r < 8; r += 2) {
-            const int32x4_t even = vld1q_s32(two + 2 * r), odd = vld1q_s32(two + 2 * r + 16);
-            rows[r]     = vzip1q_s32(even, odd);
-            rows[r + 1] = vzip2q_s32(even, odd);
-        }
-        UNROLL for (int r = 0; r < 8; ++r) {
-            vst1q_s32(two + 4 * r, rows[r]);
+    int8x16x2_t of_lane[TQ1_25_GROUP];
+    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+        of_lane[lane] = lane_of_codes(lane, 1);
+    }
+    for (int at = 0; at < TQ1_25_TILE; at += 16) {
+        for (int j = 0; j < PARTS; ++j) {
+            const tq1_25_part * part = x.part + j;
+            const uint8x16_t signs = vld1q_u8(part->sign + at);
+            UNROLL for (int g = 0; g < 4; g += 2) {
+                uint8x16_t even[2], odd[2];
+                two_codes(g, vld1q_u8(part->qs[g] + at), signs, even);
+                two_codes(g + 1, vld1q_u8(part->qs[g + 1] + at), signs, odd);
+                UNROLL for (int h = 0; h < 2; ++h) {
+                    int8x16_t a[4], b[4];
+                    sixteen_rows(of_lane, even[h], a);
+                    sixteen_rows(of_lane, odd[h], b);
+                    int32_t * to = (int32_t *) w->w[at / 16][GROUPS * j + 4 * h + g][0];
+                    UNROLL for (int k = 0; k < 4; ++k) {
+                        const int32x4_t of_even = vreinterpretq_s32_s8(a[k]), of_odd = vreinterpretq_s32_s8(b[k]);
+                        vst1q_s32(to + 8 * k, vzip1q_s32(of_even, of_odd));
+                        vst1q_s32(to + 8 * k + 4, vzip2q_s32(of_even, of_odd));
+                    }
+                }
+            }
         }
     }
+    put_scales(x.d, w->d);
 }
 
 #endif

@@ -137,13 +137,8 @@ void tq1_25_expand_neon(const tq1_25_rows x[2], tq1_25_codes * codes) {
                 vst1q_u8(codes->neon.code[GROUPS * j + 4 + g] + at, code[1]);
             }
         }
-        UNROLL for (int k = 0; k < 2; ++k) {
-            float32x4_t scale[2];
-            scales_of_rows(x[0].d + at / 4, k, scale);
-            vst1q_f32(codes->neon.d + at + 8 * k, scale[0]);
-            vst1q_f32(codes->neon.d + at + 8 * k + 4, scale[1]);
-        }
     }
+    put_scales(x[0].d, codes->neon.d);
 }
 
 // 32 rows by nc columns.
