@@ -183,7 +183,7 @@ const struct tq1_25_isa tq1_25_isas[] = {
     { "avx2",       VEC_DOT(avx2),       has_avx2,       LOOKUP_AVX2(2, INT_MAX) },
 #endif
 #ifdef TQ1_25_ARM
-    { "i8mm",       VEC_DOT(dotprod),    has_i8mm,       LOOKUP_NEON(1, 4), PANELS(i8mm) },
+    { "i8mm",       VEC_DOT(dotprod),    has_i8mm,       LOOKUP_NEON(1, 8), PANELS(i8mm) },
     { "dotprod",    VEC_DOT(dotprod),    has_dotprod,    LOOKUP_NEON(1, 8), PANELS(dotprod) },
     { "neon",       VEC_DOT(neon),       NULL,           LOOKUP_NEON(1, INT_MAX) },
 #endif
