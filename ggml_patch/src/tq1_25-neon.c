@@ -35,6 +35,19 @@ FOR INLINE int32x4_t fours(sums s) { return vpaddq_s32(vpaddlq_s16(s.lower), vpa
 // Sixteen weights of a lane, by code. Their signs: of each byte the bit that it has in `bit`.
 FOR INLINE uint8x16_t codes(uint8x16_t slots, uint8x16_t signs, uint8x16_t bit) { return with_sign(slots, vtstq_u8(signs, bit)); }
 
+// The scales of four Q8_0 blocks.
+FOR INLINE float32x4_t four_scales(const tq1_25_q8_0 * y) {
+    const uint16x4_t d = vset_lane_u16(y[3].d, vset_lane_u16(y[2].d, vset_lane_u16(y[1].d, vdup_n_u16(y[0].d), 1), 2), 3);
+    return vcvt_f32_f16(vreinterpret_f16_u16(d));
+}
+
+// The signs of 32 groups, of each byte one of four bytes of them.
+FOR INLINE uint8x16_t spread_signs(const uint8_t sign[4], uint8x16_t to) {
+    uint32_t word;
+    memcpy(&word, sign, sizeof(word));
+    return vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(word)), to);
+}
+
 // The weights come out of the lookup by lane; the activations are taken apart to meet them, so that each dword collects the sums
 // of one Q8_0 block and four scales apply at once.
 FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
@@ -51,9 +64,7 @@ FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, cons
     float32x4_t total = vdupq_n_f32(0.0f);
     for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, y += PARTS) {
         const uint8x16_t qs = vld1q_u8(x->qs);
-        uint32_t word;
-        memcpy(&word, x->sign, sizeof(word));
-        const uint8x16_t signs = vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(word)), spread);
+        const uint8x16_t signs = spread_signs(x->sign, spread);
         // byte 4k + i: group 8k + i, and 8k + 4 + i
         const uint8x16_t code[2] = { codes(vandq_u8(qs, vdupq_n_u8(15)), signs, lower_bit), codes(vshrq_n_u8(qs, 4), signs, upper_bit) };
         sums sum = no_sums();
@@ -66,16 +77,18 @@ FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, cons
             sum = add(sum, vqtbl2q_s8(of_lane[2], code[h]), vuzp2q_s8(even01, even23));
             sum = add(sum, vqtbl2q_s8(of_lane[3], code[h]), vuzp2q_s8(odd01, odd23));
         }
-        const uint16x4_t dy = vset_lane_u16(y[3].d, vset_lane_u16(y[2].d, vset_lane_u16(y[1].d, vdup_n_u16(y[0].d), 1), 2), 3);
-        const float32x4_t d = vmulq_n_f32(vcvt_f32_f16(vreinterpret_f16_u16(dy)), fp16(&x->d));
-        total = vfmaq_f32(total, vcvtq_f32_s32(fours(sum)), d);
+        total = vfmaq_f32(total, vcvtq_f32_s32(fours(sum)), vmulq_n_f32(four_scales(y), fp16(&x->d)));
     }
     *s = vaddvq_f32(total);
 }
 
-// A lane of a chunk's sixteen groups is sixteen weights that follow one another.
+// A lane of a chunk's sixteen groups is sixteen weights that follow one another. Two chunks at a time meet four Q8_0 blocks.
 FOR void NAME(stq1_0_vec_dot)(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
+    static const uint8_t spread_to[2][16] = { { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 }, { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 } };
+    uint8x16_t spread[2] = { vld1q_u8(spread_to[0]), vld1q_u8(spread_to[1]) };
     uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
+    LOADED(spread[0]);
+    LOADED(spread[1]);
     LOADED(bit);
     int8x16x2_t of_lane[TQ1_25_GROUP];
     UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
@@ -84,16 +97,20 @@ FOR void NAME(stq1_0_vec_dot)(int64_t n, float * s, const block_stq1_0 * x, cons
     float32x4_t total = vdupq_n_f32(0.0f);
     for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x) {
         float32x4_t block = vdupq_n_f32(0.0f);
-        UNROLL for (int c = 0; c < QK_STQ1_0 / STQ1_0_CHUNK; ++c, y += 2) {
-            const uint8x8_t  qs = vld1_u8(x->qs + STQ1_0_LANE / 2 * c);
-            const uint8x8x2_t slots = vzip_u8(vand_u8(qs, vdup_n_u8(15)), vshr_n_u8(qs, 4));
-            const uint8x16_t signs = vcombine_u8(vdup_n_u8(x->sign[2 * c]), vdup_n_u8(x->sign[2 * c + 1]));
-            const uint8x16_t code = codes(vcombine_u8(slots.val[0], slots.val[1]), signs, bit);
-            UNROLL for (int j = 0; j < 2; ++j) {
-                sums sum = add(no_sums(), vqtbl2q_s8(of_lane[2 * j], code), vld1q_s8(y[j].qs));
-                sum = add(sum, vqtbl2q_s8(of_lane[2 * j + 1], code), vld1q_s8(y[j].qs + STQ1_0_LANE));
-                block = vfmaq_n_f32(block, vcvtq_f32_s32(fours(sum)), fp16(&y[j].d));
+        for (int h = 0; h < 2; ++h, y += 4) {
+            const uint8x16_t qs = vld1q_u8(x->qs + 16 * h), low = vandq_u8(qs, vdupq_n_u8(15)), high = vshrq_n_u8(qs, 4);
+            const uint8x16_t slots[2] = { vzip1q_u8(low, high), vzip2q_u8(low, high) };
+            int32x4_t of_half[4];
+            UNROLL for (int c = 0; c < 2; ++c) {
+                const uint8x16_t code = codes(slots[c], spread_signs(x->sign + 4 * h, spread[c]), bit);
+                UNROLL for (int j = 0; j < 2; ++j) {
+                    const tq1_25_q8_0 * q = y + 2 * c + j;
+                    const sums first = add(no_sums(), vqtbl2q_s8(of_lane[2 * j], code), vld1q_s8(q->qs));
+                    of_half[2 * c + j] = fours(add(first, vqtbl2q_s8(of_lane[2 * j + 1], code), vld1q_s8(q->qs + STQ1_0_LANE)));
+                }
             }
+            const int32x4_t of_blocks = vpaddq_s32(vpaddq_s32(of_half[0], of_half[1]), vpaddq_s32(of_half[2], of_half[3]));
+            block = vfmaq_f32(block, vcvtq_f32_s32(of_blocks), four_scales(y));
         }
         total = vfmaq_n_f32(total, block, fp16(&x->d));
     }
