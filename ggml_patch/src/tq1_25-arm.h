@@ -8,31 +8,23 @@
 
 #include <arm_neon.h>
 
-#if defined(_MSC_VER) && !defined(__clang__)
-#    define TARGET(isa)
-#    define INLINE static __forceinline
-#    define UNROLL
-#    define LOADED(v)
-#    define IN_ORDER(v)
-#    define MOVED(p)
-#    define PREFETCH(p) __prefetch(p)
-#else
-#    ifdef __clang__
-#        define TARGET(isa) __attribute__((target(isa)))
-#        define UNROLL _Pragma("unroll")
-#    else // as arm_neon.h has it; "+isa" alone is less than what it wants
-#        define TARGET(isa) __attribute__((target("arch=armv8.2-a+" isa)))
-#        define UNROLL _Pragma("GCC unroll 16")
-#    endif
-#    define INLINE static inline __attribute__((always_inline))
-// GCC would load constants anew in each round of a loop.
-#    define LOADED(v) __asm__("" : "+w"(v))
-// It would take one sum after the other, with everything that they have in common in more registers than there are.
-#    define IN_ORDER(v) __asm__ volatile("" : "+w"(v))
-// Or it would compute an address for each load of an unrolled loop that moves along, where the load can move it.
-#    define MOVED(p) __asm__("" : "+r"(p))
-#    define PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#ifdef __clang__
+#    define TARGET(isa) __attribute__((target(isa)))
+#    define UNROLL _Pragma("unroll")
+#    define LOADED_PAIR(v) // it takes no pair there, and keeps them without
+#else // as arm_neon.h has it; "+isa" alone is less than what it wants
+#    define TARGET(isa) __attribute__((target("arch=armv8.2-a+" isa)))
+#    define UNROLL _Pragma("GCC unroll 16")
+#    define LOADED_PAIR(v) LOADED(v)
 #endif
+#define INLINE static inline __attribute__((always_inline))
+// GCC would load constants anew in each round of a loop.
+#define LOADED(v) __asm__("" : "+w"(v))
+// It would take one sum after the other, with everything that they have in common in more registers than there are.
+#define IN_ORDER(v) __asm__ volatile("" : "+w"(v))
+// Or it would compute an address for each load of an unrolled loop that moves along, where the load can move it.
+#define MOVED(p) __asm__("" : "+r"(p))
+#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
 
 // Nothing where the whole build has it: its -march may be more than the attribute's.
 #ifdef __ARM_FEATURE_DOTPROD
@@ -59,7 +51,7 @@ INLINE int8x16x2_t lane_of_codes(int lane, int8_t plus) {
     vst1q_s8(codes, vaddq_s8(vdupq_n_s8(plus), vld1q_s8(lanes[lane])));
     vst1q_s8(codes + 16, vsubq_s8(vdupq_n_s8(plus), vld1q_s8(lanes[lane])));
     int8x16x2_t both = vld1q_s8_x2(codes);
-    LOADED(both);
+    LOADED_PAIR(both);
     return both;
 }
 

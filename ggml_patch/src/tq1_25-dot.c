@@ -115,7 +115,7 @@ static int has_avxvnni(void) {
 
 #endif
 
-#ifdef TQ1_25_ARM
+#ifdef TQ1_25_DOTPROD
 
 #    if defined(__linux__)
 #        include <sys/auxv.h>
@@ -183,8 +183,12 @@ const struct tq1_25_isa tq1_25_isas[] = {
     { "avx2",       VEC_DOT(avx2),       has_avx2,       LOOKUP_AVX2(2, INT_MAX) },
 #endif
 #ifdef TQ1_25_ARM
+#    ifdef TQ1_25_I8MM
     { "i8mm",       VEC_DOT(dotprod),    has_i8mm,       LOOKUP_NEON(1, 8), PANELS(i8mm) },
+#    endif
+#    ifdef TQ1_25_DOTPROD
     { "dotprod",    VEC_DOT(dotprod),    has_dotprod,    LOOKUP_NEON(1, 8), PANELS(dotprod) },
+#    endif
     { "neon",       VEC_DOT(neon),       NULL,           LOOKUP_NEON(1, INT_MAX) },
 #endif
     { .name = "scalar", .vec_dot = tq1_25_vec_dot_scalar, .vec_dot_stq1_0 = stq1_0_vec_dot_scalar },

@@ -2,7 +2,7 @@
 
 #include "tq1_25-arm.h"
 
-#ifdef TQ1_25_ARM
+#ifdef TQ1_25_DOTPROD
 
 // Up to four dwords.
 DOTPROD INLINE int32x4_t dwords(const int8_t * p, int count) {

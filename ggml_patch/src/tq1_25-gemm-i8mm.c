@@ -2,7 +2,7 @@
 
 #include "tq1_25-arm.h"
 
-#ifdef TQ1_25_ARM
+#ifdef TQ1_25_I8MM
 
 // An instruction multiplies two rows by two columns, eight weights of each: groups 2k and 2k + 1 of a row follow one another in
 // the decoded weights, 16 rows of eight bytes.

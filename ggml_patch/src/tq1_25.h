@@ -271,8 +271,15 @@ void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w
 void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
 #endif
 
-#if (defined(__aarch64__) && !defined(__AARCH64EB__)) || defined(_M_ARM64)
-#    define TQ1_25_ARM // 64-bit, little-endian
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
+#    define TQ1_25_ARM // 64-bit, little-endian; GCC or Clang: MSVC has another name for it
+// Compilers that know these in one function of a build that lacks them; older ones of Clang do not.
+#    if defined(__ARM_FEATURE_DOTPROD) || (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 8)
+#        define TQ1_25_DOTPROD
+#    endif
+#    if defined(TQ1_25_DOTPROD) && (defined(__ARM_FEATURE_MATMUL_INT8) || (defined(__clang__) ? __clang_major__ >= 16 : __GNUC__ >= 10))
+#        define TQ1_25_I8MM
+#    endif
 void tq1_25_vec_dot_neon(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void tq1_25_vec_dot_dotprod(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
 void stq1_0_vec_dot_neon(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
