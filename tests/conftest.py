@@ -4,13 +4,17 @@ import atexit
 import functools
 import json
 import os
+import re
 import subprocess
 import sys
+import tarfile
 import tempfile
 from pathlib import Path
 
 import pytest
 import small_models
+
+from sherry_gguf import llama_cpp
 
 TESTS = Path(__file__).parent
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
@@ -120,3 +124,77 @@ def zoo(tmp_path_factory):
     output, _ = upstream.communicate()
     assert upstream.returncode == 0, output
     return root, results
+
+
+# ---- the demo model ----
+
+
+def upstream_f32(directory, outfile):
+    """Upstream's own script, in the environment that it takes its gguf package from."""
+    script = llama_cpp.source_dir() / "convert_hf_to_gguf.py"
+    subprocess.run([sys.executable, script, directory, "--outtype", "f32", "--outfile", outfile], check=True,
+                   capture_output=True)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory):
+    """The demo's checkpoint after a quarter of its training, made if it isn't there: (directory, upstream's F32 GGUF, our GGUF)."""
+    hf, root = llama_cpp.root() / "tests" / "demo" / "hf", tmp_path_factory.mktemp("demo")
+    subprocess.run([sys.executable, TESTS.parent / "scripts" / "make_demo_checkpoint.py", "--out", hf, "--steps", "400"], check=True)
+    (root / "hf").symlink_to(hf)
+    upstream_f32(root / "hf", root / "f32.gguf")
+    result = sherry("convert", root / "hf", "--outfile", root / "demo.gguf", "--require-exact")
+    assert result.returncode == 0, result.stderr
+    return hf, root / "f32.gguf", root / "demo.gguf"
+
+
+def greedy(model, *args, prompt="def read(self):", count=16, command=None, **kwargs):
+    """How llama-cli, or `command` that runs it, goes on with a prompt: the demo's chat template adds nothing to it.
+    It is used since it waits for its output."""
+    command = command or [llama_cpp.tool("llama-cli")]
+    done = subprocess.run([*command, "-m", model, "-p", prompt, "-n", str(count), "--temp", "0", "-st", "-t", "2", "-c", "256",
+                           "--simple-io", "--log-verbosity", "1", *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, text=True, errors="replace", timeout=600, **kwargs)  # fmt: skip
+    answer = re.search(re.escape(f"> {prompt}\n") + r"(.*\S)\s*\[ Prompt: ", done.stdout, re.S)
+    assert done.returncode == 0 and answer, done.stdout
+    return answer[1]
+
+
+# ---- builds to take away ----
+
+
+def portable(arch, directory):
+    """The archive of scripts/build_portable, unpacked in `directory`: where its files are."""
+    script = TESTS.parent / "scripts" / "build_portable"
+    done = subprocess.run([sys.executable, script, arch], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    archive = Path(re.search(r"packed (.*\.tar\.gz), \d+ MB", done.stdout)[1])
+    with tarfile.open(archive) as tar:
+        tar.extractall(directory, filter="data")
+    return directory / archive.name.removesuffix(".tar.gz")
+
+
+def only(files, module, directory):
+    """`directory` with links to the files of such a build, and of the libraries for kinds of CPUs this one alone."""
+    directory.mkdir()
+    for file in files.iterdir():
+        if file.name == module or not file.name.startswith("libggml-cpu-"):
+            os.link(file, directory / file.name)
+    return directory
+
+
+def loaded(text):
+    """The library for a kind of CPUs that a tool says it has loaded."""
+    return re.findall(r"loaded CPU backend from .*/(libggml-cpu-\S+\.so)", text)
+
+
+def backend_ops(command, least, **kwargs):
+    """Run test-backend-ops on our types; returns its output."""
+    output = ""
+    for op, count in least.items():
+        done = subprocess.run([*command, "test", "-b", "CPU", "-o", op, "-p", "tq1_25|stq1_0"], stdin=subprocess.DEVNULL,
+                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kwargs)  # fmt: skip
+        passed = re.search(r"(\d+)/(\d+) tests passed", done.stdout)
+        assert done.returncode == 0 and passed and passed[1] == passed[2] and int(passed[1]) >= count, done.stdout[-3000:]
+        output += done.stdout
+    return output

@@ -1,7 +1,5 @@
 """The NEON kernels under emulation: the tests of the kernels, as they are, in a Python for ARM on CPUs that have and that lack each variant."""
 
-import importlib.machinery
-import importlib.util
 import json
 import os
 import re
@@ -10,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import backend_ops, greedy, loaded, portable
+from cross_arm import COMPILERS, missing
 
 from sherry_gguf import llama_cpp
 
@@ -20,21 +20,13 @@ CPUS = {  # qemu's names: what it has
     "cortex-a72": ["neon", "scalar"],
 }
 
-
-def script(name):
-    loader = importlib.machinery.SourceFileLoader(name, str(REPO / "scripts" / name))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(name, loader))
-    loader.exec_module(module)
-    return module
-
-
-WHY_NOT = script("build_arm").missing()
+WHY_NOT = missing()
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
 
 
 @pytest.fixture(scope="module")
 def python():
-    built = subprocess.run([sys.executable, REPO / "scripts" / "build_arm", "python"], capture_output=True, text=True)
+    built = subprocess.run([sys.executable, REPO / "scripts" / "build_arm"], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
     return llama_cpp.root() / "arm" / "run-python"
 
@@ -62,3 +54,42 @@ def test_the_tests_of_the_kernels(python, cpu):
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
     assert passed and int(passed[1]) > 300, done.stdout[-2000:]
+
+
+# ---- llama.cpp's tools ----
+
+ROOT = "/usr/aarch64-linux-gnu"  # where the cross compiler's C library is
+VARIANTS = {"max": "armv8.6_2", "neoverse-n1": "armv8.2_2", "cortex-a72": "armv8.0_1"}  # what the tools load there
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    return portable("aarch64", tmp_path_factory.mktemp("aarch64"))
+
+
+def emulated(cpu, program):
+    return ["qemu-aarch64", "-cpu", cpu, "-L", ROOT, program]
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_backend_ops(tools, cpu):
+    text = backend_ops(emulated(cpu, tools / "test-backend-ops"), {"MUL_MAT": 80, "MUL_MAT_ID": 120, "GET_ROWS": 10, "CPY": 20})
+    assert set(loaded(text)) == {f"libggml-cpu-{VARIANTS[cpu]}.so"}, text
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_quantize_fns(tools, cpu, tmp_path):
+    """It links to one ggml-cpu, so it is compiled here, with the one that is loaded on this CPU."""
+    source = llama_cpp.source_dir()
+    compiled = [COMPILERS[1], "-std=c++17", "-O2", f"-I{source}/ggml/include", f"-I{source}/ggml/src", source / "tests/test-quantize-fns.cpp",
+                tools / f"libggml-cpu-{VARIANTS[cpu]}.so", tools / "libggml-base.so.0", "-o", tmp_path / "test"]  # fmt: skip
+    subprocess.run(compiled, check=True)
+    done = subprocess.run([*emulated(cpu, tmp_path / "test"), "-v"], capture_output=True, text=True, env={"LD_LIBRARY_PATH": str(tools)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"\btq1_25 .*ok", done.stdout)) == len(re.findall(r"\bstq1_0 .*ok", done.stdout)) == 3
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_text_of_the_demo_model(tools, cpu, demo):
+    for args in [], ["--no-repack"]:
+        assert greedy(demo[2], *args, command=emulated(cpu, tools / "llama-cli")) == greedy(demo[2], *args)

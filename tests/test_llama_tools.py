@@ -6,7 +6,6 @@ import re
 import shutil
 import socket
 import subprocess
-import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -15,13 +14,12 @@ import gguf
 import numpy as np
 import pytest
 import small_models
-from conftest import ENV, sherry
+from conftest import ENV, greedy, sherry, upstream_f32
 
 from sherry_gguf import cli, gguf_type, kernels, llama_cpp, stq1_0, tq1_25
 
 gguf_type.register()
 HERE = Path(__file__).parent
-REPO = HERE.parent
 
 
 def run(name, *args, **kwargs):
@@ -42,22 +40,6 @@ def run_for(pattern, name, *args):
     raise AssertionError(f"{pattern} is not in the output of {name}:\n{text}")
 
 
-def greedy(model, *args, prompt="def read(self):", count=16):
-    """How llama-cli, which waits for its output, goes on with a prompt: the demo's chat template adds nothing to it."""
-    code, text = run("llama-cli", "-m", model, "-p", prompt, "-n", count, "--temp", 0, "-st", "-t", 2, "-c", 256,
-                     "--simple-io", "--log-verbosity", 1, *args)  # fmt: skip
-    answer = re.search(re.escape(f"> {prompt}\n") + r"(.*\S)\s*\[ Prompt: ", text, re.S)
-    assert code == 0 and answer, text
-    return answer[1]
-
-
-def upstream_f32(directory, outfile):
-    """Upstream's own script, in the environment that it takes its gguf package from."""
-    script = llama_cpp.source_dir() / "convert_hf_to_gguf.py"
-    subprocess.run([sys.executable, script, directory, "--outtype", "f32", "--outfile", outfile], check=True,
-                   capture_output=True)  # fmt: skip
-
-
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     """One small exact model: (checkpoint, its TQ1_25 GGUF)."""
@@ -66,18 +48,6 @@ def llama(tmp_path_factory):
     result = sherry("convert", root / "hf", "--outfile", root / "model.gguf")
     assert result.returncode == 0, result.stderr
     return root / "hf", root / "model.gguf"
-
-
-@pytest.fixture(scope="session")
-def demo(tmp_path_factory):
-    """The demo's checkpoint, trained now if it isn't there: (directory, upstream's F32 GGUF, our GGUF)."""
-    hf, root = llama_cpp.root() / "demo" / "hf", tmp_path_factory.mktemp("demo")
-    subprocess.run([sys.executable, REPO / "scripts" / "make_demo_checkpoint.py", "--out", hf], check=True)
-    (root / "hf").symlink_to(hf)
-    upstream_f32(root / "hf", root / "f32.gguf")
-    result = sherry("convert", root / "hf", "--outfile", root / "demo.gguf", "--require-exact")
-    assert result.returncode == 0, result.stderr
-    return hf, root / "f32.gguf", root / "demo.gguf"
 
 
 # ---- upstream's own tests ----
