@@ -16,6 +16,10 @@ import small_models
 
 from sherry_gguf import llama_cpp
 
+# Several tests at once: threads that wait give way to those of others.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 TESTS = Path(__file__).parent
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
 

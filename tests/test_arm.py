@@ -59,7 +59,11 @@ def test_the_tests_of_the_kernels(python, cpu):
 # ---- llama.cpp's tools ----
 
 ROOT = "/usr/aarch64-linux-gnu"  # where the cross compiler's C library is
-VARIANTS = {"max": "armv8.6_2", "neoverse-n1": "armv8.2_2", "cortex-a72": "armv8.0_1"}  # what the tools load there
+VARIANTS = {  # what the tools load there
+    "max,sve-max-vq=2": "armv8.6_2",  # with more than 256 bits of SVE upstream's Q4_K and Q6_K are wrong; no CPU with i8mm has them
+    "neoverse-n1": "armv8.2_2",
+    "cortex-a72": "armv8.0_1",
+}
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +75,13 @@ def emulated(cpu, program):
     return ["qemu-aarch64", "-cpu", cpu, "-L", ROOT, program]
 
 
-@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("cpu", VARIANTS)
 def test_backend_ops(tools, cpu):
     text = backend_ops(emulated(cpu, tools / "test-backend-ops"), {"MUL_MAT": 80, "MUL_MAT_ID": 120, "GET_ROWS": 10, "CPY": 20})
     assert set(loaded(text)) == {f"libggml-cpu-{VARIANTS[cpu]}.so"}, text
 
 
-@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("cpu", VARIANTS)
 def test_quantize_fns(tools, cpu, tmp_path):
     """It links to one ggml-cpu, so it is compiled here, with the one that is loaded on this CPU."""
     source = llama_cpp.source_dir()
@@ -89,7 +93,7 @@ def test_quantize_fns(tools, cpu, tmp_path):
     assert len(re.findall(r"\btq1_25 .*ok", done.stdout)) == len(re.findall(r"\bstq1_0 .*ok", done.stdout)) == 3
 
 
-@pytest.mark.parametrize("cpu", CPUS)
+@pytest.mark.parametrize("cpu", [*VARIANTS, "max,sve=off"])  # i8mm without SVE: upstream's kernels have neither, ours the first
 def test_text_of_the_demo_model(tools, cpu, demo):
     for args in [], ["--no-repack"]:
         assert greedy(demo[2], *args, command=emulated(cpu, tools / "llama-cli")) == greedy(demo[2], *args)

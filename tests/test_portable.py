@@ -52,6 +52,16 @@ def test_has_every_variant_and_needs_nothing_from_here(x86):
 
 
 @here
+def test_variants_share_nothing(x86):
+    """A static of an inline function is one for all that are loaded, so that the code of a better CPU may be met through it. Stripped
+    libraries still have such symbols."""
+    for module in x86.glob("libggml-cpu-*"):
+        symbols = subprocess.run(["nm", "-DC", module], capture_output=True, text=True, check=True).stdout
+        shared = re.findall(r"^\S+ u (?!(?:guard variable for )?std::)(.*)$", symbols, re.M)
+        assert "ggml_backend_score" in symbols and not shared, shared
+
+
+@here
 def test_the_best_variant_is_taken(x86, demo):
     best = max(VARIANTS, key=lambda variant: score(x86, variant))
     done = subprocess.run([x86 / "test-backend-ops", "test", "-b", "CPU", "-o", "CPY", "-p", "tq1_25"], capture_output=True, text=True, env={})

@@ -21,6 +21,9 @@
 #endif
 
 namespace ggml::cpu::repack {
+// Of this library alone: where several variants of ggml-cpu are loaded, all of them would share the one instance of an inline function's
+// static, and through it the code of the first, which this CPU may not run.
+namespace {
 
 // MUL_MAT and MUL_MAT_ID of a repacked TQ1_25 or STQ1_0 tensor. The vectors that meet one matrix are its columns: MUL_MAT has one
 // matrix, MUL_MAT_ID one an expert. One column is multiplied through tables, several through codes or panels.
@@ -413,4 +416,5 @@ class tq1_25_traits : public tensor_traits_base {
     }
 };
 
+}  // namespace
 }  // namespace ggml::cpu::repack
