@@ -43,7 +43,7 @@ static int upstream(const char * what, int n, int nc) {
             return 1;
         }
     }
-    return IS("nothing");
+    return 0;
 }
 
 static int ours(const struct tq1_25_isa * isa, const char * what, int n, int nc) {
@@ -68,8 +68,8 @@ static int ours(const struct tq1_25_isa * isa, const char * what, int n, int nc)
         for (int i = 0; i < n / QK_TQ1_25; ++i) {
             isa->decode(rows[0], decoded + i);
         }
-        for (int c = 0; c < nc; c += TQ1_25_COLUMNS) {
-            isa->gemm(n / QK_TQ1_25, nc - c < TQ1_25_COLUMNS ? nc - c : TQ1_25_COLUMNS, s, decoded, (const int8_t *) y);
+        for (int p = 0; p < tq1_25_panels(nc); ++p) {
+            isa->gemm(n / QK_TQ1_25, (int) (tq1_25_first_column(nc, p + 1) - tq1_25_first_column(nc, p)), s, decoded, (const int8_t *) y);
         }
     } else {
         return 0;
@@ -87,8 +87,8 @@ int main(int argc, char ** argv) {
     for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
         const size_t length = strlen(isa->name);
         if (strncmp(what, isa->name, length) == 0 && what[length] == ' ') {
-            return ours(isa, what + length + 1, n, nc) ? 0 : 1;
+            return ours(isa, what + length + 1, n, nc) ? 0 : 3;
         }
     }
-    return upstream(what, n, nc) ? 0 : 1;
+    return upstream(what, n, nc) ? 0 : 3; // 3: there is no such kernel
 }

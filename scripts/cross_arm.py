@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 
@@ -16,9 +17,12 @@ class Stop(Exception):
 
 
 def missing(*programs: str) -> str:
-    """Why nothing can be built here, or which of these programs is absent and how to get it, or ""."""
+    """Which of these programs, or of all that the scripts for ARM need, is absent and how to get it; or why they can't run here; or ""."""
     absent = [program for program in programs or (*COMPILERS, EMULATOR) if not shutil.which(program)]
-    return f"{', '.join(absent)} not there: apt-get install {PACKAGES}" if absent else ""
+    if absent:
+        return f"{', '.join(absent)} not there: apt-get install {PACKAGES}"
+    system = platform.freedesktop_os_release()
+    return "" if programs or system["ID"] == "debian" else f"Debian's packages for ARM are wanted, and this is {system['NAME']}"
 
 
 def call(*command: object, **kwargs) -> str:

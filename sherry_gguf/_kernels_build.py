@@ -8,6 +8,7 @@ import cffi
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "ggml_patch" / "src"
+FLAGS = ["-std=c11", "-O3"]
 
 ffibuilder = cffi.FFI()
 ffibuilder.cdef("""
@@ -78,5 +79,5 @@ ffibuilder.set_source(
     sources=[os.path.relpath(path) for path in sorted(SOURCES.glob("*.c"))],
     depends=[os.path.relpath(path) for path in sorted(SOURCES.glob("*.h"))],
     include_dirs=[os.path.relpath(SOURCES)],
-    extra_compile_args=[] if sys.platform == "win32" else ["-std=c11", "-O3"],
+    extra_compile_args=[] if sys.platform == "win32" else FLAGS,
 )

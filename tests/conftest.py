@@ -1,6 +1,7 @@
 """Shared by the tests: the commands, and a zoo of small models that are converted once, by us and by upstream."""
 
 import atexit
+import fcntl
 import functools
 import json
 import os
@@ -36,8 +37,9 @@ for directory in sys.argv[1:]:
     runpy.run_path(str(source / "convert_hf_to_gguf.py"), run_name="__main__")
 """
 
-# The `sherry-gguf` command again and again in one process, since the imports take longer than most conversions; with a
-# patch, Python code to run before it, in a fork. A fork must not meet threads that were left behind, so there are none.
+# The `sherry-gguf` command again and again in one process, since the imports take longer than most conversions, and in another those
+# that do not import llama.cpp's gguf but the published one; with a patch, Python code to run before it, in a fork. A fork must not meet
+# threads that were left behind, so there are none.
 SERVER = """
 import json, os, sys, traceback
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -79,7 +81,7 @@ def python(script: str, *args, **kwargs) -> subprocess.Popen:
 
 
 @functools.cache
-def _server() -> tuple[subprocess.Popen, list[str]]:
+def _server(llama_cpps_gguf: bool) -> tuple[subprocess.Popen, list[str]]:
     process = python(SERVER, stdin=subprocess.PIPE, stderr=None)
     directory = tempfile.TemporaryDirectory()
     atexit.register(lambda: (process.stdin.close(), process.wait(), directory.cleanup()))
@@ -98,7 +100,7 @@ def sherry(*args, cwd=".", patch="", **kwargs) -> subprocess.CompletedProcess:
             text=True,
             **({"env": ENV} | kwargs),
         )
-    process, outputs = _server()
+    process, outputs = _server(args[0] in ("convert", "verify"))
     print(json.dumps([args, os.path.abspath(cwd), outputs, patch]), file=process.stdin, flush=True)
     code = process.stdout.readline()
     stdout, stderr = (Path(p).read_text() for p in outputs)
@@ -144,12 +146,19 @@ def upstream_f32(directory, outfile):
 def demo(tmp_path_factory):
     """The demo's checkpoint after a quarter of its training, made if it isn't there: (directory, upstream's F32 GGUF, our GGUF)."""
     hf, root = llama_cpp.root() / "tests" / "demo" / "hf", tmp_path_factory.mktemp("demo")
-    subprocess.run([sys.executable, TESTS.parent / "scripts" / "make_demo_checkpoint.py", "--out", hf, "--steps", "400"], check=True)
+    hf.parent.mkdir(parents=True, exist_ok=True)
+    with open(hf.parent / "tests.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the script would not wait for that of another worker
+        _train(hf)
     (root / "hf").symlink_to(hf)
     upstream_f32(root / "hf", root / "f32.gguf")
     result = sherry("convert", root / "hf", "--outfile", root / "demo.gguf", "--require-exact")
     assert result.returncode == 0, result.stderr
     return hf, root / "f32.gguf", root / "demo.gguf"
+
+
+def _train(hf):
+    subprocess.run([sys.executable, TESTS.parent / "scripts" / "make_demo_checkpoint.py", "--out", hf, "--steps", "400"], check=True)
 
 
 def greedy(model, *args, prompt="def read(self):", count=16, command=None, **kwargs):
@@ -166,6 +175,10 @@ def greedy(model, *args, prompt="def read(self):", count=16, command=None, **kwa
 
 # ---- builds to take away ----
 
+# Longer than what codes are used for, so that its product goes by panels where there are some.
+LONG = "class Reader:\n    def __init__(self, file, size, encoding, errors):\n        self.file = file\n        self.size = size\n        self"
+LEAST = {"MUL_MAT": 80, "MUL_MAT_ID": 120, "GET_ROWS": 10, "CPY": 20}  # cases of upstream's that have our types
+
 
 def portable(arch, directory):
     """The archive of scripts/build_portable, unpacked in `directory`: where its files are."""
@@ -174,7 +187,7 @@ def portable(arch, directory):
     assert done.returncode == 0, done.stdout + done.stderr
     archive = Path(re.search(r"packed (.*\.tar\.gz), \d+ MB", done.stdout)[1])
     with tarfile.open(archive) as tar:
-        tar.extractall(directory, filter="data")
+        tar.extractall(directory, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return directory / archive.name.removesuffix(".tar.gz")
 
 
@@ -192,10 +205,10 @@ def loaded(text):
     return re.findall(r"loaded CPU backend from .*/(libggml-cpu-\S+\.so)", text)
 
 
-def backend_ops(command, least, **kwargs):
+def backend_ops(command, **kwargs):
     """Run test-backend-ops on our types; returns its output."""
     output = ""
-    for op, count in least.items():
+    for op, count in LEAST.items():
         done = subprocess.run([*command, "test", "-b", "CPU", "-o", op, "-p", "tq1_25|stq1_0"], stdin=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kwargs)  # fmt: skip
         passed = re.search(r"(\d+)/(\d+) tests passed", done.stdout)

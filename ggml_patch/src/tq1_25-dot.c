@@ -184,10 +184,10 @@ const struct tq1_25_isa tq1_25_isas[] = {
 #endif
 #ifdef TQ1_25_ARM
 #    ifdef TQ1_25_I8MM
-    { "i8mm",       VEC_DOT(dotprod),    has_i8mm,       LOOKUP_NEON(1, 8), PANELS(i8mm) },
+    { "i8mm",       VEC_DOT(dotprod),    has_i8mm,       LOOKUP_NEON(1, 9), PANELS(i8mm) },
 #    endif
 #    ifdef TQ1_25_DOTPROD
-    { "dotprod",    VEC_DOT(dotprod),    has_dotprod,    LOOKUP_NEON(1, 8), PANELS(dotprod) },
+    { "dotprod",    VEC_DOT(dotprod),    has_dotprod,    LOOKUP_NEON(1, 15), PANELS(dotprod) },
 #    endif
     { "neon",       VEC_DOT(neon),       NULL,           LOOKUP_NEON(1, INT_MAX) },
 #endif

@@ -4,6 +4,8 @@
 
 #ifdef TQ1_25_I8MM
 
+#include <string.h>
+
 // An instruction multiplies two rows by two columns, eight weights of each: groups 2k and 2k + 1 of a row follow one another in
 // the decoded weights, 16 rows of eight bytes.
 
@@ -23,7 +25,11 @@ I8MM INLINE int8x16_t two_columns(const int8_t * panel, int nc, int g, int c) {
 // What the panel holds for columns c and c + 1, for a pair of rows.
 I8MM INLINE int32x4_t of_two(const int8_t * panel, int nc, int c) {
     const int32_t * p = (const int32_t *) panel + c;
-    return c + 1 < nc ? vreinterpretq_s32_s64(vld1q_dup_s64((const int64_t *) p)) : vld1q_dup_s32(p);
+    int64_t both = 0; // two sums, of which the first is aligned as one
+    if (c + 1 < nc) {
+        memcpy(&both, p, sizeof(both));
+    }
+    return c + 1 < nc ? vreinterpretq_s32_s64(vdupq_n_s64(both)) : vld1q_dup_s32(p);
 }
 
 enum { PAIRS = TQ1_25_COLUMNS / 2 };

@@ -167,7 +167,7 @@ typedef struct {
 // |t| <= 3 * 128, |high| <= 14, |low| <= 14; 16 high parts of each group by slot, then 16 low ones.
 #define TQ1_25_SPLIT      28
 #define TQ1_25_TABLE_AVX2 (TQ1_25_GROUPS * 32) // bytes, of 128 activations
-#define TQ1_25_TABLE      (TQ1_25_GROUPS * 64) // AVX-512's, and the most that there is
+#define TQ1_25_TABLE      (TQ1_25_GROUPS * 64) // AVX-512's and NEON's, and the most that there is
 
 // Matrix by several vectors. The same lookup, with the codes of one or two tiles spread to bytes for all of the vectors.
 typedef union {
@@ -210,7 +210,7 @@ struct tq1_25_isa {
     // The rest is 0 where there are no kernels for repacked rows.
 
     // Up to how many columns tables are the fastest, and from there on codes; then panels. scripts/bench measures it; where there
-    // are panels, the second is counted from instructions (ggml_patch/README.md).
+    // are panels, the second is counted from instructions (ggml_patch/README.md), and for ARM the first is, too (scripts/count_arm).
     int max_tables, max_codes;
 
     // Tables of nb times 128 activations, table_size bytes each, and their scales, a float a Q8_0 block; strides in bytes and floats.
@@ -338,9 +338,15 @@ struct tq1_25_code_scratch { // of a thread; aligned to 64 bytes
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                       int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch);
 
-// nc columns are spread over as few panels as can be, evenly: the first column of a panel, in 0 .. nc.
+// nc columns are spread over as few panels as can be, evenly, on ARM but for pairs: the first column of a panel, in 0 .. nc.
 static inline int64_t tq1_25_panels(int64_t nc) { return (nc + TQ1_25_COLUMNS - 1) / TQ1_25_COLUMNS; }
-static inline int64_t tq1_25_first_column(int64_t nc, int64_t panel) { return nc * panel / tq1_25_panels(nc); }
+static inline int64_t tq1_25_first_column(int64_t nc, int64_t panel) {
+#ifdef TQ1_25_ARM // five columns take as many instructions there as six
+    return tq1_25_first_of_group(nc, tq1_25_panels(nc), panel);
+#else
+    return nc * panel / tq1_25_panels(nc);
+#endif
+}
 
 // A panel of nc columns, nc <= TQ1_25_COLUMNS, aligned to 4 bytes: its bytes, and those of activations begin .. end - 1, multiples of 32.
 int64_t tq1_25_panel_size(int64_t n, int64_t nc);
