@@ -200,6 +200,15 @@ def only(files, module, directory):
     return directory
 
 
+def shared_symbols(files, prefix=""):
+    """What the libraries for kinds of CPUs have one of for all that are loaded: an inline function's static, through which the code of a
+    better CPU may be met. Stripped libraries still name it."""
+    modules = sorted(files.glob("libggml-cpu-*"))
+    symbols = subprocess.run([f"{prefix}nm", "-DC", *modules], capture_output=True, text=True, check=True).stdout
+    assert symbols.count(" ggml_backend_score\n") == len(modules) > 1
+    return re.findall(r"^\S+ u (?!(?:guard variable for )?std::)(.*)$", symbols, re.M)
+
+
 def loaded(text):
     """The library for a kind of CPUs that a tool says it has loaded."""
     return re.findall(r"loaded CPU backend from .*/(libggml-cpu-\S+\.so)", text)

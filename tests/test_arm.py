@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LONG, backend_ops, greedy, loaded, portable
-from cross_arm import COMPILERS, missing
+from conftest import LONG, backend_ops, greedy, loaded, portable, shared_symbols
+from cross_arm import COMPILERS, PREFIX, missing
 
 from sherry_gguf import llama_cpp
 
@@ -97,6 +97,10 @@ def test_compiles_for_any_cpu(flags, tmp_path):
 
 def emulated(cpu, program):
     return ["qemu-aarch64", "-cpu", cpu, "-L", ROOT, program]
+
+
+def test_variants_share_nothing(tools):
+    assert not shared_symbols(tools, PREFIX)
 
 
 @pytest.mark.parametrize("cpu", VARIANTS)

@@ -14,7 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import small_models
-from conftest import ENV, greedy, sherry, upstream_f32
+from conftest import ENV, backend_ops, greedy, sherry, upstream_f32
 
 from sherry_gguf import cli, gguf_type, kernels, llama_cpp, stq1_0, tq1_25
 
@@ -60,12 +60,8 @@ def test_quantize_fns():
 
 
 @pytest.mark.parametrize("isa", kernels.available())  # it shows that they run; tests/test_ops.py, that they are right
-@pytest.mark.parametrize("op, least", [("MUL_MAT", 40), ("MUL_MAT_ID", 60), ("GET_ROWS", 5), ("CPY", 10)])
-@pytest.mark.parametrize("kind", ["tq1_25", "stq1_0"])
-def test_backend_ops(op, least, isa, kind):
-    code, text = run("test-backend-ops", "test", "-b", "CPU", "-o", op, "-p", kind, env=ENV | {"SHERRY_ISA": isa})
-    passed = re.search(r"(\d+)/(\d+) tests passed", text)
-    assert code == 0 and passed and passed[1] == passed[2] and int(passed[1]) >= least, text[-3000:]
+def test_backend_ops(isa):
+    backend_ops([llama_cpp.tool("test-backend-ops")], env=ENV | {"SHERRY_ISA": isa})
 
 
 # ---- the type by name ----

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LONG, backend_ops, greedy, loaded, only, portable
+from conftest import LONG, backend_ops, greedy, loaded, only, portable, shared_symbols
 
 from sherry_gguf import kernels
 
@@ -49,12 +49,7 @@ def test_has_every_variant_and_needs_nothing_from_here(x86):
 
 @here
 def test_variants_share_nothing(x86):
-    """A static of an inline function is one for all that are loaded, so that the code of a better CPU may be met through it. Stripped
-    libraries still have such symbols."""
-    for module in x86.glob("libggml-cpu-*"):
-        symbols = subprocess.run(["nm", "-DC", module], capture_output=True, text=True, check=True).stdout
-        shared = re.findall(r"^\S+ u (?!(?:guard variable for )?std::)(.*)$", symbols, re.M)
-        assert "ggml_backend_score" in symbols and not shared, shared
+    assert not shared_symbols(x86)
 
 
 @here
