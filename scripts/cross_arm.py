@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import shutil
 import subprocess
+import sys
+from pathlib import Path
+
+try:
+    import sherry_gguf  # noqa: F401
+except ImportError:
+    script = Path(sys.argv[0]).name
+    sys.exit(f"{script}: the Python environment is not set up: run scripts/setup.sh, then .venv/bin/python scripts/{script}")
 
 PREFIX = "aarch64-linux-gnu-"
 PACKAGES = "gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user"
@@ -25,9 +34,10 @@ def missing(*programs: str) -> str:
     return "" if programs or system["ID"] == "debian" else f"Debian's packages for ARM are wanted, and this is {system['NAME']}"
 
 
-def call(*command: object, **kwargs) -> str:
+def call(*command: object) -> str:
     """A command's output; its last lines in a Stop if it fails."""
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kwargs)
+    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+                          env=os.environ | {"LC_ALL": "C", "LANGUAGE": "C"})  # fmt: skip
     if done.returncode:
         raise Stop(f"{command[0]} failed:\n" + "\n".join(done.stdout.splitlines()[-25:]))
     return done.stdout

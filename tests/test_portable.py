@@ -3,6 +3,7 @@
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import LONG, backend_ops, greedy, loaded, only, portable, shared_symbols
 
-from sherry_gguf import kernels
+from sherry_gguf import kernels, llama_cpp
 
 REPO = Path(__file__).parent.parent
 BUILD = REPO / "scripts" / "build_portable"
@@ -88,3 +89,10 @@ def test_what_cannot_be_built(tmp_path):
     assert f"ANDROID_NDK={tmp_path}: set it" in refusal("android", ANDROID_NDK=str(tmp_path))
     if platform.machine() == "x86_64":
         assert "aarch64-linux-gnu-gcc, aarch64-linux-gnu-g++ not there: apt-get install" in refusal("aarch64", PATH="/nonexistent")
+
+
+@here
+def test_unknown_variants(tmp_path):
+    shutil.copytree(llama_cpp.root() / "download", tmp_path / "download")
+    told = refusal("x86_64", "-DSHERRY_CPU_VARIANTS=haswell;hasswell", SHERRY_BUILD_DIR=str(tmp_path))
+    assert "SHERRY_CPU_VARIANTS: there is no hasswell for this compiler; there are" in told and all(variant in told for variant in VARIANTS), told
