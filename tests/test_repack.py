@@ -1,6 +1,7 @@
 """Repacked rows: their layout byte by byte, and the products against NumPy's integers, for every instruction set."""
 
 import functools
+import platform
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ ISAS = kernels.available_repacked()
 PRODUCTS = {"tables": kernels.mul_tables, "codes": kernels.mul_codes, "panels": kernels.mul_panels}
 HAS = {"tables": ISAS, "codes": ISAS, "panels": kernels.available_panels()}
 TILE, COLUMNS, DEPTH = 64, 6, 16  # of tq1_25.h
+IN_PAIRS = platform.machine() == "aarch64"  # panels: five columns cost what six do there
 CODE_COLUMNS, CODE_PAIRS = 16, 128
 
 every_product = pytest.mark.parametrize("isa, product", [(isa, product) for product in PRODUCTS for isa in HAS[product]])
@@ -380,7 +382,8 @@ def test_columns_are_spread_evenly_over_panels():
         cuts = [lib.tq1_25_first_column(columns, p) for p in range(lib.tq1_25_panels(columns) + 1)]
         widths = np.diff(cuts)
         assert cuts[0] == 0 and cuts[-1] == columns and len(widths) == -(-columns // COLUMNS)
-        assert widths.max() <= COLUMNS and widths.max() - widths.min() <= 1
+        assert widths.max() <= COLUMNS and widths.max() - widths.min() <= (2 if IN_PAIRS else 1)
+        assert not IN_PAIRS or not (widths[:-1] % 2).any()
 
 
 # ---- arguments ----
