@@ -95,6 +95,7 @@ def test_compiles_for_any_cpu(flags, tmp_path):
 
 # ---- llama.cpp's tools ----
 
+
 def emulated(cpu, program):
     return ["qemu-aarch64", "-cpu", cpu, "-L", ROOT, program]
 
@@ -147,7 +148,9 @@ def test_counted_instructions(tmp_path):
         pytest.skip(f"published figures are of {before['compiler']}")
     assert counted == before
     assert (tmp_path / "arm.md").read_text() == published.with_suffix(".md").read_text() == done.stdout
-    rows = {tuple(re.findall(r"\d+\.\d", line)) for line in (REPO / "README.md").read_text().splitlines() if line.startswith("|")}
+    readme = (REPO / "README.md").read_text()
+    assert all(f": {count:.0f} for each 128 of them" in readme for count in counted["making"].values())
+    rows = {tuple(re.findall(r"\d+\.\d", line)) for line in readme.splitlines() if line.startswith("|")}
     for counts in [*counted["one"].values(), *(counts for levels in counted["many"].values() for counts in levels.values())]:
         figures = tuple(f"{count:.1f}" for count in counts.values() if count is not None)
         assert not figures or figures in rows, figures
