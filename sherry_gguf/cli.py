@@ -210,16 +210,17 @@ def _summary(report: convert.Report, dry_run: bool):
 
 
 def _quality(tensors: list[convert.Tensor], dry_run: bool) -> str:
+    changes = "".join(f", {change}" for change in dict.fromkeys(t.changed for t in tensors if t.changed))
     tensors = [t for t in tensors if t.type.name == tq1_25.NAME]
     if dry_run or not tensors:
-        return "" if tensors else "kept"
+        return "" if tensors else f"kept{changes}"
     inexact = [t for t in tensors if not t.is_exact]
     if not inexact:
         return f"exact {len(tensors)}/{len(tensors)}"
-    share = sum(t.exact for t in tensors) / sum(t.blocks for t in tensors)
+    share = sum(t.exact for t in tensors if not t.changed) / sum(t.blocks for t in tensors)
     return (
         f"exact {len(tensors) - len(inexact)}/{len(tensors)}, {100 * share:.1f} % of blocks; quantized: error "
-        f"<= {max(t.relative_error for t in inexact):.4f}, cosine >= {min(t.cosine for t in inexact):.4f}"
+        f"<= {max(t.relative_error for t in inexact):.4f}, cosine >= {min(t.cosine for t in inexact):.4f}{changes}"
     )
 
 
@@ -240,6 +241,8 @@ def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     verdict = verify.verify(args.gguf, args.model, _options(args))
     for problem in verdict.problems:
         print(f"differs: {problem}")
+    for change, tensors in verdict.changed.items():
+        print(f"note: {change}, as llama.cpp stores it: {convert.starred(tensors)}")
     kept = ", ".join(f"{n} {qtype}" for qtype, n in sorted(verdict.kept.items()))
     print(
         f"{verdict.exact} {tq1_25.NAME} tensors bit for bit as in the checkpoint, {verdict.quantized} as the "

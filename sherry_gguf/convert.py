@@ -34,7 +34,8 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 
-from . import gguf_type, llama_cpp, ternary, tq1_25
+from . import gguf_type, llama_cpp, packed, ternary, tq1_25
+from .provenance import Checkpoint
 
 FORMAT_VERSION = 1  # of the sherry.* metadata
 CHUNK = 1 << 22  # weights handled at a time by a thread
@@ -131,13 +132,28 @@ class _Recorder:
         if isinstance(data_torch, lazy) and _is_cast(data_torch, torch.float32):
             if data_torch._args[0].dtype is torch.float64:
                 data_torch = data_torch._args[0]
+        given = self.__dict__.setdefault("_waiting", [])
+        given.append(name)
+        yielded = False
         for new_name, data in super().modify_tensors(data_torch, name, bid):
+            yielded = True
+            self.__dict__.setdefault("given", {})[new_name] = tuple(given)
             if type(data) is torch.Tensor:
                 data = lazy.from_eager(data)  # an eager one would be rounded to F16 at once
             if data.dtype is torch.float64:
                 self.__dict__.setdefault("wide", {})[new_name] = data
                 data = data.to(torch.float32)
             yield new_name, data
+        if yielded:  # else upstream keeps the tensor back, to put it together with others
+            given.clear()
+
+    def dequant_model(self):
+        # upstream's own way with packed ternary weights fails on lazy tensors, and takes all scales for inverted ones
+        packed.unpack_bitnet(self)
+        before = dict(self.model_tensors)
+        super().dequant_model()
+        changed = {name for name, make in self.model_tensors.items() if before.get(name) is not make}
+        self.decoded = changed | self.__dict__.get("decoded", set())
 
     def get_vocab_base_pre(self, tokenizer):
         if self.tokenizer_pre:
@@ -156,6 +172,10 @@ class _Recorder:
         finally:
             logger.setLevel(level)
 
+
+# What upstream's classes do to weights that the checkpoint holds otherwise, undone: method by class. BitNet's quantizes each matrix
+# again, with one scale.
+_AS_STORED: dict[str, dict[str, Any]] = {"BitnetModel": {"weight_quant": lambda self, weight: weight}}
 
 # Flags of upstream's script that only choose what its classes do: argparse settings by keyword of the class.
 UPSTREAM_FLAGS = {
@@ -204,7 +224,7 @@ def instantiate(model_dir: Path, options: Options, ftype: str, mixin: type | Non
         kwargs["target_model_dir"] = options.target_model_dir
 
     def build(cls):
-        attributes = {
+        attributes = _AS_STORED.get(cls.__name__, {}) | {
             "model_arch": cls.model_arch,
             "tokenizer_pre": _tokenizer_pre(options.tokenizer_pre),
             "mtp_only": options.mtp,
@@ -462,6 +482,8 @@ class Tensor:
     vanished: int = 0  # of the blocks: all zero, and were not
     # float64 (4,): error², weight², value², weight · value
     sums: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(4))
+    ternary: bool = False  # it has rows that are ternary, and not 3:4 sparse
+    changed: str = ""  # how upstream changed the checkpoint's values, where it did not only move them
     sha256: bytes = b""
 
     @property
@@ -470,7 +492,8 @@ class Tensor:
 
     @property
     def is_exact(self) -> bool:
-        return self.exact == self.blocks
+        """Whether every value that is stored is the checkpoint's."""
+        return self.exact == self.blocks and not self.changed
 
     @property
     def relative_error(self) -> float:
@@ -482,8 +505,9 @@ class Tensor:
         _, weight, value, both = self.sums
         return both / math.sqrt(weight) / math.sqrt(value) if weight and value else float(weight == value)
 
-    def add(self, blocks: int, exact: int, vanished: int, sums: np.ndarray | float):
-        """Count the blocks of some more rows; see `compare`."""
+    def add(self, blocks: int, exact: int, vanished: int, sums: np.ndarray | float, ternary: bool = False):
+        """Count the blocks of some more rows; see `compare` and `_is_ternary`."""
+        self.ternary = self.ternary or ternary
         self.blocks, self.exact, self.vanished = self.blocks + blocks, self.exact + exact, self.vanished + vanished
         self.sums = self.sums + sums
 
@@ -687,7 +711,7 @@ def evaluate(tensor):
 
 
 def _sources(tensor) -> Iterator[Any]:
-    """The pieces, each of whole rows, that a lazy tensor is one after the other: arrays, or ranges of a file.
+    """The pieces, each of whole rows, that a lazy tensor is one after the other: ranges of a file, lazy tensors or arrays.
 
     Looks through what only changes the dtype to float32 or puts tensors one below the other; anything else upstream
     did to a tensor is done on the whole of it.
@@ -700,7 +724,7 @@ def _sources(tensor) -> Iterator[Any]:
         for load in tensor._chunks:
             yield load()
     elif not isinstance(tensor, gguf.LazyBase) or tensor._data is not None:
-        yield evaluate(tensor)
+        yield tensor
     elif len(tensor._args) == 1 and isinstance(tensor._args[0], LocalTensor):
         yield tensor._args[0]
     elif _is_cast(tensor, torch.float32):
@@ -713,7 +737,14 @@ def _sources(tensor) -> Iterator[Any]:
         for part in tensor._args[0]:
             yield from _sources(part)
     else:
-        yield evaluate(tensor)
+        yield tensor
+
+
+def is_stored(tensor) -> bool:
+    """Whether a lazy tensor is read from a safetensors file as it is there."""
+    from gguf.utility import LocalTensor
+
+    return all(isinstance(piece, LocalTensor) for piece in _sources(tensor))
 
 
 def _is_cast(tensor, float32) -> bool:
@@ -741,6 +772,7 @@ def row_loaders(tensor, width: int) -> Iterator[tuple[int, Callable[[], np.ndarr
         if isinstance(piece, LocalTensor):
             rows = math.prod(piece.shape) // width
         else:
+            piece = evaluate(piece)
             piece = (torch.from_numpy(piece) if isinstance(piece, np.ndarray) else piece).reshape(-1, width)
             rows = len(piece)
         for start in range(0, rows, step):
@@ -779,10 +811,10 @@ def _load(load: Callable[[], np.ndarray], t: Tensor) -> np.ndarray:
 class Encoder:
     """Turns a tensor into the file's bytes, chunk by chunk, on several threads."""
 
-    def __init__(self, grouping: Grouping, pool: concurrent.futures.Executor):
+    def __init__(self, grouping: Grouping, pool: concurrent.futures.Executor, checkpoint: Checkpoint):
         from . import kernels
 
-        self.grouping, self.pool, self.kernels = grouping, pool, kernels
+        self.grouping, self.pool, self.kernels, self.checkpoint = grouping, pool, kernels, checkpoint
 
     def chunks(self, t: Tensor) -> Iterator[tuple[int, Any]]:
         """(weights, bytes) of each chunk; t's exactness, error and sha256 are right once all are drawn."""
@@ -792,6 +824,9 @@ class Encoder:
             digest.update(data)
             yield t.weights, data
         else:
+            if not is_stored(t.data):
+                sources = self.checkpoint.sources(t.name, t.data)
+                t.changed = self.checkpoint.change(sources, self._in_order(t, lambda row, x: x))
             scale = self._tensor_scales(t)
             for data, n, *found in self._in_order(t, lambda row, x: self._encode(t, row, x, scale)):
                 digest.update(data)
@@ -840,7 +875,8 @@ class Encoder:
         else:
             data = self._quantize_groups(x, None if scale is None else scale[row : row + len(x)])
         exact, vanished, sums = compare(source, self.kernels.dequantize(data))
-        return _bytes(data), x.size, x.size // tq1_25.BLOCK, exact, vanished, sums
+        blocks = x.size // tq1_25.BLOCK
+        return _bytes(data), x.size, blocks, exact, vanished, sums, exact < blocks and _is_ternary(x)
 
     def _quantize_groups(self, x: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
         """Blocks whose scale is that of a wider group: per_group, per_channel, or per_tensor with `scale` by row."""
@@ -882,6 +918,13 @@ def compare(x: np.ndarray, y: np.ndarray) -> tuple[int, int, np.ndarray]:
     value, both = _dot(y, y), _dot(x, y)
     error = np.subtract(x, y, out=y if x.dtype == y.dtype else None)
     return int(same.sum()), int(vanished.sum()), np.array([_dot(error, error), weight, value, both])
+
+
+def _is_ternary(x: np.ndarray) -> bool:
+    """Whether the first rows of (rows, n) hold 0, +d and -d alone in each block, with d > 0 somewhere."""
+    blocks = np.abs(x[: 1 + 4096 // x.shape[-1]].reshape(-1, tq1_25.BLOCK))
+    d = blocks.max(axis=1, keepdims=True)
+    return bool(d.any() and ((blocks == d) | (blocks == 0)).all())
 
 
 def _dot(x: np.ndarray, y: np.ndarray) -> float:
@@ -931,11 +974,18 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
             notes.append(f"beside it, of another conversion and left as they are: {', '.join(others)}")
         if options.dry_run:
             return Report(files, plan, notes)
-        _write(model, plan, target, files, Encoder(grouping, pool), grouping, options)
+        _write(model, plan, target, files, Encoder(grouping, pool, Checkpoint(model)), grouping, options)
     if vanished := [t for t in plan if t.vanished]:
         notes.append(
             f"{sum(t.vanished for t in vanished)} blocks that are not all zero became so, their mean magnitude is "
             f"below what fp16 holds (6e-8): {starred(vanished)}"
+        )
+    if changed := [t for t in plan if t.changed and t.type.name == tq1_25.NAME]:
+        notes += [f"not the checkpoint's weights: {change}" for change in _changes(model, changed)]
+    if dense := [t for t in plan if t.ternary]:
+        notes.append(
+            f"ternary weights, but not 3:4 sparse, lose in {tq1_25.NAME} (relative error up to "
+            f"{max(t.relative_error for t in dense):.3f}): {starred(dense)}. TQ2_0 and TQ1_0 hold such weights"
         )
     if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if not t.is_exact]):
         notes.append(
@@ -1063,11 +1113,8 @@ def _write(
                 writer.write_header_to_file(staging / target.name)
                 writer.write_kv_data_to_file()
             writer.write_tensors_to_file(progress=False)
-        if options.require_exact and (inexact := [t for t in quantized if not t.is_exact]):
-            raise ConvertError(
-                f"--require-exact: {len(inexact)} of {len(quantized)} tensors are not 3:4 sparse "
-                f"ternary in {grouping}, bit for bit: {starred(inexact)}. Nothing was written"
-            )
+        if options.require_exact:
+            _check_exact(model, quantized, grouping)
         if quantized:
             with open(staged[0], "r+b") as f:  # what was exact is known only now; the length is the same
                 f.seek(offset)
@@ -1075,6 +1122,28 @@ def _write(
         for path, names in zip(staged, layout):
             _reread(path, [by_name[n] for n in names])
         _commit(staged, files)
+
+
+def _check_exact(model, quantized: list[Tensor], grouping: Grouping):
+    """Raise ConvertError where a tensor is not the checkpoint's, value by value."""
+    if changed := [t for t in quantized if t.changed]:
+        raise ConvertError(
+            f"--require-exact: {len(changed)} of {len(quantized)} tensors do not hold the checkpoint's values: "
+            f"{'; '.join(_changes(model, changed))}. Nothing was written"
+        )
+    if inexact := [t for t in quantized if not t.is_exact]:
+        raise ConvertError(
+            f"--require-exact: {len(inexact)} of {len(quantized)} tensors are not 3:4 sparse "
+            f"ternary in {grouping}, bit for bit: {starred(inexact)}. Nothing was written"
+        )
+
+
+def _changes(model, tensors: list[Tensor]) -> Iterator[str]:
+    by_change = collections.defaultdict(list)
+    for t in tensors:
+        by_change[t.changed].append(t)
+    for change, changed in by_change.items():
+        yield f"llama.cpp's {type(model).__name__} changes {starred(changed)}: {change}"
 
 
 def sherry_metadata(quantized: list[Tensor], grouping: Grouping) -> dict[str, tuple]:

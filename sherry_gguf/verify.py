@@ -19,6 +19,7 @@ import numpy as np
 
 from . import convert, gguf_type, llama_cpp, ternary, tq1_25
 from .convert import ConvertError, Grouping, Options, Tensor
+from .provenance import Checkpoint
 from .reader import open_gguf
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
@@ -194,6 +195,7 @@ class Verdict:
     exact: int = 0
     quantized: int = 0
     kept: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by type
+    changed: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)  # kept ones that upstream changed, by how
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
@@ -202,7 +204,8 @@ def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict
 
     Each tensor must have the type that conversion with these options gives it. TQ1_25 tensors must decode to the
     checkpoint's values, or else be the bytes of the reference quantization of them; kept ones must be the values
-    rounded to their type. The sherry.* keys must be what is found here, all others what upstream makes of the
+    rounded to their type. The values must be those in the checkpoint's files, moved at most; of kept tensors upstream's
+    classes may change them (`Verdict.changed`). The sherry.* keys must be what is found here, all others what upstream makes of the
     checkpoint, but for names and authorship (general.*), which flags can set. `options`: what conversion was given,
     as far as it changes tensors or tokenizer. Raises ConvertError, llama_cpp.NotBuilt.
     """
@@ -220,6 +223,8 @@ def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict
         plan = convert.make_plan(model, options, grouping)
         model = convert.instantiate(model_dir, options, "ALL_F32", convert._Recorder)
         expected = convert.collect(model)
+        checkpoint = Checkpoint(model)
+        sources = {name: checkpoint.sources(name, info.tensor) for name, info in expected.items()}
         convert.add_metadata(model)
         convert.check_blocks(model, plan, options)
         for name in stored.tensors.keys() - expected.keys():
@@ -227,10 +232,18 @@ def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict
         sound = True
         with convert.progress_bar(options, iterable=plan, unit=" tensors") as bar:
             for t in bar:
+                if not t.raw:
+                    info = expected[t.name]
+                    info.tensor = vars(model).get("wide", {}).pop(t.name, info.tensor)
+                    t.changed = checkpoint.change(sources[t.name], (x for _, x in _rows(info.tensor, t)))
                 if t.name not in stored.tensors:
                     problem = " is missing from the file"
                 elif problem := _compare(model, expected[t.name], t, stored.tensors[t.name], grouping, verdict):
                     problem = f": {problem}"
+                elif t.changed and t.type.name == tq1_25.NAME:
+                    problem = f": llama.cpp's {type(model).__name__} changes the checkpoint's values: {t.changed}"
+                elif t.changed:
+                    verdict.changed.setdefault(t.changed, []).append(t)
                 if problem:
                     verdict.problems.append(t.name + problem)
                     found = stored.tensors.get(t.name, t)
@@ -305,11 +318,10 @@ def _compare(model, info, planned: Tensor, t: Stored, grouping: Grouping, verdic
         verdict.kept[t.type.name] += 1
         wanted = np.ascontiguousarray(gguf.LazyNumpyTensor.to_eager(info.tensor)).reshape(-1).view(np.uint8)
         return "" if np.array_equal(t.read().reshape(-1), wanted) else f"not the {t.type.name} data of llama.cpp"
-    tensor = vars(model).get("wide", {}).pop(t.name, info.tensor)
     if t.type.name == tq1_25.NAME:
-        return _compare_blocks(tensor, planned, t, grouping, verdict)
+        return _compare_blocks(info.tensor, planned, t, grouping, verdict)
     verdict.kept[t.type.name] += 1
-    for start, x in _rows(tensor, planned):
+    for start, x in _rows(info.tensor, planned):
         if (stored := t.read(start, len(x))).tobytes() != _round(x.astype(np.float32), t.type).tobytes():
             return f"rows {start} to {start + len(stored) - 1} are not the checkpoint's values as {t.type.name}"
     return ""
@@ -348,7 +360,7 @@ def _compare_blocks(tensor, planned: Tensor, t: Stored, grouping: Grouping, verd
                 f"in {grouping}"
             )
     verdict.exact += planned.is_exact
-    verdict.quantized += not planned.is_exact
+    verdict.quantized += not planned.is_exact and not planned.changed
     return ""
 
 

@@ -1,0 +1,207 @@
+"""Proves that llama.cpp's conversion classes only move the checkpoint's values.
+
+Upstream's classes may permute, split, stack, transpose and rename tensors. Some also change values: BitNet's class
+quantizes its weights again, norms get + 1, RWKV's output matrices are divided. So each tensor that reaches the file is
+compared, as a multiset of values, with the tensors of the checkpoint that it was made from. These are read here, by the
+safetensors library, and not through upstream's classes.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+import numpy as np
+
+_CHUNK = 1 << 22  # values handled at a time
+_DESCRIBED = 1 << 20  # values that are looked at to say how they were changed
+
+
+class Tally:
+    """A multiset of finite floats: float64 values in ascending order, and int64 counts. Both zeros are one value."""
+
+    def __init__(self, values: np.ndarray | None = None, counts: np.ndarray | None = None):
+        self.values = np.empty(0) if values is None else values
+        self.counts = np.empty(0, np.int64) if counts is None else counts
+
+    @classmethod
+    def of(cls, chunks: Iterable[np.ndarray]) -> Tally:
+        """Of arrays of float32 or float64, of any shape."""
+        parts = [_count(part) for x in chunks for part in np.array_split(x.reshape(-1), -(-x.size // _CHUNK) or 1)]
+        return cls.merged(cls(*part) for part in parts)
+
+    @classmethod
+    def merged(cls, tallies: Iterable[Tally]) -> Tally:
+        """The sum of multisets."""
+        tallies = list(tallies)
+        if len(tallies) == 1:
+            return tallies[0]
+        values = np.concatenate([t.values for t in tallies] or [np.empty(0)])
+        counts = np.concatenate([t.counts for t in tallies] or [np.empty(0, np.int64)])
+        values, place = np.unique(values, return_inverse=True)
+        total = np.zeros(len(values), np.int64)
+        np.add.at(total, place, counts)
+        return cls(values, total)
+
+    @property
+    def size(self) -> int:
+        return int(self.counts.sum())
+
+    def lacks(self, other: Tally) -> bool:
+        """Whether the other has a value that is not here, or more often than here."""
+        place = np.searchsorted(self.values, other.values)
+        if (place == len(self.values)).any() or (self.values[place] != other.values).any():
+            return True
+        return bool((self.counts[place] < other.counts).any())
+
+    def __eq__(self, other: object) -> bool:
+        return (
+            isinstance(other, Tally)
+            and np.array_equal(self.values, other.values)
+            and np.array_equal(self.counts, other.counts)
+        )
+
+
+def _count(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    x = x + x.dtype.type(0)  # -0 becomes 0
+    if x.dtype == np.float32:
+        # Values of 16 bits, which most checkpoints hold, are counted and not sorted.
+        bits = x.view(np.uint32)
+        if not (bits & 0xFFFF).any():
+            counts = np.bincount(bits >> 16, minlength=1 << 16)
+            found = np.flatnonzero(counts)
+            return _sorted((found.astype(np.uint32) << 16).view(np.float32), counts[found])
+        with np.errstate(over="ignore"):
+            half = x.astype(np.float16)
+        if np.array_equal(half, x):
+            counts = np.bincount(half.view(np.uint16), minlength=1 << 16)
+            found = np.flatnonzero(counts)
+            return _sorted(found.astype(np.uint16).view(np.float16), counts[found])
+    values, counts = np.unique(x, return_counts=True)
+    return values.astype(np.float64), counts
+
+
+def _sorted(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = np.argsort(values)
+    return values[order].astype(np.float64), counts[order]
+
+
+class Checkpoint:
+    """The tensors of a checkpoint, as upstream's model object names them, and their values.
+
+    `model` must have been through `prepare_tensors`, where upstream replaces what a quantized checkpoint holds by
+    tensors that dequantize it: for these, `decoded` by name, the dequantized values count as the checkpoint's.
+    """
+
+    def __init__(self, model):
+        self._tensors = model.model_tensors
+        self._decoded = vars(model).get("decoded", set())
+        self._given = vars(model).get("given", {})
+
+    @functools.cached_property
+    def _names(self) -> dict[Any, str]:
+        """Place in a file -> name of the tensor that is there, or that is decoded from what is there."""
+        return {leaf: name for name, make in self._tensors.items() for leaf in _leaves(make())}
+
+    def sources(self, name: str, tensor) -> list[str]:
+        """The checkpoint's tensors that upstream's lazy `tensor`, called `name` in the file, is computed from."""
+        known = [self._names[leaf] for leaf in _leaves(tensor) if leaf in self._names]
+        # What upstream computed on the way has forgotten where it came from.
+        known = known or [source for source in self._given.get(name, ()) if source in self._tensors]
+        return list(dict.fromkeys(known))
+
+    def values(self, name: str) -> Iterator[np.ndarray]:
+        """A tensor's values in their order, in chunks of float32, or float64 where it is float64."""
+        from . import convert
+
+        tensor = self._tensors[name]()
+        place = next(_leaves(tensor), None)
+        if name not in self._decoded and isinstance(place, tuple):
+            yield from _read(*place)
+        else:  # decoded, or from a file of PyTorch's
+            yield _floats(convert.evaluate(tensor))
+
+    def change(self, sources: list[str], chunks: Iterable[np.ndarray]) -> str:
+        """How a tensor of the file differs from its `sources`, in words; "" where their values only moved.
+
+        chunks: its values in their order, float32 or float64, compared exactly.
+        """
+        if not sources:
+            return "made by llama.cpp"
+        first, parts = None, []
+        for x in chunks:
+            first = x if first is None else first
+            parts.append(Tally.of([x]))
+        here = Tally.merged(parts)
+        there = Tally.merged(Tally.of(self.values(source)) for source in sources)
+        if not there.lacks(here):
+            return ""
+        whole = len(sources) == 1 and here.size == there.size
+        return (whole and _described(first, next(self.values(sources[0])))) or "values changed by llama.cpp"
+
+
+def _leaves(tensor) -> Iterator[Any]:
+    """Where the data of a lazy tensor are: (file, offset), or the address of a tensor that PyTorch loaded."""
+    import gguf
+    import torch
+    from gguf.utility import LocalTensor
+
+    seen, waiting = set(), [tensor]
+    while waiting:
+        item = waiting.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, LocalTensor):
+            yield item.data_range.filename, item.data_range.offset
+        elif isinstance(item, gguf.LazyBase):
+            waiting += item._args if item._func is not None else [item._data]
+        elif isinstance(item, (list, tuple)):
+            waiting += item
+        elif isinstance(item, torch.Tensor) and item.device.type != "meta":
+            yield item.untyped_storage().data_ptr()
+
+
+@functools.lru_cache(64)
+def _contents(file: Path) -> dict[int, str]:
+    """Offset in a safetensors file -> name of the tensor with elements that begins there."""
+    with open(file, "rb") as f:
+        (length,) = struct.unpack("<Q", f.read(8))
+        head = json.loads(f.read(length))
+    head.pop("__metadata__", None)
+    return {8 + length + t["data_offsets"][0]: name for name, t in head.items() if math.prod(t["shape"])}
+
+
+def _read(file: Path, offset: int) -> Iterator[np.ndarray]:
+    import safetensors
+
+    with safetensors.safe_open(file, "pt") as f:
+        part = f.get_slice(_contents(file)[offset])
+        if not (shape := part.get_shape()):
+            yield _floats(part[...])
+            return
+        step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
+        for start in range(0, shape[0], step):
+            yield _floats(part[start : start + step])
+
+
+def _floats(x) -> np.ndarray:
+    import torch
+
+    return (x if x.dtype is torch.float64 else x.to(torch.float32)).reshape(-1).numpy()
+
+
+def _described(x: np.ndarray, source: np.ndarray) -> str:
+    """What was done to values, given as far as they are in the same order, or "" where that is not simple."""
+    n = min(x.size, source.size, _DESCRIBED)
+    x, source = (np.asarray(a.reshape(-1)[:n], np.float64) for a in (x, source))
+    if np.allclose(x, source + (c := float(np.median(x - source))), rtol=1e-5, atol=1e-7):
+        return f"each value {'plus' if c > 0 else 'minus'} {abs(c):.6g}"
+    if (known := source != 0).any() and np.allclose(x, source * (c := float(np.median(x[known] / source[known]))), rtol=1e-5):
+        return f"each value times {c:.6g}"
+    with np.errstate(over="ignore"):
+        return "minus the exponential of each value" * np.allclose(x, -np.exp(source), rtol=1e-5)
