@@ -145,6 +145,11 @@ def _tensor_flags(parser: argparse.ArgumentParser):
         help="llama.cpp's name of how a BPE tokenizer splits text, such as gpt-2, "
         "llama-bpe or qwen2; needed for tokenizers trained at home, which llama.cpp cannot recognise",
     )
+    add(
+        "--no-tokenizer-check",
+        action="store_true",
+        help="do not compare how llama.cpp and transformers split a sample of texts into tokens",
+    )
     add("--mtp", action="store_true", help="only the multi-token prediction head")
     add("--no-nextn", "--no-mtp", action="store_true", help="without the multi-token prediction head")
     add("--target-model-dir", type=Path, help="for draft models: the directory of their target model")

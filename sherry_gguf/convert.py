@@ -34,11 +34,13 @@ from typing import Any, Callable, Iterator
 
 import numpy as np
 
-from . import gguf_type, llama_cpp, packed, ternary, tq1_25
+from . import gguf_type, llama_cpp, packed, ternary, tq1_25, vocabulary
 from .provenance import Checkpoint
+from .vocabulary import Vocabulary, VocabularyError
 
 FORMAT_VERSION = 1  # of the sherry.* metadata
 CHUNK = 1 << 22  # weights handled at a time by a thread
+EARLY = 1 << 29  # bytes of tensors from which on the tokenizer is looked at before they are converted, and not only after
 WORKERS = min(8, os.cpu_count() or 1)  # threads
 
 # The names of llama-quantize's --token-embedding-type and --output-tensor-type that need no importance matrix.
@@ -112,10 +114,8 @@ def upstream():
     return conversion
 
 
-class _Recorder:
+class _Recorder(Vocabulary):
     """Mixed in before upstream's class: notes what is asked of it, and makes nothing eager."""
-
-    tokenizer_pre: str | None = None
 
     def tensor_force_quant(self, name, new_name, bid, n_dims):
         # The answer stays upstream's: only after it has told its own exceptions apart does make_plan choose a type.
@@ -155,23 +155,6 @@ class _Recorder:
         changed = {name for name, make in self.model_tensors.items() if before.get(name) is not make}
         self.decoded = changed | self.__dict__.get("decoded", set())
 
-    def get_vocab_base_pre(self, tokenizer):
-        if self.tokenizer_pre:
-            return self.tokenizer_pre
-        logger = logging.getLogger("hf-to-gguf")
-        level = logger.level
-        logger.setLevel(logging.ERROR)  # its banner tells the user to edit llama.cpp
-        try:
-            return super().get_vocab_base_pre(tokenizer)
-        except NotImplementedError:
-            raise ConvertError(
-                f"llama.cpp does not know the BPE tokenizer of {self.dir_model} (it goes by a hash of known ones): "
-                "name the way it splits text before merging with --tokenizer-pre, such as gpt-2 for a byte-level "
-                "tokenizer trained with the default settings, llama-bpe or qwen2 for one derived from those"
-            ) from None
-        finally:
-            logger.setLevel(level)
-
 
 # What upstream's classes do to weights that the checkpoint holds otherwise, undone: method by class. BitNet's quantizes each matrix
 # again, with one scale.
@@ -197,6 +180,7 @@ class Options:
     group_size: int | None = None
     granularity: str | None = None
     tokenizer_pre: str | None = None
+    no_tokenizer_check: bool = False
     vocab_only: bool = False
     dry_run: bool = False
     split_max_tensors: int = 0
@@ -268,6 +252,50 @@ def add_metadata(model):
         if key.startswith("general."):  # what --metadata sets
             with _telling(f"{key} cannot be {v.value!r}"):
                 model.gguf_writer._pack_val(v.value, v.type, add_vtype=True, sub_type=v.sub_type)
+    if model.unknown_pre:
+        with _vocabulary_file(model) as file:
+            raise ConvertError(vocabulary.unknown_pre(file, model.dir_model))
+
+
+@contextlib.contextmanager
+def _vocabulary_file(model) -> Iterator[Path]:
+    """A GGUF of the metadata alone, from which llama.cpp loads a vocabulary; gone afterwards."""
+    import gguf
+
+    with tempfile.TemporaryDirectory() as directory:
+        writer = gguf.GGUFWriter(None, model.gguf_writer.arch)
+        writer.kv_data = [dict(model.gguf_writer.kv_data[0])]
+        with contextlib.closing(writer), _telling(f"{model.dir_model}: its metadata cannot be written", but=(OSError,)):
+            writer.write_header_to_file(file := Path(directory) / "vocabulary.gguf")
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+        yield file
+
+
+def tokenizer_problem(model, file: Path, options: Options) -> str:
+    """How a file's tokenizer differs from the checkpoint's, or "". Raises NotBuilt."""
+    kind = getattr(model.gguf_writer.kv_data[0].get("tokenizer.ggml.model"), "value", "none")
+    if options.no_tokenizer_check or kind in ("none", "no_vocab"):
+        return ""
+    return vocabulary.problem(file, options.target_model_dir or model.dir_model, kind)
+
+
+def _check_tokenizer(model, file: Path, options: Options):
+    if problem := tokenizer_problem(model, file, options):
+        raise ConvertError(f"{model.dir_model}: {problem}. Nothing was written")
+
+
+def check_token_count(model, plan: list[Tensor]):
+    """Raise ConvertError where the embeddings are of more or fewer tokens than the tokenizer has; after `add_metadata`."""
+    tokens = model.gguf_writer.kv_data[0].get("tokenizer.ggml.tokens")
+    embeddings = next((t for t in plan if t.name == EMBEDDINGS[0]), None)
+    if tokens is None or embeddings is None or len(tokens.value) == embeddings.shape[0]:
+        return
+    raise ConvertError(
+        f"{model.dir_model}: {embeddings.source} has {embeddings.shape[0]} rows, the vocabulary that config.json and the tokenizer "
+        f"give has {len(tokens.value)} tokens (vocab_size is {model.hparams.get('vocab_size')}): llama.cpp would refuse the file. "
+        f"If the rows belong to the model, set vocab_size to {embeddings.shape[0]}"
+    )
 
 
 @contextlib.contextmanager
@@ -277,6 +305,8 @@ def _telling(what: str, but: tuple[type, ...] = ()):
         yield
     except (ConvertError, llama_cpp.NotBuilt, *but):
         raise
+    except VocabularyError as e:
+        raise ConvertError(str(e)) from e
     except Exception as e:
         plain = isinstance(e, (ValueError, ImportError, OSError)) and str(e)
         raise ConvertError(f"{what}: {e if plain else f'{type(e).__name__}: {e}'}") from e
@@ -314,11 +344,8 @@ def _model_class(hparams: dict[str, Any], model_dir: Path) -> tuple[type, str]:
 
 
 def _tokenizer_pre(name: str | None) -> str | None:
-    if name:
-        vocab = llama_cpp.source_dir() / "src" / "llama-vocab.cpp"
-        known = set(re.findall(r'tokenizer_pre == "([^"]+)"', vocab.read_text("utf-8"))) if vocab.is_file() else set()
-        if known and name not in known:
-            raise ConvertError(f"--tokenizer-pre {name}: llama.cpp does not know it, only {', '.join(sorted(known))}")
+    if name and (known := vocabulary.known_pres()) and name not in known:
+        raise ConvertError(f"--tokenizer-pre {name}: llama.cpp does not know it, only {', '.join(known)}")
     return name
 
 
@@ -947,6 +974,8 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
     """Convert a model directory. Raises ConvertError, llama_cpp.NotBuilt; then nothing was written or replaced."""
     model_dir = Path(model_dir)
     check_directory(model_dir)
+    with _telling(str(model_dir)):
+        vocabulary.check_files(model_dir)
     target = _target(model_dir, options)
     grouping = read_grouping(model_dir, options)
     for name in (options.token_embedding_type, options.output_tensor_type):
@@ -965,6 +994,7 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
         add_metadata(model)
         if plan:
             check_blocks(model, plan, options)
+            check_token_count(model, plan)
         names = model.gguf_writer.format_shard_names(target)
         files = [_not_of_checkpoint(model_dir, f) for f in names]
         if len(set(files)) < len(files):
@@ -974,6 +1004,9 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
             notes.append(f"beside it, of another conversion and left as they are: {', '.join(others)}")
         if options.dry_run:
             return Report(files, plan, notes)
+        if sum(t.nbytes for t in plan) > EARLY:
+            with _vocabulary_file(model) as file:
+                _check_tokenizer(model, file, options)
         _write(model, plan, target, files, Encoder(grouping, pool, Checkpoint(model)), grouping, options)
     if vanished := [t for t in plan if t.vanished]:
         notes.append(
@@ -1121,6 +1154,7 @@ def _write(
                 f.write(_sherry_bytes(writer, sherry_metadata(quantized, grouping)))
         for path, names in zip(staged, layout):
             _reread(path, [by_name[n] for n in names])
+        _check_tokenizer(model, staged[0], options)
         _commit(staged, files)
 
 

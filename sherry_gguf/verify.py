@@ -227,6 +227,7 @@ def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict
         sources = {name: checkpoint.sources(name, info.tensor) for name, info in expected.items()}
         convert.add_metadata(model)
         convert.check_blocks(model, plan, options)
+        convert.check_token_count(model, plan)
         for name in stored.tensors.keys() - expected.keys():
             verdict.problems.append(f"{name} is in the file and not in the checkpoint")
         sound = True
@@ -252,6 +253,8 @@ def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict
         wanted = {key: (v.value, v.type, v.sub_type) for key, v in model.gguf_writer.kv_data[0].items()}
         wanted |= convert.sherry_metadata([t for t in plan if t.type.name == tq1_25.NAME], grouping)
         _compare_metadata(wanted, stored, sound, verdict)
+        if problem := convert.tokenizer_problem(model, stored.files[0], options):
+            verdict.problems.append(f"tokenizer: {problem}")
     return verdict
 
 

@@ -56,7 +56,7 @@ MODELS: dict[str, tuple[str, str, dict]] = {
         _LLAMA
         | dict(head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, decoder_sparse_step=1),
     ),
-    "gemma2": ("Gemma2ForCausalLM", "spm", _GEMMA),
+    "gemma2": ("Gemma2ForCausalLM", "spm-plain", _GEMMA),
     "phi": ("Phi3ForCausalLM", "spm", _LLAMA | dict(pad_token_id=0)),
     "gpt2": ("GPT2LMHeadModel", "bpe", dict(n_embd=256, n_layer=2, n_head=4, n_positions=256, n_ctx=256)),
     "gptneox": ("GPTNeoXForCausalLM", "bpe", _LLAMA),
@@ -132,29 +132,36 @@ def _bpe():
 
 
 @functools.cache
-def _spm() -> bytes:
+def spm(**settings) -> bytes:
+    """A sentencepiece model of VOCAB pieces that leaves text as it is, as those of published models do."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(corpus().splitlines()),
         model_writer=model,
-        vocab_size=VOCAB,
-        model_type="bpe",
-        byte_fallback=True,
-        pad_id=-1,
-        minloglevel=2,
-        num_threads=1,
+        **dict(
+            vocab_size=VOCAB,
+            model_type="bpe",
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True,
+            pad_id=-1,
+            minloglevel=2,
+            num_threads=1,
+        )
+        | settings,
     )
     return model.getvalue()
 
 
 def save_tokenizer(directory: Path, kind: str):
-    """Write a "bpe" or "spm" tokenizer of VOCAB tokens as Hugging Face checkpoints hold them."""
+    """Write a tokenizer of VOCAB tokens as Hugging Face checkpoints hold them: "bpe", "spm", or "spm-plain" with no space in front."""
     if kind == "bpe":
         _bpe().save_pretrained(directory)
         return
-    (directory / "tokenizer.model").write_bytes(_spm())
+    (directory / "tokenizer.model").write_bytes(spm(add_dummy_prefix=kind == "spm"))
     special = dict(bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer", **special}))
 

@@ -1,0 +1,252 @@
+"""Proves that llama.cpp splits text into the tokens that transformers splits it into.
+
+The converter's file says how llama.cpp is to split text, and may say it wrongly without any error: the model then gets
+tokens that it was not trained on. So a sample of texts is split by both: by transformers' tokenizer of the model
+directory, and by the built llama.cpp from the finished GGUF, in a process of its own, since llama.cpp ends the process
+on vocabularies that it does not expect.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+SAMPLE = (
+    "The quick brown fox jumps over the lazy dog, and they're sure it'll do so again; I'd say it's 9:45, isn't it?",
+    'def read(self, size=-1):\n    """Read up to size bytes."""\n\tif not self._file:\n        return b""\n'
+    "    return self._file.read(size)  # [x] != 0x1F && y[i++] <= 3;\n",
+    "1 12 123 1234 12345 1234567 3.14159 1,000,000 2026-11-28 192.168.0.1 x86_64 10000th",
+    "a  b   c    d\te\t\tf\n\ng \n h\n\n\n    i \t j\r\nk",
+    "HelloWorld HTTPServer getElementById snake_case CamelCase WE'RE I'LL don'T e.g. (x)...!? $9 ~/.cache #1 @you",
+    "Ça coûte 5 € à l'école; Größe, naïve, señor, Łódź, Ærøskøbing. ¿Qué?",
+    "Γειά σου Κόσμε. Привет, мир! Їжак, Ђорђе",
+    "مرحبا بالعالم ١٢٣ שלום עולם नमस्ते दुनिया สวัสดีชาวโลก",
+    "你好，世界。第１２３回 こんにちは世界 カタカナ 안녕하세요 세계",
+    "🦙 👩‍👩‍👧 🇩🇪 ✓ → ∀x∈ℝ: ⌈x⌉ ½ ™ • “quoted” – ‘so’ …",
+)
+_SPECIAL = 128  # special tokens that are looked at, the first and the last
+_SHOWN = 12  # tokens that a message shows of a text
+
+
+class CheckFailed(Exception):
+    """One of both cannot split the texts; the message says which and why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Text:
+    """What is split: special, with the tokens that are put around a text; parse, names of special tokens are these tokens."""
+
+    text: str
+    special: bool = False
+    parse: bool = False
+
+
+@dataclasses.dataclass
+class Difference:
+    """A text that both split, and not alike: token ids."""
+
+    text: Text
+    wanted: list[int]  # transformers'
+    found: list[int]  # llama.cpp's
+
+
+# ---- transformers ----
+
+
+def load_tokenizer(model_dir: Path):
+    """transformers' tokenizer of a model directory, by its tokenizer.json where there is one. Raises CheckFailed."""
+    import transformers
+
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()
+    try:
+        fast = (model_dir / "tokenizer.json").is_file()
+        return transformers.AutoTokenizer.from_pretrained(model_dir, use_fast=fast, local_files_only=True)
+    except Exception as e:  # there are as many ways as there are tokenizers
+        cause = str(e).strip().splitlines() or [""]
+        raise CheckFailed(f"transformers cannot load the tokenizer of {model_dir}: {type(e).__name__}: {cause[0]}") from e
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+
+
+def texts(tokenizer) -> list[Text]:
+    """What is split with this tokenizer: the sample, and the tokens that it has beside its vocabulary."""
+    added = [str(t) for _, t in sorted(tokenizer.added_tokens_decoder.items())]
+    if len(added) > _SPECIAL:
+        added = added[: _SPECIAL // 2] + added[-_SPECIAL // 2 :]
+    return [Text(t) for t in SAMPLE] + [Text(SAMPLE[0], special=True)] + [Text(t, parse=True) for t in added if t.strip()]
+
+
+def split(tokenizer, text: Text) -> list[int]:
+    """Token ids by transformers."""
+    return tokenizer.encode(text.text, add_special_tokens=text.special, split_special_tokens=not text.parse)
+
+
+# ---- llama.cpp ----
+
+
+class Vocabulary:
+    """llama.cpp's tokenizer of a GGUF, of which only the vocabulary is loaded.
+
+    header, library: llama.h, and the library that belongs to it. pre: overrules the file's tokenizer.ggml.pre. Raises
+    CheckFailed where llama.cpp refuses the file.
+    """
+
+    def __init__(self, gguf: str, header: str, library: str, pre: str = ""):
+        import cffi
+
+        text = Path(header).read_text("utf-8")
+        self._ffi = ffi = cffi.FFI()
+        ffi.cdef(_struct(text, "llama_model_kv_override") + _struct(text, "llama_model_params") + _FUNCTIONS)
+        self._lib = lib = ffi.dlopen(library)
+        log: list[str] = []
+
+        @ffi.callback("void(int, const char *, void *)")
+        def keep(level, text, _):
+            if level == 4:  # GGML_LOG_LEVEL_ERROR
+                log.append(ffi.string(text).decode(errors="replace").strip())
+
+        self._keep = keep
+        lib.llama_log_set(keep, ffi.NULL)
+        params = lib.llama_model_default_params()
+        params.vocab_only = True
+        if pre:
+            overrides = ffi.new("struct llama_model_kv_override[2]")  # the last has no key
+            overrides[0].tag, overrides[0].key, overrides[0].val_str = 3, b"tokenizer.ggml.pre", pre.encode()
+            params.kv_overrides = self._overrides = overrides
+        self._model = lib.llama_model_load_from_file(os.fsencode(gguf), params)
+        if self._model == ffi.NULL:
+            raise CheckFailed(f"llama.cpp refuses the vocabulary: {'; '.join(log) or 'it does not say why'}")
+        self._vocab = lib.llama_model_get_vocab(self._model)
+
+    def split(self, text: Text) -> list[int]:
+        """Token ids by llama.cpp."""
+        data = text.text.encode()
+        most = len(data) + 16
+        ids = self._ffi.new("int32_t[]", most)
+        n = self._lib.llama_tokenize(self._vocab, data, len(data), ids, most, text.special, text.parse)
+        if n < 0:
+            raise CheckFailed(f"llama.cpp cannot split {text.text!r}")
+        return list(ids[0:n])
+
+
+_FUNCTIONS = """
+void llama_log_set(void (*)(int, const char *, void *), void *);
+struct llama_model_params llama_model_default_params(void);
+struct llama_model * llama_model_load_from_file(const char *, struct llama_model_params);
+const struct llama_vocab * llama_model_get_vocab(const struct llama_model *);
+int32_t llama_tokenize(const struct llama_vocab *, const char *, int32_t, int32_t *, int32_t, bool, bool);
+"""
+
+
+def _struct(header: str, name: str) -> str:
+    """A structure as llama.h declares it, with enums as int and what else the header names as void *."""
+    body = re.search(rf"struct {name} \{{\n.*?\n    \}};", header, re.S)[0]
+    body = re.sub(r"//.*", "", body)
+    body = re.sub(r"\benum \w+", "int", body)
+    return re.sub(r"\b(?:ggml_backend_dev_t|llama_progress_callback)\b", "void *", body)
+
+
+def serve() -> None:
+    """Answer the request on standard input, JSON: for each of "pres" a line, the token ids of "texts" or {"error"}."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what llama.cpp prints is no answer
+    request = json.load(sys.stdin)
+    wanted = [Text(*text) for text in request["texts"]]
+    for pre in request["pres"]:
+        try:
+            vocabulary = Vocabulary(request["gguf"], request["header"], request["library"], pre)
+            answer: Any = [vocabulary.split(text) for text in wanted]
+        except CheckFailed as e:
+            answer = {"error": str(e)}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+class Splitting:
+    """llama.cpp at work on texts in a process of its own; `result` waits for it.
+
+    pres: names that overrule the file's tokenizer.ggml.pre, each in turn. Raises NotBuilt.
+    """
+
+    def __init__(self, gguf: Path, wanted: list[Text], pres: tuple[str, ...] = ("",)):
+        from . import llama_cpp
+
+        self._pres = pres
+        self._request = {
+            "gguf": str(gguf),
+            "library": str(llama_cpp.library("llama")),
+            "header": str(llama_cpp.source_dir() / "include" / "llama.h"),
+            "texts": [dataclasses.astuple(t) for t in wanted],
+        }
+        package = str(Path(__file__).resolve().parent.parent)
+        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
+        self._environment = os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen:
+        command = [sys.executable, "-c", "from sherry_gguf.tokenizer_check import serve; serve()"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                errors="replace", env=self._environment)  # fmt: skip
+
+    def result(self) -> list[list[list[int]] | CheckFailed]:
+        """For each pre, the token ids of each text, or why there are none."""
+        answers: list[list[list[int]] | CheckFailed] = []
+        while True:
+            rest = self._pres[len(answers) :]
+            try:
+                out, err = self._process.communicate(json.dumps(self._request | {"pres": rest}))
+            except BaseException:
+                self._process.kill()
+                self._process.wait()
+                raise
+            for line in out.splitlines():
+                answer = json.loads(line)
+                answers.append(CheckFailed(answer["error"]) if isinstance(answer, dict) else answer)
+            if len(answers) < len(self._pres):  # llama.cpp has ended the process
+                said = [line for line in err.splitlines() if line.strip()] or [f"exit code {self._process.returncode}"]
+                cause = [line for line in said if "GGML_ASSERT" in line or "what():" in line] or said[-1:]
+                answers.append(CheckFailed(f"llama.cpp ended on the vocabulary: {cause[0].strip()}"))
+            if len(answers) == len(self._pres):
+                return answers
+            self._process = self._start()
+
+
+# ---- both ----
+
+
+def compare(gguf: Path, tokenizer) -> list[Difference]:
+    """The texts that a GGUF's tokenizer splits into other tokens than transformers' tokenizer. Raises CheckFailed, NotBuilt."""
+    wanted = texts(tokenizer)
+    splitting = Splitting(gguf, wanted)
+    mine = [split(tokenizer, text) for text in wanted]
+    (found,) = splitting.result()
+    if isinstance(found, CheckFailed):
+        raise found
+    return [Difference(*row) for row in zip(wanted, mine, found) if row[1] != row[2]]
+
+
+def matching(gguf: Path, tokenizer, pres: list[str]) -> list[str]:
+    """Those values of tokenizer.ggml.pre with which llama.cpp would split every text as transformers does."""
+    wanted = texts(tokenizer)
+    splitting = Splitting(gguf, wanted, tuple(pres))
+    mine = [split(tokenizer, text) for text in wanted]
+    return [pre for pre, found in zip(pres, splitting.result()) if found == mine]
+
+
+def describe(difference: Difference, tokenizer) -> str:
+    """A difference in words: the text, and both splits from where they begin to differ."""
+    wanted, found = difference.wanted, difference.found
+    at = next((i for i, (a, b) in enumerate(zip(wanted, found)) if a != b), min(len(wanted), len(found)))
+
+    def shown(ids: list[int]) -> str:
+        rest = ids[at : at + _SHOWN]
+        named = " ".join(f"{i}={piece!r}" for i, piece in zip(rest, tokenizer.convert_ids_to_tokens(rest)))
+        return f"{len(ids)} tokens, from number {at + 1} on {named or 'none'}{' ...' * (len(ids) > at + _SHOWN)}"
+
+    return f"{difference.text.text!r}: transformers {shown(wanted)}; llama.cpp {shown(found)}"

@@ -1,0 +1,172 @@
+"""The tokenizer of a checkpoint on its way into a GGUF: what upstream's classes are told about it, and the proof.
+
+Upstream chooses llama.cpp's tokenizer by the files that are there and by a hash of a few tokens. Where that goes wrong
+the file is wrong without an error, so `problem` lets llama.cpp and transformers split the same texts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from . import llama_cpp, tokenizer_check
+from .tokenizer_check import CheckFailed
+
+SENTENCEPIECE = "tokenizer.model"
+NO_CHECK = "--no-tokenizer-check does without this proof"
+
+
+class VocabularyError(Exception):
+    """A tokenizer that cannot be stored so that llama.cpp splits text alike; the message says what to do."""
+
+
+class Vocabulary:
+    """Mixed in before upstream's class for an architecture: chooses the right kind of tokenizer.
+
+    tokenizer_pre: llama.cpp's name of how a byte-level BPE tokenizer splits text, instead of what upstream finds.
+    """
+
+    tokenizer_pre: str | None = None
+    unknown_pre = False  # upstream does not know the tokenizer: it is stored as tokenizer_check.matching is to find out
+
+    def get_vocab_base_pre(self, tokenizer):
+        if self.tokenizer_pre:
+            return self.tokenizer_pre
+        logger = logging.getLogger("hf-to-gguf")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # its banner tells the user to edit llama.cpp
+        try:
+            return super().get_vocab_base_pre(tokenizer)
+        except NotImplementedError:
+            if not byte_level(self.dir_model):
+                raise VocabularyError(
+                    f"{self.dir_model} lacks {SENTENCEPIECE}: its tokenizer is a sentencepiece model, which llama.cpp takes from "
+                    "that file and not from tokenizer.json. Copy tokenizer.model from the model that this one comes from"
+                ) from None
+            self.unknown_pre = True
+            return "default"
+        finally:
+            logger.setLevel(level)
+
+    def get_vocab_base(self):
+        try:
+            return super().get_vocab_base()
+        except AssertionError:
+            from transformers import AutoTokenizer
+
+            size = self.hparams.get("vocab_size", 0)
+            ids = AutoTokenizer.from_pretrained(self.dir_model).get_vocab()
+            beyond = {token: i for token, i in sorted(ids.items(), key=lambda item: item[1]) if i >= size}
+            if not beyond:
+                raise
+            token = next(iter(beyond))
+            raise VocabularyError(
+                f"{self.dir_model}: the tokenizer has {len(beyond)} tokens with ids beyond the model's vocabulary, the first "
+                f"{token!r} with id {beyond[token]}; config.json has vocab_size {size}. Remove them from the tokenizer, or resize "
+                f"the model's embeddings: model.resize_token_embeddings({max(beyond.values()) + 1})"
+            ) from None
+
+    def _set_vocab_sentencepiece(self, add_to_gguf=True):
+        # Some of upstream's classes know of no other tokenizer, though models of theirs have others.
+        if not (self.dir_model / SENTENCEPIECE).is_file() and byte_level(self.dir_model):
+            return self._set_vocab_gpt2()
+        return super()._set_vocab_sentencepiece(add_to_gguf)
+
+    def _set_vocab_llama_hf(self):
+        # Upstream goes by byte_fallback, which some byte-level tokenizers have set as well, to no effect.
+        return self._set_vocab_gpt2() if byte_level(self.dir_model) else super()._set_vocab_llama_hf()
+
+
+def byte_level(model_dir: Path) -> bool:
+    """Whether the tokenizer.json of a model directory makes tokens of bytes, as GPT-2's does, and not of characters."""
+    try:
+        tokenizer = json.loads((model_dir / "tokenizer.json").read_text("utf-8"))
+        steps = [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]
+    except (OSError, ValueError, AttributeError):  # its reader says what is wrong with it
+        return False
+    while steps:
+        step = steps.pop()
+        if isinstance(step, dict):
+            if step.get("type") == "ByteLevel":
+                return True
+            steps += [part for key in ("pretokenizers", "decoders") for part in step.get(key) or ()]
+    return False
+
+
+def check_files(model_dir: Path):
+    """Raise VocabularyError where tokenizer.model is of another kind than its name says."""
+    path = model_dir / SENTENCEPIECE
+    if not path.is_file():
+        return
+    with open(path, "rb") as f:
+        head = f.read(64)
+    if head.startswith(b"GGUF"):
+        raise VocabularyError(
+            f"{path} is a GGUF file and not a sentencepiece model: transformers writes it so where a model that was loaded from a "
+            "GGUF (gguf_file=) is saved. Put the tokenizer.model of the original model in its place; if that has none, as with "
+            "byte-level BPE tokenizers, remove it"
+        )
+    if head.startswith(b"version https://git-lfs"):
+        raise VocabularyError(f"{path} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`")
+
+
+def known_pres() -> list[str]:
+    """The values of tokenizer.ggml.pre that the pinned llama.cpp knows; none if its source is elsewhere than expected."""
+    source = llama_cpp.source_dir() / "src" / "llama-vocab.cpp"
+    return sorted(set(re.findall(r'tokenizer_pre == "([^"]+)"', source.read_text("utf-8")))) if source.is_file() else []
+
+
+def problem(gguf: Path, model_dir: Path, kind: str) -> str:
+    """How llama.cpp splits text otherwise than transformers, and what to do; "" where both agree.
+
+    gguf: the file, whose tokenizer.ggml.model is `kind`. Raises llama_cpp.NotBuilt.
+    """
+    try:
+        tokenizer = tokenizer_check.load_tokenizer(model_dir)
+        differences = tokenizer_check.compare(gguf, tokenizer)
+        if not differences:
+            return ""
+        advice = _pre_advice(gguf, tokenizer) if kind == "gpt2" else _sentencepiece_advice(model_dir)
+    except CheckFailed as e:
+        return f"the tokenizer cannot be proven: {e}. {NO_CHECK}"
+    first = tokenizer_check.describe(differences[0], tokenizer)
+    more = f" ({len(differences)} texts differ)" * (len(differences) > 1)
+    return f"llama.cpp splits text into other tokens than the checkpoint's tokenizer{more}, such as {first}. {advice}"
+
+
+def unknown_pre(gguf: Path, model_dir: Path) -> str:
+    """What to do about a byte-level BPE tokenizer that upstream does not know, stored in `gguf` by any name."""
+    try:
+        advice = _pre_advice(gguf, tokenizer_check.load_tokenizer(model_dir))
+    except CheckFailed as e:
+        advice = str(e)
+    return (
+        f"llama.cpp does not know the BPE tokenizer of {model_dir} (it goes by a hash of known ones): name the way it splits text "
+        f"before merging with --tokenizer-pre. {advice}"
+    )
+
+
+def _pre_advice(gguf: Path, tokenizer) -> str:
+    names = tokenizer_check.matching(gguf, tokenizer, known_pres())
+    if not names:
+        return f"There is no --tokenizer-pre with which both split a sample of texts alike. {NO_CHECK}"
+    return f"Both split a sample of texts alike with --tokenizer-pre {' or '.join(names)}"
+
+
+def _sentencepiece_advice(model_dir: Path) -> str:
+    from sentencepiece import sentencepiece_model_pb2
+
+    path = model_dir / SENTENCEPIECE
+    causes = []
+    if path.is_file():
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM:
+            causes.append("it is of the unigram kind (llama.cpp merges pairs here, as BPE does)")
+        if model.normalizer_spec.precompiled_charsmap:
+            causes.append(f"it normalizes characters ({model.normalizer_spec.name}; llama.cpp does not)")
+        if model.normalizer_spec.remove_extra_whitespaces:
+            causes.append("it removes extra whitespace (llama.cpp does not)")
+    found = f"Of {path}: {', '.join(causes)}. " * bool(causes)
+    return f"{found}{NO_CHECK}"
