@@ -132,6 +132,13 @@ def _tensor_flags(parser: argparse.ArgumentParser):
     ):
         add(flag, metavar="TYPE", help=f"type of the {of} (default: F16): {', '.join(convert.STORED_TYPES)}")
     add(
+        "--fallback-type",
+        metavar="TYPE",
+        default=Options.fallback_type,
+        help="type of the blocks' matrices whose rows are not a multiple of 128 (default: Q4_0, as llama-quantize has it; F16 "
+        "where a row does not fit the type either): Q8_0, F16, ...",
+    )
+    add(
         "--group-size",
         type=int,
         metavar="N",
@@ -216,9 +223,10 @@ def _summary(report: convert.Report, dry_run: bool):
 
 def _quality(tensors: list[convert.Tensor], dry_run: bool) -> str:
     changes = "".join(f", {change}" for change in dict.fromkeys(t.changed for t in tensors if t.changed))
+    misfit = all(t.misfit for t in tensors)
     tensors = [t for t in tensors if t.type.name == tq1_25.NAME]
     if dry_run or not tensors:
-        return "" if tensors else f"kept{changes}"
+        return "" if tensors else f"{'fallback' if misfit else 'kept'}{changes}"
     inexact = [t for t in tensors if not t.is_exact]
     if not inexact:
         return f"exact {len(tensors)}/{len(tensors)}"

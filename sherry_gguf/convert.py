@@ -23,18 +23,20 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import threading
+import traceback
 import zipfile
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import numpy as np
 
-from . import gguf_type, llama_cpp, packed, ternary, tq1_25, vocabulary
+from . import gguf_type, llama_cpp, packed, patterns, ternary, tq1_25, vocabulary
 from .provenance import Checkpoint
 from .vocabulary import Vocabulary, VocabularyError
 
@@ -64,6 +66,7 @@ STORED_TYPES = (
 )
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 OUTPUT = "output.weight"
+MISFIT = "rows of "  # begins why a matrix that would be quantized does not fit
 _LARGEST = {"BF16": float(np.uint32(0x7F7F0000).view(np.float32))}  # else 65504: F16, and scales are fp16
 
 _IN_BLOCK = re.compile(r"^((?:enc\.|dec\.)?blk)\.(\d+)\.")
@@ -177,6 +180,7 @@ class Options:
     require_exact: bool = False
     token_embedding_type: str | None = None
     output_tensor_type: str | None = None
+    fallback_type: str = "Q4_0"
     group_size: int | None = None
     granularity: str | None = None
     tokenizer_pre: str | None = None
@@ -225,7 +229,8 @@ def instantiate(model_dir: Path, options: Options, ftype: str, mixin: type | Non
             **kwargs,
         )
 
-    with _telling(f"{arch} in {model_dir}"):
+    hint = ". If the checkpoint is without its multi-token prediction block, pass --no-nextn"
+    with _telling(f"{arch} in {model_dir}", hint=hint * (cls.supports_mtp_export and not options.no_nextn)):
         model = build(cls)
         if isinstance(inner := vars(model).get("impl"), conversion.ModelBase):  # a class that only picks another
             model = build(type(inner))
@@ -299,8 +304,11 @@ def check_token_count(model, plan: list[Tensor]):
 
 
 @contextlib.contextmanager
-def _telling(what: str, but: tuple[type, ...] = ()):
-    """Upstream's classes fail in any way that there is on a checkpoint that is not as they expect."""
+def _telling(what: str, but: tuple[type, ...] = (), hint: str = ""):
+    """Upstream's classes fail in any way that there is on a checkpoint that is not as they expect.
+
+    `hint` follows an error that has no text of its own.
+    """
     try:
         yield
     except (ConvertError, llama_cpp.NotBuilt, *but):
@@ -308,8 +316,24 @@ def _telling(what: str, but: tuple[type, ...] = ()):
     except VocabularyError as e:
         raise ConvertError(str(e)) from e
     except Exception as e:
-        plain = isinstance(e, (ValueError, ImportError, OSError)) and str(e)
-        raise ConvertError(f"{what}: {e if plain else f'{type(e).__name__}: {e}'}") from e
+        text = str(e).strip()
+        if text and not isinstance(e, AssertionError):
+            plain = isinstance(e, (ValueError, ImportError, OSError))
+            raise ConvertError(f"{what}: {text if plain else f'{type(e).__name__}: {text}'}") from e
+        raise ConvertError(f"{what}: {' '.join(filter(None, [type(e).__name__, text]))} {_origin(e)}{hint}") from e
+
+
+def _origin(e: BaseException) -> str:
+    """Where an exception comes from: the line, and the tensor or token that upstream was at."""
+    place = traceback.extract_tb(e.__traceback__)[-1]
+    names, trace = [], e.__traceback__
+    while trace:
+        for name in ("name", "new_name", "token"):
+            if isinstance(value := trace.tb_frame.f_locals.get(name), str):
+                names.append(f"{'token' if name == 'token' else 'tensor'} {value}")
+        trace = trace.tb_next
+    about = f", {names[-1]}" if names else ""
+    return f"at {Path(place.filename).name}, line {place.lineno} ({place.line}){about}"
 
 
 def _hparams(model_dir: Path) -> dict[str, Any]:
@@ -510,6 +534,7 @@ class Tensor:
     # float64 (4,): error², weight², value², weight · value
     sums: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(4))
     ternary: bool = False  # it has rows that are ternary, and not 3:4 sparse
+    misfit: bool = False  # it would be TQ1_25 but for the length of its rows
     changed: str = ""  # how upstream changed the checkpoint's values, where it did not only move them
     sha256: bytes = b""
 
@@ -544,7 +569,8 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
     import gguf
 
     types = gguf.GGMLQuantizationType
-    patterns = [_compiled(p) for p in options.keep]
+    keep = [_compiled(p) for p in options.keep]
+    fallback = types[options.fallback_type.upper()]
     chosen = dict.fromkeys(EMBEDDINGS, options.token_embedding_type) | {OUTPUT: options.output_tensor_type}
     arch = gguf.MODEL_ARCH_NAMES[model.model_arch]
     plan = []
@@ -560,26 +586,29 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
             t.why = "as upstream"
             t.raw = info.dtype not in (types.F32, types.F16)
         elif chosen.get(name):
-            t.why = "as asked" + ", which overrules --keep" * _kept(t, patterns)
+            t.why = "as asked" + ", which overrules --keep" * _kept(t, keep)
             _set_type(t, types[chosen[name].upper()])
         else:
-            t.why = _why_kept(t, arch, patterns, grouping.kept)
+            t.why = _why_kept(t, arch, keep, grouping.kept)
             if not t.why:
                 _set_type(t, types.TQ1_25)
+            elif t.why.startswith(MISFIT):
+                t.misfit = True
+                if t.shape[-1] % gguf.GGML_QUANT_SIZES[fallback][0] == 0:
+                    _set_type(t, fallback)
         if info.dtype == types.F16:
             t.data = _unrounded(t.data)
-        if t.type == types.TQ1_25:
-            _check_groups(model, t, grouping)
+    _check_groups(model, plan, grouping, options.keep)
     if options.output_tensor_type and not any(t.name == OUTPUT for t in plan):
         raise ConvertError(
             "--output-tensor-type: this model has no output tensor, its embeddings serve as both; "
             "use --token-embedding-type"
         )
-    for p in patterns:
+    for p in keep:
         if not any(_kept(t, [p]) for t in plan):
             raise ConvertError(f"--keep {p.pattern}: no tensor has such a name; --dry-run without it lists them")
     if not any(t.type == types.TQ1_25 for t in plan):
-        by_flag = [f"--keep keeps {sum(t.why == '--keep' for t in plan)} tensors"] * bool(patterns)
+        by_flag = [f"--keep keeps {sum(t.why == '--keep' for t in plan)} tensors"] * bool(keep)
         notes = "; ".join(by_flag + _kept_notes(plan))
         raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME}. {notes}")
     for t in plan:
@@ -588,8 +617,8 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
     return plan
 
 
-def _kept(t: Tensor, patterns: list[re.Pattern]) -> bool:
-    return any(p.search(t.name) or p.search(t.source) for p in patterns)
+def _kept(t: Tensor, keep: list[re.Pattern]) -> bool:
+    return any(p.search(t.name) or p.search(t.source) for p in keep)
 
 
 def _compiled(pattern: str) -> re.Pattern:
@@ -599,11 +628,9 @@ def _compiled(pattern: str) -> re.Pattern:
         raise ConvertError(f"--keep {pattern}: not a regular expression: {e}") from None
 
 
-def _why_kept(t: Tensor, arch: str, patterns: list[re.Pattern], in_training: frozenset[str] = frozenset()) -> str:
-    if _kept(t, patterns):
+def _why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: frozenset[str] = frozenset()) -> str:
+    if _kept(t, keep):
         return "--keep"
-    if t.source in in_training:
-        return "full precision in training"
     if t.name in (*EMBEDDINGS, OUTPUT):
         return "embeddings and output"
     if not _IN_BLOCK.match(t.name) or not t.name.endswith(".weight") or len(t.shape) not in (2, 3):
@@ -611,8 +638,8 @@ def _why_kept(t: Tensor, arch: str, patterns: list[re.Pattern], in_training: fro
     if _NOT_WEIGHTS.search(t.name) or ((special := _NOT_WEIGHTS_OF.get(arch)) and special.search(t.name)):
         return "not a block's weights"
     if t.shape[-1] % tq1_25.BLOCK:
-        return f"rows of {t.shape[-1]}, not a multiple of {tq1_25.BLOCK}"
-    return ""
+        return f"{MISFIT}{t.shape[-1]}, not a multiple of {tq1_25.BLOCK}"
+    return "full precision in training" if t.source in in_training else ""
 
 
 def _set_type(t: Tensor, qtype):
@@ -627,20 +654,27 @@ def _set_type(t: Tensor, qtype):
     t.type, t.nbytes = qtype, t.weights // block * size
 
 
-def _check_groups(model, t: Tensor, grouping: Grouping):
-    if grouping.granularity == "per_group" and t.shape[-1] % grouping.group_size:
+def _check_groups(model, plan: list[Tensor], grouping: Grouping, keep: tuple[str, ...]):
+    """Raise ConvertError with all tensors whose rows or scales TQ1_25 cannot take in the checkpoint's groups."""
+    quantized = [t for t in plan if t.type.name == tq1_25.NAME]
+
+    def refuse(misfits: list[Tensor], what: str, flag: str):
+        names = {t.name for t in misfits}
+        pattern = patterns.matching(names, [t.name for t in quantized if t.name not in names])
+        flags = "".join(f"--keep {shlex.quote(p)} " for p in (*keep, pattern))
         raise ConvertError(
-            f"{t.name} ({t.source}) has rows of {t.shape[-1]}, no whole number of groups of "
-            f"{grouping.group_size}: keep it with --keep, or pass --group-size {tq1_25.BLOCK} to "
-            "quantize it anew, with loss"
+            f"{len(misfits)} of {len(quantized)} matrices {what}: {starred(misfits)}. To keep them unquantized:\n  {flags}\n"
+            f"or to quantize all weights anew, with loss:\n  {flag}"
         )
-    if grouping.granularity == "per_tensor" and t.source in model.model_tensors:
-        if model.model_tensors[t.source]().numel() not in (t.weights, math.prod(t.shape[-2:])):
-            raise ConvertError(
-                f"{t.name} is not one whole tensor of the checkpoint ({t.source}), so the scale that "
-                "per_tensor gave it is lost: keep it with --keep, or pass --granularity per_channel "
-                "to quantize it anew, with loss"
-            )
+
+    if grouping.granularity == "per_group" and (misfits := [t for t in quantized if t.shape[-1] % grouping.group_size]):
+        sizes = ", ".join(map(str, sorted({t.shape[-1] for t in misfits})))
+        refuse(misfits, f"have rows of {sizes}, not a multiple of the group size, {grouping.group_size}", f"--group-size {tq1_25.BLOCK}")
+    if grouping.granularity == "per_tensor":
+        whole = model.model_tensors
+        misfits = [t for t in quantized if t.source in whole and whole[t.source]().numel() not in (t.weights, math.prod(t.shape[-2:]))]
+        if misfits:
+            refuse(misfits, "are only parts of tensors of the checkpoint, so that per_tensor's scale is lost", "--granularity per_channel")
 
 
 def check_blocks(model, plan: list[Tensor], options: Options):
@@ -978,7 +1012,7 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
         vocabulary.check_files(model_dir)
     target = _target(model_dir, options)
     grouping = read_grouping(model_dir, options)
-    for name in (options.token_embedding_type, options.output_tensor_type):
+    for name in (options.token_embedding_type, options.output_tensor_type, options.fallback_type):
         if name and name.upper() not in STORED_TYPES:
             raise ConvertError(f"unknown tensor type {name}: there are {', '.join(STORED_TYPES)}")
     if options.metadata:
@@ -992,6 +1026,11 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
         plan = [] if options.vocab_only else make_plan(model, options, grouping)
         _set_tensors(model.gguf_writer, plan, options)
         add_metadata(model)
+        if options.require_exact and (lossy := [t for t in plan if t.misfit and t.type.name not in ("F32", "F16", "BF16")]):
+            raise ConvertError(
+                f"--require-exact: {len(lossy)} tensors would be stored as {lossy[0].type.name}, with loss, since their rows are not "
+                f"a multiple of {tq1_25.BLOCK}: {starred(lossy)}. Pass --fallback-type F16 as well"
+            )
         if plan:
             check_blocks(model, plan, options)
             check_token_count(model, plan)
@@ -1071,9 +1110,24 @@ def _other_splits(target: Path, names: list[Path]) -> list[str]:
 def _kept_notes(plan: list[Tensor]) -> list[str]:
     by_why = collections.defaultdict(list)
     for t in plan:
-        if any(word in t.why for word in ("multiple", "magnitude", "overrules")):
+        if t.misfit or any(word in t.why for word in ("magnitude", "overrules")):
             by_why[t.type.name, t.why].append(t)
-    return [f"kept in {name}, {why}: {starred(tensors)}" for (name, why), tensors in by_why.items()]
+    notes = [f"kept in {name}, {why}: {starred(tensors)}" for (name, why), tensors in by_why.items()]
+    if misfits := [t for t in plan if t.misfit]:
+        sizes = ", ".join(f"{name} {_size_as(misfits, name) / 1e6:.1f} MB" for name in ("Q4_0", "Q8_0", "F16"))
+        notes.append(f"what is not a multiple of {tq1_25.BLOCK} takes, by --fallback-type: {sizes}")
+    return notes
+
+
+def _size_as(tensors: list[Tensor], name: str) -> int:
+    """Bytes of tensors as this type, or F16 where their rows are not whole blocks of it."""
+    import gguf
+
+    def size(t: Tensor) -> int:
+        block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+        return 2 * t.weights if t.shape[-1] % block else t.weights // block * nbytes
+
+    return sum(map(size, tensors))
 
 
 def star(name: str) -> str:
@@ -1083,8 +1137,7 @@ def star(name: str) -> str:
 
 def starred(tensors: list[Tensor]) -> str:
     """The names, those of the same place in different blocks as one."""
-    count = collections.Counter(star(t.name) for t in tensors)
-    return ", ".join(name + f" ({n} blocks)" * (n > 1) for name, n in count.items())
+    return patterns.starred(t.name for t in tensors)
 
 
 def _set_tensors(writer, plan: list[Tensor], options: Options):

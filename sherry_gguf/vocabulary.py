@@ -63,8 +63,8 @@ class Vocabulary:
                 raise
             token = next(iter(beyond))
             raise VocabularyError(
-                f"{self.dir_model}: the tokenizer has {len(beyond)} tokens with ids beyond the model's vocabulary, the first "
-                f"{token!r} with id {beyond[token]}; config.json has vocab_size {size}. Remove them from the tokenizer, or resize "
+                f"{self.dir_model}: the tokenizer has {len(beyond)} token{'s' * (len(beyond) > 1)} beyond the model's vocabulary, the "
+                f"first {token!r} with id {beyond[token]}; config.json has vocab_size {size}. Remove them from the tokenizer, or resize "
                 f"the model's embeddings: model.resize_token_embeddings({max(beyond.values()) + 1})"
             ) from None
 
@@ -152,7 +152,8 @@ def _pre_advice(gguf: Path, tokenizer) -> str:
     names = tokenizer_check.matching(gguf, tokenizer, known_pres())
     if not names:
         return f"There is no --tokenizer-pre with which both split a sample of texts alike. {NO_CHECK}"
-    return f"Both split a sample of texts alike with --tokenizer-pre {' or '.join(names)}"
+    names.sort(key=len)  # the longer ones are of less known models
+    return f"Both split a sample of texts alike with --tokenizer-pre {' or '.join(names[:6])}"
 
 
 def _sentencepiece_advice(model_dir: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import logging
 import re
@@ -11,6 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from sherry_gguf import patterns
 from sherry_gguf.ternary import GROUP, KEPT
 
 from . import quantizer
@@ -143,12 +145,8 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
     elif not turn:
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r})"
                          + f", besides the {len(already)} that are quantized already" * bool(already))
-    for name, m in turn.items():
-        shape = tuple(m.weight.shape)
-        try:
-            quantizer.check(shape[::-1] if isinstance(m, Conv1D) else shape, **dataclasses.asdict(quant), name=name)
-        except ValueError as e:
-            raise ValueError(f"{e}: choose another granularity or group_size, or name the layer in keep") from None
+    if misfits := [name for name, m in turn.items() if _inputs(m) % quantizer.divisor(**dataclasses.asdict(quant))]:
+        raise ValueError(_misfits(turn, misfits, quant, keep))
     if hasattr(model, "config"):  # of a Sherry checkpoint that this training starts from
         model.config.__dict__.pop("sherry_config", None)
     if not turn:
@@ -163,6 +161,25 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
         if said := sherry_config(model, "latent"):
             model.config.sherry_config = said
     return list(turn)
+
+
+def _inputs(m: nn.Module) -> int:
+    return m.weight.shape[0 if isinstance(m, Conv1D) else 1]
+
+
+def _misfits(turn: dict[str, nn.Module], misfits: list[str], quant: QuantConfig, keep: str) -> str:
+    """The message about layers whose inputs do not fit, with a `keep` that leaves them out, and no others."""
+    sizes = collections.defaultdict(list)
+    for name in misfits:
+        sizes[_inputs(turn[name])].append(name)
+    listed = "; ".join(f"{n} inputs: {patterns.starred(names)}" for n, names in sorted(sizes.items()))
+    divisor = quantizer.divisor(**dataclasses.asdict(quant))
+    told = (f"{len(misfits)} of {len(turn)} layers have inputs that are not a multiple of {divisor}, as {quant.method} "
+            f"{quant.granularity} needs ({listed})")  # fmt: skip
+    if len(misfits) == len(turn):
+        return f"{told}. None is left to quantize"
+    pattern = patterns.matching(misfits, set(turn) - set(misfits))
+    return f"{told}. To leave them in full precision:\n  --keep '{f'{keep}|' * bool(keep)}{pattern}'"
 
 
 def sherry_config(model: nn.Module, weights: str) -> dict | None:

@@ -53,8 +53,8 @@ def fake_quantize(
     return _StraightThrough.apply(weight, method, scale_size(weight.shape, granularity, group_size), residual, rescale)
 
 
-def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int, name: str = "weight") -> None:
-    """Raises ValueError where `fake_quantize` cannot quantize a weight of such a shape; `name` is for the message."""
+def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int) -> None:
+    """Raises ValueError where `fake_quantize` cannot quantize a weight of such a shape."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
     if granularity not in GRANULARITIES:
@@ -63,10 +63,17 @@ def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int
         return
     if granularity == "per_group" and (group_size <= 0 or group_size % GROUP):
         raise ValueError(f"group_size is {group_size}: it must be a positive multiple of {GROUP}")
-    divisor = group_size if granularity == "per_group" else GROUP if method == "sherry" else 1
-    if len(shape) == 0 or shape[-1] % divisor:
-        raise ValueError(f"{name} has shape {shape}: its inputs (the last axis) must be a multiple of {divisor} for "
+    multiple = divisor(method, granularity, group_size)
+    if len(shape) == 0 or shape[-1] % multiple:
+        raise ValueError(f"a weight has shape {shape}: its inputs (the last axis) must be a multiple of {multiple} for "
                          f"{method} {granularity}")
+
+
+def divisor(method: str, granularity: str, group_size: int) -> int:
+    """What the number of a layer's inputs must be a multiple of."""
+    if method == "full":
+        return 1
+    return group_size if granularity == "per_group" else GROUP if method == "sherry" else 1
 
 
 def scale_size(shape: tuple[int, ...], granularity: str, group_size: int) -> int:

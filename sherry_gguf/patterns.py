@@ -1,0 +1,36 @@
+"""Regular expressions for names of tensors and layers."""
+
+from __future__ import annotations
+
+import collections
+import re
+from typing import Iterable
+
+
+def starred(names: Iterable[str]) -> str:
+    """The names, those that differ only in the number of a block as one: "blk.*.attn_q.weight (30 blocks), output.weight"."""
+    count = collections.Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    return ", ".join(name + f" ({n} blocks)" * (n > 1) for name, n in count.items())
+
+
+def matching(names: Iterable[str], but: Iterable[str]) -> str:
+    """The shortest regular expression of a few kinds that re.search finds in each of `names` and in none of `but`."""
+    names, but = list(dict.fromkeys(names)), list(but)
+
+    def last(name: str) -> str:
+        parts = name.split(".")
+        return parts[-2] if parts[-1] in ("weight", "bias") and len(parts) > 1 else parts[-1]
+
+    def joined(parts: Iterable[str]) -> str:
+        parts = list(dict.fromkeys(parts))
+        return parts[0] if len(parts) == 1 else f"(?:{'|'.join(parts)})"
+
+    candidates = (
+        joined(re.escape(last(name)) for name in names),
+        rf"\b{joined(re.escape(last(name)) for name in names)}\b",
+        joined(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(name)) for name in names),
+    )
+    for pattern in candidates:
+        if all(re.search(pattern, name) for name in names) and not any(re.search(pattern, name) for name in but):
+            return pattern
+    return f"^{joined(map(re.escape, names))}$"
