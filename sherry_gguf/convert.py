@@ -251,7 +251,13 @@ def add_metadata(model):
     import gguf
 
     model.ftype = gguf.LlamaFileType.MOSTLY_TQ1_25
-    with _telling(f"{model.dir_model}: its metadata or tokenizer cannot be converted"):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_telling(f"{model.dir_model}: its metadata or tokenizer cannot be converted"))
+        if (name := name_of(model.dir_model)) != model.dir_model.resolve().name:
+            # upstream makes name, size label and more of the directory's name, which in a cache is a commit's hash
+            link = Path(stack.enter_context(tempfile.TemporaryDirectory())) / name
+            link.symlink_to(model.dir_model.resolve(), target_is_directory=True)
+            model.dir_model_card = link
         model.prepare_metadata(vocab_only=False)
     for key, v in model.gguf_writer.kv_data[0].items():
         if key.startswith("general."):  # what --metadata sets
@@ -1069,12 +1075,21 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
 
 def _target(model_dir: Path, options: Options) -> Path:
     kind = "vocab" if options.vocab_only else tq1_25.NAME
-    default = f"{model_dir.resolve().name}-{kind}.gguf"
+    default = f"{name_of(model_dir)}-{kind}.gguf"
     target = options.outfile or model_dir
     if os.path.isdir(target):
         target = target / default
     name = re.sub(r"\{(ftype|outtype)\}", kind.lower(), target.name)
     return _not_of_checkpoint(model_dir, target.with_name(name.replace("{FTYPE}", kind.upper())))
+
+
+def name_of(model_dir: Path) -> str:
+    """The model's name by its directory: that of the repository where it is a snapshot in the Hugging Face cache."""
+    model_dir = model_dir.resolve()
+    repository = model_dir.parent.parent.name
+    if model_dir.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.split("--")[-1]
+    return model_dir.name
 
 
 def _not_of_checkpoint(model_dir: Path, target: Path) -> Path:
@@ -1112,7 +1127,10 @@ def _kept_notes(plan: list[Tensor]) -> list[str]:
     for t in plan:
         if t.misfit or any(word in t.why for word in ("magnitude", "overrules")):
             by_why[t.type.name, t.why].append(t)
-    notes = [f"kept in {name}, {why}: {starred(tensors)}" for (name, why), tensors in by_why.items()]
+    notes = [
+        f"{'kept in' if name in ('F32', 'F16', 'BF16') else 'stored as'} {name}, {why}: {starred(tensors)}"
+        for (name, why), tensors in by_why.items()
+    ]
     if misfits := [t for t in plan if t.misfit]:
         sizes = ", ".join(f"{name} {_size_as(misfits, name) / 1e6:.1f} MB" for name in ("Q4_0", "Q8_0", "F16"))
         notes.append(f"what is not a multiple of {tq1_25.BLOCK} takes, by --fallback-type: {sizes}")
