@@ -514,13 +514,14 @@ def test_killed(slow, good, tmp_path):
     """What a killed conversion left is removed by the next one; what another one is writing is not."""
     import fcntl
 
+    convert = ["convert", good, "--outfile", tmp_path / "x.gguf"]
+    assert sherry(*convert).returncode == 0  # the first one takes long, maybe longer than the slow one
     process = conftest.python(SLOW, "convert", slow, "--outfile", tmp_path / "out.gguf")
     deadline = time.monotonic() + 100
     while not (left := list(tmp_path.glob(".sherry*/out.gguf"))):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
     old = left[0].parent
-    convert = ["convert", good, "--outfile", tmp_path / "x.gguf"]
     assert sherry(*convert).returncode == 0 and old.is_dir()  # it is at work
     process.kill()
     process.communicate()
