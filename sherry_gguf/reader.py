@@ -150,13 +150,14 @@ def _reader():
             over junk behind the last tensor, which is refused here: nothing else tells that tensor's type.
             """
             if ends and ends[0][0] != self.data_start:
-                return f"the tensors' data begins at byte {self.data_start}, but the first of them, {ends[0][2]}, at byte {ends[0][0]}"
+                start, _, name, *_ = ends[0]
+                return f"the tensors' data begins at byte {self.data_start}, but the first of them, {name}, at byte {start}"
             for i, (start, end, name, hint, qtype) in enumerate(ends):
                 last = i + 1 == len(ends)
                 room = (len(self.data) if last else ends[i + 1][0]) - start
                 if room > -(-(end - start) // alignment) * alignment:  # less: the last tensor lacks padding
-                    return (f"tensor {name} takes {end - start} bytes as {qtype}, and has {room} up to {'the end of the file' if last else 'the next tensor'}: "
-                            f"it is of another type that had this number once, or the file is damaged{hint}")  # fmt: skip
+                    return (f"tensor {name} takes {end - start} bytes as {qtype}, and has {room} up to the {'end of the file' if last else 'next tensor'}: "
+                            f"it was written as another type of this number, or the file is damaged{hint}")  # fmt: skip
             return ""
 
     return Reader
