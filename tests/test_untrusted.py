@@ -147,7 +147,7 @@ def test_a_number_that_another_type_has_now(tmp_path, which):
     path.write_bytes(data)
     name, rows = ("blk.0.attn_q.weight", 256) if which == "all" else (NAME, 64)
     says = f"error: {path}: tensor {name} takes {36 * rows} bytes as Q1_0, and has {66 * rows} up to the next tensor: it was written as another type of this number"
-    for command in (["inspect", path], ["retag", path, tmp_path / "y.gguf"], *(["transcode", path, tmp_path / "y.gguf", "--to", to] for to in transcode.TARGETS)):
+    for command in (["inspect", path], ["verify", path, tmp_path], ["retag", path, tmp_path / "y.gguf"], *(["transcode", path, tmp_path / "y.gguf", "--to", to] for to in transcode.TARGETS)):
         done = sherry(*command)
         assert done.returncode == 1 and done.stderr.startswith(says), done.stdout + done.stderr
     assert path.read_bytes() == data and list(tmp_path.iterdir()) == [path]
