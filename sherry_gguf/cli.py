@@ -296,8 +296,8 @@ def _retag_parser(parser: argparse.ArgumentParser):
 def _retag(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if (args.output is None) != args.in_place:
         parser.error("give a file to write, or --in-place")
-    count = retag.retag_in_place(args.gguf) if args.in_place else retag.retag(args.gguf, args.output)
-    print(f"{args.output or args.gguf}: {count} tensors are STQ1_0 by number 43 now")
+    count, file_type = retag.retag_in_place(args.gguf) if args.in_place else retag.retag(args.gguf, args.output)
+    print(f"{args.output or args.gguf}: {count} tensors are STQ1_0 by number 43 now{', and so is general.file_type' * file_type}")
     return 0
 
 

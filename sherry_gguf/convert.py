@@ -1326,6 +1326,12 @@ def _disk_full(target: Path, needed: int, free: int) -> str:
 
 
 _STAGING = ".sherry-gguf-"
+_SET_ASIDE = "set-aside.old"  # a directory in the staging one: a file of that name is what a user has called the target
+
+
+def _holds_older(staging: Path) -> bool:
+    """Are there older files of a split that `_commit` has neither replaced nor put back? They may be the only copies."""
+    return any((staging / _SET_ASIDE).glob("*"))
 
 
 @contextlib.contextmanager
@@ -1336,7 +1342,7 @@ def _staging(target: Path, needed: int) -> Iterator[Path]:
         _sweep(target.parent)
         with _uninterrupted():
             while staging is None or not staging.exists():  # another process may have taken it for a dead one's
-                staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=target.parent))
+                staging = Path(tempfile.mkdtemp(".staging", _STAGING, target.parent))
                 lock = _lock(staging, wait=True)
         yield staging
     except OSError as e:
@@ -1347,7 +1353,7 @@ def _staging(target: Path, needed: int) -> Iterator[Path]:
         raise ConvertError(f"cannot write {target}: {e.strerror or e}. Choose another place for it") from e
     finally:
         with _uninterrupted():
-            if staging and not any(staging.glob("*.old")):  # what `_commit` could not put back
+            if staging and not _holds_older(staging):
                 shutil.rmtree(staging, ignore_errors=True)
             if lock is not None:
                 os.close(lock)
@@ -1373,10 +1379,9 @@ def _lock(directory: Path, wait: bool = False) -> int | None:
 
 def _sweep(directory: Path):
     """Remove what conversions left that were killed: nobody holds its lock any more."""
-    for old in directory.glob(_STAGING + "?" * 8):
-        # One that was killed while it replaced the files of a split may hold the only copy of an older one.
+    for old in directory.glob(f"{_STAGING}{'?' * 8}.staging"):
         if (lock := _lock(old)) is not None:
-            if not any(old.glob("*.old")):
+            if not _holds_older(old):
                 shutil.rmtree(old, ignore_errors=True)
             os.close(lock)
 
@@ -1408,15 +1413,17 @@ def _commit(staged: list[Path], files: list[Path]):
 
 def _replace_all(staged: list[Path], files: list[Path]):
     undo: list[tuple[Path, Path]] = []
+    aside = staged[0].with_name(_SET_ASIDE)
 
     def move(here: Path, there: Path):
         os.rename(here, there)
         undo.append((there, here))
 
     try:
-        for i, (new, file) in enumerate(zip(staged, files)):
+        aside.mkdir()
+        for i, file in enumerate(files):
             if file.is_file():
-                move(file, new.with_name(f"{i}.old"))
+                move(file, aside / f"{i}.old")
         for new, file in reversed([*zip(staged, files)]):
             move(new, file)
     except BaseException as e:
@@ -1427,12 +1434,12 @@ def _replace_all(staged: list[Path], files: list[Path]):
             except OSError:
                 left.append((there, here))
         if left:
-            places = ", ".join(f"{here.name} is {there}" for there, here in left if there.suffix == ".old") or "older ones there were none"
+            places = ", ".join(f"{here.name} is {there}" for there, here in left if there.parent == aside) or "older ones there were none"
             raise ConvertError(f"cannot write {files[0]}: {getattr(e, 'strerror', None) or e}; nor could the files that were there be put back: {places}. Move "
                                "them by hand") from e
         raise
     for there, _ in undo:
-        if there.suffix == ".old":  # else `_staging` would take it for one that is needed
+        if there.parent == aside:  # else `_staging` would take it for one that is needed
             with contextlib.suppress(OSError):
                 there.unlink()
 

@@ -53,7 +53,7 @@ def _reader():
 
     class Reader(gguf.GGUFReader):
         def __init__(self, path: Path, types: bool):
-            self.path, self.types, self.table, self.entries = path, types, [], 0
+            self.path, self.types, self.table, self.entries, self.data_start = path, types, [], 0, 0
             super().__init__(path)
             if self.byte_order == "S":
                 raise ConvertError(f"{path} is of the other byte order, which the blocks of 3:4 sparse ternary weights are not made for")
@@ -95,6 +95,7 @@ def _reader():
             return super()._get_tensor_info_field(orig_offs)
 
         def _build_tensors(self, start_offs, fields):
+            self.data_start = int(start_offs)
             for field in fields:
                 shape = tuple(int(n) for n in field.parts[3])
                 type_at = int(field.offset) + sum(int(part.nbytes) for part in field.parts[:4])
@@ -104,9 +105,16 @@ def _reader():
                     raise ConvertError(f"{self.path}: {problem}")
                 super()._build_tensors(start_offs, fields)
 
+        def file_type_at(self) -> int | None:
+            """Where in the file general.file_type's 32 bits are; None where it is missing or of another type."""
+            field = self.fields.get("general.file_type")
+            if field is None or field.types not in ([gguf.GGUFValueType.UINT32], [gguf.GGUFValueType.INT32]):
+                return None
+            return int(field.offset) + sum(int(part.nbytes) for part in field.parts[:-1])
+
         def problem(self, old: bool = False) -> str:
             """What is wrong with a tensor, by name, or ""; with `old` the number 42 is believed to be STQ1_0's."""
-            size, ends, names = len(self.data), [], set()
+            size, ends, names, alignment = len(self.data), [], set(), int(self.alignment)
             for e in self.table:
                 tensor = f"tensor {e.name}" + f" ({' x '.join(map(str, e.shape))})" * bool(e.shape)
                 type_id = stq1_0.TYPE.type_id if old and e.type_id == stq1_0.OLD_TYPE_ID else e.type_id
@@ -123,16 +131,33 @@ def _reader():
                     return f"{tensor} is {qtype.name}, in blocks of {block}: its rows are no whole blocks"
                 if math.prod(n for n in e.shape if n) >= 1 << 63:
                     return f"{tensor} has more weights than 64 bits count"
-                if e.start % self.alignment:
-                    return f"{tensor} begins at byte {e.start}, not a multiple of the file's alignment, {self.alignment}"
+                if e.start % alignment:
+                    return f"{tensor} begins at byte {e.start}, not a multiple of the file's alignment, {alignment}"
                 end = e.start + math.prod(e.shape) // block * nbytes
                 if end > size:
                     return f"{tensor} would end at byte {end}, the file has {size}: it is truncated, or damaged{hint}"
-                ends.append((e.start, end, e.name, hint))
+                ends.append((e.start, end, e.name, hint, qtype.name))
             ends.sort()
-            for (_, end, one, hint), (start, _, other, _) in zip(ends, ends[1:]):
+            for (_, end, one, hint, _), (start, _, other, *_) in zip(ends, ends[1:]):
                 if start < end:
                     return f"tensors {one} and {other} overlap: one ends at byte {end}, the other begins at {start}{hint}"
+            return self._wrong_room(ends, alignment)
+
+        def _wrong_room(self, ends: list[tuple], alignment: int) -> str:
+            """Which tensor has more bytes in the file than its type takes: its number stands for another type, maybe of a fork.
+
+            llama.cpp is as strict but in two points. Tensors may lie in another order than in the table here. And llama.cpp passes
+            over junk behind the last tensor, which is refused here: nothing else tells that tensor's type.
+            """
+            if ends and ends[0][0] != self.data_start:
+                start, _, name, *_ = ends[0]
+                return f"the tensors' data begins at byte {self.data_start}, but the first of them, {name}, at byte {start}"
+            for i, (start, end, name, hint, qtype) in enumerate(ends):
+                last = i + 1 == len(ends)
+                room = (len(self.data) if last else ends[i + 1][0]) - start
+                if room > -(-(end - start) // alignment) * alignment:  # less: the last tensor lacks padding
+                    return (f"tensor {name} takes {end - start} bytes as {qtype}, and has {room} up to the {'end of the file' if last else 'next tensor'}: "
+                            f"it was written as another type of this number, or the file is damaged{hint}")  # fmt: skip
             return ""
 
     return Reader

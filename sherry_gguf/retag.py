@@ -2,6 +2,8 @@
 
 Both are told apart by the room that a tensor has in the file, up to the next one: STQ1_0 takes 42 bytes for 256 weights and
 Q2_0 takes 72. Nothing else in the file is believed, and a tensor with another room is no reason to guess.
+
+general.file_type has the same history: the first files have 41, which is Q2_0's now, or 42. It becomes 43 along with the tensors.
 """
 
 from __future__ import annotations
@@ -21,13 +23,17 @@ from .convert import ConvertError
 from .reader import Entry, open_gguf
 
 Q2_0 = (64, 18)  # weights and bytes of a block of upstream's type 42
+OLD_FILE_TYPES = (41, 42)  # general.file_type in the first files
 BACKUP = ".before-retag"  # behind the file's name: its old head, while a retag in place is at work
 
 
 def old_tensors(path: Path) -> list[Entry]:
     """Those of STQ1_0 with the old number, maybe none. Raises ConvertError where a tensor of 42 may be anything else."""
-    reader = open_gguf(path, types=False)
-    entries, alignment = reader.table, int(reader.alignment)
+    return _old_tensors(open_gguf(path, types=False))
+
+
+def _old_tensors(reader) -> list[Entry]:
+    path, entries, alignment = reader.path, reader.table, int(reader.alignment)
     ends = sorted({e.start for e in entries})
     size = path.stat().st_size
     found, either = [], []
@@ -66,18 +72,39 @@ def old_tensors(path: Path) -> list[Entry]:
     return found
 
 
-def retag(source: Path, target: Path) -> int:
-    """Write a copy of an old STQ1_0 file with the type's number of today; the count of tensors. Raises ConvertError.
+def _changes(path: Path) -> tuple[int, dict[int, int]]:
+    """How many tensors have the old number, and which 32 bits of the file must become what: offset to value."""
+    reader = open_gguf(path, types=False)
+    found = _old_tensors(reader)
+    numbers = {e.type_at: stq1_0.TYPE.type_id for e in found}
+    if (at := reader.file_type_at()) is not None and reader.fields["general.file_type"].contents() in OLD_FILE_TYPES:
+        if found or any(map(_has_stq1_0, verify.split_files(path))):
+            numbers[at] = stq1_0.TYPE.file_type
+    return len(found), numbers
 
-    The target is there whole, or as it was before.
+
+def _has_stq1_0(path: Path) -> bool:
+    """Has a file STQ1_0 tensors, by either number? An earlier retag may have changed the numbers of the tensors alone."""
+    try:
+        reader = open_gguf(path, types=False)
+        return any(e.type_id == stq1_0.TYPE.type_id for e in reader.table) or bool(_old_tensors(reader))
+    except ConvertError:  # another file of the split, which is missing, or nothing that retag changes
+        return False
+
+
+def retag(source: Path, target: Path) -> tuple[int, bool]:
+    """Write a copy of an old STQ1_0 file with the type's number of today.
+
+    Returns how many tensors have another number, and whether general.file_type has. The target is there whole, or as it was
+    before. Raises ConvertError.
     """
     source, target = Path(source), Path(target)
     verify.check_shard(source, target)
     target = convert.writable(target)
     if source.with_name(source.name + BACKUP).exists():
         raise ConvertError(f"{source.name + BACKUP} says that a retag of {source} in place was cut off: run it with --in-place again")
-    found = old_tensors(source)
-    if not found and not verify.is_shard(source):  # of a split, one without any goes along
+    count, numbers = _changes(source)
+    if not numbers and not verify.is_shard(source):  # of a split, one without any goes along
         raise _nothing(source)
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the file itself: --in-place changes it where it is")
@@ -85,15 +112,15 @@ def retag(source: Path, target: Path) -> int:
         new = staging / target.name
         shutil.copyfile(source, new)
         with open(new, "r+b") as f:
-            _set(f, found, stq1_0.TYPE.type_id)
+            _set(f, numbers)
             os.fsync(f.fileno())
-        _check(new, found)
+        _check(new, numbers)
         convert._commit([new], [target])
-    return len(found)
+    return count, len(numbers) > count
 
 
-def retag_in_place(path: Path) -> int:
-    """The same in the file itself; the count of tensors. Raises ConvertError.
+def retag_in_place(path: Path) -> tuple[int, bool]:
+    """The same in the file itself. Raises ConvertError, also for a symbolic link, whose file has other users.
 
     Its head, up to the last number that changes, is kept beside it until the new one is on the disk; a run that was cut off
     in between is undone by the next one.
@@ -103,11 +130,14 @@ def retag_in_place(path: Path) -> int:
     with _alone(path):
         if os.path.lexists(backup):
             _restore(path, backup)
-        found = old_tensors(path)
-        if not found:
+        if path.is_symlink():
+            raise ConvertError(f"{path} is a symbolic link to {path.resolve()}: --in-place would change that file, which others may read, "
+                               "as in a Hugging Face cache. Write a copy: sherry-gguf retag IN OUT")
+        count, numbers = _changes(path)
+        if not numbers:
             raise _nothing(path)
         with _told(path), open(path, "r+b") as f:
-            head = f.read(max(e.type_at for e in found) + 4)
+            head = f.read(max(numbers) + 4)
             part = backup.with_name(backup.name + ".part")
             part.unlink(missing_ok=True)
             try:
@@ -120,28 +150,32 @@ def retag_in_place(path: Path) -> int:
                 part.unlink(missing_ok=True)
                 raise
             _sync_directory(path.parent)
-            _set(f, found, stq1_0.TYPE.type_id)
+            _set(f, numbers)
             os.fsync(f.fileno())
-        _check(path, found)
+        _check(path, numbers)
         backup.unlink()
-    return len(found)
+    return count, len(numbers) > count
 
 
 def _nothing(path: Path) -> ConvertError:
     return ConvertError(f"{path} has no tensor of type {stq1_0.OLD_TYPE_ID}: there is nothing to change")
 
 
-def _set(f: BinaryIO, entries: list[Entry], type_id: int) -> None:
-    for e in entries:
-        f.seek(e.type_at)
-        f.write(struct.pack("<I", type_id))
+def _set(f: BinaryIO, numbers: dict[int, int]) -> None:
+    for at, value in numbers.items():
+        f.seek(at)
+        f.write(struct.pack("<I", value))
     f.flush()
 
 
-def _check(path: Path, found: list[Entry]) -> None:
-    changed = {e.type_at: e for e in found}
-    if sum(e.type_at in changed and e.type_id == stq1_0.TYPE.type_id for e in open_gguf(path).table) != len(found):
+def _check(path: Path, numbers: dict[int, int]) -> None:
+    data = open_gguf(path).data
+    if any(data[at : at + 4].tobytes() != struct.pack("<I", value) for at, value in numbers.items()):
         raise ConvertError(f"{path} read back is not what was written: check the disk and its free space")
+
+
+# What a retag changes, byte by byte: the new one, the old one.
+_CHANGED = {(stq1_0.TYPE.type_id, stq1_0.OLD_TYPE_ID), *((stq1_0.TYPE.file_type, old) for old in OLD_FILE_TYPES)}
 
 
 def _restore(path: Path, backup: Path) -> None:
@@ -151,9 +185,9 @@ def _restore(path: Path, backup: Path) -> None:
     head = backup.read_bytes()
     with _told(path), open(path, "r+b") as f:
         now = f.read(len(head))
-        # but for the numbers of types it must be the file's own: somebody may have put another file in its place
+        # but for the numbers that change it must be the file's own: somebody may have put another file in its place
         differ = [i for i, (a, b) in enumerate(zip(now, head)) if a != b]
-        if len(now) != len(head) or any((now[i], head[i]) != (stq1_0.TYPE.type_id, stq1_0.OLD_TYPE_ID) for i in differ):
+        if len(now) != len(head) or any((now[i], head[i]) not in _CHANGED for i in differ):
             raise ConvertError(f"{backup} is of a retag that was cut off, but not of the {path.name} that is there now: remove it if "
                                "that file is whole")
         f.seek(0)

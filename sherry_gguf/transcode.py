@@ -220,9 +220,7 @@ def _head(reader, plan: list[Moved], to: str) -> bytes:
     """All before the tensors' data: the metadata as it is, but for the file type; the table anew."""
     first = min((int(t.field.offset) for t in reader.tensors), default=len(reader.data))
     head = bytearray(reader.data[:first].tobytes())
-    field = reader.fields.get("general.file_type")
-    if field is not None and len(field.parts[-1]) == 1 and field.parts[-1].nbytes == 4:
-        at = int(field.offset) + sum(int(p.nbytes) for p in field.parts[:-1])
+    if (at := reader.file_type_at()) is not None:
         head[at : at + 4] = struct.pack("<I", gguf_type.TYPES[to.upper()].file_type if to.upper() in gguf_type.TYPES else FILE_TYPES[to])
     offset, alignment = 0, int(reader.alignment)
     for t, m in zip(reader.tensors, plan):

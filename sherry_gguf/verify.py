@@ -74,14 +74,20 @@ def check_shard(source: Path, target: Path):
                            f"with {shard[0]}, as it does")
 
 
-def read_gguf(path: Path) -> Gguf:
-    """Read the metadata and the tensor table; of a split, any file stands for all. Raises ConvertError."""
-    path = Path(path)
-    files = [path]
+def split_files(path: Path) -> list[Path]:
+    """The files of the split that a file belongs to by its name, or the file alone."""
     if split := _SHARD.search(path.name):
         stem = path.name[: split.start()]
         named = [path.with_name(f"{stem}-{i + 1:05d}-of-{split[2]}.gguf") for i in range(int(split[2]))]
-        files = named if path in named else files
+        if path in named:
+            return named
+    return [path]
+
+
+def read_gguf(path: Path) -> Gguf:
+    """Read the metadata and the tensor table; of a split, any file stands for all. Raises ConvertError."""
+    path = Path(path)
+    files = split_files(path)
     model = Gguf(files, {}, {}, {})
     for file in files:
         reader = open_gguf(file)

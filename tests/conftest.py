@@ -136,10 +136,10 @@ def zoo(tmp_path_factory):
 # ---- the demo model ----
 
 
-def upstream_f32(directory, outfile):
+def upstream_f32(directory, outfile, *flags):
     """Upstream's own script, in the environment that it takes its gguf package from."""
     script = llama_cpp.source_dir() / "convert_hf_to_gguf.py"
-    subprocess.run([sys.executable, script, directory, "--outtype", "f32", "--outfile", outfile], check=True,
+    subprocess.run([sys.executable, script, directory, "--outtype", "f32", "--outfile", outfile, *map(str, flags)], check=True,
                    capture_output=True)  # fmt: skip
 
 

@@ -15,7 +15,7 @@ TOKENS = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", *(f"<0x{b:02X}>" for 
 
 
 def model(path: Path, qtype, width: int, old: bool = False) -> Path:
-    """A Llama of one layer with the blocks' matrices of a type; `old`: with the number that STQ1_0 had once."""
+    """A Llama of one layer with the blocks' matrices of a type; `old`: with the numbers that STQ1_0 had once."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
@@ -57,7 +57,9 @@ def model(path: Path, qtype, width: int, old: bool = False) -> Path:
     writer.close()
     if old:
         data = bytearray(path.read_bytes())
-        for e in open_gguf(path, types=False).table:
+        reader = open_gguf(path, types=False)
+        data[reader.file_type_at()] = 41
+        for e in reader.table:
             if e.type_id == Q.STQ1_0:
                 data[e.type_at] = 42
         path.write_bytes(data)

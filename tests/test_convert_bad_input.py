@@ -514,25 +514,47 @@ def test_killed(slow, good, tmp_path):
     """What a killed conversion left is removed by the next one; what another one is writing is not."""
     import fcntl
 
+    convert = ["convert", good, "--outfile", tmp_path / "x.gguf"]
+    assert sherry(*convert).returncode == 0  # the first one takes long, maybe longer than the slow one
     process = conftest.python(SLOW, "convert", slow, "--outfile", tmp_path / "out.gguf")
     deadline = time.monotonic() + 100
     while not (left := list(tmp_path.glob(".sherry*/out.gguf"))):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
     old = left[0].parent
-    convert = ["convert", good, "--outfile", tmp_path / "x.gguf"]
     assert sherry(*convert).returncode == 0 and old.is_dir()  # it is at work
     process.kill()
     process.communicate()
-    others = [tmp_path / f".sherry-gguf-{name}" for name in ("abcdefgh", "a_split_", "notes")]
+    others = [tmp_path / f".sherry-gguf-{name}" for name in ("abcdefgh.staging", "a_split_.staging", "notes", "earlier_")]
     for other in others:
         other.mkdir()
-    (others[1] / "0.old").write_bytes(b"the only copy of an older file")
+    (others[1] / "set-aside.old").mkdir()
+    (others[1] / "set-aside.old" / "0.old").write_bytes(b"the only copy of an older file")
+    (others[3] / "0.old").write_bytes(b"the same, as earlier versions kept it")
     lock = os.open(others[0], os.O_RDONLY)
     fcntl.flock(lock, fcntl.LOCK_EX)
     assert sherry(*convert).returncode == 0
     os.close(lock)
     assert sorted(tmp_path.iterdir()) == sorted([*others, tmp_path / "x.gguf"])
+
+
+@pytest.mark.parametrize("name", ["m.old", "0.old", "set-aside.old", ".staging"])
+def test_names_that_could_be_taken_for_set_aside_files(good, tmp_path, name):
+    """A conversion that fails, or is killed, leaves nothing under them; one that succeeds writes them."""
+    failing = """
+import os
+def failing(fd):
+    raise OSError(5, "Input/output error")
+os.fsync = failing
+"""
+    command = ["convert", good, "--outfile", tmp_path / name]
+    done = sherry(*command, patch=failing)
+    assert done.returncode == 1 and "Input/output error" in done.stderr and not list(tmp_path.iterdir()), done.stderr
+    killed = failing.replace('raise OSError(5, "Input/output error")', "os.kill(os.getpid(), 9)")
+    assert sherry(*command, patch=killed).returncode == -9
+    assert [p.name for p in tmp_path.glob(".sherry-gguf-*/*")] == [name]
+    assert sherry(*command).returncode == 0
+    assert [p.name for p in tmp_path.iterdir()] == [name] and (tmp_path / name).read_bytes()[:4] == b"GGUF"
 
 
 @pytest.mark.parametrize(

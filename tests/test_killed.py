@@ -69,10 +69,11 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
-    """20 million weights of STQ1_0 with today's number and with the old one."""
+    """20 million weights of STQ1_0 with today's numbers and with the old ones."""
     gguf = gguf_type.register()
     directory = tmp_path_factory.mktemp("packed")
     writer = gguf.GGUFWriter(directory / "new.gguf", "llama")
+    writer.add_file_type(43)
     rng = np.random.default_rng(0)
     for i in range(20):
         data = rng.integers(0, 256, (1000, 4, 42), np.uint8)
@@ -83,7 +84,9 @@ def packed(tmp_path_factory):
     writer.write_tensors_to_file()
     writer.close()
     old = bytearray((directory / "new.gguf").read_bytes())
-    for e in open_gguf(directory / "new.gguf", types=False).table:
+    reader = open_gguf(directory / "new.gguf", types=False)
+    old[reader.file_type_at()] = 41
+    for e in reader.table:
         old[e.type_at] = 42
     (directory / "old.gguf").write_bytes(old)
     return directory

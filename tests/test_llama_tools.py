@@ -283,6 +283,11 @@ def test_a_file_with_the_old_number_is_told_what_to_do(stq, tmp_path):
     for name, t in tensors(stq).items():
         if t.tensor_type == stq1_0.TYPE.type_id:
             set_type(old, name, stq1_0.OLD_TYPE_ID, stq1_0.TYPE.type_id, table=stq)
+    reader = gguf.GGUFReader(stq)
+    field = reader.fields["general.file_type"]
+    with open(old, "r+b") as file:  # as the first files have it
+        file.seek(field.offset + sum(part.nbytes for part in field.parts[:-1]))
+        file.write((41).to_bytes(4, "little"))
     code, text = run("llama-cli", "-m", old, "-p", "x", "-n", 1, "-st")
     assert code == 1 and "is STQ1_0, with the number that this type had once: run `sherry-gguf retag IN OUT`" in text, text
     result = sherry("retag", old, tmp_path / "new.gguf")

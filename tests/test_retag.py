@@ -13,13 +13,15 @@ gguf = gguf_type.register()
 Q = gguf.GGMLQuantizationType
 
 
-def write(path, tensors, alignment=32):
+def write(path, tensors, alignment=32, file_type=41):
     """tensors: name to (type's number, number in the file, shape in NumPy's order)."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     if alignment != 32:
         writer.add_custom_alignment(alignment)
     writer.add_string("general.name", "an old one")
+    if file_type is not None:
+        writer.add_file_type(file_type)
     sizes = {43: (256, 42), 42: (64, 18), 0: (1, 4)}
     for name, (real, _, shape) in tensors.items():
         block, nbytes = sizes[real]
@@ -51,6 +53,14 @@ def old(tmp_path):
     return write(tmp_path / "old.gguf", OLD)
 
 
+CHANGES = [(41, 43), *[(42, 43)] * 3]  # general.file_type, and the type of three tensors
+
+
+def changes(before, after):
+    assert len(before) == len(after)
+    return [(a, b) for a, b in zip(before, after) if a != b]
+
+
 def numbers(path):
     return {e.name: e.type_id for e in open_gguf(path, types=False).table}
 
@@ -60,11 +70,11 @@ def test_a_copy(tmp_path, alignment, capsys):
     old = write(tmp_path / "old.gguf", OLD, alignment)
     before = old.read_bytes()
     assert cli.main(["retag", str(old), str(tmp_path / "new.gguf")]) == 0
-    assert "3 tensors are STQ1_0 by number 43" in capsys.readouterr().out
+    assert "3 tensors are STQ1_0 by number 43 now, and so is general.file_type\n" in capsys.readouterr().out
     assert old.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["new.gguf", "old.gguf"]
     assert numbers(tmp_path / "new.gguf") == {name: 43 if real == 43 else real for name, (real, _, _) in OLD.items()}
     new = (tmp_path / "new.gguf").read_bytes()
-    assert len(new) == len(before) and [(a, b) for a, b in zip(before, new) if a != b] == [(42, 43)] * 3
+    assert changes(before, new) == CHANGES
     # the published reader takes it now, and gives the weights
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "new.gguf").tensors}
     assert tensors["b"].tensor_type == Q.STQ1_0 and tensors["b"].shape.tolist() == [768, 5]
@@ -75,9 +85,44 @@ def test_in_place(old, capsys):
     before = old.read_bytes()
     assert cli.main(["retag", str(old), "--in-place"]) == 0
     assert numbers(old)["c"] == 43 and os.listdir(old.parent) == ["old.gguf"]
-    assert [(a, b) for a, b in zip(before, old.read_bytes()) if a != b] == [(42, 43)] * 3
+    assert changes(before, old.read_bytes()) == CHANGES
     assert cli.main(["retag", str(old), "--in-place"]) == 1
     assert "has no tensor of type 42: there is nothing to change" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("file_type, wanted", [(41, 43), (42, 43), (43, 43), (7, 7), (125, 125), (None, None)])
+def test_the_file_type(tmp_path, capsys, file_type, wanted, in_place):
+    """Tools print it. The first files have 41 or 42, which are other types' now; nobody else's is changed."""
+    file = write(tmp_path / "x.gguf", OLD, file_type=file_type)
+    new = file if in_place else tmp_path / "new.gguf"
+    assert cli.main(["retag", str(file), "--in-place" if in_place else str(new)]) == 0
+    assert ("so is general.file_type" in capsys.readouterr().out) == (file_type != wanted)
+    field = open_gguf(new).fields.get("general.file_type")
+    assert (field and field.contents()) == wanted
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_file_that_an_earlier_retag_left_with_the_old_file_type(tmp_path, capsys, in_place):
+    file = write(tmp_path / "x.gguf", {name: (real, real, shape) for name, (real, _, shape) in OLD.items()})
+    before, new = file.read_bytes(), file if in_place else tmp_path / "new.gguf"
+    assert cli.main(["retag", str(file), "--in-place" if in_place else str(new)]) == 0
+    assert "0 tensors are STQ1_0 by number 43 now, and so is general.file_type" in capsys.readouterr().out
+    assert changes(before, new.read_bytes()) == [(41, 43)]
+    other = write(tmp_path / "y.gguf", {"norm": (0, 0, (7,))}, file_type=41)  # of which no tensor says that it is STQ1_0
+    assert cli.main(["retag", str(other), str(tmp_path / "z.gguf")]) == 1 and "nothing to change" in capsys.readouterr().err
+
+
+def test_a_file_type_of_another_kind_is_left_alone(tmp_path):
+    """Text, which has no 32 bits to change."""
+    file = write(tmp_path / "x.gguf", OLD)
+    data, key = file.read_bytes(), b"general.file_type"
+    at = data.index(key) + len(key)
+    text = b"\x08\0\0\0" + np.array([28], "<u8").tobytes() + b"41" * 14  # as many bytes more as the alignment
+    file.write_bytes(data[:at] + text + data[at + 8 :])
+    before = file.read_bytes()
+    assert cli.main(["retag", str(file), str(tmp_path / "new.gguf")]) == 0
+    assert changes(before, (tmp_path / "new.gguf").read_bytes()) == CHANGES[1:]
 
 
 def test_upstreams_q2_0_is_refused(tmp_path, capsys):
@@ -155,6 +200,7 @@ def test_old_bytes_are_kept_until_the_new_ones_are_on_the_disk(old, monkeypatch)
         monkeypatch.setattr(module, name, recorded(getattr(module, name), name))
     retag.retag_in_place(old)
     backup = old.name + retag.BACKUP
+    assert open_gguf(old).fields["general.file_type"].contents() == 43
     assert calls == [("unlink", backup + ".part"), ("fsync", backup + ".part"), ("replace", backup + ".part"), ("fsync", old.parent.name), ("fsync", old.name), ("unlink", backup)]
     assert 42 not in names["numbers"].values()
 
@@ -204,11 +250,43 @@ def test_targets_as_other_programs_take_them(old, tmp_path, capsys):
 def test_a_split_goes_file_by_file(old, tmp_path, capsys):
     """One of its files may have no tensor of 42: it is copied, so that the split is whole."""
     shard = old.rename(tmp_path / "m-00002-of-00002.gguf")
-    first = write(tmp_path / "m-00001-of-00002.gguf", {"norm": (0, 0, (7,))})
+    first = write(tmp_path / "m-00001-of-00002.gguf", {"norm": (0, 0, (7,))}, file_type=42)
+    before = first.read_bytes()
     for i, source in (1, first), (2, shard):
         assert cli.main(["retag", str(source), str(tmp_path / f"n-0000{i}-of-00002.gguf")]) == 0
     assert "0 tensors are STQ1_0" in capsys.readouterr().out
-    assert (tmp_path / "n-00001-of-00002.gguf").read_bytes() == first.read_bytes()
+    assert changes(before, (tmp_path / "n-00001-of-00002.gguf").read_bytes()) == [(42, 43)]  # its file type, for the other one
+    # in place, in either order
+    for i, source in (2, shard), (1, first):
+        assert cli.main(["retag", str(source), "--in-place"]) == 0
+        assert source.read_bytes() == (tmp_path / f"n-0000{i}-of-00002.gguf").read_bytes()
+
+
+@pytest.mark.parametrize("second", [None, {"a": (42, 42, (3, 256))}, {"norm": (0, 0, (7,))}], ids=["missing", "q2_0", "f32"])
+def test_the_file_type_of_a_split_that_is_not_known_to_be_stq1_0(tmp_path, second):
+    first = write(tmp_path / "m-00001-of-00002.gguf", {"norm": (0, 0, (7,))})
+    if second:
+        write(tmp_path / "m-00002-of-00002.gguf", second)
+    target = tmp_path / "n-00001-of-00002.gguf"
+    assert cli.main(["retag", str(first), str(target)]) == 0 and target.read_bytes() == first.read_bytes()
+
+
+def test_in_place_through_a_symbolic_link(old, tmp_path, capsys):
+    """As in a Hugging Face cache, whose snapshots are links to files that other revisions have too."""
+    before, link = old.read_bytes(), tmp_path / "snapshot.gguf"
+    link.symlink_to("old.gguf")
+    assert cli.main(["retag", str(link), "--in-place"]) == 1
+    said = capsys.readouterr().err
+    assert f"{link} is a symbolic link to {old}: --in-place would change that file" in said and "sherry-gguf retag IN OUT" in said
+    assert old.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["old.gguf", "snapshot.gguf"]
+    assert cli.main(["retag", str(link), str(tmp_path / "new.gguf")]) == 0 and old.read_bytes() == before
+    # an earlier version went through links: what was cut off there is undone all the same
+    backup = tmp_path / ("snapshot.gguf" + retag.BACKUP)
+    backup.write_bytes(before[: max(e.type_at for e in retag.old_tensors(old)) + 4])
+    with open(old, "r+b") as f:
+        retag._set(f, {retag.old_tensors(old)[0].type_at: 43})
+    assert cli.main(["retag", str(link), "--in-place"]) == 1 and "is a symbolic link" in capsys.readouterr().err
+    assert old.read_bytes() == before and not backup.exists()
 
 
 def test_files_without_their_last_padding(old):
@@ -245,11 +323,14 @@ def test_a_retag_in_place_that_was_cut_off_is_undone(old, capsys):
     before = old.read_bytes()
     found = retag.old_tensors(old)
     backup = old.with_name(old.name + retag.BACKUP)
-    backup.write_bytes(before[: max(e.type_at for e in found) + 4])
-    with open(old, "r+b") as f:
-        retag._set(f, found[:2], 43)
-    assert cli.main(["retag", str(old), "--in-place"]) == 0
-    assert [(a, b) for a, b in zip(before, old.read_bytes()) if a != b] == [(42, 43)] * 3 and not backup.exists()
+    for cut in range(5):  # so many numbers were new
+        old.write_bytes(before)
+        backup.write_bytes(before[: max(e.type_at for e in found) + 4])
+        with open(old, "r+b") as f:
+            retag._set(f, dict([(open_gguf(old, types=False).file_type_at(), 43), *((e.type_at, 43) for e in found)][:cut]))
+        assert changes(before, old.read_bytes()) == CHANGES[:cut]
+        assert cli.main(["retag", str(old), "--in-place"]) == 0
+        assert changes(before, old.read_bytes()) == CHANGES and not backup.exists()
     # another file under that name is left alone
     backup.write_bytes(b"x" * 100)
     after = old.read_bytes()

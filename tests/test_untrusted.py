@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import sherry
 
-from sherry_gguf import gguf_type, llama_cpp, stq1_0
+from sherry_gguf import gguf_type, llama_cpp, stq1_0, transcode
 from sherry_gguf.convert import ConvertError
 from sherry_gguf.reader import open_gguf
 
@@ -108,6 +108,8 @@ LIES = {
     "unused type": (lambda d, e, n: put(d, e.type_at, u32(99)), rf"tensor {NAME} .*is of type 99, which is none that is known",
                     rf"tensor '{NAME}' has ggml type 99, which is not in use"),
     "another type's size": (lambda d, e, n: put(d, e.type_at, u32(8)), rf"tensors {NAME} and \S+ overlap", r"tensor 'blk.0.attn_v.weight' has offset"),
+    "another type's number, for fewer bytes": (lambda d, e, n: put(d, e.type_at, u32(41)), rf"tensor {NAME} takes \d+ bytes as Q1_0, and has \d+ up to the next tensor",
+                                               r"tensor 'blk.0.attn_v.weight' has offset \d+, expected \d+"),
     "more tensors than there are": (lambda d, e, n: put(d, 8, u64(1000)), r"is not a GGUF file, or is truncated or damaged", r"failed to read tensor info"),
     "2^64 - 1 tensors": (lambda d, e, n: put(d, 8, u64((1 << 64) - 1)), r"is not a GGUF file, or is truncated or damaged", r"number of tensors is -?\d+ but must be in"),
     "2^62 keys": (lambda d, e, n: put(d, 16, u64(1 << 62)), r"is not a GGUF file, or is truncated or damaged", r"number of key value pairs is \d+ but must be in"),
@@ -133,6 +135,92 @@ def test_tables_that_lie(model, tmp_path, lie):
     code, text = loaded(path, says=llama)
     assert code == 1 and re.search(llama, text), f"{code}\n{text[-3000:]}"
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("which", ["all", "one"])
+def test_a_number_that_another_type_has_now(tmp_path, which):
+    """2-bit blocks of a fork, 256 weights in 66 bytes, under the number 41, which upstream has given to Q1_0: 36 bytes for as many."""
+    path = fuzz_seeds.model(tmp_path / "x.gguf", Q.TQ2_0, 256)
+    data, table = bytearray(path.read_bytes()), open_gguf(path).table
+    for e in [e for e in table if e.type_id == Q.TQ2_0 and which in ("all", {NAME: "one"}.get(e.name))]:
+        put(data, e.type_at, u32(Q.Q1_0))
+    path.write_bytes(data)
+    name, rows = ("blk.0.attn_q.weight", 256) if which == "all" else (NAME, 64)
+    says = f"error: {path}: tensor {name} takes {36 * rows} bytes as Q1_0, and has {66 * rows} up to the next tensor: it was written as another type of this number"
+    for command in (["inspect", path], ["verify", path, tmp_path], ["retag", path, tmp_path / "y.gguf"], *(["transcode", path, tmp_path / "y.gguf", "--to", to] for to in transcode.TARGETS)):
+        done = sherry(*command)
+        assert done.returncode == 1 and done.stderr.startswith(says), done.stdout + done.stderr
+    assert path.read_bytes() == data and list(tmp_path.iterdir()) == [path]
+    code, text = loaded(path, says="has offset")
+    assert code == 1 and "has offset" in text, text[-3000:]
+
+
+@pytest.fixture
+def ends_unpadded(tmp_path):
+    """A file whose last tensor takes 28 bytes, and four of padding; its path and where that tensor ends."""
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("first", np.ones(32, np.float32))
+    writer.add_tensor("last", np.ones(7, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path, open_gguf(path).table[-1].start + 28
+
+
+def test_the_end_of_a_file(ends_unpadded):
+    """The last tensor's padding may be missing, all or in part. Behind it there is nothing: no more tells its type."""
+    path, end = ends_unpadded
+    data = path.read_bytes()
+    assert len(data) == end + 4
+    for whole in data, data[:end], data[: end + 1]:
+        path.write_bytes(whole)
+        assert [e.name for e in open_gguf(path).table] == ["first", "last"]
+    for junk in bytes(1), b"junk", bytes(32):
+        path.write_bytes(data + junk)
+        with pytest.raises(ConvertError, match=rf"x\.gguf: tensor last takes 28 bytes as F32, and has {32 + len(junk)} up to the end of the file"):
+            open_gguf(path)
+    path.write_bytes(data[: end - 1])
+    with pytest.raises(ConvertError, match="tensor last .*would end at byte"):
+        open_gguf(path)
+
+
+def test_tensors_in_another_order_and_gaps(ends_unpadded):
+    """The table's order is no matter, llama.cpp's is stricter; bytes that belong to no tensor are."""
+    path, _ = ends_unpadded
+    data, (one, two) = bytearray(path.read_bytes()), open_gguf(path).table
+    swapped = data[: one.start] + data[two.start :] + data[one.start : two.start]
+    put(swapped, one.type_at + 4, u64(32))
+    put(swapped, two.type_at + 4, u64(0))
+    path.write_bytes(swapped)
+    assert [t.data.tolist() for t in open_gguf(path).tensors] == [[1.0] * 32, [1.0] * 7]
+    gap = data[: two.start] + bytes(32) + data[two.start :]
+    put(gap, two.type_at + 4, u64(160))
+    path.write_bytes(gap)
+    with pytest.raises(ConvertError, match="tensor first takes 128 bytes as F32, and has 160 up to the next tensor"):
+        open_gguf(path)
+    put(gap, one.type_at + 4, u64(32))
+    path.write_bytes(gap)
+    with pytest.raises(ConvertError, match=rf"the tensors' data begins at byte {one.start}, but the first of them, first, at byte {one.start + 32}"):
+        open_gguf(path)
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 64, 4096])
+def test_padding_by_the_files_own_alignment(tmp_path, alignment):
+    """And tensors without weights, which share their place with the next one or the end."""
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_custom_alignment(alignment)
+    for name, count in ("empty", 0), ("a", 3), ("none", 0), ("b", 9), ("nothing", 0):
+        writer.add_tensor(name, np.ones(count, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    starts = {e.name: e.start for e in open_gguf(path).table}
+    assert starts["empty"] == starts["a"] and starts["none"] == starts["b"] == starts["a"] + -(-12 // alignment) * alignment
+    assert sherry("inspect", path, "--tensors").returncode == 0
 
 
 @pytest.mark.parametrize("found", ["most-weights", "no-rows"])
