@@ -326,7 +326,7 @@ def test_a_tokenizer_of_bytes_is_told(models, tmp_path, capsys):
     transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path / "hf")
     code, report = report_of(tmp_path / "r.json", models["bpe"][0], tmp_path / "hf", "--text", SCRIPT, "--chunks", 2)
     own, other = (m["text"] for m in report["models"])
-    assert code == 0 and other["bytes_per_token"] == 1 < 1.8 < own["bytes_per_token"]
+    assert code == 0 and other["bytes_per_token"] == 1 < evaluate.OTHER_COUNT < own["bytes_per_token"]
     told = (f"evaluate: {tmp_path}/hf splits the text into {own['bytes_per_token']:.2f} times as many tokens as {models['bpe'][0]}: "
             "one of the tokenizers may be wrong; compare nats/byte, not nats/token\n")  # fmt: skip
     assert told in capsys.readouterr().err
