@@ -44,7 +44,7 @@ def flags_of(program: str) -> set[str]:
     done = subprocess.run([*commands()[program], "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENV)
     text = done.stdout + done.stderr
     assert len(text) > 20, f"{program} --help says {text!r}, exit code {done.returncode}"
-    lines = re.findall(r"^[ |]*(-[^ ].*?)(?=:| {2}|$)", text, re.M)
+    lines = re.findall(r"^ {0,4}(-[^ ].*?)(?=:| {2,}(?!the argument has been removed)|$)", text, re.M)
     return {"--help", *FLAG.findall("\n".join([*lines, *re.findall(r"\[[^]]*", text)]))}
 
 
