@@ -16,6 +16,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import glob
 import http.client
 import itertools
 import json
@@ -322,8 +323,10 @@ class LocalFactory(TaskFactory):
             return [self.located(f) for f in files]
         if "://" in files:
             return files
-        path = str(self.directory / files)
-        return next((p for p in (path, *(path + end for end in (".xz", ".gz", ".bz2", ".zst"))) if os.path.isfile(p)), path)
+        for end in "", ".xz", ".gz", ".bz2":
+            if os.path.isfile(path := f"{self.directory / files}{end}"):
+                return glob.escape(path)  # of which datasets makes a pattern
+        return files if os.path.isabs(files) else os.path.join(glob.escape(str(self.directory)), files)
 
 
 def load_tasks(wanted: list[str], include: Path | None, shots: int,

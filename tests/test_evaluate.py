@@ -1,6 +1,7 @@
 """scripts/evaluate.py: a checkpoint and its GGUFs give the same figures, what fails is told, and no server is left."""
 
 import argparse
+import bz2
 import contextlib
 import gzip
 import importlib.util
@@ -467,11 +468,11 @@ def test_hellaswag_as_llama_perplexity_takes_it(tmp_path):
     assert "its rows have ctx, endings, label; HellaSwag's have activity_label, ctx_a, " in missing["hellaswag"]
 
 
-@pytest.mark.parametrize("end, module", [(".xz", lzma), (".gz", gzip)])
+@pytest.mark.parametrize("end, module", [(".xz", lzma), (".gz", gzip), (".bz2", bz2)])
 def test_compressed_files(tmp_path, end, module):
     """They serve where there is no plain file; where there are both, each document counts once."""
     plain = (DATA / "piqa.validation.jsonl").read_bytes()
-    directory = tmp_path / "my data"
+    directory = tmp_path / "my [own] data"
     directory.mkdir()
     (directory / f"piqa.validation.jsonl{end}").write_bytes(module.compress(plain))
     tasks, missing = evaluate.load_tasks(["piqa"], None, 0, directory)
@@ -488,9 +489,11 @@ def test_where_data_files_are_looked_for(tmp_path, monkeypatch):
         (tmp_path / f"{name}.jsonl").write_text("".join(some))
     local_task(tmp_path, "both", "[a.jsonl, b.jsonl]")
     local_task(tmp_path, "absolute", tmp_path / "a.jsonl")
+    (tmp_path / "mine.yaml").write_text("group: mine\ntask: [both]\n")
     names = ["both", "absolute"]
     tasks, missing = evaluate.load_tasks(names, tmp_path, 0, tmp_path)
     assert not missing and [len(tasks[n].eval_docs) for n in names] == [10, 3]
+    assert len(evaluate.load_tasks(["mine"], tmp_path, 0, tmp_path)[0]["both"].eval_docs) == 10
     _, missing = evaluate.load_tasks(names, tmp_path, 0)
     assert list(missing) == ["both"] and f"Unable to find '{Path.cwd()}/a.jsonl'" in missing["both"]
     monkeypatch.chdir(tmp_path)
