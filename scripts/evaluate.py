@@ -44,10 +44,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("models", nargs="+", metavar="MODEL", help="a Hugging Face directory or a GGUF; each is a column, "
                    "and the first is what the others are compared with")
     p.add_argument("--tasks", type=names, help=f"tasks of lm-eval, by commas (default: {','.join(PAPER)})")
-    p.add_argument("--data", type=Path, metavar="DIR", help="the five tasks' data are files in DIR, as examples/tasks/README.md "
-                   "lists them; nothing is downloaded for them")
-    p.add_argument("--include-path", type=Path, metavar="DIR", help="more tasks: a directory of lm-eval's YAML files, which go "
-                   "before lm-eval's own; relative data_files are in --data, or else in the current directory")
+    p.add_argument("--data", type=Path, metavar="DIR", help="the five tasks' data are files in DIR, as "
+                   "examples/tasks/README.md lists them; nothing is downloaded for them")
+    p.add_argument("--include-path", type=Path, metavar="DIR", help="more tasks: a directory of lm-eval's YAML files, "
+                   "which go before lm-eval's own; relative data_files are in --data, or else in the current directory")
     p.add_argument("--limit", type=positive, metavar="N", help="only the first N documents of each task")
     p.add_argument("--num-fewshot", type=int, default=0, metavar="N", help="examples before each question (0)")
     p.add_argument("--batch-size", type=positive, default=4, metavar="N",
@@ -132,8 +132,8 @@ FOLDERS = ("piqa", "arc", "hellaswag", "winogrande")  # of lm-eval, that define 
 SURE = 1e9  # a bias on a token's logit that makes it the next one
 TRIES, PATIENCE = 3, 30.0  # runs of a llama-perplexity that loses its last lines, at least, and seconds
 FLOOR = -104.0  # llama-server's probabilities are floats; e^-104 is none any more
-# Of ln(vocabulary), the loss of guessing. The frequencies of tokens alone bring it to 0.64 to 0.86 of that (counted on English and on
-# Python, byte-level BPE of 300 to 32000 tokens): a model above 0.9 has not learned even those.
+# Of ln(vocabulary), the loss of guessing. The frequencies of tokens alone bring it to 0.64 to 0.86 of that (counted on
+# English and on Python, byte-level BPE of 300 to 32000 tokens): a model above 0.9 has not learned even those.
 NEAR_GUESSING = 0.9
 # Good tokenizers of 32000 tokens and more differ by up to a third on ordinary text.
 OTHER_COUNT = 1.5
@@ -300,7 +300,7 @@ def save(path: Path | None, report: dict) -> None:
 
 
 class LocalFactory(TaskFactory):
-    """lm-eval's maker of tasks, where data_files are in `directory`; a file that is only there compressed is taken so."""
+    """lm-eval's maker of tasks, for which data_files are in `directory`, plain or compressed."""
 
     FORMATS = ("json", "csv", "parquet", "text", "arrow")  # dataset_path of local files, not of a data set on the hub
 
@@ -365,8 +365,8 @@ def load_tasks(wanted: list[str], include: Path | None, shots: int,
             else:
                 if isinstance(e, ConnectionError) and not unreachable:
                     unreachable = offline(f"the hub {huggingface_hub.constants.ENDPOINT} does not answer")
-                missing[name] = (f"its data set {files} could not be had: {unreachable or first_line(e)}, and it is not "
-                                 f"in the cache {datasets.config.HF_DATASETS_CACHE}")
+                missing[name] = (f"its data set {files} could not be had: {unreachable or first_line(e)}, and it is "
+                                 f"not in the cache {datasets.config.HF_DATASETS_CACHE}")
             say(f"{name}: {missing[name]}")
             continue
         for task_name, task in loaded.items():
@@ -915,13 +915,14 @@ def doubts(models: list[dict]) -> Iterator[str]:
     measured = [(m["model"], m["text"]) for m in models if "text" in m]
     for path, t in measured:
         if t["nats"] > NEAR_GUESSING * t["guessing"]:
-            yield (f"{path}: guessing among its {t['vocabulary']} tokens costs {t['guessing']:.2f} nats each, and its loss on the text is "
-                   f"{t['nats']:.2f}: it is untrained or damaged, or its tokenizer is another model's")  # fmt: skip
+            yield (f"{path}: guessing among its {t['vocabulary']} tokens costs {t['guessing']:.2f} nats each, and its "
+                   f"loss on the text is {t['nats']:.2f}: it is untrained or damaged, or its tokenizer is another "
+                   "model's")  # fmt: skip
     for path, t in measured[1:]:
         ratio = measured[0][1]["bytes_per_token"] / t["bytes_per_token"]
         if max(ratio, 1 / ratio) >= OTHER_COUNT:
-            yield (f"{path} splits the text into {ratio:.2f} times as many tokens as {measured[0][0]}: one of the tokenizers may be "
-                   "wrong; compare nats/byte, not nats/token")  # fmt: skip
+            yield (f"{path} splits the text into {ratio:.2f} times as many tokens as {measured[0][0]}: one of the "
+                   "tokenizers may be wrong; compare nats/byte, not nats/token")  # fmt: skip
 
 
 def summary(report: dict) -> Iterator[str]:

@@ -13,7 +13,8 @@ from conftest import ENV
 from sherry_gguf import llama_cpp
 
 REPO = Path(__file__).parent.parent
-DOCUMENTS = sorted({*REPO.glob("*.md"), *REPO.glob("docs/**/*.md"), *REPO.glob("examples/**/*.md"), *REPO.glob("ggml_patch/*.md")})
+PLACES = "*.md", "docs/**/*.md", "examples/**/*.md", "ggml_patch/*.md"
+DOCUMENTS = sorted(p for place in PLACES for p in REPO.glob(place))
 VERBS = ("convert", "verify", "inspect", "retag", "transcode")
 # Programs of which --help is not asked, and their flags that the documents may name.
 FOREIGN = {
@@ -41,7 +42,8 @@ def commands() -> dict[str, list]:
 @functools.cache
 def flags_of(program: str) -> set[str]:
     """What its --help lists as options: where a line begins with them, or in the brackets of its usage."""
-    done = subprocess.run([*commands()[program], "--help"], stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENV)
+    command = [*commands()[program], "--help"]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENV)
     text = done.stdout + done.stderr
     assert len(text) > 20, f"{program} --help says {text!r}, exit code {done.returncode}"
     lines = re.findall(r"^ {0,4}(-[^ ].*?)(?=:| {2,}(?!the argument has been removed)|$)", text, re.M)
@@ -49,7 +51,7 @@ def flags_of(program: str) -> set[str]:
 
 
 def mentions(text: str) -> list[tuple[int, str | None, str]]:
-    """(line, program or None, flag) for each flag in a command block or a code span, where a program is named before its flags."""
+    """(line, program or None, flag) for each flag in command blocks and code spans; a program stands before its flags."""
     found = []
 
     def read(words: str, at: int):
@@ -76,16 +78,16 @@ def mentions(text: str) -> list[tuple[int, str | None, str]]:
 
 
 def wrong(texts: dict[str, str]) -> list[str]:
-    """Of documents by name, the flags that their program does not take, or that no program in the documents does: a line each."""
+    """Of documents by name, the flags that their program does not take, or no program that they name: a line each."""
     found = [(f"{name}:{line}", *rest) for name, text in texts.items() for line, *rest in mentions(text)]
     programs = {p for _, p, _ in found if p in commands()}
     with ThreadPoolExecutor(2) as pool:  # some import PyTorch for it, which takes seconds
         known = dict(zip(programs, pool.map(flags_of, programs))) | FOREIGN | {"sherry-gguf": {"--help"}}
     lone = {flag for _, p, flag in found if p is None}.difference(*known.values())
     everything = "\n".join(texts.values())
-    others = [p for p in commands() if p not in known and re.search(rf"(?<![\w-]){re.escape(p.split()[-1])}(?![\w-])", everything)]
-    for program in others:  # the quick ones are first, and mostly enough
-        if lone:
+    for program in commands():  # the quick ones are first, and mostly enough
+        name = re.escape(program.split()[-1])
+        if lone and program not in known and re.search(rf"(?<![\w-]){name}(?![\w-])", everything):
             lone -= flags_of(program)
     return [f"{where}: {f'{program} does not take' if program else 'no program that the documents name takes'} {flag}"
             for where, program, flag in found

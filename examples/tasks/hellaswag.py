@@ -8,12 +8,13 @@ HUB = "activity_label", "ctx_a", "ctx_b", "endings", "label"
 
 
 def process_docs(dataset: Dataset) -> Dataset:
-    """The rows with "query" and "gold" and "choices", made by lm-eval's own code where the file has the hub's fields.
+    """The rows with "query", "choices" and "gold", made by lm-eval's own code where the file has the hub's fields.
 
     Raises ValueError for rows of another form.
     """
     if set(FINISHED) <= set(dataset.column_names):
         return dataset
     if not set(HUB) <= set(dataset.column_names):
-        raise ValueError(f"its rows have {', '.join(dataset.column_names)}; HellaSwag's have {', '.join(HUB)}, or {', '.join(FINISHED)}")
+        found, hub, finished = map(", ".join, (dataset.column_names, HUB, FINISHED))
+        raise ValueError(f"its rows have {found}; HellaSwag's have {hub}, or {finished}")
     return utils.process_docs(dataset)
