@@ -16,6 +16,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import glob
 import http.client
 import itertools
 import json
@@ -34,6 +35,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 PAPER = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tasks"  # those five with local data
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -42,8 +44,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("models", nargs="+", metavar="MODEL", help="a Hugging Face directory or a GGUF; each is a column, "
                    "and the first is what the others are compared with")
     p.add_argument("--tasks", type=names, help=f"tasks of lm-eval, by commas (default: {','.join(PAPER)})")
+    p.add_argument("--data", type=Path, metavar="DIR", help="the five tasks' data are files in DIR, as "
+                   "examples/tasks/README.md lists them; nothing is downloaded for them")
     p.add_argument("--include-path", type=Path, metavar="DIR", help="more tasks: a directory of lm-eval's YAML files, "
-                   "whose relative data_files are looked for in the current directory; they go before lm-eval's own")
+                   "which go before lm-eval's own; relative data_files are in --data, or else in the current directory")
     p.add_argument("--limit", type=positive, metavar="N", help="only the first N documents of each task")
     p.add_argument("--num-fewshot", type=int, default=0, metavar="N", help="examples before each question (0)")
     p.add_argument("--batch-size", type=positive, default=4, metavar="N",
@@ -117,6 +121,7 @@ from lm_eval.models.utils import (
     postprocess_generated_text,
     resolve_max_length,
 )
+from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
@@ -127,6 +132,11 @@ FOLDERS = ("piqa", "arc", "hellaswag", "winogrande")  # of lm-eval, that define 
 SURE = 1e9  # a bias on a token's logit that makes it the next one
 TRIES, PATIENCE = 3, 30.0  # runs of a llama-perplexity that loses its last lines, at least, and seconds
 FLOOR = -104.0  # llama-server's probabilities are floats; e^-104 is none any more
+# Of ln(vocabulary), the loss of guessing. The frequencies of tokens alone bring it to 0.64 to 0.86 of that (counted on
+# English and on Python, byte-level BPE of 300 to 32000 tokens): a model above 0.9 has not learned even those.
+NEAR_GUESSING = 0.9
+# Good tokenizers of 32000 tokens and more differ by up to a third on ordinary text.
+OTHER_COUNT = 1.5
 
 
 class Stop(Exception):
@@ -189,7 +199,7 @@ def run(a: argparse.Namespace) -> int:
         check(Path(path))
     check_output(a)
     text = read(a.text) if a.text else None
-    tasks, missing = load_tasks(a.tasks, a.include_path, a.num_fewshot)
+    tasks, missing = load_tasks(a.tasks, a.include_path, a.num_fewshot, a.data)
     report = {"settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "output"},
               "missing": missing, "models": [], "compared": []}  # fmt: skip
     save(a.output, report)  # or an error, before hours of work
@@ -210,6 +220,8 @@ def run(a: argparse.Namespace) -> int:
         ids.append(tokens)
     report["compared"] = [compare(report["models"], asked, ids, i) for i in range(1, len(a.models))]
     save(a.output, report)
+    for line in doubts(report["models"]):
+        say(line)
     for line in summary(report):
         print(line)
     return int(bool(missing) or any("error" in m for m in report["models"]))
@@ -224,8 +236,11 @@ def measure_all(path: Path, a: argparse.Namespace, text: str | None, tasks: dict
     loaded = load(path, a.device, a.dtype) if path.is_dir() else None
     if text is not None:
         say(f"{path}: the text {a.text}")
-        loss, ids = torch_text(*loaded, text, a) if loaded else gguf_text(path, text, a)
-        result["text"] = dataclasses.asdict(loss) | {"perplexity": loss.perplexity}
+        loss, ids, vocabulary = torch_text(*loaded, text, a) if loaded else gguf_text(path, text, a)
+        per_token = len(text.encode()) / loss.tokens
+        result["text"] = dataclasses.asdict(loss) | {
+            "perplexity": loss.perplexity, "bytes_per_token": per_token, "nats_per_byte": loss.nats / per_token,
+            "vocabulary": vocabulary, "guessing": math.log(vocabulary)}  # fmt: skip
         tokens += ids
         step()
     if not tasks:
@@ -284,16 +299,53 @@ def save(path: Path | None, report: dict) -> None:
 # -------------------------------------------------------------------------------------------------------------- tasks
 
 
-def load_tasks(wanted: list[str], include: Path | None, shots: int) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tasks by name with their data, and why the others have none. Raises Stop for a name that is no task's."""
+class LocalFactory(TaskFactory):
+    """lm-eval's maker of tasks, for which data_files are in `directory`, plain or compressed."""
+
+    FORMATS = ("json", "csv", "parquet", "text", "arrow")  # dataset_path of local files, not of a data set on the hub
+
+    def __init__(self, directory: Path):
+        super().__init__()
+        self.directory = directory.absolute()
+
+    def _load_full_config(self, *args, **kwargs) -> dict[str, Any]:
+        config = super()._load_full_config(*args, **kwargs)
+        more = config.get("dataset_kwargs") or {}
+        if config.get("dataset_path") in self.FORMATS and more.get("data_files"):
+            config["dataset_kwargs"] = more | {"data_files": self.located(more["data_files"])}
+        return config
+
+    def located(self, files):
+        """The same string, list, or dictionary by split, with absolute paths."""
+        if isinstance(files, dict):
+            return {split: self.located(f) for split, f in files.items()}
+        if not isinstance(files, str):
+            return [self.located(f) for f in files]
+        if "://" in files:
+            return files
+        for end in "", ".xz", ".gz", ".bz2":
+            if os.path.isfile(path := f"{self.directory / files}{end}"):
+                return glob.escape(path)  # of which datasets makes a pattern
+        return files if os.path.isabs(files) else os.path.join(glob.escape(str(self.directory)), files)
+
+
+def load_tasks(wanted: list[str], include: Path | None, shots: int,
+               data: Path | None = None) -> tuple[dict[str, Any], dict[str, str]]:  # fmt: skip
+    """The tasks by name with their data, and why the others have none. Raises Stop for a name that is no task's.
+
+    data: the directory of local data, with which the tasks in EXAMPLES go before lm-eval's own.
+    """
     if not wanted:
         return {}, {}
-    if include and not include.is_dir():
-        raise Stop(f"--include-path {include}: no such directory")
-    folders = [Path(lm_eval.tasks.__file__).parent / f for f in FOLDERS] + [include] * bool(include)
+    for flag, directory in ("--include-path", include), ("--data", data):
+        if directory and not directory.is_dir():
+            raise Stop(f"{flag} {directory}: no such directory")
+    more = [EXAMPLES] * bool(data) + [include] * bool(include)
+    folders = [Path(lm_eval.tasks.__file__).parent / f for f in FOLDERS] + more
     manager = lm_eval.tasks.TaskManager(include_path=folders, include_defaults=False)
     if not set(wanted) <= manager.task_index.keys():
-        manager = lm_eval.tasks.TaskManager(include_path=include)
+        manager = lm_eval.tasks.TaskManager(include_path=more)
+    manager._factory = LocalFactory(data or Path())
     unknown = [name for name in wanted if name not in manager.task_index]
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks)
@@ -304,17 +356,17 @@ def load_tasks(wanted: list[str], include: Path | None, shots: int) -> tuple[dic
     unreachable = hub_unreachable() if any(hub for hub, _ in sources.values()) else None
     tasks, missing = {}, {}
     for name in wanted:
-        hub, data = sources[name]
+        hub, files = sources[name]
         try:
             loaded = manager.load([name])["tasks"]
         except Exception as e:  # data sets fail in many ways
             if not hub:
-                missing[name] = f"it could not be loaded with its data {data}: {first_line(e)}"
+                missing[name] = f"it could not be loaded with its data {files}: {first_line(e)}"
             else:
                 if isinstance(e, ConnectionError) and not unreachable:
                     unreachable = offline(f"the hub {huggingface_hub.constants.ENDPOINT} does not answer")
-                missing[name] = (f"its data set {data} could not be had: {unreachable or first_line(e)}, and it is not "
-                                 f"in the cache {datasets.config.HF_DATASETS_CACHE}")
+                missing[name] = (f"its data set {files} could not be had: {unreachable or first_line(e)}, and it is "
+                                 f"not in the cache {datasets.config.HF_DATASETS_CACHE}")
             say(f"{name}: {missing[name]}")
             continue
         for task_name, task in loaded.items():
@@ -322,7 +374,7 @@ def load_tasks(wanted: list[str], include: Path | None, shots: int) -> tuple[dic
             tasks[task_name] = task
     if any(sources[name][0] for name in missing):
         say("run this once where the hub can be reached, then copy that machine's cache here and let HF_DATASETS_CACHE "
-            "name it; or give tasks with local data by --include-path")
+            "name it; or have the data as files: --data, and examples/tasks/README.md")
     return tasks, missing
 
 
@@ -448,23 +500,23 @@ def held_out_loss(model, ids: Sequence[int], context: int, bos: int | None, chun
     return Loss(total / scored, scored, count, len(ids))
 
 
-def torch_text(model, tokenizer, text: str, a: argparse.Namespace) -> tuple[Loss, list[int]]:
-    """A checkpoint's loss on the text, and its tokens. Raises Stop."""
+def torch_text(model, tokenizer, text: str, a: argparse.Namespace) -> tuple[Loss, list[int], int]:
+    """A checkpoint's loss on the text, the text's tokens, and how many tokens the vocabulary has. Raises Stop."""
     ids = tokenizer.encode(text, split_special_tokens=True)  # as llama-perplexity, which takes "</s>" for text
     bos = tokenizer.bos_token_id if tokenizer.encode("a")[0] == tokenizer.bos_token_id else None
     within(a.context, resolve_max_length(model.config, tokenizer))
     try:
-        return held_out_loss(model, ids, a.context, bos, a.chunks), ids
+        return held_out_loss(model, ids, a.context, bos, a.chunks), ids, model.config.get_text_config().vocab_size
     except (RuntimeError, IndexError) as e:
         raise Stop(f"PyTorch: {first_line(e)}") from e
 
 
-def gguf_text(path: Path, text: str, a: argparse.Namespace) -> tuple[Loss, list[int]]:
+def gguf_text(path: Path, text: str, a: argparse.Namespace) -> tuple[Loss, list[int], int]:
     """A GGUF's. Raises Stop, NotBuilt."""
     with serve(path, 1, a.context, a.threads, "--no-repack") as server:  # it only splits the text: keep it small
         ids = server.tokenize(text, special=True, parse=False)
         within(a.context, server.trained)
-    return perplexity(path, a.text, len(ids), a), ids
+    return perplexity(path, a.text, len(ids), a), ids, server.vocabulary
 
 
 def within(context: int, trained: int) -> None:
@@ -831,7 +883,8 @@ def compare(models: list[dict], asked: list[dict], ids: list[list[int]], i: int)
 
     Returns "model", "with" and, where both have it: "tokens", what was split into other tokens, in words;
     "same_choice", the fraction of "documents" with the same likeliest choice; "log_likelihood", the mean absolute
-    difference of the choices' log-likelihoods over their mean; "text", the relative difference of the losses.
+    difference of the choices' log-likelihoods over their mean; "text", the relative difference of the losses per byte,
+    which where the tokens are the same is that per token.
     """
     first, other = models[0], models[i]
     out: dict[str, Any] = {"model": other["model"], "with": first["model"]}
@@ -853,8 +906,23 @@ def compare(models: list[dict], asked: list[dict], ids: list[list[int]], i: int)
         flat = [(u, v) for x, y in pairs for u, v in zip(x, y)]
         out["log_likelihood"] = sum(abs(u - v) for u, v in flat) / max(sum(abs(u) for u, _ in flat), 1e-30)
     if "text" in first and "text" in other:
-        out["text"] = other["text"]["nats"] / first["text"]["nats"] - 1
+        out["text"] = other["text"]["nats_per_byte"] / first["text"]["nats_per_byte"] - 1
     return out
+
+
+def doubts(models: list[dict]) -> Iterator[str]:
+    """What makes the losses on the text doubtful, a line each."""
+    measured = [(m["model"], m["text"]) for m in models if "text" in m]
+    for path, t in measured:
+        if t["nats"] > NEAR_GUESSING * t["guessing"]:
+            yield (f"{path}: guessing among its {t['vocabulary']} tokens costs {t['guessing']:.2f} nats each, and its "
+                   f"loss on the text is {t['nats']:.2f}: it is untrained or damaged, or its tokenizer is another "
+                   "model's")  # fmt: skip
+    for path, t in measured[1:]:
+        ratio = measured[0][1]["bytes_per_token"] / t["bytes_per_token"]
+        if max(ratio, 1 / ratio) >= OTHER_COUNT:
+            yield (f"{path} splits the text into {ratio:.2f} times as many tokens as {measured[0][0]}: one of the "
+                   "tokenizers may be wrong; compare nats/byte, not nats/token")  # fmt: skip
 
 
 def summary(report: dict) -> Iterator[str]:
@@ -879,7 +947,9 @@ def summary(report: dict) -> Iterator[str]:
     if any(texts):
         counts = "/".join(dict.fromkeys(str(t["scored"]) for t in texts if t))
         rows.append(("text", f"{counts} tokens", "nats/token", *(f"{t['nats']:.4f}" if t else "-" for t in texts)))
-        rows.append(("", "", "perplexity", *(f"{t['perplexity']:.3f}" if t else "-" for t in texts)))
+        for metric, key, form in (("perplexity", "perplexity", ".3f"), ("bytes/token", "bytes_per_token", ".3f"),
+                                  ("nats/byte", "nats_per_byte", ".4f")):  # fmt: skip
+            rows.append(("", "", metric, *(f"{t[key]:{form}}" if t else "-" for t in texts)))
     if rows:
         yield from table(("task", "documents", "metric", *columns), rows)
     name = dict(zip((m["model"] for m in models), columns))
@@ -889,7 +959,7 @@ def summary(report: dict) -> Iterator[str]:
             told.append(f"the same choice in {100 * c['same_choice']:.1f} % of {c['documents']} documents, "
                         f"log-likelihoods {100 * c['log_likelihood']:.3f} % apart on average")
         if "text" in c:
-            told.append(f"loss on the text {100 * c['text']:+.3f} %")
+            told.append(f"loss on the text {100 * c['text']:+.3f} %" + " per byte" * ("tokens" in c))
         if "tokens" in c:
             told.append(f"OTHER TOKENS: {c['tokens']}")
         if told:

@@ -1,9 +1,12 @@
 """scripts/evaluate.py: a checkpoint and its GGUFs give the same figures, what fails is told, and no server is left."""
 
 import argparse
+import bz2
 import contextlib
+import gzip
 import importlib.util
 import json
+import lzma
 import math
 import os
 import re
@@ -18,6 +21,7 @@ import datasets
 import huggingface_hub
 import pytest
 import small_models
+import tokenizers
 import torch
 import train_sherry
 import transformers
@@ -31,9 +35,9 @@ _spec = importlib.util.spec_from_file_location("sherry_evaluate", SCRIPT)  # `ev
 evaluate = sys.modules["sherry_evaluate"] = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(evaluate)
 
-LOCAL = ["local_piqa", "local_arc", "local_hellaswag", "local_winogrande"]
-LOCAL_ARGS = ["--include-path", "tests/eval_tasks", "--tasks", ",".join(LOCAL)]
-DOCUMENTS = dict(zip(LOCAL, (10, 10, 8, 10)))
+DATA = Path("tests/eval_data")  # a few documents of ours for each of the paper's tasks, in the hub's form
+DATA_ARGS = ["--data", str(DATA)]
+DOCUMENTS = dict(zip(evaluate.PAPER, (10, 6, 4, 8, 10)))
 EXACT = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]  # llama.cpp's attention in float32, as PyTorch's
 # Largest difference of a choice's log-likelihood from PyTorch's in nats, of 110 choices, and what is allowed. Measured:
 # 2e-5 with EXACT; 5e-3 as llama-server runs by default, with fp16 in the attention; 6e-2 for TQ1_25, where activations
@@ -81,9 +85,9 @@ def accuracies(task):
 
 
 def our_documents():
-    """By task, the documents in tests/eval_tasks."""
-    files = {name: REPO / f"tests/eval_tasks/{name.removeprefix('local_')}.jsonl" for name in LOCAL}
-    return {name: [json.loads(line) for line in file.read_text().splitlines()] for name, file in files.items()}
+    """By task, the documents in DATA."""
+    files = {name: next(DATA.glob(f"{name}.*.jsonl")).read_text() for name in evaluate.PAPER}
+    return {name: [json.loads(line) for line in text.splitlines()] for name, text in files.items()}
 
 
 def report_of(path, *args):
@@ -132,7 +136,7 @@ def test_the_server_gives_pytorchs_numbers(models, kind):
             lm.generate_until([ask("generate_until", *w) for w in wishes], disable_tqdm=True),
         )
 
-    tasks, _ = evaluate.load_tasks(LOCAL, Path("tests/eval_tasks"), 0)
+    tasks, _ = evaluate.load_tasks(evaluate.PAPER, None, 0, DATA)
     with evaluate.torch_lm(model, tokenizer, argparse.Namespace(max_length=2048, batch_size=2)) as wanted:
         scores, totals, generated = answers(wanted)
         measured = {name: evaluate.measure(wanted, name, task, None) for name, task in tasks.items()}
@@ -147,7 +151,7 @@ def test_the_server_gives_pytorchs_numbers(models, kind):
     assert [s[1] for s in got[0]] == [s[1] for s in scores]
     assert got[1] == pytest.approx(totals, rel=1e-6)
     assert got[2] == generated
-    for name in LOCAL:
+    for name in evaluate.PAPER:
         assert accuracies(again[name]) == accuracies(measured[name]) != {}
         assert sum(again[name]["choices"], []) == pytest.approx(sum(measured[name]["choices"], []), abs=EXACT_NATS)
 
@@ -168,16 +172,16 @@ def test_tasks_side_by_side(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LLAMA_API_KEY", "secret")  # of a server of the user's own
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "64")
     hf, f32, ternary = models["spm"]
-    code, report = report_of(tmp_path / "r.json", hf, f32, ternary, *LOCAL_ARGS)
+    code, report = report_of(tmp_path / "r.json", hf, f32, ternary, *DATA_ARGS)
     out = capsys.readouterr().out
     assert code == 0 and not report["missing"]
     wanted, *others = report["models"]
-    for name in LOCAL:
+    for name in evaluate.PAPER:
         assert wanted["tasks"][name]["documents"] == DOCUMENTS[name]
         assert 0 <= wanted["tasks"][name]["acc"] <= 1
-        assert ("acc_norm" in wanted["tasks"][name]) == (name != "local_winogrande")
+        assert ("acc_norm" in wanted["tasks"][name]) == (name != "winogrande")
     for other, allowed in zip(others, (F32_NATS, TERNARY_NATS)):
-        for name in LOCAL:
+        for name in evaluate.PAPER:
             x, y = wanted["tasks"][name], other["tasks"][name]
             assert [len(c) for c in x["choices"]] == [len(c) for c in y["choices"]]
             worst = max(abs(u - v) for p, q in zip(x["choices"], y["choices"]) for u, v in zip(p, q))
@@ -186,20 +190,21 @@ def test_tasks_side_by_side(models, tmp_path, capsys, monkeypatch):
             assert abs(x["acc"] - y["acc"]) <= sum(gap < 2 * worst for gap in gaps) / DOCUMENTS[name]
     assert [c["documents"] for c in report["compared"]] == [38, 38]
     assert all(c["same_choice"] > 0.9 and "tokens" not in c for c in report["compared"])
-    means = (f"{25 * sum(m['tasks'][n]['acc'] for n in LOCAL):.2f} %" for m in report["models"])
-    assert re.search(rf"^mean of 4 +acc +{' +'.join(means)}$", out, re.M)
-    assert re.search(r"^local_winogrande +10 +acc ", out, re.M) and "against spm: the same choice in " in out
+    means = (f"{20 * sum(t['acc'] for t in m['tasks'].values()):.2f} %" for m in report["models"])
+    assert re.search(rf"^mean of 5 +acc +{' +'.join(means)}$", out, re.M)
+    assert re.search(r"^winogrande +10 +acc ", out, re.M) and "against spm: the same choice in " in out
 
 
 def test_accuracy_is_that_of_the_likeliest_choice(models, tmp_path):
     """lm-eval's figure, counted again from the log-likelihoods and our own data."""
-    code, report = report_of(tmp_path / "r.json", models["bpe"][2], *LOCAL_ARGS)
+    code, report = report_of(tmp_path / "r.json", models["bpe"][2], *DATA_ARGS)
     data = our_documents()
     right = {
-        "local_piqa": lambda d: d["label"],
-        "local_arc": lambda d: d["choices"]["label"].index(d["answerKey"]),
-        "local_hellaswag": lambda d: d["label"],
-        "local_winogrande": lambda d: int(d["answer"]) - 1,
+        "piqa": lambda d: d["label"],
+        "arc_easy": lambda d: d["choices"]["label"].index(d["answerKey"]),
+        "arc_challenge": lambda d: d["choices"]["label"].index(d["answerKey"]),
+        "hellaswag": lambda d: int(d["label"]),
+        "winogrande": lambda d: int(d["answer"]) - 1,
     }
     assert code == 0
     for name, task in report["models"][0]["tasks"].items():
@@ -208,20 +213,20 @@ def test_accuracy_is_that_of_the_likeliest_choice(models, tmp_path):
 
 
 def test_few_documents_and_many_slots(models, tmp_path):
-    args = [models["spm"][1], *LOCAL_ARGS, "--limit", 3]
+    args = [models["spm"][1], *DATA_ARGS, "--limit", 3]
     reports = [report_of(tmp_path / f"{n}.json", *args, "--batch-size", n)[1] for n in (1, 6)]
     few, many = (r["models"][0]["tasks"] for r in reports)
-    for name in LOCAL:
+    for name in evaluate.PAPER:
         assert few[name]["documents"] == 3
         flat = [sum(r[name]["choices"], []) for r in (few, many)]
         assert flat[0] == pytest.approx(flat[1], abs=2e-3)  # measured: 4e-4; sums of another order
 
 
 def test_examples_before_the_question(models, tmp_path):
-    args = [models["spm"][0], models["spm"][1], "--include-path", "tests/eval_tasks", "--tasks", "local_piqa"]
+    args = [models["spm"][0], models["spm"][1], *DATA_ARGS, "--tasks", "piqa"]
     code, report = report_of(tmp_path / "r.json", *args, "--num-fewshot", 2, "--limit", 4)
     assert code == 0 and not any("tokens" in c for c in report["compared"])
-    first, second = (m["tasks"]["local_piqa"]["choices"] for m in report["models"])
+    first, second = (m["tasks"]["piqa"]["choices"] for m in report["models"])
     assert sum(first, []) == pytest.approx(sum(second, []), abs=F32_NATS)
 
 
@@ -241,12 +246,21 @@ def test_the_loss_on_a_text(models, kind, tmp_path, capsys):
         assert other["nats"] == pytest.approx(wanted["nats"], rel=allowed)
         assert other["perplexity"] == pytest.approx(math.exp(other["nats"]))
     assert not any("tokens" in c for c in report["compared"])
-    out = capsys.readouterr().out
+    size = len(text.read_bytes()) - 1  # llama-perplexity takes the last newline away
+    for t in wanted, *others:
+        assert t["bytes_per_token"] == pytest.approx(size / t["tokens"])
+        assert t["nats_per_byte"] == pytest.approx(t["nats"] * t["tokens"] / size)
+        assert t["vocabulary"] == small_models.VOCAB and t["guessing"] == pytest.approx(math.log(small_models.VOCAB))
+    out, err = capsys.readouterr()
+    assert re.search(rf"^ +bytes/token +{wanted['bytes_per_token']:.3f} ", out, re.M)
+    assert re.search(rf"^ +nats/byte +{wanted['nats_per_byte']:.4f} ", out, re.M)
+    untrained = f": guessing among its 512 tokens costs 6.24 nats each, and its loss on the text is {wanted['nats']:.2f}: it is untrained"
+    assert err.count(untrained) == 3 and "times as many tokens" not in err
     assert re.search(rf"^text +{wanted['scored']} tokens +nats/token +{wanted['nats']:.4f} ", out, re.M)
     assert "acc" not in out and len(re.findall(r"loss on the text [+-]0\.0\d\d %", out)) == 2
 
 
-def test_the_loss_of_a_trained_model(tmp_path):
+def test_the_loss_of_a_trained_model(tmp_path, capsys):
     """Trained, exported, converted: the GGUF's loss is the checkpoint's, within the half percent that is promised."""
     lines = [f"    {'abc'[i * i % 3]} = {'xyz'[i % 3]} + {i * 7 % 10}\n" for i in range(4000)]
     (tmp_path / "train.txt").write_text("def f(x, y, z):\n" + "".join(lines[:3500]))
@@ -263,6 +277,7 @@ def test_the_loss_of_a_trained_model(tmp_path):
     code, report = report_of(tmp_path / "r.json", hf, gguf, "--text", text, "--context", 64)
     torch_loss, gguf_loss = (m["text"]["nats"] for m in report["models"])
     assert code == 0 and gguf_loss == pytest.approx(torch_loss, rel=5e-3)
+    assert "guessing" not in capsys.readouterr().err
     # and that says something: the ternary matrices are what the loss comes from
     model, tokenizer = evaluate.load(hf, "cpu", "float32")
     for name, p in model.named_parameters():
@@ -292,13 +307,39 @@ def test_the_protocol(models, bos, context, chunks):
 
 
 def test_other_tokens_are_told(models, tmp_path, capsys):
-    """Two models with other tokenizers: the figures stand, with a word."""
+    """Two models with other tokenizers: the figures stand, with a word, and losses are compared per byte."""
     code, report = report_of(tmp_path / "r.json", models["spm"][1], models["bpe"][1], "--text", SCRIPT, "--chunks", 2,
-                             "--tasks", "local_piqa", "--include-path", "tests/eval_tasks", "--limit", 2)  # fmt: skip
+                             "--tasks", "piqa", *DATA_ARGS, "--limit", 2)  # fmt: skip
     assert code == 0
     assert re.fullmatch(r"4 of 4 requests, such as '.*'; the text is \d+ tokens and \d+, not the same from number 0 on",
                         report["compared"][0]["tokens"])  # fmt: skip
-    assert "OTHER TOKENS" in capsys.readouterr().out
+    out, err = capsys.readouterr()
+    first, second = (m["text"] for m in report["models"])
+    assert report["compared"][0]["text"] == pytest.approx(second["nats_per_byte"] / first["nats_per_byte"] - 1)
+    assert re.search(r"loss on the text \S+ % per byte; OTHER TOKENS", out) and "times as many tokens" not in err
+
+
+def test_a_tokenizer_of_bytes_is_told(models, tmp_path, capsys):
+    """It splits the text into twice the tokens of the model's own, which no figure per token shows."""
+    shutil.copytree(models["bpe"][0], tmp_path / "hf")
+    tokenizer = tokenizers.ByteLevelBPETokenizer()
+    tokenizer.train_from_iterator([], vocab_size=257, special_tokens=["<|endoftext|>"], show_progress=False)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, eos_token="<|endoftext|>").save_pretrained(tmp_path / "hf")
+    code, report = report_of(tmp_path / "r.json", models["bpe"][0], tmp_path / "hf", "--text", SCRIPT, "--chunks", 2)
+    own, other = (m["text"] for m in report["models"])
+    assert code == 0 and other["bytes_per_token"] == 1 < evaluate.OTHER_COUNT < own["bytes_per_token"]
+    told = (f"evaluate: {tmp_path}/hf splits the text into {own['bytes_per_token']:.2f} times as many tokens as {models['bpe'][0]}: "
+            "one of the tokenizers may be wrong; compare nats/byte, not nats/token\n")  # fmt: skip
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("nats, per_token, count", [((5.6, 5.6), (2, 2), 0), ((5.7, 5.6), (2, 2), 1), ((5.7, 9.0), (2, 2), 2),
+                                                    ((3, 3), (3, 2.1), 0), ((3, 3), (3, 1.9), 1), ((3, 3), (1.9, 3), 1)])  # fmt: skip
+def test_what_is_doubtful(nats, per_token, count):
+    """A loss above 0.9 ln(512) = 5.61, and half as many tokens again, or as few, as the first model's."""
+    found = [{"model": "m", "text": {"nats": n, "bytes_per_token": b, "vocabulary": 512, "guessing": math.log(512)}}
+             for n, b in zip(nats, per_token)]  # fmt: skip
+    assert len(list(evaluate.doubts([*found, {"model": "failed"}]))) == count
 
 
 # ---- data ----
@@ -322,14 +363,10 @@ def cached(cache, name, config, rows):
 
 
 def in_the_hubs_form():
-    """Our documents under the names and in the form of the paper's data sets: (name, configuration, rows)."""
-    piqa, arc, hellaswag, winogrande = our_documents().values()
-    hellaswag = [{"activity_label": d["activity"], "ctx_a": d["context"].rsplit(". ", 1)[0] + ".", "ctx_b": "then she",
-                  "endings": [f"{e} [step]" for e in d["endings"]], "label": str(d["label"])}
-                 for d in hellaswag]  # fmt: skip
-    return [("baber/piqa", "default", piqa), ("allenai/ai2_arc", "ARC-Easy", arc),
-            ("Rowan/hellaswag", "default", hellaswag), ("allenai/ai2_arc", "ARC-Challenge", arc[:6]),
-            ("allenai/winogrande", "winogrande_xl", winogrande)]  # fmt: skip
+    """Our documents under the names of the paper's data sets: (name, configuration, rows)."""
+    sets = (("baber/piqa", "default"), ("allenai/ai2_arc", "ARC-Easy"), ("allenai/ai2_arc", "ARC-Challenge"),
+            ("Rowan/hellaswag", "default"), ("allenai/winogrande", "winogrande_xl"))  # fmt: skip
+    return [(*names, rows) for names, rows in zip(sets, our_documents().values())]
 
 
 def test_the_papers_tasks_from_the_cache(models, tmp_path, capsys):
@@ -341,7 +378,7 @@ def test_the_papers_tasks_from_the_cache(models, tmp_path, capsys):
     assert code == 0 and not report["missing"], err
     first, second = (m["tasks"] for m in report["models"])
     assert list(first) == list(second) == ["piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande"]
-    assert [t["documents"] for t in first.values()] == [10, 10, 6, 8, 10]
+    assert {name: t["documents"] for name, t in first.items()} == DOCUMENTS
     for name in first:
         assert sum(first[name]["choices"], []) == pytest.approx(sum(second[name]["choices"], []), abs=TERNARY_NATS)
     mean = 100 * sum(t["acc"] for t in first.values()) / 5
@@ -371,7 +408,7 @@ def test_no_data_at_all(models, capsys):
         told = (f"evaluate: {task}: its data set {data} could not be had: the hub http://127.0.0.1:9 cannot be reached "
                 f"(ConnectionError), and it is not in the cache {datasets.config.HF_DATASETS_CACHE}\n")  # fmt: skip
         assert told in err
-    assert "HF_DATASETS_CACHE name it" in err and "--include-path" in err
+    assert "HF_DATASETS_CACHE name it" in err and "--data, and examples/tasks/README.md" in err
     assert err.endswith("evaluate: no task has its data: nothing was measured\n") and "Traceback" not in err
 
 
@@ -381,16 +418,86 @@ def test_offline_mode_is_told(models, capsys, monkeypatch):
     assert "could not be had: offline mode is on (HF_HUB_OFFLINE" in capsys.readouterr().err
 
 
-def local_task(directory, name, data, form="local_piqa"):
-    text = (REPO / f"tests/eval_tasks/{form}.yaml").read_text()
-    text = text.replace(f"task: {form}", f"task: {name}").replace(f"tests/eval_tasks/{form[6:]}.jsonl", str(data))
+def local_task(directory, name, data):
+    """A task of its own on `data`, in PIQA's form."""
+    text = (evaluate.EXAMPLES / "piqa.yaml").read_text()
+    text = text.replace("task: piqa", f"task: {name}").replace("piqa.validation.jsonl", str(data))
     (directory / f"{name}.yaml").write_text(text)
 
 
 def test_a_task_of_ones_own_goes_before_lm_evals(tmp_path):
-    local_task(tmp_path, "piqa", REPO / "tests/eval_tasks/piqa.jsonl")
-    tasks, missing = evaluate.load_tasks(["piqa"], tmp_path, 0)
-    assert not missing and len(tasks["piqa"].dataset["validation"]) == 10
+    """And before those that --data brings."""
+    local_task(tmp_path, "piqa", REPO / DATA / "piqa.validation.jsonl")
+    for data in None, tmp_path:
+        tasks, missing = evaluate.load_tasks(["piqa"], tmp_path, 0, data)
+        assert not missing and len(tasks["piqa"].dataset["validation"]) == 10
+
+
+# ---- the paper's tasks from files ----
+
+
+def asked_of(tasks):
+    """By task, what a model is asked, what is right, and what is measured."""
+    for task in tasks.values():
+        task.build_all_requests()
+    return {name: ([(i.arguments, task.doc_to_target(i.doc)) for i in task.instances], task.aggregation(), task.VERSION)
+            for name, task in tasks.items()}  # fmt: skip
+
+
+def test_files_are_asked_about_as_lm_eval_asks(tmp_path):
+    """The same requests, answers, metrics and versions as lm-eval's own tasks have with the same data from the hub."""
+    for data in in_the_hubs_form():
+        cached(datasets.config.HF_DATASETS_CACHE, *data)
+    wanted, missing = evaluate.load_tasks(evaluate.PAPER, None, 0)
+    assert not missing and {t.config.dataset_path for t in wanted.values()}.isdisjoint(["json"])
+    tasks, missing = evaluate.load_tasks(evaluate.PAPER, None, 0, DATA)
+    assert not missing and {t.config.dataset_path for t in tasks.values()} == {"json"}
+    assert asked_of(tasks) == asked_of(wanted)
+    assert len(asked_of(tasks)["hellaswag"][0]) == 4 * DOCUMENTS["hellaswag"]
+
+
+def test_hellaswag_as_llama_perplexity_takes_it(tmp_path):
+    """Finished text gives the requests that the hub's fields give; rows that are neither are told apart."""
+    hub, _ = evaluate.load_tasks(["hellaswag"], None, 0, DATA)
+    rows = [{k: d[k] for k in ("query", "choices", "gold")} for d in hub["hellaswag"].eval_docs]
+    (tmp_path / "hellaswag.validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    finished, missing = evaluate.load_tasks(["hellaswag"], None, 0, tmp_path)
+    assert not missing and asked_of(finished) == asked_of(hub)
+    (tmp_path / "hellaswag.validation.jsonl").write_text('{"ctx": "She", "endings": ["a", "b"], "label": 0}\n')
+    _, missing = evaluate.load_tasks(["hellaswag"], None, 0, tmp_path)
+    assert "its rows have ctx, endings, label; HellaSwag's have activity_label, ctx_a, " in missing["hellaswag"]
+
+
+@pytest.mark.parametrize("end, module", [(".xz", lzma), (".gz", gzip), (".bz2", bz2)])
+def test_compressed_files(tmp_path, end, module):
+    """They serve where there is no plain file; where there are both, each document counts once."""
+    plain = (DATA / "piqa.validation.jsonl").read_bytes()
+    directory = tmp_path / "my [own] data"
+    directory.mkdir()
+    (directory / f"piqa.validation.jsonl{end}").write_bytes(module.compress(plain))
+    tasks, missing = evaluate.load_tasks(["piqa"], None, 0, directory)
+    assert not missing and len(tasks["piqa"].eval_docs) == 10
+    (directory / "piqa.validation.jsonl").write_bytes(plain)
+    tasks, _ = evaluate.load_tasks(["piqa"], None, 0, directory)
+    assert len(tasks["piqa"].eval_docs) == 10
+
+
+def test_where_data_files_are_looked_for(tmp_path, monkeypatch):
+    """Those of one's own tasks, too, by split or in a list: in --data, else in the current directory; absolute ones where they are."""
+    rows = (DATA / "piqa.validation.jsonl").read_text().splitlines(keepends=True)
+    for name, some in ("a", rows[:3]), ("b", rows[3:]):
+        (tmp_path / f"{name}.jsonl").write_text("".join(some))
+    local_task(tmp_path, "both", "[a.jsonl, b.jsonl]")
+    local_task(tmp_path, "absolute", tmp_path / "a.jsonl")
+    (tmp_path / "mine.yaml").write_text("group: mine\ntask: [both]\n")
+    names = ["both", "absolute"]
+    tasks, missing = evaluate.load_tasks(names, tmp_path, 0, tmp_path)
+    assert not missing and [len(tasks[n].eval_docs) for n in names] == [10, 3]
+    assert len(evaluate.load_tasks(["mine"], tmp_path, 0, tmp_path)[0]["both"].eval_docs) == 10
+    _, missing = evaluate.load_tasks(names, tmp_path, 0)
+    assert list(missing) == ["both"] and f"Unable to find '{Path.cwd()}/a.jsonl'" in missing["both"]
+    monkeypatch.chdir(tmp_path)
+    assert len(evaluate.load_tasks(names, tmp_path, 0)[0]["both"].eval_docs) == 10
 
 
 # ---- what goes wrong ----
@@ -404,9 +511,10 @@ def test_a_task_of_ones_own_goes_before_lm_evals(tmp_path):
         (["{gguf}", "--text", "{tmp}/none"], "--text {tmp}/none: No such file or directory"),
         (["{gguf}", "--text", "{gguf}"], "--text {gguf}: byte "),
         (["{gguf}", "--include-path", "{tmp}/none"], "--include-path {tmp}/none: no such directory"),
-        (["{gguf}", "--output", "{tmp}/none/r.json", *LOCAL_ARGS], "--output {tmp}/none/r.json: No such file"),
-        (["{gguf}", "--output", "{tmp}", *LOCAL_ARGS], "--output {tmp} is a directory; name a file"),
-        (["{gguf}", "--output", "{gguf}", *LOCAL_ARGS], "--output {gguf} is to be evaluated itself; name another file"),
+        (["{gguf}", "--data", "{tmp}/none"], "--data {tmp}/none: no such directory"),
+        (["{gguf}", "--output", "{tmp}/none/r.json", *DATA_ARGS], "--output {tmp}/none/r.json: No such file"),
+        (["{gguf}", "--output", "{tmp}", *DATA_ARGS], "--output {tmp} is a directory; name a file"),
+        (["{gguf}", "--output", "{gguf}", *DATA_ARGS], "--output {gguf} is to be evaluated itself; name another file"),
         (["{gguf}", "--text", "{script}", "--output", "{script}"], "--output {script} is to be evaluated itself"),
     ],
 )  # fmt: skip
@@ -442,7 +550,7 @@ def broken(path, source, how):
 def test_a_broken_gguf(models, tmp_path, capsys, how, words, what):
     """The server's own words; the model beside it is measured all the same."""
     gguf = broken(tmp_path / "broken.gguf", models["spm"][2], how)
-    more = {"text": ["--text", SCRIPT, "--chunks", 2], "tasks": [*LOCAL_ARGS[:2], "--tasks", "local_arc", "--limit", 1]}
+    more = {"text": ["--text", SCRIPT, "--chunks", 2], "tasks": [*DATA_ARGS, "--tasks", "arc_easy", "--limit", 1]}
     code, report = report_of(tmp_path / "r.json", gguf, models["spm"][2], *more[what])
     err = capsys.readouterr().err
     assert code == 1 and "Traceback" not in err
@@ -504,7 +612,7 @@ def test_data_and_tasks_that_fail(models, tmp_path, capsys):
 
 def test_llama_cpp_is_not_built(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SHERRY_BUILD_DIR", str(tmp_path))
-    assert run(models["spm"][2], *LOCAL_ARGS, "--limit", 1) == 1
+    assert run(models["spm"][2], *DATA_ARGS, "--limit", 1) == 1
     assert f"{tmp_path}/bin/llama-server is not there: run scripts/build_llama_cpp" in capsys.readouterr().err
 
 
@@ -596,7 +704,7 @@ def test_the_servers_refusal_is_told(models):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_interruption_leaves_no_server(models, tmp_path, number, code):
     """Whatever ends the script in the middle of a task, even what it cannot know of."""
-    documents = our_documents()["local_piqa"]
+    documents = our_documents()["piqa"]
     rows = (d | {"goal": f"{i} {d['goal']}"} for i in range(400) for d in documents)
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     local_task(tmp_path, "many", tmp_path / "many.jsonl")

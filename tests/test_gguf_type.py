@@ -4,6 +4,8 @@ import conftest
 import numpy as np
 import pytest
 import small_models
+import torch
+import transformers
 
 from sherry_gguf import gguf_type, stq1_0, tq1_25
 
@@ -61,6 +63,60 @@ def test_file_through_the_published_package(tmp_path):
     (tensor,) = gguf.GGUFReader(tmp_path / "x.gguf").tensors
     assert tensor.tensor_type == TYPE and tensor.shape.tolist() == [256, 6]
     assert tensor.data.tobytes() == tq1_25.quantize(x).tobytes()
+
+
+# ---- other programs that use the published package ----
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A checkpoint, and beside it our GGUF of it."""
+    directory = tmp_path_factory.mktemp("model")
+    hf = small_models.make(directory / "hf", "llama")
+    result = conftest.sherry("convert", hf, "--outfile", directory / "m.gguf", "--require-exact")
+    assert result.returncode == 0, result.stderr
+    return hf, directory / "m.gguf"
+
+
+def run(script, *args):
+    process = conftest.python(script, *args)
+    output, _ = process.communicate()
+    return process.returncode, output
+
+
+REGISTER = "from sherry_gguf import gguf_type\ngguf_type.register()\n"
+TOOL = "from gguf.scripts.{} import main\nmain()\n"
+UNKNOWN = "125 is not a valid GGMLQuantizationType"  # what users see
+
+
+def test_the_packages_tools(model, tmp_path):
+    hf, gguf_file = model
+    code, output = run(TOOL.format("gguf_dump"), gguf_file)
+    assert code == 1 and UNKNOWN in output.replace("np.uint32(125)", "125")
+    code, output = run(REGISTER + TOOL.format("gguf_dump"), gguf_file)
+    assert code == 0 and "| TQ1_25  | blk.1.ffn_down.weight" in output, output
+    code, output = run(REGISTER + TOOL.format("gguf_new_metadata"), gguf_file, tmp_path / "n.gguf", "--general-name", "Renamed")
+    assert code == 0, output
+    for old, new in zip(gguf.GGUFReader(gguf_file).tensors, gguf.GGUFReader(tmp_path / "n.gguf").tensors, strict=True):
+        assert (old.name, old.tensor_type, old.data.tobytes()) == (new.name, new.tensor_type, new.data.tobytes())
+
+
+def test_transformers_loads_a_file(model, tmp_path):
+    """Ternary weights to the checkpoint's very values, and what is F16 in the file to those of F16."""
+    hf, gguf_file = model
+    script = """
+import sys, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1], gguf_file="m.gguf")
+torch.save(model.state_dict(), sys.argv[2])
+"""
+    code, output = run(REGISTER + script, gguf_file.parent, tmp_path / "weights")
+    assert code == 0, output
+    found = torch.load(tmp_path / "weights")
+    wanted = transformers.AutoModelForCausalLM.from_pretrained(hf, dtype=torch.float32).state_dict()
+    assert found.keys() == wanted.keys()
+    for name, w in wanted.items():
+        assert torch.equal(found[name], w.half().float() if w.ndim == 2 else w), name
+    assert all(torch.equal(w, w.half().float()) for name, w in wanted.items() if "_proj" in name)
 
 
 def test_the_pinned_package_agrees():

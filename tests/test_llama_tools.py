@@ -125,6 +125,19 @@ def test_quantize_gives_what_the_reference_gives(tmp_path):
         assert (theirs[name].data == ours[name].data).all(), name
 
 
+def test_quantize_merges_the_files_of_a_split(llama, tmp_path):
+    """COPY, from the first file: the same tensors and keys as of the file that was never split, and it verifies."""
+    result = sherry("convert", llama[0], "--outfile", tmp_path / "s.gguf", "--split-max-size", "200K")
+    assert result.returncode == 0, result.stderr
+    code, text = run("llama-quantize", tmp_path / "s-00001-of-00003.gguf", tmp_path / "merged.gguf", "COPY")
+    assert code == 0, text
+    merged, whole = (tensors(path) for path in (tmp_path / "merged.gguf", llama[1]))
+    assert merged.keys() == whole.keys() and len(merged) == 21
+    assert all(merged[name].data.tobytes() == whole[name].data.tobytes() for name in whole)
+    result = sherry("verify", tmp_path / "merged.gguf", llama[0])
+    assert result.returncode == 0 and "14 TQ1_25 tensors bit for bit" in result.stdout, result.stdout + result.stderr
+
+
 def types_of(path):
     return {name: t.tensor_type.name for name, t in tensors(path).items()}
 
@@ -358,6 +371,16 @@ def test_rpc_server_and_no_repack_give_the_same_text(demo):
         server.kill()
         server.wait()
     assert remote == greedy(demo[2], "--no-repack") == greedy(demo[2])
+
+
+def test_a_draft_model_needs_the_type_of_speculation(llama):
+    """What the README says: without, the draft is loaded and not used. The draft is the model itself, so its tokens are accepted."""
+    args = ["llama-cli", "-m", llama[1], "-md", llama[1], "-p", "def read(self):", "-n", 24, "--temp", 0, "-st", "-t", 2, "-c", 256,
+            "--simple-io", "--chat-template", "chatml", "-lv", 4]  # fmt: skip
+    text, _ = run_for("no implementations specified for speculative decoding", *args)
+    assert "draft acceptance" not in text
+    _, match = run_for(r"draft acceptance = \S+ +\( *(\d+) accepted / +(\d+) generated\)", *args, "--spec-type", "draft-simple")
+    assert int(match[1]) > 0.5 * int(match[2]) > 4
 
 
 # ---- repacked and plain weights ----
