@@ -1045,6 +1045,9 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
         if len(set(files)) < len(files):
             raise ConvertError(f"cannot write {target}: two files of the split are symbolic links to the same place")
         notes = _kept_notes(plan)
+        activation = model.hparams.get("hidden_act", "silu")
+        if type(model).__name__ == "BitnetModel" and activation != "silu":
+            notes.append(f"config.json says that hidden_act is {activation}, llama.cpp computes BitNet with silu: its text will be wrong")
         if others := _other_splits(target, names):
             notes.append(f"beside it, of another conversion and left as they are: {', '.join(others)}")
         if options.dry_run:

@@ -199,6 +199,8 @@ def _described(x: np.ndarray, source: np.ndarray) -> str:
     """What was done to values, given as far as they are in the same order, or "" where that is not simple."""
     n = min(x.size, source.size, _DESCRIBED)
     x, source = (np.asarray(a.reshape(-1)[:n], np.float64) for a in (x, source))
+    if np.array_equal(x, source):  # what was changed is further on
+        return ""
     if np.allclose(x, source + (c := float(np.median(x - source))), rtol=1e-5, atol=1e-7):
         return f"each value {'plus' if c > 0 else 'minus'} {abs(c):.6g}"
     if (known := source != 0).any() and np.allclose(x, source * (c := float(np.median(x[known] / source[known]))), rtol=1e-5):

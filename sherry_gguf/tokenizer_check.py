@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 SAMPLE = (
-    "The quick brown fox jumps over the lazy dog, and they're sure it'll do so again; I'd say it's 9:45, isn't it? 'Twas 'tis y'all'd've",
+    "The quick brown fox jumps over the lazy dog, and they're sure it'll do so again; I'd say it's 9:45, isn't it? Will-o'the-wisp o'er y'all'd've",
     'def read(self, size=-1):\n    """Read up to size bytes."""\n\tif not self._file:\n        return b""\n'
     "    return self._file.read(size)  # [x] != 0x1F && y[i++] <= 3;\n",
     "1 12 123 1234 12345 1234567 3.14159 1,000,000 2026-11-28 192.168.0.1 x86_64 10000th",

@@ -40,6 +40,8 @@ class Vocabulary:
         try:
             return super().get_vocab_base_pre(tokenizer)
         except NotImplementedError:
+            if _read(self.dir_model).get("model", {}).get("type") == "WordPiece":
+                return "default"  # which says nothing: llama.cpp has one way to split text for these
             if not byte_level(self.dir_model):
                 raise VocabularyError(
                     f"{self.dir_model} lacks {SENTENCEPIECE}: its tokenizer is a sentencepiece model, which llama.cpp takes from "
@@ -72,7 +74,11 @@ class Vocabulary:
         # Some of upstream's classes know of no other tokenizer, though models of theirs have others.
         if not (self.dir_model / SENTENCEPIECE).is_file() and byte_level(self.dir_model):
             return self._set_vocab_gpt2()
-        return super()._set_vocab_sentencepiece(add_to_gguf)
+        super()._set_vocab_sentencepiece(add_to_gguf)
+        key = "tokenizer.ggml.add_space_prefix"
+        if add_to_gguf and not _sentencepiece(self.dir_model).normalizer_spec.add_dummy_prefix:
+            if not any(key in part for part in self.gguf_writer.kv_data):  # upstream goes by tokenizer_config.json alone
+                self.gguf_writer.add_add_space_prefix(False)
 
     def _set_vocab_llama_hf(self):
         # Upstream goes by byte_fallback, which some byte-level tokenizers have set as well, to no effect.
@@ -81,11 +87,8 @@ class Vocabulary:
 
 def byte_level(model_dir: Path) -> bool:
     """Whether the tokenizer.json of a model directory makes tokens of bytes, as GPT-2's does, and not of characters."""
-    try:
-        tokenizer = json.loads((model_dir / "tokenizer.json").read_text("utf-8"))
-        steps = [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]
-    except (OSError, ValueError, AttributeError):  # its reader says what is wrong with it
-        return False
+    tokenizer = _read(model_dir)
+    steps = [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]
     while steps:
         step = steps.pop()
         if isinstance(step, dict):
@@ -93,6 +96,22 @@ def byte_level(model_dir: Path) -> bool:
                 return True
             steps += [part for key in ("pretokenizers", "decoders") for part in step.get(key) or ()]
     return False
+
+
+def _read(model_dir: Path) -> dict:
+    """The tokenizer.json of a model directory, empty where there is none that can be read."""
+    try:
+        tokenizer = json.loads((model_dir / "tokenizer.json").read_text("utf-8"))
+    except (OSError, ValueError):  # who needs it says what is wrong with it
+        return {}
+    return tokenizer if isinstance(tokenizer, dict) else {}
+
+
+def _sentencepiece(model_dir: Path):
+    """The sentencepiece model of a model directory, as protobuf has it."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    return sentencepiece_model_pb2.ModelProto.FromString((model_dir / SENTENCEPIECE).read_bytes())
 
 
 def check_files(model_dir: Path):
@@ -157,12 +176,10 @@ def _pre_advice(gguf: Path, tokenizer) -> str:
 
 
 def _sentencepiece_advice(model_dir: Path) -> str:
-    from sentencepiece import sentencepiece_model_pb2
-
     path = model_dir / SENTENCEPIECE
     causes = []
     if path.is_file():
-        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        model = _sentencepiece(model_dir)
         if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM:
             causes.append("it is of the unigram kind (llama.cpp merges pairs here, as BPE does)")
         if model.normalizer_spec.precompiled_charsmap:

@@ -421,7 +421,7 @@ def test_embedding_types(zoo, tmp_path):
 
 
 def test_odd_rows_and_large_weights(tmp_path):
-    """Rows that are no multiple of 128 stay F16, said once; what F16 cannot hold stays F32."""
+    """Rows that are not a multiple of 128 become Q4_0, said once; what F16 cannot hold stays F32."""
     model = small_models.make(tmp_path / "m", "llama", config=dict(intermediate_size=320))
 
     def change(tensors):
@@ -433,11 +433,11 @@ def test_odd_rows_and_large_weights(tmp_path):
     done = sherry("convert", model, "--outfile", out)
     assert done.returncode == 0, done.stderr
     text = done.stdout
-    assert text.count("kept in F16, rows of 320, not a multiple of 128: blk.*.ffn_down.weight (2 blocks)") == 1
+    assert text.count("stored as Q4_0, rows of 320, not a multiple of 128: blk.*.ffn_down.weight (2 blocks)") == 1
     assert "kept in F32, a weight of magnitude 70144, too large for F16: output.weight, token_embd.weight" in text
     tensors = load(out)
     assert tensors["token_embd.weight"][0] == "F32" and tensors["token_embd.weight"][1].min() == -70144
-    assert tensors["blk.1.ffn_down.weight"][0] == "F16"
+    assert tensors["blk.1.ffn_down.weight"][0] == "Q4_0"
     assert sherry("verify", out, model).returncode == 0
     done = sherry("convert", model, "--outfile", tmp_path / "y.gguf", "--token-embedding-type", "Q8_0")
     assert done.returncode == 1 and "Q8_0 holds none beyond 65504: BF16 or F32 does" in done.stderr
@@ -463,7 +463,7 @@ def test_keep(zoo, tmp_path):
     assert not list(tmp_path.iterdir())
     flags = ["--keep", "output", "--output-tensor-type", "Q8_0"]
     done = sherry(*convert, *flags)
-    assert done.returncode == 0 and "kept in Q8_0, as asked, which overrules --keep: output.weight" in done.stdout
+    assert done.returncode == 0 and "stored as Q8_0, as asked, which overrules --keep: output.weight" in done.stdout
     stored = {k: t.type.name for k, t in verify.read_gguf(tmp_path / "x.gguf").tensors.items()}
     assert (stored["output.weight"], stored["blk.0.attn_output.weight"]) == ("Q8_0", "F16")
     done = sherry("verify", tmp_path / "x.gguf", root / "llama", *flags)
