@@ -49,10 +49,11 @@ if __name__ == "__main__":  # the imports take seconds, and an exception would c
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(train_arguments.help_text(__doc__), end="")
         sys.exit()
-# PyTorch's threads wait for each other by spinning, which takes a core from the one that is waited for as soon as there is
-# other work. A step of the demo (AMD EPYC of family 25, 2 cores, 2 threads, beside two busy loops and the tests of others;
-# medians) took 6 s so, 0.9 s without, 1.4 s with GOMP_SPINCOUNT=1000 and 1.8 to 2.4 s with 10000; one thread alone took 1.6 to
-# 3 s. Where nothing else runs, not to spin makes a step a third slower. OpenMP reads this when PyTorch is loaded, not later.
+# libgomp's threads wait for each other by spinning, which beside other work keeps the one that is waited for off its core. A
+# step of the demo (AMD EPYC of family 25, 2 cores; medians, on a machine that others used too) beside two busy loops: spinning
+# 5 to 6 s, this 0.9 to 1.1 s, GOMP_SPINCOUNT=1000 1.4 s, 10000 1.8 to 2.4 s, one thread 1.6 to 3 s. With little else to do:
+# spinning 0.30 s, this 0.41 s (up to 0.57: both threads may share a core), one thread 0.52 s. Pinning threads would help there,
+# but puts those of two runs on the same cores. libgomp reads it when PyTorch is loaded, and not later.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -384,10 +385,9 @@ class Estimate(TrainerCallback):
 
 def duration(seconds: float) -> str:
     """In the unit that says it in one or two digits."""
-    for unit, size in ("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1):
-        if seconds >= 2 * size or unit == "seconds":
-            return f"{seconds / size:.0f} {unit}"
-    raise AssertionError
+    units = ("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1)
+    unit, size = next((u for u in units if seconds >= 2 * u[1]), units[-1])
+    return f"{seconds / size:.0f} {unit}"
 
 
 class Progress(ProgressCallback):
