@@ -52,8 +52,8 @@ if __name__ == "__main__":  # the imports take seconds, and an exception would c
 # libgomp's threads wait for each other by spinning, which beside other work keeps the one that is waited for off its core. A
 # step of the demo (AMD EPYC of family 25, 2 cores; medians, on a machine that others used too) beside two busy loops: spinning
 # 5 to 6 s, this 0.9 to 1.1 s, GOMP_SPINCOUNT=1000 1.4 s, 10000 1.8 to 2.4 s, one thread 1.6 to 3 s. With little else to do:
-# spinning 0.30 s, this 0.41 s (up to 0.57: both threads may share a core), one thread 0.52 s. Pinning threads would help there,
-# but puts those of two runs on the same cores. libgomp reads it when PyTorch is loaded, and not later.
+# spinning 0.30 s, this 0.41 s (up to 0.57: both threads may share a core), one thread 0.52 s. Pinned threads (not measured)
+# would meet those of another run on the same cores. libgomp reads it when PyTorch is loaded, and not later.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
