@@ -27,11 +27,15 @@ def interrupted() -> int:
 if __name__ == "__main__":  # the imports take seconds, and an exception would come out of their middle
     signal.signal(signal.SIGINT, lambda *_: os._exit(interrupted()))
 
+# As in train_sherry.py, and here as well since OpenMP reads it when PyTorch is loaded, which python_corpus does first.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import python_corpus
-import train_sherry  # before torch: it sets how PyTorch's threads wait
 import torch
+import train_sherry
 
 from sherry_gguf import qat
+from sherry_gguf.qat.quantizer import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
 EVAL_TOKENS = 1 << 15
@@ -65,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=8, help="sequences of a step")
     p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    p.add_argument("--method", choices=list(train_sherry.METHODS), default="sherry",
+    p.add_argument("--method", choices=list(METHODS), default="sherry",
                    help="full: in full precision, to be quantized after training")
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
                    help="of the matrix products while training; auto measures which is faster")
@@ -184,7 +188,7 @@ def train(work: Path, a: argparse.Namespace) -> int:
         "adam_beta2": 0.95, "optim": "adamw_torch_fused", "seed": a.seed, "bf16": bf16, "use_cpu": True,
         "save_strategy": "steps", "save_steps": max(1, a.steps // 10), "report_to": "none",
     }  # fmt: skip
-    return train_sherry.main([x for k, v in flags.items() for x in (f"--{k}", str(v))])
+    return train_sherry.main([x for k, v in flags.items() for x in (f"--{k}", str(v))], trained=False)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
-"""Train a causal language model with 3:4 sparse ternary weights (Sherry), and export it as a Hugging Face directory.
+"""Train a causal language model with 3:4 sparse ternary weights (Sherry), and
+export it as a Hugging Face directory.
 
-    train_sherry.py --model DIR --train text/ --output_dir run             # quantization-aware training of a model
-    train_sherry.py --config DIR --tokenizer DIR --train a.jsonl --output_dir run           # from scratch
-
-Besides its own flags it takes those of transformers' TrainingArguments, and runs under torchrun and accelerate launch.
-Ctrl-C saves a checkpoint; the same command goes on from the last one in --output_dir. At the end the model is exported to
---export, evaluated there as it was saved, and training.png shows loss, Arenas' λ and the effective rank.
+Besides its own flags it takes those of transformers' TrainingArguments, and
+runs under torchrun and accelerate launch. Ctrl-C saves a checkpoint; the same
+command goes on from the last one in --output_dir. At the end the model is
+exported to --export and evaluated there as it was saved; training.png shows
+loss, Arenas' λ and the effective rank.
 """
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import fcntl
@@ -25,10 +26,17 @@ import sys
 import time
 from pathlib import Path
 
+import train_arguments
+from train_arguments import RECIPE, SherryArguments
+
 
 def interrupted() -> int:
     print("train_sherry: interrupted; run the same command again to go on", file=sys.stderr, flush=True)
     return 128 + signal.SIGINT
+
+
+def warn(text: str) -> None:
+    print(f"train_sherry: warning: {text}", file=sys.stderr, flush=True)
 
 
 def fail(e: BaseException) -> int:
@@ -38,8 +46,14 @@ def fail(e: BaseException) -> int:
 
 if __name__ == "__main__":  # the imports take seconds, and an exception would come out of their middle
     signal.signal(signal.SIGINT, lambda *_: os._exit(interrupted()))
-# PyTorch's threads wait for each other by spinning. Not to do so makes a step five times faster beside other work, and
-# a third slower alone.
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(train_arguments.help_text(__doc__), end="")
+        sys.exit()
+# libgomp's threads wait for each other by spinning, which beside other work keeps the one that is waited for off its core. A
+# step of the demo (AMD EPYC of family 25, 2 cores; medians, on a machine that others used too) beside two busy loops: spinning
+# 5 to 6 s, this 0.9 to 1.1 s, GOMP_SPINCOUNT=1000 1.4 s, 10000 1.8 to 2.4 s, one thread 1.6 to 3 s. With little else to do:
+# spinning 0.30 s, this 0.41 s (up to 0.57: both threads may share a core), one thread 0.52 s. Pinned threads (not measured)
+# would meet those of another run on the same cores. libgomp reads it when PyTorch is loaded, and not later.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import numpy as np
@@ -56,17 +70,21 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from tqdm import tqdm
+from transformers.utils import is_torch_xla_available
 
 from sherry_gguf import qat
-from sherry_gguf.qat.arenas import DECAYS
 from sherry_gguf.qat import text
 from sherry_gguf.qat.data import labelled, mean_loss, pack
 from sherry_gguf.qat.export import appearing
-from sherry_gguf.qat.quantizer import GRANULARITIES, GROUP_SIZE, METHODS
 
 RECORD = "training.json"  # in the export
 STAGE = "exporting"  # directory in --output_dir, in which the export is made and evaluated
 LOCK = "lock"  # file in --output_dir, locked while a process trains there
+START_TOKENS = 1 << 13  # held-out tokens that are evaluated before the first step
+NEAR_GUESSING = 0.8  # of ln(vocabulary): a trained model whose loss is above that reads text that it does not know
+SLOW_BF16 = 1.25  # times float32's time, from which on --bf16 on a CPU deserves a word
+ESTIMATE_AFTER = 60  # seconds of training, after which a line says how long the rest will take
 NO_SPACE = 1 << 26  # free bytes of a disk, below which a failure to write is put down to it
 DOCUMENTS = 1000  # tokenized at a time; between two such batches less than a block of tokens is dropped
 
@@ -75,59 +93,32 @@ class Stop(Exception):
     """What a person can mend; the message says how."""
 
 
-def flag(help: str, default=None, **metadata):
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": help, **metadata})
-
-
-@dataclasses.dataclass
-class SherryArguments:
-    model: str = flag("model to start from: a Hugging Face directory or name", "")
-    config: str = flag("config to make a model from scratch: a directory with config.json, or a name", "")
-    tokenizer: str = flag("its tokenizer, where it is not the model's", "")
-    train: list[str] = flag("text to train on: files (a document each; .jsonl, .parquet: a row each; .gz) or directories", [])
-    validation: list[str] = flag("held-out text, in the same way; without it a share of the training documents", [])
-    dataset: str = flag("instead of --train, the name of a data set for datasets.load_dataset", "")
-    dataset_config: str = flag("the data set's configuration", "")
-    text_column: str = flag("the column of the text in tables and data sets", "text")
-    special_tokens: bool = flag("take the names of special tokens in the text, as of a chat template, for these tokens", False)
-    validation_share: float = flag("share of the documents that is held out where no validation text is given", 0.01)
-    context: int = flag("tokens of a training sequence", 1024)
-    eval_tokens: int = flag("held-out tokens that are evaluated, at most", 1 << 17)
-    method: str = flag("how to quantize; all but sherry are there to compare with", "sherry", choices=list(METHODS))
-    granularity: str = flag("which weights share a scale", "per_group", choices=list(GRANULARITIES))
-    group_size: int = flag("of per_group; TQ1_25 stores multiples of 128", GROUP_SIZE)
-    keep: str = flag("regular expression: layers that stay in full precision, besides head and routers", "")
-    only: str = flag("regular expression: layers that are quantized, all others stay", "")
-    arenas_peak: float = flag("highest λ of Arenas, the residual λ·X·W; 1 as published, 0 trains without", 0.0)
-    arenas_warmup: float = flag("share of the steps in which λ rises", 0.1)
-    arenas_decay: str = flag("how λ falls", "cosine", choices=list(DECAYS))
-    arenas_end: float = flag("share of the steps after which λ is 0", 1.0)
-    arenas_rescale: bool = flag("divide each layer's product by 1 + λ", False)
-    teacher: str = flag("model to learn from, besides the text: a directory or name of the same vocabulary", "")
-    distill: float = flag("the teacher's share in the loss", 0.5)
-    temperature: float = flag("by which the logits are divided in that share", 1.0)
-    monitor_every: int = flag("steps between two looks at effective rank and flips; 0 never looks", 50)
-    export: str = flag("directory for the result (default: hf in --output_dir)", "")
-    export_dtype: str = flag("of the result", "float16", choices=["float16", "float32"])
+def recipe(name: str):
+    default, help = RECIPE[name]
+    return dataclasses.field(default=default, metadata={"help": help})
 
 
 @dataclasses.dataclass
 class Arguments(TrainingArguments):
     """The published recipe where transformers' defaults differ from it."""
 
-    learning_rate: float = dataclasses.field(default=1e-4, metadata={"help": "highest learning rate"})
-    lr_scheduler_type: str = dataclasses.field(default="cosine", metadata={"help": "how the learning rate falls"})
-    warmup_ratio: float = dataclasses.field(default=0.05, metadata={"help": "share of the steps in which it rises"})
-    logging_steps: float = dataclasses.field(default=10, metadata={"help": "steps between two log entries"})
-    save_total_limit: int = dataclasses.field(default=2, metadata={"help": "checkpoints that are kept"})
-    logging_nan_inf_filter: bool = dataclasses.field(default=False, metadata={"help": "log 0 for a loss that is not finite"})
+    learning_rate: float = recipe("learning_rate")
+    lr_scheduler_type: str = recipe("lr_scheduler_type")
+    warmup_ratio: float = recipe("warmup_ratio")
+    logging_steps: float = recipe("logging_steps")
+    save_total_limit: int = recipe("save_total_limit")
+    logging_nan_inf_filter: bool = recipe("logging_nan_inf_filter")
 
     def __post_init__(self):
         if self.use_cpu and self.fsdp and self.fsdp_config is None:  # every process makes the same model; CPUs cannot sync it
             self.fsdp_config = {"sync_module_states": False}
         if self.report_to is None:  # transformers' default is all that are installed, some of which ask for an account
             self.report_to = ["tensorboard"] if _installed("tensorboard") else []
+        cpu = self.use_cpu or self.no_cuda
+        if (self.bf16 or self.bf16_full_eval) and not cpu and not torch.accelerator.is_available() and not is_torch_xla_available():
+            # transformers says only that the set-up does not support it
+            raise ValueError("--bf16 true: PyTorch finds no GPU here; leave it out, or add --use_cpu true to compute in bfloat16 "
+                             "on the CPU, which is faster than float32 only where the CPU has instructions for it")
         super().__post_init__()
 
 
@@ -186,7 +177,7 @@ def data_set(s: SherryArguments):
 
 
 def blocks(texts, tokenizer, s: SherryArguments):
-    """datasets.Dataset of blocks: the column input_ids, lists of `context` tokens."""
+    """datasets.Dataset of blocks: the column input_ids, lists of `context` tokens, and bytes_per_token of the text there."""
     column, context, split = s.text_column, s.context, not s.special_tokens
     end, bos = tokenizer.eos_token_id, tokenizer.bos_token_id
 
@@ -194,7 +185,10 @@ def blocks(texts, tokenizer, s: SherryArguments):
         encoded = tokenizer([text or "" for text in batch[column]], add_special_tokens=False, return_attention_mask=False,
                             split_special_tokens=split, verbose=False)  # fmt: skip
         ids = np.concatenate([np.array([*x, *([end] if end is not None else [])], np.int32) for x in encoded["input_ids"]])
-        return {"input_ids": pack(ids, context, bos)}
+        packed = pack(ids, context, bos)
+        size = sum(len(text.encode("utf-8", "surrogatepass")) for text in batch[column] if text)
+        mean = size / max(1, sum(map(len, encoded["input_ids"])))  # the batch's: blocks do not keep where tokens come from
+        return {"input_ids": packed, "bytes_per_token": [mean] * len(packed)}
 
     return texts.map(tokenize, batched=True, batch_size=DOCUMENTS, remove_columns=texts.column_names)
 
@@ -207,6 +201,11 @@ def digest(*tables) -> str:
         for chunk in table.data.column("input_ids").chunks:
             sum.update(np.ascontiguousarray(chunk.flatten().to_numpy(zero_copy_only=False)))
     return sum.hexdigest()
+
+
+def bytes_per_token(table) -> float:
+    """Of the text of a table of blocks, in UTF-8, without the tokens that begin and end documents."""
+    return float(np.mean(table.data.column("bytes_per_token").to_numpy()))
 
 
 def collate(rows: list[dict]) -> dict[str, torch.Tensor]:
@@ -235,8 +234,8 @@ def load(s: SherryArguments):
         raise Stop(f"the tokenizer {name} has {n} tokens, the model room for {m}: they do not belong together")
     said = getattr(model.config, "sherry_config", None)
     if isinstance(said, dict) and said.get("weights") == "fake_quantized":
-        print("train_sherry: the model's weights are ternary already (an export): their latent weights, with which training "
-              "goes on better, are in the checkpoints of the run that made it", file=sys.stderr)
+        warn("the model's weights are ternary already (an export): their latent weights, with which training goes on better, are "
+             "in the checkpoints of the run that made it")
     return model, tokenizer
 
 
@@ -292,6 +291,34 @@ def _telling(name: str):
         raise Stop(f"{name}: {type(e).__name__}: {e}") from e
 
 
+def before_training(s: SherryArguments, args: TrainingArguments, model, rows: np.ndarray, trained: bool) -> dict | None:
+    """The held-out loss that training starts from, printed and returned for `RECORD`; None under DeepSpeed.
+
+    full_precision: the loss of the model as it was given. It tells whether model, tokenizer and text belong together, and a
+    warning says so where it is near that of guessing. With quantized weights the loss of a good model that is new to them is
+    as bad as guessing, or worse, so it could not.
+    quantized: the loss of what the first step computes.
+    """
+    if args.deepspeed:  # no process may have the whole model
+        return None
+    # Under FSDP the model is still on the CPU here, where a large one takes long.
+    rows = rows[: 1 if args.fsdp else max(1, START_TOKENS // s.context)]
+    batch = min(8, args.per_device_train_batch_size)
+    with torch.random.fork_rng(devices=[args.device] if args.device.type == "cuda" else []):  # training's numbers stay its own
+        with qat.full_precision(model):
+            loss = mean_loss(model, rows, batch)
+        quantized = mean_loss(model, rows, batch) if qat.quantized_layers(model) else loss
+    given = "as it was given" if s.model else "of random weights"
+    print(f"start: held-out loss before the first step ({rows.size} tokens): {loss:.4f} {given}"
+          + f", {quantized:.4f} quantized by {s.method}" * (s.method != "full"), flush=True)  # fmt: skip
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if s.model and trained and loss > NEAR_GUESSING * math.log(vocabulary):
+        warn(f"before the first step the held-out loss of {s.model} is {loss:.2f}; guessing among its {vocabulary} tokens has "
+             f"{math.log(vocabulary):.2f}. If it is a trained model, is {s.tokenizer or s.model} its tokenizer, and is the text "
+             "of a kind that it knows?")
+    return {"full_precision": loss, "quantized": quantized, "tokens": rows.size}
+
+
 class Finished(Exception):
     """The checkpoint that training went on from was of its last step; the Trainer would take one more."""
 
@@ -337,6 +364,30 @@ class Interrupt(TrainerCallback):
         if not math.isfinite(logs.get("loss", 0.0)):  # a mean over the processes, so all of them see it
             raise Stop(f"the loss is not finite at step {state.global_step}: training diverged. Use a lower --learning_rate; "
                        f"checkpoints before that are in {args.output_dir}")
+
+
+class Estimate(TrainerCallback):
+    """Says once, a minute after training began, how long the rest will take, for those who watch no progress bar."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first, self.said = time.monotonic(), state.global_step, not state.is_world_process_zero
+
+    def on_step_end(self, args, state, control, **kwargs):
+        seconds, done = time.monotonic() - self.began, state.global_step - self.first
+        if self.said or seconds < ESTIMATE_AFTER:
+            return
+        self.said = True
+        rest = (state.max_steps - state.global_step) * seconds / done
+        tqdm.write(f"training: step {state.global_step} of {state.max_steps}, {seconds / done:.2f} s a step: about "
+                   f"{duration(rest)} to go", file=sys.stdout)  # fmt: skip
+        sys.stdout.flush()
+
+
+def duration(seconds: float) -> str:
+    """In the unit that says it in one or two digits."""
+    units = ("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1)
+    unit, size = next((u for u in units if seconds >= 2 * u[1]), units[-1])
+    return f"{seconds / size:.0f} {unit}"
 
 
 class Progress(ProgressCallback):
@@ -459,7 +510,7 @@ def check_target(out: Path, args: Arguments) -> None:
         raise Stop(f"--export {out}: nothing can be written there ({e.strerror})") from e
 
 
-def run(s: SherryArguments, args: Arguments) -> int:
+def run(s: SherryArguments, args: Arguments, trained: bool) -> int:
     out = Path(s.export or Path(args.output_dir) / "hf")
     transformers.utils.logging.set_verbosity_warning()
     check(s, args)
@@ -469,7 +520,7 @@ def run(s: SherryArguments, args: Arguments) -> int:
     now = settings(s, args)
     checkpoint = resume_from(args, now)
     if args.process_index:
-        return train_and_export(s, args, out, now, checkpoint)
+        return train_and_export(s, args, out, now, checkpoint, trained)
     check_target(out, args)
     Path(args.output_dir).mkdir(parents=True, exist_ok=True)
     with open(Path(args.output_dir) / LOCK, "w") as lock:
@@ -477,10 +528,10 @@ def run(s: SherryArguments, args: Arguments) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise Stop(f"another run is training in {args.output_dir}: wait for it, or choose another --output_dir") from None
-        return train_and_export(s, args, out, now, checkpoint)
+        return train_and_export(s, args, out, now, checkpoint, trained)
 
 
-def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, checkpoint: Path | None) -> int:
+def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, checkpoint: Path | None, trained: bool) -> int:
     main_process = args.process_index == 0
     try:
         quant = qat.QuantConfig(s.method, s.granularity, s.group_size)
@@ -507,6 +558,7 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
     now = now | {"text": digest(train, held_out)}
     begun = checkpoint.resolve().parent if checkpoint else Path(args.output_dir)
     check_settings(begun, now, bool(checkpoint))
+    density = {"train": bytes_per_token(train), "held_out": bytes_per_token(held_out)}
     held_out = held_out.shuffle(seed=0).select(range(max(1, min(len(held_out), s.eval_tokens // s.context))))
     teacher = load_teacher(s, tokenizer, torch.bfloat16 if args.bf16 else torch.float32) if s.teacher else None
 
@@ -519,13 +571,18 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
             callbacks=[interrupt])
     except (ValueError, ImportError, RuntimeError) as e:  # what is not installed, or does not go together
         raise Stop(f"{type(e).__name__}: {e}") from e
+    trainer.add_callback(Estimate())
     trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
     if not args.disable_tqdm:
         trainer.add_callback(Progress)
     if main_process:
         if not checkpoint or not (Path(args.output_dir) / "settings.json").is_file():
             write(Path(args.output_dir) / "settings.json", now)
-        tokenizer.save_pretrained(args.output_dir)
+        print(f"text: {density['train']:.2f} bytes a token in the training text, {density['held_out']:.2f} in the held-out text",
+              flush=True)  # fmt: skip
+        if args.device.type == "cpu" and args.bf16 and (slower := qat.bf16_time()) > SLOW_BF16:
+            warn(f"--bf16 true: on this CPU bfloat16 products take {slower:.3g} times as long as in float32: leave it out")
+        before = before_training(s, args, model, np.array(held_out["input_ids"]), trained)
         sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         print(f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(names)} matrices by {s.method}, sequences of "
               f"{s.context} tokens, {sequences} a step, {len(train)} to train on and {len(held_out)} held out, "
@@ -567,8 +624,8 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
         exported = AutoModelForCausalLM.from_pretrained(stage, dtype=torch.float32).to(args.device)
         loss = mean_loss(exported, rows)
         last = next((entry["loss"] for entry in reversed(history) if "loss" in entry), None)
-        write(stage / RECORD, {"settings": now, "loss": {"train": last, "held_out": loss}, "steps": steps,
-                               "seconds": round(seconds, 1)})  # fmt: skip
+        write(stage / RECORD, {"settings": now, "loss": {"train": last, "held_out": loss}, "before": before,
+                               "bytes_per_token": density, "steps": steps, "seconds": round(seconds, 1)})  # fmt: skip
         with appearing(out) as part:
             for path in stage.iterdir():
                 shutil.move(path, part / path.name)
@@ -619,16 +676,44 @@ def plot(history: list[dict], path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = HfArgumentParser((SherryArguments, Arguments), description=__doc__)
+class Parser(HfArgumentParser):
+    """Our flags and the Trainer's. An error is one line, the status 2."""
+
+    def __init__(self):
+        super().__init__((SherryArguments, Arguments), prog="train_sherry")
+        self.add_argument("--help-all", action=HelpAll, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
+
+    def format_help(self) -> str:
+        return train_arguments.help_text(__doc__)
+
+    def error(self, message: str):
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists the flags)\n")
+
+
+class HelpAll(argparse.Action):
+    def __call__(self, parser, *_):
+        trainer = HfArgumentParser(Arguments, add_help=False, usage=argparse.SUPPRESS)
+        print(f"{parser.format_help()}\nall flags of transformers' TrainingArguments:\n{trainer.format_help()}", end="")
+        parser.exit()
+
+
+def parse(argv: list[str] | None) -> tuple[SherryArguments, Arguments]:
+    parser = Parser()
     try:
         s, args, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    except (ValueError, ImportError, RuntimeError) as e:  # of TrainingArguments
-        parser.error(str(e))
+    except Exception as e:  # of TrainingArguments, which has one of many kinds for what its flags cannot be
+        plain = isinstance(e, (ValueError, ImportError, RuntimeError))
+        parser.error(str(e) if plain else f"{type(e).__name__}: {e}")
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return s, args
+
+
+def main(argv: list[str] | None = None, trained: bool = True) -> int:
+    """The exit status. trained: whether --model names a trained model; one with random weights may guess without a warning."""
+    s, args = parse(argv)
     try:
-        return run(s, args)
+        return run(s, args, trained)
     except (Stop, OSError) as e:
         return fail(e)
     except (SafetensorError, RuntimeError) as e:  # these are how safetensors and PyTorch say that nothing could be written

@@ -98,6 +98,116 @@ def test_from_a_config_and_a_table(start, text, tmp_path, capfd):
     assert "14 matrices by absmean" in out and "λ" not in err  # Arenas is off unless it is asked for
 
 
+@pytest.fixture(scope="module")
+def learned(start, text, tmp_path_factory) -> Path:
+    """A model that knows the text, in full precision."""
+    out = tmp_path_factory.mktemp("learned")
+    more = dict(method="full", max_steps=40, learning_rate=5e-3, arenas_peak=None, monitor_every=0)
+    assert train_sherry.main(flags(start, text, out / "run", export=out / "hf", export_dtype="float32", **more)) == 0
+    return out / "hf"
+
+
+def test_loss_before_the_first_step(learned, text, tmp_path, capfd):
+    """That of the model as it was given, and quantized; with the text's bytes a token, so that tokenizers compare."""
+    more = dict(validation=text / "03.txt", eval_tokens=1 << 20)
+    assert train_sherry.main(flags(learned, text, tmp_path / "run", **more)) == 0
+    out, err = capfd.readouterr()
+    record = json.loads((tmp_path / "run/hf/training.json").read_text())
+    tokenizer = train_sherry.load_tokenizer(str(learned))
+    train, held_out = ([p.read_text() for p in paths] for paths in (sorted(text.iterdir()), [text / "03.txt"]))
+    for name, texts in ("train", train), ("held_out", held_out):
+        tokens = [len(x) for x in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        assert record["bytes_per_token"][name] == pytest.approx(sum(len(t.encode()) for t in texts) / sum(tokens), rel=1e-9)
+    said = record["bytes_per_token"]
+    assert f"text: {said['train']:.2f} bytes a token in the training text, {said['held_out']:.2f} in the held-out text" in out
+
+    ids = np.array([*tokenizer(held_out[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
+    rows = ids[: len(ids) // 63 * 63].reshape(-1, 63)
+    rows = torch.from_numpy(np.concatenate([np.full((len(rows), 1), tokenizer.bos_token_id), rows], axis=1))
+    model = AutoModelForCausalLM.from_pretrained(learned, dtype=torch.float32).eval()
+    before = record["before"]
+    assert before["tokens"] == rows.numel()
+    with torch.no_grad():
+        assert before["full_precision"] == pytest.approx(model(input_ids=rows, labels=rows).loss.item(), rel=1e-5)
+        for name, weight in model.state_dict().items():
+            if "_proj" in name:
+                weight.copy_(train_sherry.qat.fake_quantize(weight))
+        assert before["quantized"] == pytest.approx(model(input_ids=rows, labels=rows).loss.item(), rel=1e-5)
+    assert before["full_precision"] < before["quantized"] * 0.99  # which the tolerances above tell apart
+    assert f"{before['full_precision']:.4f} as it was given, {before['quantized']:.4f} quantized by sherry" in out
+    assert "warning" not in err
+
+
+def test_model_and_tokenizer_that_do_not_belong_together(learned, start, text, tmp_path, capfd):
+    """As many tokens, other ones: nothing fails, and the model guesses. One that is made from a config does so by nature."""
+    other = tmp_path / "tokenizer"
+    other.mkdir()
+    small_models.save_tokenizer(other, "bpe")
+    assert train_sherry.main(flags(learned, text, tmp_path / "run", tokenizer=other)) == 0
+    err = capfd.readouterr().err
+    assert re.search(rf"warning: before the first step the held-out loss of {learned} is \d+\.\d\d; guessing among its 512 tokens "
+                     rf"has 6.24. If it is a trained model, is {other} its tokenizer", err)  # fmt: skip
+    assert train_sherry.main(flags(start, text, tmp_path / "fresh", model=None, config=start, tokenizer=start)) == 0
+    out, err = capfd.readouterr()
+    assert "warning" not in err and "of random weights" in out
+    assert train_sherry.main(flags(start, text, tmp_path / "random"), trained=False) == 0
+    assert "warning" not in capfd.readouterr().err
+
+
+def test_looking_before_the_first_step_changes_nothing(start, text, tmp_path, monkeypatch):
+    """Dropout draws as it would have."""
+    model = tmp_path / "model"
+    shutil.copytree(start, model)
+    small_models.edit_config(model, attention_dropout=0.2)
+    assert train_sherry.main(flags(model, text, tmp_path / "with")) == 0
+    real = train_sherry.before_training
+
+    def draws(*args):  # as a model might whose evaluation is random
+        with monkeypatch.context() as patch:
+            mean_loss = train_sherry.mean_loss
+            patch.setattr(train_sherry, "mean_loss", lambda *a: torch.rand(7).sum().item() + mean_loss(*a))
+            return real(*args)
+
+    monkeypatch.setattr(train_sherry, "before_training", draws)
+    assert train_sherry.main(flags(model, text, tmp_path / "draws")) == 0
+    monkeypatch.setattr(train_sherry, "before_training", lambda *_: None)
+    assert train_sherry.main(flags(model, text, tmp_path / "without")) == 0
+    a, *others = ((tmp_path / d / "hf/model.safetensors").read_bytes() for d in ("without", "with", "draws"))
+    assert all(a == b for b in others)
+
+
+def test_time_that_is_left_is_said_once(start, text, tmp_path, capfd, monkeypatch):
+    now = [0.0]
+
+    def later():
+        now[0] += 25  # more than twice a step: the Trainer looks as well
+        return now[0]
+
+    monkeypatch.setattr(train_sherry.time, "monotonic", later)
+    assert train_sherry.main(flags(start, text, tmp_path / "run", max_steps=20)) == 0
+    said = re.findall(r"^training: step (\d+) of 20, (\S+) s a step: about (\d+) (\w+) to go$", capfd.readouterr().out, re.M)
+    assert len(said) == 1
+    step, seconds, left, unit = int(said[0][0]), float(said[0][1]), int(said[0][2]), said[0][3]
+    assert step * seconds >= 60 > (step - 1) * seconds - 25
+    assert left == round((20 - step) * seconds / 60) and unit == "minutes"
+
+
+@pytest.mark.parametrize("seconds, says", [(0, "0 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7199, "120 minutes"),
+                                           (7200, "2 hours"), (200_000, "2 days")])  # fmt: skip
+def test_duration(seconds, says):
+    assert train_sherry.duration(seconds) == says
+
+
+def test_tokenizer_is_in_the_result_and_in_checkpoints(start, text, tmp_path):
+    """There each is needed: a checkpoint converts, and another training starts from it."""
+    assert train_sherry.main(flags(start, text, tmp_path / "run")) == 0
+    names = {"tokenizer.model", "tokenizer_config.json"}
+    for directory in "hf", "checkpoint-6":
+        assert names <= set(os.listdir(tmp_path / "run" / directory))
+    assert not [name for name in os.listdir(tmp_path / "run") if "token" in name]
+    assert train_sherry.main(flags(tmp_path / "run/checkpoint-6", text, tmp_path / "next")) == 0
+
+
 def test_held_out_loss_is_that_of_the_export(start, text, tmp_path):
     validation = text / "03.txt"
     assert train_sherry.main(flags(start, text, tmp_path / "run", validation=validation, eval_tokens=1 << 20)) == 0
@@ -194,12 +304,32 @@ def test_wrong_input_says_what_is_wrong(start, text, tmp_path, capfd, more, says
     assert not (tmp_path / "run/hf").exists()
 
 
-@pytest.mark.parametrize("more, says", [(dict(steps=5), "unrecognized arguments: --steps 5"), (dict(lr_scheduler_type="foo"), "foo"),
-                                        (dict(load_best_model_at_end=True), "load_best_model_at_end")])  # fmt: skip
-def test_wrong_flags(start, text, tmp_path, capfd, more, says):
+@pytest.mark.parametrize("more, says", [
+    (dict(steps=5), "unrecognized arguments: --steps 5"),
+    (dict(lr_scheduler_type="foo"), "foo"),
+    (dict(load_best_model_at_end=True), "load_best_model_at_end requires the save and eval strategy to match"),
+    (dict(context="long"), "argument --context: invalid int value: 'long'"),
+    (dict(method="best"), "argument --method: invalid choice: 'best'"),
+    (dict(fsdp="full_shard", fsdp_config="/nowhere/at/all"), "/nowhere/at/all"),
+    (dict(bf16=True, use_cpu=False), "--bf16 true: PyTorch finds no GPU here; leave it out, or add --use_cpu true"),
+])  # fmt: skip
+def test_wrong_flags_are_one_line(start, text, tmp_path, capfd, monkeypatch, more, says):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     with pytest.raises(SystemExit) as e:
         train_sherry.main(flags(start, text, tmp_path / "run", **more))
-    assert e.value.code == 2 and says in capfd.readouterr().err
+    out, error = capfd.readouterr()
+    assert e.value.code == 2 and not out
+    assert re.fullmatch(r"train_sherry: .*\n", error) and says in error
+
+
+@pytest.mark.parametrize("times, warned", [(30.0, True), (1.0, False)])
+def test_bf16_that_is_slow_on_this_cpu(start, text, tmp_path, capfd, monkeypatch, times, warned):
+    monkeypatch.setattr(train_sherry.qat, "bf16_time", lambda: times)
+    assert train_sherry.main(flags(start, text, tmp_path / "run", bf16=True)) == 0
+    warning = "warning: --bf16 true: on this CPU bfloat16 products take 30 times as long as in float32: leave it out\n"
+    assert (warning in capfd.readouterr().err) is warned
+    assert train_sherry.main(flags(start, text, tmp_path / "float32")) == 0
+    assert warning not in capfd.readouterr().err
 
 
 def test_other_settings_and_foreign_directories(start, text, tmp_path, capfd):
@@ -221,7 +351,9 @@ def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd, mon
     flags = functools.partial(globals()["flags"], lr_scheduler_type="constant")  # so that one more step would be seen
     weights = []
 
-    def fails(model, rows):
+    def fails(model, rows, batch=None):
+        if batch:  # before the first step
+            return 0.0
         weights.append((tmp_path / "run/exporting/model.safetensors").read_bytes())
         raise RuntimeError("no memory")
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import logging
 import re
-from typing import Callable
+from typing import Callable, Iterator
 
 import torch
 from torch import nn
@@ -201,6 +202,19 @@ def sherry_config(model: nn.Module, weights: str) -> dict | None:
 def quantized_layers(model: nn.Module) -> dict[str, _Quantized]:
     """The layers that `prepare` turned, by their names in the model; also of one that was wrapped since."""
     return {_WRAPPED.sub("", name): m for name, m in model.named_modules() if isinstance(m, _Quantized)}
+
+
+@contextlib.contextmanager
+def full_precision(model: nn.Module) -> Iterator[None]:
+    """Meanwhile the layers that `prepare` turned multiply by their latent weights as they are."""
+    before = {m: m.quant for m in quantized_layers(model).values()}
+    try:
+        for m in before:
+            m.quant = dataclasses.replace(m.quant, method="full")
+        yield
+    finally:
+        for m, quant in before.items():
+            m.quant = quant
 
 
 def set_residual(model: nn.Module, residual: float, rescale: bool = False) -> None:
