@@ -8,6 +8,7 @@ on vocabularies that it does not expect.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -154,14 +155,18 @@ def _struct(header: str, name: str) -> str:
 
 
 def serve() -> None:
-    """Answer the request on standard input, JSON: for each of "pres" a line, the token ids of "texts" or {"error"}."""
+    """Answer a request on standard input, lines of JSON: {"gguf", "header", "library", "pres"}, and the texts, which may follow later.
+
+    For each of "pres" there is a line: the token ids of each text, or {"error"}.
+    """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what llama.cpp prints is no answer
-    request = json.load(sys.stdin)
-    wanted = [Text(*text) for text in request["texts"]]
+    request = json.loads(sys.stdin.readline())
+    wanted: list[Text] | None = None
     for pre in request["pres"]:
         try:
             vocabulary = Vocabulary(request["gguf"], request["header"], request["library"], pre)
+            wanted = wanted or [Text(*text) for text in json.loads(sys.stdin.readline())]
             answer: Any = [vocabulary.split(text) for text in wanted]
         except CheckFailed as e:
             answer = {"error": str(e)}
@@ -169,12 +174,13 @@ def serve() -> None:
 
 
 class Splitting:
-    """llama.cpp at work on texts in a process of its own; `result` waits for it.
+    """llama.cpp's tokenizer of a GGUF in a process of its own, which loads it at once.
 
-    pres: names that overrule the file's tokenizer.ggml.pre, each in turn. Raises NotBuilt.
+    pres: names that overrule the file's tokenizer.ggml.pre, each in turn. A context manager, which ends the process. Raises
+    NotBuilt.
     """
 
-    def __init__(self, gguf: Path, wanted: list[Text], pres: tuple[str, ...] = ("",)):
+    def __init__(self, gguf: Path, pres: tuple[str, ...] = ("",)):
         from . import llama_cpp
 
         self._pres = pres
@@ -182,29 +188,33 @@ class Splitting:
             "gguf": str(gguf),
             "library": str(llama_cpp.library("llama")),
             "header": str(llama_cpp.source_dir() / "include" / "llama.h"),
-            "texts": [dataclasses.astuple(t) for t in wanted],
         }
         package = str(Path(__file__).resolve().parent.parent)
         path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._environment = os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
-        self._process = self._start()
+        self._process = self._start(pres)
 
-    def _start(self) -> subprocess.Popen:
+    def __enter__(self) -> Splitting:
+        return self
+
+    def __exit__(self, *_):
+        self._process.kill()
+        self._process.communicate()
+
+    def _start(self, pres: tuple[str, ...]) -> subprocess.Popen:
         command = [sys.executable, "-c", "from sherry_gguf.tokenizer_check import serve; serve()"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                errors="replace", env=self._environment)  # fmt: skip
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   errors="replace", env=self._environment)  # fmt: skip
+        with contextlib.suppress(BrokenPipeError):  # `result` says why
+            process.stdin.write(json.dumps(self._request | {"pres": pres}) + "\n")
+            process.stdin.flush()
+        return process
 
-    def result(self) -> list[list[list[int]] | CheckFailed]:
+    def result(self, wanted: list[Text]) -> list[list[list[int]] | CheckFailed]:
         """For each pre, the token ids of each text, or why there are none."""
         answers: list[list[list[int]] | CheckFailed] = []
         while True:
-            rest = self._pres[len(answers) :]
-            try:
-                out, err = self._process.communicate(json.dumps(self._request | {"pres": rest}))
-            except BaseException:
-                self._process.kill()
-                self._process.wait()
-                raise
+            out, err = self._process.communicate(json.dumps([dataclasses.astuple(text) for text in wanted]) + "\n")
             for line in out.splitlines():
                 answer = json.loads(line)
                 answers.append(CheckFailed(answer["error"]) if isinstance(answer, dict) else answer)
@@ -214,29 +224,28 @@ class Splitting:
                 answers.append(CheckFailed(f"llama.cpp ended on the vocabulary: {cause[0].strip()}"))
             if len(answers) == len(self._pres):
                 return answers
-            self._process = self._start()
+            self._process = self._start(self._pres[len(answers) :])
 
 
 # ---- both ----
 
 
-def compare(gguf: Path, tokenizer) -> list[Difference]:
-    """The texts that a GGUF's tokenizer splits into other tokens than transformers' tokenizer. Raises CheckFailed, NotBuilt."""
+def compare(splitting: Splitting, tokenizer) -> list[Difference]:
+    """The texts that a GGUF's tokenizer splits into other tokens than transformers' tokenizer. Raises CheckFailed."""
     wanted = texts(tokenizer)
-    splitting = Splitting(gguf, wanted)
     mine = [split(tokenizer, text) for text in wanted]
-    (found,) = splitting.result()
+    (found,) = splitting.result(wanted)
     if isinstance(found, CheckFailed):
         raise found
     return [Difference(*row) for row in zip(wanted, mine, found) if row[1] != row[2]]
 
 
 def matching(gguf: Path, tokenizer, pres: list[str]) -> list[str]:
-    """Those values of tokenizer.ggml.pre with which llama.cpp would split every text as transformers does."""
+    """Those values of tokenizer.ggml.pre with which llama.cpp would split every text as transformers does. Raises NotBuilt."""
     wanted = texts(tokenizer)
-    splitting = Splitting(gguf, wanted, tuple(pres))
     mine = [split(tokenizer, text) for text in wanted]
-    return [pre for pre, found in zip(pres, splitting.result()) if found == mine]
+    with Splitting(gguf, tuple(pres)) as splitting:
+        return [pre for pre, found in zip(pres, splitting.result(wanted)) if found == mine]
 
 
 def describe(difference: Difference, tokenizer) -> str:

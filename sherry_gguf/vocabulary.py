@@ -70,6 +70,15 @@ class Vocabulary:
                 f"the model's embeddings: model.resize_token_embeddings({max(beyond.values()) + 1})"
             ) from None
 
+    def set_vocab(self):
+        super().set_vocab()
+        # Some classes decide by the vocabulary's size, against what the tokenizer says of itself.
+        wanted = _around(self.dir_model)
+        for part in self.gguf_writer.kv_data:
+            for token in wanted.keys() & {"bos", "eos"}:
+                if value := part.get(f"tokenizer.ggml.add_{token}_token"):
+                    value.value = wanted[token]
+
     def _set_vocab_sentencepiece(self, add_to_gguf=True):
         # Some of upstream's classes know of no other tokenizer, though models of theirs have others.
         if not (self.dir_model / SENTENCEPIECE).is_file() and byte_level(self.dir_model):
@@ -105,6 +114,22 @@ def _read(model_dir: Path) -> dict:
     except (OSError, ValueError):  # who needs it says what is wrong with it
         return {}
     return tokenizer if isinstance(tokenizer, dict) else {}
+
+
+def _around(model_dir: Path) -> dict[str, bool]:
+    """Whether the template of a tokenizer.json puts "bos" before and "eos" behind a text; nothing where it has none."""
+    import gguf
+
+    processor = _read(model_dir).get("post_processor") or {}
+    kinds = {part.get("type") for part in processor.get("processors") or [processor]}
+    if "TemplateProcessing" not in kinds:
+        return {}
+    logger = logging.getLogger("gguf.vocab")  # which has said it already
+    logger.disabled, disabled = True, logger.disabled
+    try:
+        return gguf.SpecialVocab(model_dir).add_special_token
+    finally:
+        logger.disabled = disabled
 
 
 def _sentencepiece(model_dir: Path):
@@ -143,11 +168,17 @@ def problem(gguf: Path, model_dir: Path, kind: str) -> str:
     gguf: the file, whose tokenizer.ggml.model is `kind`. Raises llama_cpp.NotBuilt.
     """
     try:
-        tokenizer = tokenizer_check.load_tokenizer(model_dir)
-        differences = tokenizer_check.compare(gguf, tokenizer)
+        with tokenizer_check.Splitting(gguf) as splitting:  # both load their tokenizer at the same time
+            tokenizer = tokenizer_check.load_tokenizer(model_dir)
+            differences = tokenizer_check.compare(splitting, tokenizer)
         if not differences:
             return ""
-        advice = _pre_advice(gguf, tokenizer) if kind == "gpt2" else _sentencepiece_advice(model_dir)
+        if all(difference.text.special for difference in differences):
+            advice = f"Only the tokens around a text differ: see add_bos_token and add_eos_token in tokenizer_config.json. {NO_CHECK}"
+        elif kind == "gpt2":
+            advice = _pre_advice(gguf, tokenizer)
+        else:
+            advice = _sentencepiece_advice(model_dir)
     except CheckFailed as e:
         return f"the tokenizer cannot be proven: {e}. {NO_CHECK}"
     first = tokenizer_check.describe(differences[0], tokenizer)

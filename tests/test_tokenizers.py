@@ -164,7 +164,8 @@ def test_special_tokens(model):
     data = target.read_bytes()
     assert data.count(b"<|im_end|>") == 1
     target.write_bytes(data.replace(b"<|im_end|>", b"<|im_END|>"))
-    (found,) = tokenizer_check.compare(target, tokenizer_check.load_tokenizer(model))
+    with tokenizer_check.Splitting(target) as splitting:
+        (found,) = tokenizer_check.compare(splitting, tokenizer_check.load_tokenizer(model))
     assert found.text.text == "<|im_end|>" and found.text.parse and len(found.wanted) == 1 < len(found.found)
 
 
@@ -195,6 +196,23 @@ def test_a_byte_level_tokenizer_of_a_llama_class(model):
     assert sherry("verify", model.parent / "out.gguf", model, "--tokenizer-pre", "smollm").returncode == 0
 
 
+def test_bos_is_put_before_a_text_where_the_tokenizer_says_so(model):
+    """Upstream takes every Llama of 49152 tokens for one that wants none."""
+    smollm(model)
+    path = model / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.post_processor = processors.TemplateProcessing(single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)])
+    tokenizer.save(str(path))
+    config = model / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"add_bos_token": True}))
+    small_models.edit_config(model, vocab_size=49152)
+    done = convert(model, "--vocab-only", "--tokenizer-pre", "smollm")
+    assert done.returncode == 0, done.stderr
+    patch = "from sherry_gguf.vocabulary import Vocabulary as V; del V.set_vocab"
+    done = sherry("convert", model, "--outfile", model.parent / "y.gguf", "--vocab-only", "--tokenizer-pre", "smollm", patch=patch)
+    assert done.returncode == 1 and "Only the tokens around a text differ" in done.stderr
+
+
 def test_what_upstream_would_store_is_refused(model):
     """The check by itself: upstream's own choice for such a directory, whose file says "llama" and "default"."""
     smollm(model)
@@ -205,7 +223,8 @@ def test_what_upstream_would_store_is_refused(model):
     # the process that llama.cpp ends is not ours, and the next of the ways to split is tried in another one
     assert sherry("convert", model, "--outfile", target, "--no-tokenizer-check", patch=AS_UPSTREAM).returncode == 0
     assert of_file(model)["tokenizer.ggml.model"] == "llama"
-    answers = tokenizer_check.Splitting(target, [tokenizer_check.Text("ab")], ("", "gpt-2")).result()
+    with tokenizer_check.Splitting(target, ("", "gpt-2")) as splitting:
+        answers = splitting.result([tokenizer_check.Text("ab")])
     assert len(answers) == 2 and all("llama.cpp ended on the vocabulary" in str(answer) for answer in answers)
 
 
@@ -332,8 +351,9 @@ def test_a_vocabulary_that_llama_cpp_refuses(model):
     assert convert(model, "--vocab-only", "--tokenizer-pre", "gpt-2").returncode == 0
     target = model.parent / "out.gguf"
     target.write_bytes(target.read_bytes()[:2000])
-    with pytest.raises(tokenizer_check.CheckFailed, match="llama.cpp refuses the vocabulary: .*failed"):
-        tokenizer_check.compare(target, tokenizer_check.load_tokenizer(model))
+    with tokenizer_check.Splitting(target) as splitting:
+        with pytest.raises(tokenizer_check.CheckFailed, match="llama.cpp refuses the vocabulary: .*failed"):
+            tokenizer_check.compare(splitting, tokenizer_check.load_tokenizer(model))
 
 
 def test_known_ways_are_read_from_the_source():
