@@ -1021,6 +1021,8 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
     for name in (options.token_embedding_type, options.output_tensor_type, options.fallback_type):
         if name and name.upper() not in STORED_TYPES:
             raise ConvertError(f"unknown tensor type {name}: there are {', '.join(STORED_TYPES)}")
+    if options.fallback_type.upper() == tq1_25.NAME:
+        raise ConvertError(f"--fallback-type {options.fallback_type}: it is for the matrices that {tq1_25.NAME} does not fit. Choose another type")
     if options.metadata:
         read_json(options.metadata)
     import torch

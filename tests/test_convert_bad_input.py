@@ -633,3 +633,141 @@ def test_runs_without_a_terminal(good, tmp_path):
     process.stdout.close()
     _, errors = process.communicate()
     assert b"Traceback" not in errors and (tmp_path / "x.gguf").stat().st_size > 500_000
+
+
+# ---- tokens and embeddings ----
+
+
+@pytest.mark.parametrize("rows", [small_models.VOCAB + 64, small_models.VOCAB - 64])
+def test_embeddings_of_other_tokens(model, fails, rows):
+    """llama.cpp refuses such a file, and so does the converter."""
+
+    def change(tensors):
+        for name in "model.embed_tokens.weight", "lm_head.weight":
+            tensors[name] = tensors[name].repeat(2, 1)[:rows].clone()
+
+    small_models.edit_weights(model, change)
+    fails(model, told=[f"model.embed_tokens.weight has {rows} rows", f"has {small_models.VOCAB} tokens", f"set vocab_size to {rows}"])
+
+
+def test_embeddings_beyond_the_tokenizer_are_padded(model, tmp_path):
+    """Where config.json says so as well, as many models do."""
+
+    def change(tensors):
+        for name in "model.embed_tokens.weight", "lm_head.weight":
+            tensors[name] = tensors[name].repeat(2, 1)[: small_models.VOCAB + 64].clone()
+
+    small_models.edit_weights(model, change)
+    small_models.edit_config(model, vocab_size=small_models.VOCAB + 64)
+    assert sherry("convert", model, "--outfile", tmp_path / "x.gguf").returncode == 0
+    assert conftest.greedy(tmp_path / "x.gguf", "--no-jinja", "--chat-template", "chatml", prompt="a", count=4)
+
+
+def test_a_token_beyond_the_vocabulary(tmp_path, fails):
+    model = small_models.make(tmp_path / "m", "llama-bpe")
+    path = model / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    beyond = dict(id=small_models.VOCAB, content="<|pad|>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=True)
+    tokenizer["added_tokens"].append(beyond)
+    path.write_text(json.dumps(tokenizer))
+    fails(model, "--tokenizer-pre", "gpt-2", told=["1 token beyond", "'<|pad|>' with id 512", "vocab_size 512", "resize_token_embeddings(513)"])
+
+
+def test_qwen3_next_without_its_multi_token_prediction(tmp_path, fails):
+    """As transformers saves it."""
+    import transformers
+
+    config = transformers.Qwen3NextConfig(
+        vocab_size=small_models.VOCAB, hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=64, linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=128, linear_value_head_dim=128, num_experts=4,
+        num_experts_per_tok=2, moe_intermediate_size=128, shared_expert_intermediate_size=128, max_position_embeddings=128)  # fmt: skip
+    model = tmp_path / "m"
+    torch.manual_seed(0)
+    transformers.Qwen3NextForCausalLM(config).to(torch.bfloat16).save_pretrained(model)
+    small_models.save_tokenizer(model, "bpe")
+    fails(model, "--tokenizer-pre", "gpt-2", told=["AssertionError at qwen.py, line ", "(assert ", "pass --no-nextn"])
+    done = sherry("convert", model, "--outfile", tmp_path / "x.gguf", "--tokenizer-pre", "gpt-2", "--no-nextn")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        ("AssertionError()", "AssertionError at <string>, line"),
+        ("KeyError()", "KeyError at <string>, line"),
+        ("RuntimeError('')", "RuntimeError at <string>, line"),
+        ("AssertionError('the shape')", "AssertionError the shape at <string>, line"),
+    ],
+)
+def test_no_error_without_text(model, fails, error, told):
+    """What an upstream class raises without a word: the line, and the tensor that it was at."""
+    patch = f"""
+from sherry_gguf import convert
+convert.upstream()
+from conversion.llama import LlamaModel
+def modify_tensors(self, data_torch, name, bid):
+    raise {error}
+LlamaModel.modify_tensors = modify_tensors
+"""
+    done = fails(model, patch=patch, told=["llama.cpp's conversion, LlamaModel, failed: " + told, ", tensor lm_head.weight"])
+    assert done.stderr.strip().count("\n") == 0
+
+
+# ---- rows that do not fit ----
+
+
+def test_all_misfits_are_listed_once(tmp_path, fails):
+    """With the flags that convert what fits, as a line to copy."""
+    model = small_models.make(tmp_path / "m", "llama", config=dict(intermediate_size=640))
+    small_models.edit_config(model, sherry_config=dict(group_size=256))
+    done = fails(model, told=["2 of 14 matrices have rows of 640, not a multiple of the group size, 256: blk.*.ffn_down.weight (2 blocks)"])
+    flags = done.stderr[done.stderr.index("--keep") :].splitlines()[0].split()
+    assert sherry("convert", model, "--outfile", tmp_path / "x.gguf", *flags).returncode == 0
+    small_models.edit_config(model, sherry_config=dict(group_size=512))
+    done = fails(model, "--keep", "attn_q", told=["12 of 12 matrices have rows of 256, 640"])
+    assert "--keep attn_q --keep" in done.stderr
+
+
+def test_fallback_types(tmp_path, fails):
+    """Rows that no block of 128 fits: Q4_0, shown with what other types would take."""
+    model = small_models.make(tmp_path / "m", "llama", config=dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1))
+    out = tmp_path / "x.gguf"
+    sizes = {}
+    for flags, kind in ([], "Q4_0"), (["--fallback-type", "q8_0"], "Q8_0"), (["--fallback-type", "F16"], "F16"), (["--fallback-type", "Q6_K"], "F16"):
+        planned = sherry("convert", model, "--outfile", out, "--dry-run", *flags).stdout
+        done = sherry("convert", model, "--outfile", out, *flags)
+        assert done.returncode == 0, done.stderr
+        for text in planned, done.stdout:
+            assert f" {kind}, rows of 192, not a multiple of 128: " in text
+            line = next(line for line in text.splitlines() if line.startswith("blk.*.attn_q.weight"))
+            assert line.split()[1] == kind and line.endswith("fallback")
+        assert sherry("verify", out, model, *flags).returncode == 0
+        told = done.stdout[done.stdout.index("by --fallback-type: ") :].splitlines()[0]
+        sizes[kind] = sum(int(line.split()[4].replace(",", "")) for line in done.stdout.splitlines() if line.endswith("fallback"))
+        assert f"{kind} {sizes[kind] / 1e6:.1f} MB" in told
+    assert sizes["Q4_0"] * 8.5 == sizes["Q8_0"] * 4.5 and sizes["Q4_0"] * 16 == sizes["F16"] * 4.5
+    out.unlink()
+    fails(model, "--require-exact", told=["tensors would be stored as Q4_0, with loss", "Pass --fallback-type F16 as well"])
+    assert sherry("convert", model, "--outfile", out, "--require-exact", "--fallback-type", "F16").returncode == 0
+    fails(model, "--fallback-type", "Q5", told=["unknown tensor type Q5"])
+    fails(model, "--fallback-type", "tq1_25", told=["--fallback-type"])
+
+
+# ---- the Hugging Face cache ----
+
+
+def test_a_snapshot_of_the_cache_is_named_after_its_repository(good, tmp_path):
+    repository = tmp_path / "models--some-org--Tiny-Llama-1M"
+    snapshot = repository / "snapshots" / ("0123456789" * 4)
+    (repository / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for i, path in enumerate(sorted(good.iterdir())):
+        shutil.copy(path, repository / "blobs" / str(i))
+        (snapshot / path.name).symlink_to(f"../../blobs/{i}")
+    (tmp_path / "link").symlink_to(snapshot)
+    for directory in snapshot, tmp_path / "link":
+        done = sherry("convert", directory)
+        target = snapshot / "Tiny-Llama-1M-TQ1_25.gguf"
+        assert done.returncode == 0 and target.is_file(), done.stderr
+        assert "general.name                                  Tiny Llama 1M" in sherry("inspect", target).stdout
+        target.unlink()
