@@ -2,7 +2,7 @@
 
 Upstream's class for the architecture reads the checkpoint, renames and reshapes the tensors, and collects metadata and
 tokenizer, as for an F16 file. Of that file's tensors, the ones that llama-quantize would quantize and that belong to
-the blocks become TQ1_25; all others stay what upstream makes of them. So no architecture is known here by name.
+the blocks become TQ1_25; all others stay what upstream makes of them. Architectures are known by name only in `_AS_STORED` and `_NOT_WEIGHTS_OF`.
 
 Tensors are read, converted and written in chunks of rows; the finished files are read back before they replace
 anything.
