@@ -2,7 +2,8 @@
 
 Upstream's class for the architecture reads the checkpoint, renames and reshapes the tensors, and collects metadata and
 tokenizer, as for an F16 file. Of that file's tensors, the ones that llama-quantize would quantize and that belong to
-the blocks become TQ1_25; all others stay what upstream makes of them. Architectures are known by name only in `_AS_STORED` and `_NOT_WEIGHTS_OF`.
+the blocks become TQ1_25; all others stay what upstream makes of them. Few architectures are known
+here by name: those of `_AS_STORED` and `_NOT_WEIGHTS_OF`.
 
 Tensors are read, converted and written in chunks of rows; the finished files are read back before they replace
 anything.
@@ -234,6 +235,11 @@ def instantiate(model_dir: Path, options: Options, ftype: str, mixin: type | Non
         model = build(cls)
         if isinstance(inner := vars(model).get("impl"), conversion.ModelBase):  # a class that only picks another
             model = build(type(inner))
+    if type(model).__name__ == "BitnetModel" and any("sub_norm" in name for name in model.model_tensors):
+        raise ConvertError(
+            f"{model_dir} is a BitNet b1.58 as transformers has it (with ffn_sub_norm, and a squared ReLU): the pinned llama.cpp runs "
+            "only the first BitNet models, of other names and with SiLU"
+        )
     if type(model).write is not conversion.ModelBase.write:
         raise ConvertError(f"{arch}: llama.cpp stores this architecture in several files; that is not supported here")
     return model

@@ -26,7 +26,7 @@ def load(path):
     return {t.name: (t.tensor_type.name, gguf.dequantize(t.data, t.tensor_type)) for t in gguf.GGUFReader(path).tensors}
 
 
-def bitnet_model(directory, one_scale=False, ternary=small_models.sparse_ternary):
+def bitnet_model(directory, one_scale=False, first=True):
     """A BitNet b1.58 with exact 3:4 sparse weights under the names of its first checkpoints, and a sentencepiece tokenizer."""
     config = transformers.BitNetConfig(
         vocab_size=small_models.VOCAB, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
@@ -37,7 +37,7 @@ def bitnet_model(directory, one_scale=False, ternary=small_models.sparse_ternary
     with torch.no_grad():
         for name, module in model.model.named_modules():
             if isinstance(module, torch.nn.Linear):
-                w = ternary(module.weight, generator)
+                w = small_models.sparse_ternary(module.weight, generator)
                 module.weight.copy_(torch.sign(w) * 0.05 if one_scale else w)
     model.to(torch.bfloat16).save_pretrained(directory)
     small_models.save_tokenizer(directory, "spm")
@@ -47,7 +47,8 @@ def bitnet_model(directory, one_scale=False, ternary=small_models.sparse_ternary
         for name in [n for n in tensors if "sub_norm" in n]:
             tensors[name.replace("attn_sub_norm", "inner_attn_ln").replace("ffn_sub_norm", "ffn_layernorm")] = tensors.pop(name)
 
-    small_models.edit_weights(directory, rename)
+    if first:
+        small_models.edit_weights(directory, rename)
     return directory
 
 
@@ -101,6 +102,13 @@ def test_bitnet_with_another_activation(tmp_path):
     assert told not in sherry("convert", model, "--outfile", tmp_path / "x.gguf").stdout
     small_models.edit_config(model, hidden_act="relu2")
     assert told in sherry("convert", model, "--outfile", tmp_path / "x.gguf").stdout
+
+
+def test_bitnet_as_transformers_has_it(tmp_path):
+    """BitNet b1.58 2B: llama.cpp would run it wrongly."""
+    model = bitnet_model(tmp_path / "m", first=False)
+    done = sherry("convert", model, "--outfile", tmp_path / "x.gguf")
+    assert done.returncode == 1 and "the pinned llama.cpp runs only the first BitNet models" in done.stderr
 
 
 # ---- a value that is changed inside a class of upstream's ----
