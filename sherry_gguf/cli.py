@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from . import convert, llama_cpp, retag, tq1_25, transcode, verify
+from . import convert, llama_cpp, patterns, retag, tq1_25, transcode, verify
 from .convert import ConvertError, Options
 
 
@@ -134,9 +134,8 @@ def _tensor_flags(parser: argparse.ArgumentParser):
     add(
         "--fallback-type",
         metavar="TYPE",
-        default=Options.fallback_type,
-        help="type of the blocks' matrices whose rows are not a multiple of 128 (default: Q4_0, as llama-quantize has it; F16 "
-        "where a row does not fit the type either): Q8_0, F16, ...",
+        help="type of the blocks' matrices whose rows are not a multiple of 128: Q8_0, F16, ... (default: Q4_0, as llama-quantize has "
+        "it, but F16 for those that training kept in full precision, and where rows do not fit the type either)",
     )
     add(
         "--group-size",
@@ -207,7 +206,7 @@ def _summary(report: convert.Report, dry_run: bool):
     """The final table: the tensors of one place in all blocks, of one type, are a line."""
     groups: dict[tuple, list[convert.Tensor]] = {}
     for t in report.tensors:
-        groups.setdefault((convert.star(t.name), t.type.name), []).append(t)
+        groups.setdefault((patterns.star(t.name), t.type.name), []).append(t)
     rows = [(name, qtype, len(ts), *verify._sizes(ts), _quality(ts, dry_run)) for (name, qtype), ts in groups.items()]
     if rows:
         quantized = [t for t in report.tensors if t.type.name == tq1_25.NAME]

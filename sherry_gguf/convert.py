@@ -68,6 +68,8 @@ STORED_TYPES = (
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 OUTPUT = "output.weight"
 MISFIT = "rows of "  # begins why a matrix that would be quantized does not fit
+IN_TRAINING = "full precision in training"
+FALLBACK = "Q4_0"  # type of such matrices, as llama-quantize has it
 _LARGEST = {"BF16": float(np.uint32(0x7F7F0000).view(np.float32))}  # else 65504: F16, and scales are fp16
 
 _IN_BLOCK = re.compile(r"^((?:enc\.|dec\.)?blk)\.(\d+)\.")
@@ -181,7 +183,7 @@ class Options:
     require_exact: bool = False
     token_embedding_type: str | None = None
     output_tensor_type: str | None = None
-    fallback_type: str = "Q4_0"
+    fallback_type: str | None = None  # Q4_0, for matrices that training kept in full precision F16
     group_size: int | None = None
     granularity: str | None = None
     tokenizer_pre: str | None = None
@@ -303,16 +305,17 @@ def _check_tokenizer(model, file: Path, options: Options):
 
 
 def check_token_count(model, plan: list[Tensor]):
-    """Raise ConvertError where the embeddings are of more or fewer tokens than the tokenizer has; after `add_metadata`."""
+    """Raise ConvertError where embeddings or output are of more or fewer tokens than the tokenizer has; after `add_metadata`."""
     tokens = model.gguf_writer.kv_data[0].get("tokenizer.ggml.tokens")
-    embeddings = next((t for t in plan if t.name == EMBEDDINGS[0]), None)
-    if tokens is None or embeddings is None or len(tokens.value) == embeddings.shape[0]:
-        return
-    raise ConvertError(
-        f"{model.dir_model}: {embeddings.source} has {embeddings.shape[0]} rows, the vocabulary that config.json and the tokenizer "
-        f"give has {len(tokens.value)} tokens (vocab_size is {model.hparams.get('vocab_size')}): llama.cpp would refuse the file. "
-        f"If the rows belong to the model, set vocab_size to {embeddings.shape[0]}"
-    )
+    # A draft model's output may be of fewer tokens, which d2t names.
+    names = EMBEDDINGS[:1] if any(t.name.startswith("d2t") for t in plan) else (EMBEDDINGS[0], OUTPUT)
+    for t in plan if tokens else ():
+        if t.name in names and t.shape[0] != len(tokens.value):
+            raise ConvertError(
+                f"{model.dir_model}: {t.source} has {t.shape[0]} rows, the vocabulary that config.json and the tokenizer give has "
+                f"{len(tokens.value)} tokens (vocab_size is {model.hparams.get('vocab_size')}): llama.cpp would refuse the file. If the "
+                f"rows belong to the model, set vocab_size to {t.shape[0]}"
+            )
 
 
 @contextlib.contextmanager
@@ -402,7 +405,19 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_directory(model_dir: Path):
     """Raises ConvertError."""
     if not model_dir.is_dir():
-        raise ConvertError(f"{model_dir} is {'no directory' if model_dir.exists() else 'not there: no such directory'}")
+        raise ConvertError(f"{model_dir} is {'not a directory' if model_dir.exists() else 'not there: no such directory'}")
+
+
+def check_input(model_dir: Path, options: Options):
+    """Raises ConvertError for what can be told of a directory and of types before anything is loaded."""
+    check_directory(model_dir)
+    with _telling(str(model_dir)):
+        vocabulary.check_files(model_dir)
+    for name in (options.token_embedding_type, options.output_tensor_type, options.fallback_type):
+        if name and name.upper() not in STORED_TYPES:
+            raise ConvertError(f"unknown tensor type {name}: there are {', '.join(STORED_TYPES)}")
+    if options.fallback_type and options.fallback_type.upper() == tq1_25.NAME:
+        raise ConvertError(f"--fallback-type {options.fallback_type}: it is for the matrices that {tq1_25.NAME} does not fit. Choose another type")
 
 
 def check_checkpoint(model_dir: Path):
@@ -582,7 +597,7 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
 
     types = gguf.GGMLQuantizationType
     keep = [_compiled(p) for p in options.keep]
-    fallback = types[options.fallback_type.upper()]
+    fallback = types[(options.fallback_type or FALLBACK).upper()]
     chosen = dict.fromkeys(EMBEDDINGS, options.token_embedding_type) | {OUTPUT: options.output_tensor_type}
     arch = gguf.MODEL_ARCH_NAMES[model.model_arch]
     plan = []
@@ -604,10 +619,14 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
             t.why = _why_kept(t, arch, keep, grouping.kept)
             if not t.why:
                 _set_type(t, types.TQ1_25)
-            elif t.why.startswith(MISFIT):
+            elif options.fallback_type and t.why == IN_TRAINING and (misfit := _why_kept(t, arch, keep)):
+                t.why = misfit
+            if t.why.startswith(MISFIT):
                 t.misfit = True
-                if t.shape[-1] % gguf.GGML_QUANT_SIZES[fallback][0] == 0:
+                if t.shape[-1] % (block := gguf.GGML_QUANT_SIZES[fallback][0]) == 0:
                     _set_type(t, fallback)
+                else:
+                    t.why += f" nor of {block}, which {fallback.name} needs"
         if info.dtype == types.F16:
             t.data = _unrounded(t.data)
     _check_groups(model, plan, grouping, options.keep)
@@ -643,6 +662,8 @@ def _compiled(pattern: str) -> re.Pattern:
 def _why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: frozenset[str] = frozenset()) -> str:
     if _kept(t, keep):
         return "--keep"
+    if t.source in in_training:
+        return IN_TRAINING
     if t.name in (*EMBEDDINGS, OUTPUT):
         return "embeddings and output"
     if not _IN_BLOCK.match(t.name) or not t.name.endswith(".weight") or len(t.shape) not in (2, 3):
@@ -651,7 +672,7 @@ def _why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: frozens
         return "not a block's weights"
     if t.shape[-1] % tq1_25.BLOCK:
         return f"{MISFIT}{t.shape[-1]}, not a multiple of {tq1_25.BLOCK}"
-    return "full precision in training" if t.source in in_training else ""
+    return ""
 
 
 def _set_type(t: Tensor, qtype):
@@ -899,7 +920,7 @@ class Encoder:
         else:
             if not is_stored(t.data):
                 sources = self.checkpoint.sources(t.name, t.data)
-                t.changed = self.checkpoint.change(sources, self._in_order(t, lambda row, x: x))
+                t.changed = self.checkpoint.change(sources, lambda: self._in_order(t, lambda row, x: x))
             scale = self._tensor_scales(t)
             for data, n, *found in self._in_order(t, lambda row, x: self._encode(t, row, x, scale)):
                 digest.update(data)
@@ -912,7 +933,9 @@ class Encoder:
         jobs = row_loaders(t.data, t.shape[-1] if t.shape else 1)
         try:
             while True:
-                for row, load in itertools.islice(jobs, WORKERS + 1 - len(waiting)):
+                with _telling(f"{t.name} ({t.source}): llama.cpp's conversion failed", but=(OSError,)):
+                    more = list(itertools.islice(jobs, WORKERS + 1 - len(waiting)))
+                for row, load in more:
                     waiting.append((row, self.pool.submit(lambda r=row, f=load: work(r, _load(f, t)))))
                 if not waiting:
                     return
@@ -994,10 +1017,11 @@ def compare(x: np.ndarray, y: np.ndarray) -> tuple[int, int, np.ndarray]:
 
 
 def _is_ternary(x: np.ndarray) -> bool:
-    """Whether the first rows of (rows, n) hold 0, +d and -d alone in each block, with d > 0 somewhere."""
+    """Whether the first rows of (rows, n) hold 0, +d and -d alone in each block, and not one 0 in each group of four."""
     blocks = np.abs(x[: 1 + 4096 // x.shape[-1]].reshape(-1, tq1_25.BLOCK))
     d = blocks.max(axis=1, keepdims=True)
-    return bool(d.any() and ((blocks == d) | (blocks == 0)).all())
+    sparse = ((blocks == 0).reshape(-1, ternary.GROUP).sum(axis=1) == ternary.GROUP - ternary.KEPT) | (blocks.reshape(-1, ternary.GROUP) == 0).all(axis=1)
+    return bool(((blocks == d) | (blocks == 0)).all() and not sparse.all())
 
 
 def _dot(x: np.ndarray, y: np.ndarray) -> float:
@@ -1019,16 +1043,9 @@ class Report:
 def convert(model_dir: Path, options: Options = Options()) -> Report:
     """Convert a model directory. Raises ConvertError, llama_cpp.NotBuilt; then nothing was written or replaced."""
     model_dir = Path(model_dir)
-    check_directory(model_dir)
-    with _telling(str(model_dir)):
-        vocabulary.check_files(model_dir)
+    check_input(model_dir, options)
     target = _target(model_dir, options)
     grouping = read_grouping(model_dir, options)
-    for name in (options.token_embedding_type, options.output_tensor_type, options.fallback_type):
-        if name and name.upper() not in STORED_TYPES:
-            raise ConvertError(f"unknown tensor type {name}: there are {', '.join(STORED_TYPES)}")
-    if options.fallback_type.upper() == tq1_25.NAME:
-        raise ConvertError(f"--fallback-type {options.fallback_type}: it is for the matrices that {tq1_25.NAME} does not fit. Choose another type")
     if options.metadata:
         read_json(options.metadata)
     import torch
@@ -1073,7 +1090,7 @@ def convert(model_dir: Path, options: Options = Options()) -> Report:
         notes += [f"not the checkpoint's weights: {change}" for change in _changes(model, changed)]
     if dense := [t for t in plan if t.ternary]:
         notes.append(
-            f"ternary weights, but not 3:4 sparse, lose in {tq1_25.NAME} (relative error up to "
+            f"ternary weights that are not 3:4 sparse lose precision in {tq1_25.NAME} (relative error up to "
             f"{max(t.relative_error for t in dense):.3f}): {starred(dense)}. TQ2_0 and TQ1_0 hold such weights"
         )
     if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if not t.is_exact]):
@@ -1119,10 +1136,10 @@ def writable(target: Path) -> Path:
         if not target.parent.is_dir():
             raise ConvertError(
                 f"cannot write {target}: {target.parent} is "
-                + ("no directory" if target.parent.exists() else "not there. Create it first")
+                + ("not a directory" if target.parent.exists() else "not there. Create it first")
             )
         if target.exists() and not target.is_file():
-            raise ConvertError(f"cannot write {target}: it is there and is no ordinary file")
+            raise ConvertError(f"cannot write {target}: it exists and is not an ordinary file")
     except (OSError, RuntimeError) as e:  # a name too long, a loop of symbolic links
         raise ConvertError(f"cannot write {target}: {e}") from e
     return target
@@ -1144,7 +1161,7 @@ def _kept_notes(plan: list[Tensor]) -> list[str]:
     ]
     if misfits := [t for t in plan if t.misfit]:
         sizes = ", ".join(f"{name} {_size_as(misfits, name) / 1e6:.1f} MB" for name in ("Q4_0", "Q8_0", "F16"))
-        notes.append(f"what is not a multiple of {tq1_25.BLOCK} takes, by --fallback-type: {sizes}")
+        notes.append(f"sizes of these by --fallback-type: {sizes}")
     return notes
 
 
@@ -1157,11 +1174,6 @@ def _size_as(tensors: list[Tensor], name: str) -> int:
         return 2 * t.weights if t.shape[-1] % block else t.weights // block * nbytes
 
     return sum(map(size, tensors))
-
-
-def star(name: str) -> str:
-    """blk.7.attn_q.weight to blk.*.attn_q.weight."""
-    return re.sub(r"blk\.\d+\.", "blk.*.", name)
 
 
 def starred(tensors: list[Tensor]) -> str:
@@ -1249,8 +1261,9 @@ def _check_exact(model, quantized: list[Tensor], grouping: Grouping):
         )
     if inexact := [t for t in quantized if not t.is_exact]:
         raise ConvertError(
-            f"--require-exact: {len(inexact)} of {len(quantized)} tensors are not 3:4 sparse "
-            f"ternary in {grouping}, bit for bit: {starred(inexact)}. Nothing was written"
+            f"--require-exact: {len(inexact)} of {len(quantized)} tensors are not 3:4 sparse ternary with fp16 scales "
+            f"in {grouping}, bit for bit (relative error up to {max(t.relative_error for t in inexact):.2g}): {starred(inexact)}. "
+            "Nothing was written"
         )
 
 
@@ -1445,7 +1458,7 @@ def _replace_all(staged: list[Path], files: list[Path]):
             except OSError:
                 left.append((there, here))
         if left:
-            places = ", ".join(f"{here.name} is {there}" for there, here in left if there.parent == aside) or "older ones there were none"
+            places = ", ".join(f"{here.name} is {there}" for there, here in left if there.parent == aside) or "no earlier files existed"
             raise ConvertError(f"cannot write {files[0]}: {getattr(e, 'strerror', None) or e}; nor could the files that were there be put back: {places}. Move "
                                "them by hand") from e
         raise

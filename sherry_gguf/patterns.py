@@ -7,9 +7,14 @@ import re
 from typing import Iterable
 
 
+def star(name: str) -> str:
+    """ "blk.7.attn_q.weight" to "blk.*.attn_q.weight"."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 def starred(names: Iterable[str]) -> str:
     """The names, those that differ only in the number of a block as one: "blk.*.attn_q.weight (30 blocks), output.weight"."""
-    count = collections.Counter(re.sub(r"(?<=\.)\d+(?=\.)", "*", name) for name in names)
+    count = collections.Counter(map(star, names))
     return ", ".join(name + f" ({n} blocks)" * (n > 1) for name, n in count.items())
 
 

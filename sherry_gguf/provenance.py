@@ -13,7 +13,7 @@ import json
 import math
 import struct
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any, Callable, Iterable, Iterator
 
 import numpy as np
 
@@ -58,13 +58,6 @@ class Tally:
             return True
         return bool((self.counts[place] < other.counts).any())
 
-    def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Tally)
-            and np.array_equal(self.values, other.values)
-            and np.array_equal(self.counts, other.counts)
-        )
-
 
 def _count(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = x + x.dtype.type(0)  # -0 becomes 0
@@ -81,13 +74,36 @@ def _count(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             counts = np.bincount(half.view(np.uint16), minlength=1 << 16)
             found = np.flatnonzero(counts)
             return _sorted(found.astype(np.uint16).view(np.float16), counts[found])
-    values, counts = np.unique(x, return_counts=True)
-    return values.astype(np.float64), counts
+    x.sort()
+    first = np.flatnonzero(np.concatenate(([True], x[1:] != x[:-1])))
+    return x[first].astype(np.float64), np.diff(first, append=x.size)
 
 
 def _sorted(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     order = np.argsort(values)
     return values[order].astype(np.float64), counts[order]
+
+
+def fingerprint(chunks: Iterable[np.ndarray]) -> tuple[int, int]:
+    """How many values arrays of float32 or float64 have, and the sum of a hash of each, modulo 2^64: the same in any order."""
+    count = total = 0
+    for x in chunks:
+        x = x.reshape(-1)
+        for start in range(0, x.size, _HASHED):
+            part = x[start : start + _HASHED].astype(np.float64)
+            part += 0.0  # -0 becomes 0
+            h = part.view(np.uint64)
+            for multiplier, shift in _MIXING:
+                h ^= h >> shift
+                h *= multiplier
+            h ^= h >> np.uint64(32)
+            count, total = count + h.size, total + int(h.sum())
+    return count, total % (1 << 64)
+
+
+_HASHED = 1 << 16  # values hashed at a time, in the cache
+# the finalizer of SplitMix64 (Steele, Lea, Flood 2014)
+_MIXING = ((np.uint64(0xBF58476D1CE4E5B9), np.uint64(30)), (np.uint64(0x94D049BB133111EB), np.uint64(27)))
 
 
 class Checkpoint:
@@ -101,6 +117,13 @@ class Checkpoint:
         self._tensors = model.model_tensors
         self._decoded = vars(model).get("decoded", set())
         self._given = vars(model).get("given", {})
+
+        def of_all(measure: Callable[[Iterable[np.ndarray]], Any]) -> Callable[..., Any]:
+            # the last is kept: the parts of a tensor that is split follow one another
+            return functools.lru_cache(1)(lambda *sources: measure(x for source in sources for x in self.values(source)))
+
+        self._contents = functools.lru_cache(64)(_contents)
+        self._fingerprint, self._tally = of_all(fingerprint), of_all(Tally.of)
 
     @functools.cached_property
     def _names(self) -> dict[Any, str]:
@@ -121,27 +144,28 @@ class Checkpoint:
         tensor = self._tensors[name]()
         place = next(_leaves(tensor), None)
         if name not in self._decoded and isinstance(place, tuple):
-            yield from _read(*place)
+            file, offset = place
+            yield from _read(file, self._contents(file)[offset])
         else:  # decoded, or from a file of PyTorch's
             yield _floats(convert.evaluate(tensor))
 
-    def change(self, sources: list[str], chunks: Iterable[np.ndarray]) -> str:
+    def change(self, sources: list[str], chunks: Callable[[], Iterable[np.ndarray]]) -> str:
         """How a tensor of the file differs from its `sources`, in words; "" where their values only moved.
 
-        chunks: its values in their order, float32 or float64, compared exactly.
+        chunks: gives its values in their order, float32 or float64, compared exactly.
         """
         if not sources:
             return "made by llama.cpp"
-        first, parts = None, []
-        for x in chunks:
-            first = x if first is None else first
-            parts.append(Tally.of([x]))
-        here = Tally.merged(parts)
-        there = Tally.merged(Tally.of(self.values(source)) for source in sources)
+        if self._fingerprint(*sources) == fingerprint(chunks()):
+            return ""
+        # only a part of them, or with values twice: each one is counted
+        here = Tally.of(chunks())
+        there = self._tally(*sources)
         if not there.lacks(here):
             return ""
         whole = len(sources) == 1 and here.size == there.size
-        return (whole and _described(first, next(self.values(sources[0])))) or "values changed by llama.cpp"
+        return (whole and _described(next(iter(chunks())), next(self.values(sources[0])))) or "values changed by llama.cpp"
+
 
 
 def _leaves(tensor) -> Iterator[Any]:
@@ -166,7 +190,6 @@ def _leaves(tensor) -> Iterator[Any]:
             yield item.untyped_storage().data_ptr()
 
 
-@functools.lru_cache(64)
 def _contents(file: Path) -> dict[int, str]:
     """Offset in a safetensors file -> name of the tensor with elements that begins there."""
     with open(file, "rb") as f:
@@ -176,11 +199,11 @@ def _contents(file: Path) -> dict[int, str]:
     return {8 + length + t["data_offsets"][0]: name for name, t in head.items() if math.prod(t["shape"])}
 
 
-def _read(file: Path, offset: int) -> Iterator[np.ndarray]:
+def _read(file: Path, name: str) -> Iterator[np.ndarray]:
     import safetensors
 
     with safetensors.safe_open(file, "pt") as f:
-        part = f.get_slice(_contents(file)[offset])
+        part = f.get_slice(name)
         if not (shape := part.get_shape()):
             yield _floats(part[...])
             return

@@ -124,11 +124,11 @@ def _reader():
                     return f"{tensor} is there twice"
                 names.add(e.name)
                 if type_id not in gguf.GGMLQuantizationType._value2member_map_:
-                    return f"{tensor} is of type {type_id}, which is none that is known here{hint}"
+                    return f"{tensor} is of type {type_id}, which is not known here{hint}"
                 qtype = gguf.GGMLQuantizationType(type_id)
                 block, nbytes = gguf.GGML_QUANT_SIZES[qtype]
                 if e.shape[0] % block:
-                    return f"{tensor} is {qtype.name}, in blocks of {block}: its rows are no whole blocks"
+                    return f"{tensor} is {qtype.name}, in blocks of {block}: its rows are not whole blocks"
                 if math.prod(n for n in e.shape if n) >= 1 << 63:
                     return f"{tensor} has more weights than 64 bits count"
                 if e.start % alignment:

@@ -181,7 +181,7 @@ _CHANGED = {(stq1_0.TYPE.type_id, stq1_0.OLD_TYPE_ID), *((stq1_0.TYPE.file_type,
 def _restore(path: Path, backup: Path) -> None:
     """Put back the head that a retag which was cut off had kept. It is whole: it came to its name by a rename."""
     if backup.is_symlink() or not backup.is_file():
-        raise ConvertError(f"{backup} is in the way of a retag in place, and no ordinary file: remove it")
+        raise ConvertError(f"{backup} is in the way of a retag in place, and is not an ordinary file: remove it")
     head = backup.read_bytes()
     with _told(path), open(path, "r+b") as f:
         now = f.read(len(head))

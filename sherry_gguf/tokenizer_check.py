@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Iterator
 
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and they're sure it'll do so again; I'd say it's 9:45, isn't it? Will-o'the-wisp o'er y'all'd've",
@@ -68,9 +70,11 @@ def load_tokenizer(model_dir: Path):
     transformers.logging.set_verbosity_error()
     try:
         fast = (model_dir / "tokenizer.json").is_file()
-        return transformers.AutoTokenizer.from_pretrained(model_dir, use_fast=fast, local_files_only=True)
+        return transformers.AutoTokenizer.from_pretrained(model_dir, use_fast=fast, local_files_only=True, trust_remote_code=False)
     except Exception as e:  # there are as many ways as there are tokenizers
         cause = str(e).strip().splitlines() or [""]
+        if "trust_remote_code" in str(e):
+            raise CheckFailed(f"the tokenizer of {model_dir} is Python code in that directory, which is not run to prove it") from e
         raise CheckFailed(f"transformers cannot load the tokenizer of {model_dir}: {type(e).__name__}: {cause[0]}") from e
     finally:
         transformers.logging.set_verbosity(verbosity)
@@ -84,9 +88,19 @@ def texts(tokenizer) -> list[Text]:
     return [Text(t) for t in SAMPLE] + [Text(SAMPLE[0], special=True)] + [Text(t, parse=True) for t in added if t.strip()]
 
 
-def split(tokenizer, text: Text) -> list[int]:
-    """Token ids by transformers."""
-    return tokenizer.encode(text.text, add_special_tokens=text.special, split_special_tokens=not text.parse)
+def split_all(tokenizer, wanted: list[Text]) -> list[list[int]]:
+    """Token ids of each text by transformers. Raises CheckFailed."""
+    try:
+        return [tokenizer.encode(t.text, add_special_tokens=t.special, split_special_tokens=not t.parse) for t in wanted]
+    except Exception as e:  # of code that is not ours
+        raise CheckFailed(f"transformers cannot split a text: {type(e).__name__}: {e}") from e
+
+
+def same(tokenizer, text: Text, wanted: list[int], found: list[int]) -> bool:
+    """Whether both splits are the same; a space that is put in front of a text may be missing before a special token."""
+    if wanted == found or not text.parse:
+        return wanted == found
+    return [i for i in wanted if tokenizer.convert_ids_to_tokens(i) != "▁"] == found
 
 
 # ---- llama.cpp ----
@@ -126,6 +140,9 @@ class Vocabulary:
             raise CheckFailed(f"llama.cpp refuses the vocabulary: {'; '.join(log) or 'it does not say why'}")
         self._vocab = lib.llama_model_get_vocab(self._model)
 
+    def close(self):
+        self._lib.llama_model_free(self._model)
+
     def split(self, text: Text) -> list[int]:
         """Token ids by llama.cpp."""
         data = text.text.encode()
@@ -141,6 +158,7 @@ _FUNCTIONS = """
 void llama_log_set(void (*)(int, const char *, void *), void *);
 struct llama_model_params llama_model_default_params(void);
 struct llama_model * llama_model_load_from_file(const char *, struct llama_model_params);
+void llama_model_free(struct llama_model *);
 const struct llama_vocab * llama_model_get_vocab(const struct llama_model *);
 int32_t llama_tokenize(const struct llama_vocab *, const char *, int32_t, int32_t *, int32_t, bool, bool);
 """
@@ -160,7 +178,7 @@ def serve() -> None:
     For each of "pres" there is a line: the token ids of each text, or {"error"}.
     """
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what llama.cpp prints is no answer
+    os.dup2(2, 1)  # what llama.cpp prints is not an answer
     request = json.loads(sys.stdin.readline())
     wanted: list[Text] | None = None
     for pre in request["pres"]:
@@ -168,8 +186,11 @@ def serve() -> None:
             vocabulary = Vocabulary(request["gguf"], request["header"], request["library"], pre)
             wanted = wanted or [Text(*text) for text in json.loads(sys.stdin.readline())]
             answer: Any = [vocabulary.split(text) for text in wanted]
+            vocabulary.close()
         except CheckFailed as e:
             answer = {"error": str(e)}
+        except Exception as e:  # no library, or another llama.h
+            answer = {"error": f"llama.cpp's tokenizer cannot be run: {type(e).__name__}: {e}"}
         print(json.dumps(answer), file=answers, flush=True)
 
 
@@ -189,42 +210,50 @@ class Splitting:
             "library": str(llama_cpp.library("llama")),
             "header": str(llama_cpp.source_dir() / "include" / "llama.h"),
         }
-        package = str(Path(__file__).resolve().parent.parent)
-        path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        self._environment = os.environ | {"PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
-        self._process = self._start(pres)
+        self._start(pres)
 
     def __enter__(self) -> Splitting:
         return self
 
     def __exit__(self, *_):
         self._process.kill()
-        self._process.communicate()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._said):
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
 
-    def _start(self, pres: tuple[str, ...]) -> subprocess.Popen:
-        command = [sys.executable, "-c", "from sherry_gguf.tokenizer_check import serve; serve()"]
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   errors="replace", env=self._environment)  # fmt: skip
-        with contextlib.suppress(BrokenPipeError):  # `result` says why
-            process.stdin.write(json.dumps(self._request | {"pres": pres}) + "\n")
-            process.stdin.flush()
-        return process
+    def _start(self, pres: tuple[str, ...]):
+        # The modules that this process has, and none of the current directory, which may be a checkpoint.
+        path = [str(Path(__file__).resolve().parent.parent), *filter(os.path.isabs, sys.path)]
+        code = f"import sys; sys.path[:] = {path!r}; from sherry_gguf.tokenizer_check import serve; serve()"
+        self._said = tempfile.TemporaryFile("w+", errors="replace")
+        self._process = subprocess.Popen([sys.executable, "-I", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
+                                         text=True, env=os.environ | {"GGML_NO_BACKTRACE": "1"})  # fmt: skip
+        self._write(self._request | {"pres": pres})
 
-    def result(self, wanted: list[Text]) -> list[list[list[int]] | CheckFailed]:
-        """For each pre, the token ids of each text, or why there are none."""
-        answers: list[list[list[int]] | CheckFailed] = []
-        while True:
-            out, err = self._process.communicate(json.dumps([dataclasses.astuple(text) for text in wanted]) + "\n")
-            for line in out.splitlines():
+    def _write(self, value: Any):
+        with contextlib.suppress(BrokenPipeError):  # `answers` says why
+            self._process.stdin.write(json.dumps(value) + "\n")
+            self._process.stdin.flush()
+
+    def answers(self, wanted: list[Text]) -> Iterator[list[list[int]] | CheckFailed]:
+        """For each pre, in turn, the token ids of each text, or why there are none."""
+        count = 0
+        while count < len(self._pres):
+            self._write([dataclasses.astuple(text) for text in wanted])
+            for line in self._process.stdout:
                 answer = json.loads(line)
-                answers.append(CheckFailed(answer["error"]) if isinstance(answer, dict) else answer)
-            if len(answers) < len(self._pres):  # llama.cpp has ended the process
-                said = [line for line in err.splitlines() if line.strip()] or [f"exit code {self._process.returncode}"]
+                count += 1
+                yield CheckFailed(answer["error"]) if isinstance(answer, dict) else answer
+            if count < len(self._pres):  # llama.cpp has ended the process
+                self._process.wait()
+                self._said.seek(0)
+                said = [line.strip() for line in self._said if line.strip()] or [f"exit code {self._process.returncode}"]
                 cause = [line for line in said if "GGML_ASSERT" in line or "what():" in line] or said[-1:]
-                answers.append(CheckFailed(f"llama.cpp ended on the vocabulary: {cause[0].strip()}"))
-            if len(answers) == len(self._pres):
-                return answers
-            self._process = self._start(self._pres[len(answers) :])
+                count += 1
+                yield CheckFailed(f"llama.cpp ended on the vocabulary: {cause[0]}")
+                self.__exit__()
+                self._start(self._pres[count:])
 
 
 # ---- both ----
@@ -233,19 +262,28 @@ class Splitting:
 def compare(splitting: Splitting, tokenizer) -> list[Difference]:
     """The texts that a GGUF's tokenizer splits into other tokens than transformers' tokenizer. Raises CheckFailed."""
     wanted = texts(tokenizer)
-    mine = [split(tokenizer, text) for text in wanted]
-    (found,) = splitting.result(wanted)
+    mine = split_all(tokenizer, wanted)
+    (found,) = splitting.answers(wanted)
     if isinstance(found, CheckFailed):
         raise found
-    return [Difference(*row) for row in zip(wanted, mine, found) if row[1] != row[2]]
+    return [Difference(*row) for row in zip(wanted, mine, found) if not same(tokenizer, *row)]
 
 
-def matching(gguf: Path, tokenizer, pres: list[str]) -> list[str]:
-    """Those values of tokenizer.ggml.pre with which llama.cpp would split every text as transformers does. Raises NotBuilt."""
+def matching(gguf: Path, tokenizer, pres: list[str], most: int) -> list[str]:
+    """The first values of tokenizer.ggml.pre, `most` at most, with which llama.cpp would split every text as transformers does.
+
+    Raises CheckFailed, NotBuilt.
+    """
     wanted = texts(tokenizer)
-    mine = [split(tokenizer, text) for text in wanted]
+    mine = split_all(tokenizer, wanted)
+    found: list[str] = []
     with Splitting(gguf, tuple(pres)) as splitting:
-        return [pre for pre, found in zip(pres, splitting.result(wanted)) if found == mine]
+        for pre, answer in zip(pres, splitting.answers(wanted)):
+            if isinstance(answer, list) and all(map(functools.partial(same, tokenizer), wanted, mine, answer)):
+                found.append(pre)
+                if len(found) == most:
+                    break
+    return found
 
 
 def describe(difference: Difference, tokenizer) -> str:

@@ -118,7 +118,7 @@ def _plan(t, path: Path, wanted, gguf) -> Moved:
         return m
     size, nbytes = gguf.GGML_QUANT_SIZES[wanted]
     if stored.shape[-1] % size:
-        m.why = f"rows of {stored.shape[-1]} are no whole blocks of {size}" if ternary else ""
+        m.why = f"rows of {stored.shape[-1]} are not whole blocks of {size}" if ternary else ""
         return m
     if not ternary and (wanted.name in ("F16", "Q8_0") or not _fits(stored, wanted, gguf)):
         return m

@@ -218,7 +218,7 @@ def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict
     convert.upstream()  # before gguf is imported from elsewhere
     model_dir = Path(model_dir)
     stored = read_gguf(path)
-    convert.check_directory(model_dir)
+    convert.check_input(model_dir, options)
     import torch
 
     grouping = convert.read_grouping(model_dir, options)
@@ -242,7 +242,7 @@ def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict
                 if not t.raw:
                     info = expected[t.name]
                     info.tensor = vars(model).get("wide", {}).pop(t.name, info.tensor)
-                    t.changed = checkpoint.change(sources[t.name], (x for _, x in _rows(info.tensor, t)))
+                    t.changed = checkpoint.change(sources[t.name], lambda: (x for _, x in _rows(info.tensor, t)))
                 if t.name not in stored.tensors:
                     problem = " is missing from the file"
                 elif problem := _compare(model, expected[t.name], t, stored.tensors[t.name], grouping, verdict):
@@ -321,7 +321,7 @@ def _compare(model, info, planned: Tensor, t: Stored, grouping: Grouping, verdic
     if t.type != planned.type:
         return (
             f"it is stored as {t.type.name}, conversion with these flags stores {planned.type.name} (flags that it was "
-            "given, such as --keep or --output-tensor-type, must be given again)"
+            "given, such as --keep, --output-tensor-type or --fallback-type, must be given again)"
         )
     if planned.raw:  # what upstream packs itself
         verdict.kept[t.type.name] += 1

@@ -15,7 +15,9 @@ from . import llama_cpp, tokenizer_check
 from .tokenizer_check import CheckFailed
 
 SENTENCEPIECE = "tokenizer.model"
-NO_CHECK = "--no-tokenizer-check does without this proof"
+NO_CHECK = "--no-tokenizer-check skips this check"
+# The names that people know are tried and shown before others.
+KNOWN = ("gpt-2", "llama-bpe", "qwen2", "smollm", "gpt-4o", "deepseek-llm", "deepseek-v3", "starcoder", "falcon", "command-r", "mpt")
 
 
 class VocabularyError(Exception):
@@ -158,8 +160,14 @@ def check_files(model_dir: Path):
 
 def known_pres() -> list[str]:
     """The values of tokenizer.ggml.pre that the pinned llama.cpp knows; none if its source is elsewhere than expected."""
+    return sorted({name for names in _pres() for name in names})
+
+
+def _pres() -> list[list[str]]:
+    """The same, those together that llama.cpp treats alike."""
     source = llama_cpp.source_dir() / "src" / "llama-vocab.cpp"
-    return sorted(set(re.findall(r'tokenizer_pre == "([^"]+)"', source.read_text("utf-8")))) if source.is_file() else []
+    text = source.read_text("utf-8") if source.is_file() else ""
+    return [re.findall(r'"([^"]+)"', names) for names in re.findall(r'tokenizer_pre == (?:"[^"]+"(?:\s*\|\|\s*tokenizer_pre == )?)+', text)]
 
 
 def problem(gguf: Path, model_dir: Path, kind: str) -> str:
@@ -177,6 +185,8 @@ def problem(gguf: Path, model_dir: Path, kind: str) -> str:
             advice = f"Only the tokens around a text differ: see add_bos_token and add_eos_token in tokenizer_config.json. {NO_CHECK}"
         elif kind == "gpt2":
             advice = _pre_advice(gguf, tokenizer)
+        elif kind == "bert":
+            advice = f"llama.cpp's WordPiece drops more combining marks, such as those of Devanagari and Thai. {NO_CHECK}"
         else:
             advice = _sentencepiece_advice(model_dir)
     except CheckFailed as e:
@@ -199,11 +209,12 @@ def unknown_pre(gguf: Path, model_dir: Path) -> str:
 
 
 def _pre_advice(gguf: Path, tokenizer) -> str:
-    names = tokenizer_check.matching(gguf, tokenizer, known_pres())
+    kinds = [next((name for name in KNOWN if name in names), names[0]) for names in _pres()]
+    kinds.sort(key=lambda name: (name not in KNOWN, name))
+    names = tokenizer_check.matching(gguf, tokenizer, kinds, 4)
     if not names:
-        return f"There is no --tokenizer-pre with which both split a sample of texts alike. {NO_CHECK}"
-    names.sort(key=len)  # the longer ones are of less known models
-    return f"Both split a sample of texts alike with --tokenizer-pre {' or '.join(names[:6])}"
+        return f"No --tokenizer-pre gives the checkpoint's tokens for a sample of texts. {NO_CHECK}"
+    return f"These give the checkpoint's tokens for a sample of texts: --tokenizer-pre {' or '.join(names)}"
 
 
 def _sentencepiece_advice(model_dir: Path) -> str:
@@ -217,5 +228,6 @@ def _sentencepiece_advice(model_dir: Path) -> str:
             causes.append(f"it normalizes characters ({model.normalizer_spec.name}; llama.cpp does not)")
         if model.normalizer_spec.remove_extra_whitespaces:
             causes.append("it removes extra whitespace (llama.cpp does not)")
-    found = f"Of {path}: {', '.join(causes)}. " * bool(causes)
-    return f"{found}{NO_CHECK}"
+    found = f"The cause is in {path}: {', '.join(causes)}. Published models have a sentencepiece model of the BPE kind, trained with "
+    found += 'normalization_rule_name="identity" and remove_extra_whitespaces=False. '
+    return f"{found * bool(causes)}{NO_CHECK}"

@@ -56,7 +56,7 @@ def test_no_such_directory(tmp_path, fails):
 
 def test_a_file(tmp_path, fails):
     (tmp_path / "file").write_text("x")
-    fails(tmp_path / "file", told=["file is no directory"])
+    fails(tmp_path / "file", told=["file is not a directory"])
 
 
 def test_not_a_model(tmp_path, fails):
@@ -337,12 +337,12 @@ def test_flags(model, fails, tmp_path):
 
 def test_no_target_directory(model, fails, tmp_path):
     fails(model, "--outfile", tmp_path / "none" / "x.gguf", told=["cannot write", "none is not there. Create it first"])
-    fails(model, "--outfile", tmp_path / "out.gguf" / "x.gguf", told=["cannot write", "out.gguf is no directory"])
+    fails(model, "--outfile", tmp_path / "out.gguf" / "x.gguf", told=["cannot write", "out.gguf is not a directory"])
 
 
 def test_unwritable_target(model, fails):
     fails(model, "--outfile", "/proc/x.gguf", told=["cannot write /proc/x.gguf", "Choose another place for it"])
-    fails(model, "--outfile", "/dev/null", told=["cannot write /dev/null: it is there and is no ordinary file"])
+    fails(model, "--outfile", "/dev/null", told=["cannot write /dev/null: it exists and is not an ordinary file"])
 
 
 def test_unusable_target_names(model, fails, tmp_path):
@@ -359,7 +359,7 @@ def test_every_file_of_a_split_is_checked(model, fails, tmp_path, flags):
     flags = [*flags, "--split-max-tensors", 8]
     shards[1].mkdir()
     (shards[1] / "precious").write_text("x")
-    fails(model, *flags, told=["out-00002-of-00003.gguf: it is there and is no ordinary file"])
+    fails(model, *flags, told=["out-00002-of-00003.gguf: it exists and is not an ordinary file"])
     shutil.rmtree(shards[1])
     os.link(model / "config.json", shards[1])
     fails(model, *flags, told=["out-00002-of-00003.gguf: it is a file of the checkpoint itself"])
@@ -638,16 +638,16 @@ def test_runs_without_a_terminal(good, tmp_path):
 # ---- tokens and embeddings ----
 
 
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
 @pytest.mark.parametrize("rows", [small_models.VOCAB + 64, small_models.VOCAB - 64])
-def test_embeddings_of_other_tokens(model, fails, rows):
+def test_embeddings_of_other_tokens(model, fails, rows, name):
     """llama.cpp refuses such a file, and so does the converter."""
 
     def change(tensors):
-        for name in "model.embed_tokens.weight", "lm_head.weight":
-            tensors[name] = tensors[name].repeat(2, 1)[:rows].clone()
+        tensors[name] = tensors[name].repeat(2, 1)[:rows].clone()
 
     small_models.edit_weights(model, change)
-    fails(model, told=[f"model.embed_tokens.weight has {rows} rows", f"has {small_models.VOCAB} tokens", f"set vocab_size to {rows}"])
+    fails(model, told=[f"{name} has {rows} rows", f"has {small_models.VOCAB} tokens", f"set vocab_size to {rows}"])
 
 
 def test_embeddings_beyond_the_tokenizer_are_padded(model, tmp_path):
@@ -738,7 +738,8 @@ def test_fallback_types(tmp_path, fails):
         done = sherry("convert", model, "--outfile", out, *flags)
         assert done.returncode == 0, done.stderr
         for text in planned, done.stdout:
-            assert f" {kind}, rows of 192, not a multiple of 128: " in text
+            nor = " nor of 256, which Q6_K needs" if "Q6_K" in flags else ""
+            assert f" {kind}, rows of 192, not a multiple of 128{nor}: " in text
             line = next(line for line in text.splitlines() if line.startswith("blk.*.attn_q.weight"))
             assert line.split()[1] == kind and line.endswith("fallback")
         assert sherry("verify", out, model, *flags).returncode == 0
@@ -746,6 +747,13 @@ def test_fallback_types(tmp_path, fails):
         sizes[kind] = sum(int(line.split()[4].replace(",", "")) for line in done.stdout.splitlines() if line.endswith("fallback"))
         assert f"{kind} {sizes[kind] / 1e6:.1f} MB" in told
     assert sizes["Q4_0"] * 8.5 == sizes["Q8_0"] * 4.5 and sizes["Q4_0"] * 16 == sizes["F16"] * 4.5
+    # what training kept in full precision stays so, if nothing else is asked for
+    kept = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
+    small_models.edit_config(model, sherry_config=dict(kept=kept))
+    for flags, kind in ([], "F16"), (["--fallback-type", "Q8_0"], "Q8_0"):
+        done = sherry("convert", model, "--outfile", out, *flags)
+        assert next(line for line in done.stdout.splitlines() if line.startswith("blk.*.ffn_up.weight")).split()[1] == kind
+    small_models.edit_config(model, sherry_config=None)
     out.unlink()
     fails(model, "--require-exact", told=["tensors would be stored as Q4_0, with loss", "Pass --fallback-type F16 as well"])
     assert sherry("convert", model, "--outfile", out, "--require-exact", "--fallback-type", "F16").returncode == 0

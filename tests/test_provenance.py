@@ -1,7 +1,7 @@
 """What is called exact is what the checkpoint's files hold, whatever llama.cpp's classes do to it on the way."""
 
-import json
 import re
+import shutil
 
 import gguf
 import numpy as np
@@ -16,7 +16,7 @@ from safetensors import safe_open
 from transformers.integrations import bitnet
 
 from sherry_gguf import gguf_type, packed, tq1_25
-from sherry_gguf.provenance import Tally
+from sherry_gguf.provenance import Tally, fingerprint
 
 gguf_type.register()
 
@@ -191,8 +191,10 @@ def test_tally_counts_values(values, random):
     shuffled = list(values)
     random.shuffle(shuffled)
     one, other = Tally.of([x]), Tally.of(np.array(shuffled, np.float32)[:, None])
-    assert one == other and one.size == len(values) and not one.lacks(other)
+    assert one.size == other.size == len(values) and not one.lacks(other) and not other.lacks(one)
     assert (one.values == np.unique(x.astype(np.float64))).all()
+    assert fingerprint([x]) == fingerprint([np.array(shuffled, np.float32)[:, None]])
+    assert fingerprint([x[:7], x[7:]]) == fingerprint([x]) == fingerprint([x.astype(np.float64)])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -204,12 +206,23 @@ def test_tally_sees_each_change(dtype):
     for change in (lambda y: y[5].mul_(0.5), lambda y: y[5].copy_(y[6]), lambda y: y[5].neg_()):
         y = x.clone()
         change(y)
-        assert whole.lacks(Tally.of([y.numpy()]))
+        assert whole.lacks(Tally.of([y.numpy()])) and fingerprint([x.numpy()]) != fingerprint([y.numpy()])
+    assert fingerprint([np.float32([1, 4])]) != fingerprint([np.float32([2, 3])])
+    assert fingerprint([np.float32([1, 1])]) != fingerprint([np.float32([2, 2])])
     assert not Tally.of([np.float32([0.0])]).lacks(Tally.of([np.float32([-0.0])]))
     assert Tally.of([np.empty(0, np.float32)]).lacks(whole)
 
 
 # ---- packed ternary weights ----
+
+
+def test_a_checkpoint_that_changes_between_two_conversions(tmp_path):
+    """In one process, as the tests' server is."""
+    for size in 384, 512:
+        shutil.rmtree(tmp_path / "m", ignore_errors=True)
+        model = small_models.make(tmp_path / "m", "llama", config=dict(intermediate_size=size))
+        done = sherry("convert", model, "--outfile", tmp_path / "x.gguf", "--require-exact")
+        assert done.returncode == 0, done.stderr
 
 
 def pack(model, linear_class, scale):
@@ -260,10 +273,20 @@ def test_packed_weights_that_are_not_sparse(tmp_path):
     pack(model, "bitlinear", 0.0625)
     done = sherry("convert", model, "--outfile", tmp_path / "x.gguf")
     assert done.returncode == 0, done.stderr
-    told = re.search(r"ternary weights, but not 3:4 sparse, lose in TQ1_25 \(relative error up to (0\.\d+)\): .*TQ2_0 and TQ1_0 hold", done.stdout)
+    told = re.search(r"ternary weights that are not 3:4 sparse lose precision in TQ1_25 \(relative error up to (0\.\d+)\): .*TQ2_0 and TQ1_0 hold", done.stdout)
     assert told and 0.3 < float(told[1]) < 0.6
     done = sherry("convert", model, "--outfile", tmp_path / "y.gguf", "--require-exact")
     assert done.returncode == 1 and "not 3:4 sparse" in done.stderr
+
+
+def test_packed_weights_whose_scale_is_rounded(tmp_path):
+    """An inverse scale is seldom an fp16 number: the zeros fit, the scale is rounded, and nothing else is said."""
+    model = small_models.make(tmp_path / "m", "llama")
+    pack(model, "bitlinear", 0.05)
+    done = sherry("convert", model, "--outfile", tmp_path / "x.gguf")
+    assert done.returncode == 0 and "not 3:4 sparse" not in done.stdout and "error <= 0.000" in done.stdout, done.stderr
+    done = sherry("convert", model, "--outfile", tmp_path / "y.gguf", "--require-exact")
+    assert done.returncode == 1 and "with fp16 scales in groups of 128, bit for bit (relative error up to 0.000" in done.stderr
 
 
 def test_packed_weights_that_are_damaged(tmp_path):

@@ -242,7 +242,7 @@ def test_targets_as_other_programs_take_them(old, tmp_path, capsys):
     assert (tmp_path / "link.gguf").is_symlink() and numbers(tmp_path / "real.gguf")["a"] == 43
     os.mkfifo(tmp_path / "pipe.gguf")
     assert cli.main(["retag", str(old), str(tmp_path / "pipe.gguf")]) == 1
-    assert "no ordinary file" in capsys.readouterr().err and not (tmp_path / "pipe.gguf").is_file()
+    assert "not an ordinary file" in capsys.readouterr().err and not (tmp_path / "pipe.gguf").is_file()
     assert cli.main(["retag", str(old), str(tmp_path / ("x" * 300))]) == 1
     assert "cannot write" in capsys.readouterr().err
 
@@ -309,7 +309,7 @@ def test_what_is_no_gguf(tmp_path, capsys, make, says):
 
 def test_places_that_cannot_be_written(old, tmp_path, capsys):
     before = old.read_bytes()
-    for target, says in ((old, "--in-place changes it"), (tmp_path, "no ordinary file"), (tmp_path / "none/new.gguf", "none is not there. Create it first")):
+    for target, says in ((old, "--in-place changes it"), (tmp_path, "not an ordinary file"), (tmp_path / "none/new.gguf", "none is not there. Create it first")):
         assert cli.main(["retag", str(old), str(target)]) == 1
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):

@@ -1,6 +1,7 @@
 """The proof of the tokenizer: each kind that llama.cpp has, right ones, wrong ones, and files that say nothing right."""
 
 import json
+import os
 import re
 import shutil
 
@@ -125,7 +126,7 @@ def test_another_way_to_split_is_an_error_that_names_the_right_ones(model):
     assert "llama.cpp splits text into other tokens than the checkpoint's tokenizer" in told
     # a text, and both splits
     assert any(repr(text) in told for text in tokenizer_check.SAMPLE) and ": transformers " in told and "; llama.cpp " in told
-    names = re.search(r"alike with --tokenizer-pre (.*)\. Nothing was written", told)[1].split(" or ")
+    names = re.search(r"--tokenizer-pre (\S+(?: or \S+)*)\. Nothing was written", told)[1].split(" or ")
     assert "qwen2" in names and "gpt-2" not in names
     assert convert(model, "--tokenizer-pre", names[0]).returncode == 0
     # who knows better may have it so, and verify sees it
@@ -142,14 +143,14 @@ def test_an_unknown_tokenizer_is_an_error_that_names_the_right_ways(model):
     for flags in [], ["--dry-run"]:
         done = sherry("convert", model, "--outfile", model.parent / "out.gguf", *flags)
         assert done.returncode == 1 and "does not know the BPE tokenizer" in done.stderr
-        names = re.search(r"Both split a sample of texts alike with --tokenizer-pre (.*)", done.stderr)[1].split(" or ")
+        names = re.search(r"for a sample of texts: --tokenizer-pre (.*)", done.stderr)[1].split(" or ")
         assert "deepseek-llm" in names and "gpt-2" not in names
     assert not (model.parent / "out.gguf").exists()
 
 
 def test_a_way_that_llama_cpp_does_not_have(model):
     save(byte_level(pre_tokenizers.Sequence([pre_tokenizers.Split("e", "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)])), model)
-    assert "There is no --tokenizer-pre with which both split" in convert(model).stderr
+    assert "No --tokenizer-pre gives the checkpoint's tokens" in convert(model).stderr
 
 
 def test_special_tokens(model):
@@ -224,7 +225,7 @@ def test_what_upstream_would_store_is_refused(model):
     assert sherry("convert", model, "--outfile", target, "--no-tokenizer-check", patch=AS_UPSTREAM).returncode == 0
     assert of_file(model)["tokenizer.ggml.model"] == "llama"
     with tokenizer_check.Splitting(target, ("", "gpt-2")) as splitting:
-        answers = splitting.result([tokenizer_check.Text("ab")])
+        answers = list(splitting.answers([tokenizer_check.Text("ab")]))
     assert len(answers) == 2 and all("llama.cpp ended on the vocabulary" in str(answer) for answer in answers)
 
 
@@ -356,5 +357,56 @@ def test_a_vocabulary_that_llama_cpp_refuses(model):
             tokenizer_check.compare(splitting, tokenizer_check.load_tokenizer(model))
 
 
+def test_python_files_of_the_checkpoint_are_not_run(model, tmp_path):
+    """Neither of the current directory, nor those that a tokenizer names."""
+    save(byte_level(pre_tokenizer("gpt-2")), model)
+    for name in "json", "cffi", "tempfile":
+        (model / f"{name}.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    done = sherry("convert", ".", "--outfile", tmp_path / "x.gguf", "--tokenizer-pre", "gpt-2", cwd=model)
+    assert done.returncode == 0 and not (tmp_path / "run").exists(), done.stderr
+    config = model / "tokenizer_config.json"
+    (model / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
+    config.write_text(json.dumps(dict(tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]})))
+    with pytest.raises(tokenizer_check.CheckFailed, match="is Python code in that directory"):
+        tokenizer_check.load_tokenizer(model)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_space_before_an_added_token(model):
+    """A slow tokenizer puts one before a token that begins a text; llama.cpp does not."""
+    save_spm(model)
+    config = model / "tokenizer_config.json"
+    added = {str(small_models.VOCAB): dict(content="<think>", single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)}
+    config.write_text(json.dumps(dict(tokenizer_class="LlamaTokenizer", legacy=True, added_tokens_decoder=added)))
+    small_models.edit_config(model, vocab_size=small_models.VOCAB + 1)
+    done = convert(model, "--vocab-only")
+    assert done.returncode == 0, done.stderr
+    tokenizer = tokenizer_check.load_tokenizer(model)
+    text = tokenizer_check.Text("<think>", parse=True)
+    (wanted,) = tokenizer_check.split_all(tokenizer, [text])
+    assert wanted[-1] == small_models.VOCAB and tokenizer_check.same(tokenizer, text, wanted, [small_models.VOCAB])
+    assert not tokenizer_check.same(tokenizer, text, wanted, wanted[:-1])
+
+
+def test_memory_of_the_search(model):
+    """Each vocabulary is given back before the next one is loaded."""
+    save(byte_level(pre_tokenizer("gpt-2")), model)
+    assert convert(model, "--vocab-only", "--tokenizer-pre", "gpt-2").returncode == 0
+    small_models.edit_config(model, vocab_size=100_000)
+    assert convert(model, "--vocab-only", "--tokenizer-pre", "gpt-2").returncode == 0
+
+    def peak(count):
+        with tokenizer_check.Splitting(model.parent / "out.gguf", ("gpt-2",) * count) as splitting:
+            for answer in splitting.answers([tokenizer_check.Text("ab")]):
+                assert isinstance(answer, list)
+                status = open(f"/proc/{splitting._process.pid}/status").read()
+            return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) if "VmHWM" in status else None
+
+    if os.path.exists("/proc/self/status"):
+        one, many = peak(2), peak(12)
+        assert one and many < 1.5 * one
+
+
 def test_known_ways_are_read_from_the_source():
+    assert {name for names in re.findall(r'tokenizer_pre == "([^"]+)"', SOURCE) for name in [names]} == set(vocabulary.known_pres())
     assert len(vocabulary.known_pres()) > 80 and {"gpt-2", "qwen2", "smollm", *EXPRESSIONS} <= set(vocabulary.known_pres())

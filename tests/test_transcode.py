@@ -87,7 +87,7 @@ def test_what_a_larger_block_cannot_hold_is_told(model, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "2 of 6 tensors are TQ2_0 now, 1 of them exact" in said
     assert "not exact: blk.0.attn_q.weight, 10 of 10 blocks, relative error 0." in said
-    assert "left as it is: blk.0.odd.weight, TQ1_25: rows of 384 are no whole blocks of 256" in said
+    assert "left as it is: blk.0.odd.weight, TQ1_25: rows of 384 are not whole blocks of 256" in said
     found, wanted = values(out), values(model)
     assert (found["blk.0.ffn_up.weight"] == wanted["blk.0.ffn_up.weight"]).all()
     error = np.linalg.norm(found["blk.0.attn_q.weight"] - wanted["blk.0.attn_q.weight"]) / np.linalg.norm(wanted["blk.0.attn_q.weight"])
@@ -149,7 +149,7 @@ def test_what_cannot_be_transcoded(model, tmp_path, capsys):
     assert "has no tensor that could be TQ1_25 instead, of F32" in capsys.readouterr().err
     assert cli.main(["transcode", str(model), str(tmp_path / "x.gguf"), "--to", "tq1_25"]) == 1
     assert "has no tensor that could be TQ1_25 instead" in capsys.readouterr().err
-    for target, says in ((model, "is the file itself"), (tmp_path / "no/x.gguf", "no is not there. Create it first"), (tmp_path, "no ordinary file")):
+    for target, says in ((model, "is the file itself"), (tmp_path / "no/x.gguf", "no is not there. Create it first"), (tmp_path, "not an ordinary file")):
         assert cli.main(["transcode", str(model), str(target), "--to", "f16"]) == 1
         assert says in capsys.readouterr().err
     with pytest.raises(SystemExit):
