@@ -288,7 +288,7 @@ def _telling(name: str):
     except Stop:
         raise
     except Exception as e:
-        raise Stop(f"{name}: {type(e).__name__}: {e}") from e
+        raise Stop(f"{name}: {type(e).__name__}: {' '.join(str(e).split())}") from e
 
 
 def before_training(s: SherryArguments, args: TrainingArguments, model, rows: np.ndarray, trained: bool) -> dict | None:
@@ -543,7 +543,8 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
     transformers.set_seed(args.seed)  # the Trainer does so only after the model is made
     model, tokenizer = load(s)
     if s.context > (most := positions(model)):
-        raise Stop(f"--context {s.context}: the model's positions end at {most}")
+        raise Stop(f"--context {s.context}{' (the default)' * (s.context == SherryArguments.context)}: the model's positions end at "
+                   f"{most}. Pass --context {most}, or less")
     try:
         names = qat.prepare(model, quant, s.keep, s.only)
     except (ValueError, re.error) as e:

@@ -414,8 +414,8 @@ def check_input(model_dir: Path, options: Options):
     with _telling(str(model_dir)):
         vocabulary.check_files(model_dir)
     for name in (options.token_embedding_type, options.output_tensor_type, options.fallback_type):
-        if name and name.upper() not in STORED_TYPES:
-            raise ConvertError(f"unknown tensor type {name}: there are {', '.join(STORED_TYPES)}")
+        if name is not None and name.upper() not in STORED_TYPES:
+            raise ConvertError(f"unknown tensor type {name or repr(name)}: there are {', '.join(STORED_TYPES)}")
     if options.fallback_type and options.fallback_type.upper() == tq1_25.NAME:
         raise ConvertError(f"--fallback-type {options.fallback_type}: it is for the matrices that {tq1_25.NAME} does not fit. Choose another type")
 
@@ -485,8 +485,11 @@ def _tensor_names(path: Path) -> list[str]:
     except Exception as e:
         cause = type(e).__name__
         raise ConvertError(f"{path} is damaged, or holds what only running its code could read: {cause}") from e
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-        raise ConvertError(f"{path} holds {type(tensors).__name__}, not only tensors by name")
+    if not isinstance(tensors, dict):
+        raise ConvertError(f"{path} holds a {type(tensors).__name__}, not tensors by name")
+    if other := {name: type(t).__name__ for name, t in tensors.items() if not isinstance(t, torch.Tensor)}:
+        name = next(iter(other))
+        raise ConvertError(f"{path} holds not only tensors by name: {name!r} is a {other[name]}. Save the model's state_dict() alone")
     return list(tensors)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import re
 from typing import Iterable
 
@@ -14,8 +13,10 @@ def star(name: str) -> str:
 
 def starred(names: Iterable[str]) -> str:
     """The names, those that differ only in the number of a block as one: "blk.*.attn_q.weight (30 blocks), output.weight"."""
-    count = collections.Counter(map(star, names))
-    return ", ".join(name + f" ({n} blocks)" * (n > 1) for name, n in count.items())
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(star(name), []).append(name)
+    return ", ".join(f"{name} ({len(found)} blocks)" if len(found) > 1 else found[0] for name, found in alike.items())
 
 
 def matching(names: Iterable[str], but: Iterable[str]) -> str:

@@ -68,7 +68,7 @@ def _count(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             counts = np.bincount(bits >> 16, minlength=1 << 16)
             found = np.flatnonzero(counts)
             return _sorted((found.astype(np.uint32) << 16).view(np.float32), counts[found])
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN is found by others
             half = x.astype(np.float16)
         if np.array_equal(half, x):
             counts = np.bincount(half.view(np.uint16), minlength=1 << 16)
@@ -142,8 +142,8 @@ class Checkpoint:
         from . import convert
 
         tensor = self._tensors[name]()
-        place = next(_leaves(tensor), None)
-        if name not in self._decoded and isinstance(place, tuple):
+        place = next(_leaves(tensor), ())
+        if name not in self._decoded and len(place) == 2:
             file, offset = place
             yield from _read(file, self._contents(file)[offset])
         else:  # decoded, or from a file of PyTorch's
@@ -169,7 +169,7 @@ class Checkpoint:
 
 
 def _leaves(tensor) -> Iterator[Any]:
-    """Where the data of a lazy tensor are: (file, offset), or the address of a tensor that PyTorch loaded."""
+    """Where the data of a lazy tensor are: (file, offset), or (address, shape, strides) of a tensor that PyTorch loaded."""
     import gguf
     import torch
     from gguf.utility import LocalTensor
@@ -187,7 +187,7 @@ def _leaves(tensor) -> Iterator[Any]:
         elif isinstance(item, (list, tuple)):
             waiting += item
         elif isinstance(item, torch.Tensor) and item.device.type != "meta":
-            yield item.untyped_storage().data_ptr()
+            yield item.data_ptr(), tuple(item.shape), item.stride()  # tensors of a file may share its storage
 
 
 def _contents(file: Path) -> dict[int, str]:

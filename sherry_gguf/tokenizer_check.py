@@ -33,6 +33,7 @@ SAMPLE = (
     "你好，世界。第１２３回 こんにちは世界 カタカナ 안녕하세요 세계",
     "🦙 👩‍👩‍👧 🇩🇪 ✓ → ∀x∈ℝ: ⌈x⌉ ½ ™ • “quoted” – ‘so’ …",
 )
+_WITHIN = 32  # of them, that are looked at within a text
 _SPECIAL = 128  # special tokens that are looked at, the first and the last
 _SHOWN = 12  # tokens that a message shows of a text
 
@@ -81,11 +82,15 @@ def load_tokenizer(model_dir: Path):
 
 
 def texts(tokenizer) -> list[Text]:
-    """What is split with this tokenizer: the sample, and the tokens that it has beside its vocabulary."""
-    added = [str(t) for _, t in sorted(tokenizer.added_tokens_decoder.items())]
+    """What is split with this tokenizer: the sample, and the tokens that it has beside its vocabulary, alone and within a text."""
+    added = [str(t) for _, t in sorted(tokenizer.added_tokens_decoder.items()) if str(t).strip()]
     if len(added) > _SPECIAL:
         added = added[: _SPECIAL // 2] + added[-_SPECIAL // 2 :]
-    return [Text(t) for t in SAMPLE] + [Text(SAMPLE[0], special=True)] + [Text(t, parse=True) for t in added if t.strip()]
+    wanted = [Text(t) for t in SAMPLE] + [Text(SAMPLE[0], special=True)] + [Text(t, parse=True) for t in added]
+    if "▁" not in tokenizer.convert_ids_to_tokens(split_all(tokenizer, [Text("a b")])[0])[-1]:
+        # Around such a token sentencepiece's tokenizers put spaces in ways of their own.
+        wanted += [Text(text, parse=True) for t in added[:_WITHIN] for text in (f"x{t}y", f"a {t} b")]
+    return wanted
 
 
 def split_all(tokenizer, wanted: list[Text]) -> list[list[int]]:

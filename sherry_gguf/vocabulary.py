@@ -73,7 +73,14 @@ class Vocabulary:
             ) from None
 
     def set_vocab(self):
-        super().set_vocab()
+        try:
+            super().set_vocab()
+        except VocabularyError:
+            raise
+        except Exception:
+            if cause := _damage(self.dir_model):
+                raise VocabularyError(cause) from None
+            raise
         # Some classes decide by the vocabulary's size, against what the tokenizer says of itself.
         wanted = _around(self.dir_model)
         for part in self.gguf_writer.kv_data:
@@ -141,9 +148,26 @@ def _sentencepiece(model_dir: Path):
     return sentencepiece_model_pb2.ModelProto.FromString((model_dir / SENTENCEPIECE).read_bytes())
 
 
+def _damage(model_dir: Path) -> str:
+    """What is wrong with the tokenizer's files, where that is plain, or ""."""
+    files = [path for path in model_dir.iterdir() if path.name.startswith(("tokenizer", "vocab", "spiece", "merges", "sentencepiece"))]
+    if not [path for path in files if path.name != "tokenizer_config.json"]:
+        return f"{model_dir} has no tokenizer: neither tokenizer.json nor {SENTENCEPIECE}. Copy it from the model that this one comes from"
+    for name in "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json":
+        path = model_dir / name
+        try:
+            if path.is_file() and not isinstance(json.loads(path.read_text("utf-8")), dict):
+                return f"{path} is not a JSON object: download it again"
+        except (OSError, ValueError) as e:
+            return f"cannot read {path}: {e}"
+    return ""
+
+
 def check_files(model_dir: Path):
     """Raise VocabularyError where tokenizer.model is of another kind than its name says."""
     path = model_dir / SENTENCEPIECE
+    if path.is_dir():
+        raise VocabularyError(f"{path} is a directory and not a sentencepiece model")
     if not path.is_file():
         return
     with open(path, "rb") as f:

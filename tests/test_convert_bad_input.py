@@ -82,7 +82,27 @@ def test_unknown_architecture(model, fails):
 
 def test_no_tokenizer(model, fails):
     (model / "tokenizer.model").unlink()
-    fails(model, told=["tokenizer cannot be converted"])
+    fails(model, told=["m has no tokenizer: neither tokenizer.json nor tokenizer.model"])
+    (model / "tokenizer.model").mkdir()
+    fails(model, told=["tokenizer.model is a directory and not a sentencepiece model"])
+
+
+@pytest.mark.parametrize("name, content, told", [("tokenizer.json", "", "Expecting value"), ("tokenizer.json", "{", "Expecting property"),
+                                                 ("tokenizer_config.json", "[]", "is not a JSON object")])  # fmt: skip
+def test_tokenizer_files_that_are_damaged(tmp_path, fails, name, content, told):
+    model = small_models.make(tmp_path / "m", "llama-bpe")
+    (model / name).write_text(content)
+    fails(model, "--tokenizer-pre", "gpt-2", told=[f"m/{name}", told])
+
+
+@pytest.mark.parametrize("flag", ["--fallback-type", "--token-embedding-type", "--output-tensor-type"])
+@pytest.mark.parametrize("name", ["", "Q9"])
+def test_types_that_do_not_exist(model, fails, zoo, flag, name):
+    told = f"unknown tensor type {name or repr(name)}: there are F32"
+    fails(model, flag, name, told=[told])
+    root, _ = zoo
+    done = sherry("verify", root / "llama.gguf", model, flag, name)
+    assert done.returncode == 1 and told in done.stderr
 
 
 def test_home_trained_bpe(tmp_path, fails):
@@ -207,7 +227,7 @@ def test_bin_that_holds_no_tensors(tmp_path, fails):
     path = model / "pytorch_model.bin"
     tensors = torch.load(path)
     torch.save([1, 2], path)
-    fails(model, told=["pytorch_model.bin holds list, not only tensors by name"])
+    fails(model, told=["pytorch_model.bin holds a list, not tensors by name"])
     torch.save(tensors | {"x": 3}, path)
     fails(model, told=["pytorch_model.bin holds dict, not only tensors by name"])
     torch.save(tensors | {"x": pathlib.Path("y")}, path)

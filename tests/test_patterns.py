@@ -33,6 +33,7 @@ def test_matching(names, but, pattern):
 
 def test_starred():
     assert patterns.starred(["blk.0.attn_q.weight", "output.weight", "blk.1.attn_q.weight"]) == "blk.*.attn_q.weight (2 blocks), output.weight"
+    assert patterns.starred(["blk.7.attn_q.weight"]) == "blk.7.attn_q.weight"
 
 
 def test_prepare_names_a_keep_that_works():

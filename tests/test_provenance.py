@@ -180,6 +180,23 @@ def test_pytorch_files(tmp_path):
     assert done.returncode == 1 and "each value times 2" in done.stderr
 
 
+def test_tensors_that_share_a_storage(tmp_path):
+    """As views of one tensor, in a file of PyTorch's; another tensor's values are none of theirs."""
+    model = small_models.make(tmp_path / "m", "llama", safe=False)
+    path = model / "pytorch_model.bin"
+    tensors = torch.load(path)
+    flat = torch.cat([t.reshape(-1) for t in tensors.values()])
+    parts = flat.split([t.numel() for t in tensors.values()])
+    torch.save({name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts)}, path)
+    done = sherry("convert", model, "--outfile", tmp_path / "x.gguf", "--require-exact")
+    assert done.returncode == 0, done.stderr
+    assert sherry("verify", tmp_path / "x.gguf", model).returncode == 0
+    patch = PATCH.format(module="llama", cls="LlamaModel", where="blk.0.attn_k", change="x * 0 + other")
+    patch = patch.replace("modify = ", "other = 0.015625\nmodify = ")
+    done = sherry("convert", model, "--outfile", tmp_path / "y.gguf", "--require-exact", patch=patch)
+    assert done.returncode == 1 and "changes blk.0.attn_k.weight" in done.stderr
+
+
 # ---- multisets ----
 
 floats = st.floats(width=32, allow_nan=False, allow_infinity=False)

@@ -166,8 +166,20 @@ def test_special_tokens(model):
     assert data.count(b"<|im_end|>") == 1
     target.write_bytes(data.replace(b"<|im_end|>", b"<|im_END|>"))
     with tokenizer_check.Splitting(target) as splitting:
-        (found,) = tokenizer_check.compare(splitting, tokenizer_check.load_tokenizer(model))
+        found, *within = tokenizer_check.compare(splitting, tokenizer_check.load_tokenizer(model))
+    assert all("<|im_end|>" in difference.text.text for difference in within) and within
     assert found.text.text == "<|im_end|>" and found.text.parse and len(found.wanted) == 1 < len(found.found)
+
+
+@pytest.mark.parametrize("flag, name", [("lstrip", "<mask>"), ("rstrip", "<mask>"), ("single_word", "cat")])
+def test_added_tokens_within_a_text(model, flag, name):
+    """What transformers does around such a token and llama.cpp does not."""
+    tokenizer = byte_level(pre_tokenizer("gpt-2"))
+    tokenizer.add_tokens([tokenizers.AddedToken(name, **{flag: True})])
+    save(tokenizer, model)
+    small_models.edit_config(model, vocab_size=tokenizer.get_vocab_size())
+    done = convert(model, "--vocab-only", "--tokenizer-pre", "gpt-2")
+    assert done.returncode == 1 and (f"'a {name} b'" in done.stderr or f"'x{name}y'" in done.stderr)
 
 
 # ---- what transformers writes for SmolLM2: a Llama's class, a byte-level BPE, byte_fallback and a Sequence ----
