@@ -489,7 +489,7 @@ def _tensor_names(path: Path) -> list[str]:
         raise ConvertError(f"{path} holds a {type(tensors).__name__}, not tensors by name")
     if other := {name: type(t).__name__ for name, t in tensors.items() if not isinstance(t, torch.Tensor)}:
         name = next(iter(other))
-        raise ConvertError(f"{path} holds not only tensors by name: {name!r} is a {other[name]}. Save the model's state_dict() alone")
+        raise ConvertError(f"{path} holds not only tensors by name: {name!r} is of type {other[name]}. Save the model's state_dict() alone")
     return list(tensors)
 
 

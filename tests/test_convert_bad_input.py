@@ -229,7 +229,7 @@ def test_bin_that_holds_no_tensors(tmp_path, fails):
     torch.save([1, 2], path)
     fails(model, told=["pytorch_model.bin holds a list, not tensors by name"])
     torch.save(tensors | {"x": 3}, path)
-    fails(model, told=["pytorch_model.bin holds dict, not only tensors by name"])
+    fails(model, told=["pytorch_model.bin holds not only tensors by name: 'x' is of type int"])
     torch.save(tensors | {"x": pathlib.Path("y")}, path)
     fails(model, told=["pytorch_model.bin is damaged, or holds what only running its code could read: Unpick"])
     torch.save(tensors, path, _use_new_zipfile_serialization=False)
