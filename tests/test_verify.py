@@ -35,9 +35,9 @@ def copy(zoo, tmp_path):
     return shutil.copy(root / "llama.gguf", tmp_path / "x.gguf")
 
 
-def differs(zoo, path, *told):
+def differs(zoo, path, *told, flags=()):
     root, _ = zoo
-    done = sherry("verify", path, root / "llama")
+    done = sherry("verify", path, root / "llama", *flags)
     assert done.returncode == 1 and not done.stderr, done.stdout + done.stderr
     assert f"; {len(told)} difference" in done.stdout, done.stdout
     for text in told:
@@ -202,7 +202,8 @@ def test_a_file_is_not_believed(zoo, tmp_path):
             return {k: v for k, v in changed.items() if batch.get(k, [v])[0]}
 
         rewrite(source, path, fields=change)
-        differs(zoo, path, *(text for _, told in batch.values() for text in told))
+        # llama.cpp refuses a damaged vocabulary, or splits text otherwise, which is a difference of its own
+        differs(zoo, path, *(text for _, told in batch.values() for text in told), flags=["--no-tokenizer-check"])
         done = sherry("inspect", path, "--tensors")
         assert done.returncode == 0, done.stderr
     rewrite(source, path, fields=lambda f: {k: v for k, v in f.items() if not k.startswith("sherry.")})
@@ -382,7 +383,7 @@ def test_inspect_broken_files(zoo, tmp_path):
     assert data[unknown : unknown + 4] == struct.pack("<I", 125)
     path.write_bytes(data[:unknown] + struct.pack("<I", 99) + data[unknown + 4 :])
     done = sherry("inspect", path)
-    assert done.returncode == 1 and "tensor blk.0.ffn_down.weight (384 x 256) is of type 99, which is none" in done.stderr
+    assert done.returncode == 1 and "tensor blk.0.ffn_down.weight (384 x 256) is of type 99, which is not known" in done.stderr
 
 
 def test_inspect_tensor_without_rows(zoo, tmp_path):
