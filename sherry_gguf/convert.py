@@ -758,11 +758,12 @@ def _fit(t: Tensor, fixed: bool):
 
     limit = _LARGEST.get(t.type.name, 65504.0)
     largest = 0.0
-    for start, load in row_loaders(t.data, t.shape[-1]):
-        x = _load(load, t)
-        largest = max(largest, float(x.max(initial=0)), -float(x.min(initial=0)))
-        if not np.isfinite(x).all():
-            raise _bad_row(t, start + _first_bad(x), "a weight is NaN or infinite")
+    with computing(t):
+        for start, load in row_loaders(t.data, t.shape[-1]):
+            x = _load(load, t)
+            largest = max(largest, float(x.max(initial=0)), -float(x.min(initial=0)))
+            if not np.isfinite(x).all():
+                raise _bad_row(t, start + _first_bad(x), "a weight is NaN or infinite")
     if largest > limit:
         if fixed:
             raise ConvertError(
@@ -895,6 +896,11 @@ def _widened(x) -> np.ndarray:
     return (x if x.dtype is torch.float64 else x.to(torch.float32)).numpy()
 
 
+def computing(t: Tensor):
+    """Around what upstream does to a tensor when its values are asked for. A context manager; OSErrors pass."""
+    return _telling(f"{t.name} ({t.source or 'made by llama.cpp'}): llama.cpp's conversion failed", but=(OSError,))
+
+
 def _load(load: Callable[[], np.ndarray], t: Tensor) -> np.ndarray:
     try:
         return load()
@@ -936,7 +942,7 @@ class Encoder:
         jobs = row_loaders(t.data, t.shape[-1] if t.shape else 1)
         try:
             while True:
-                with _telling(f"{t.name} ({t.source}): llama.cpp's conversion failed", but=(OSError,)):
+                with computing(t):
                     more = list(itertools.islice(jobs, WORKERS + 1 - len(waiting)))
                 for row, load in more:
                     waiting.append((row, self.pool.submit(lambda r=row, f=load: work(r, _load(f, t)))))

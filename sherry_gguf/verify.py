@@ -387,9 +387,13 @@ def _rows(tensor, t: Tensor) -> Iterator[tuple[int, np.ndarray]]:
     pieces = (
         (load() for load in tensor._chunks)
         if isinstance(tensor, gguf.LazyChunkedTensor)
-        else (gguf.LazyNumpyTensor.to_eager(t) for t in (tensor,))
+        else (gguf.LazyNumpyTensor.to_eager(whole) for whole in (tensor,))
     )
-    for piece in pieces:
+    while True:
+        with convert.computing(t):
+            piece = next(pieces, None)
+        if piece is None:
+            return
         piece = np.asarray(piece).reshape(-1, width)
         for i in range(0, len(piece), step):
             x = piece[i : i + step]

@@ -213,8 +213,11 @@ def problem(gguf: Path, model_dir: Path, kind: str) -> str:
             advice = f"llama.cpp's WordPiece drops more combining marks, such as those of Devanagari and Thai. {NO_CHECK}"
         else:
             advice = _sentencepiece_advice(model_dir)
-    except CheckFailed as e:
-        return f"the tokenizer cannot be proven: {e}. {NO_CHECK}"
+    except OSError:  # llama_cpp.NotBuilt among them
+        raise
+    except Exception as e:  # tokenizers of transformers are not all alike
+        cause = e if isinstance(e, CheckFailed) else f"{type(e).__name__}: {e}"
+        return f"the tokenizer cannot be proven: {cause}. {NO_CHECK}"
     first = tokenizer_check.describe(differences[0], tokenizer)
     more = f" ({len(differences)} texts differ)" * (len(differences) > 1)
     return f"llama.cpp splits text into other tokens than the checkpoint's tokenizer{more}, such as {first}. {advice}"

@@ -733,6 +733,26 @@ LlamaModel.modify_tensors = modify_tensors
     assert done.stderr.strip().count("\n") == 0
 
 
+def test_no_traceback_where_upstream_fails_late(model, fails):
+    """When the values are asked for."""
+    patch = """
+from sherry_gguf import convert
+convert.upstream()
+from conversion.llama import LlamaModel
+def late(x):
+    if x.device.type != "meta":
+        raise IndexError("out of range")
+    return x
+modify = LlamaModel.modify_tensors
+def modify_tensors(self, data, name, bid):
+    for new_name, x in modify(self, data, name, bid):
+        yield new_name, type(x)._wrap_fn(late)(x) if NAME in new_name else x
+LlamaModel.modify_tensors = modify_tensors
+"""
+    for name in "blk.1.ffn_up", "token_embd":
+        fails(model, patch=patch.replace("NAME", repr(name)), told=[f"{name}.weight (model.", "llama.cpp's conversion failed: IndexError: out of range"])
+
+
 # ---- rows that do not fit ----
 
 

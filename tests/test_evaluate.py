@@ -126,7 +126,8 @@ def test_the_server_gives_pytorchs_numbers(models, kind):
              ("b", "☃")]  # fmt: skip
     texts = [long, "one — two ☃", "x"]
     wishes = [("def read(self", {"until": ["\n\n"], "max_gen_toks": 24}),
-              ("import", {"until": ["None", "g"], "max_gen_toks": 40}),
+              # transformers makes one � of each byte where ASCII and other byte tokens meet, which this one does not
+              ("else:", {"until": ["None", "g"], "max_gen_toks": 40}),
               (long, {"until": [], "max_gen_toks": 8, "do_sample": False})]  # fmt: skip
 
     def answers(lm):
@@ -271,6 +272,7 @@ def test_the_loss_of_a_trained_model(tmp_path, capsys):
              "max_steps": 60, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "use_cpu": True, "monitor_every": 0,
              "report_to": "none", "disable_tqdm": True}  # fmt: skip
     assert train_sherry.main([x for k, v in flags.items() for x in (f"--{k}", str(v))]) == 0
+    capsys.readouterr()  # the training may say so of the random weights that it starts from
     hf, gguf = tmp_path / "run/hf", tmp_path / "m.gguf"
     result = sherry("convert", hf, "--outfile", gguf, "--require-exact")
     assert result.returncode == 0, result.stderr

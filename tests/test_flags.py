@@ -42,7 +42,7 @@ def commands() -> dict[str, list]:
 @functools.cache
 def flags_of(program: str) -> set[str]:
     """What its --help lists as options: where a line begins with them, or in the brackets of its usage."""
-    command = [*commands()[program], "--help"]
+    command = [*commands()[program], "--help-all" if program == "train_sherry.py" else "--help"]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENV)
     text = done.stdout + done.stderr
     assert len(text) > 20, f"{program} --help says {text!r}, exit code {done.returncode}"
