@@ -133,7 +133,7 @@ def test_loss_before_the_first_step(learned, text, tmp_path, capfd):
             if "_proj" in name:
                 weight.copy_(train_sherry.qat.fake_quantize(weight))
         assert before["quantized"] == pytest.approx(model(input_ids=rows, labels=rows).loss.item(), rel=1e-5)
-    assert before["full_precision"] < before["quantized"] * 0.99  # which the tolerances above tell apart
+    assert before["full_precision"] < before["quantized"] * 0.999  # a hundred times the tolerances above
     assert f"{before['full_precision']:.4f} as it was given, {before['quantized']:.4f} quantized by sherry" in out
     assert "warning" not in err
 
