@@ -20,7 +20,6 @@ import functools
 import hashlib
 import itertools
 import json
-import logging
 import math
 import os
 import re

@@ -152,7 +152,8 @@ class Checkpoint:
     def change(self, sources: list[str], chunks: Callable[[], Iterable[np.ndarray]]) -> str:
         """How a tensor of the file differs from its `sources`, in words; "" where their values only moved.
 
-        chunks: gives its values in their order, float32 or float64, compared exactly.
+        chunks: gives its values in their order, float32 or float64. All values of the sources are compared by `fingerprint`; where
+        a tensor has only a part of them, or some twice, each value is counted.
         """
         if not sources:
             return "made by llama.cpp"

@@ -112,7 +112,7 @@ def same(tokenizer, text: Text, wanted: list[int], found: list[int]) -> bool:
 
 
 class Vocabulary:
-    """llama.cpp's tokenizer of a GGUF, of which only the vocabulary is loaded.
+    """llama.cpp's tokenizer for a GGUF; only the vocabulary is loaded.
 
     header, library: llama.h, and the library that belongs to it. pre: overrules the file's tokenizer.ggml.pre. Raises
     CheckFailed where llama.cpp refuses the file.

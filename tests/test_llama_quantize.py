@@ -32,7 +32,7 @@ def types_of(path):
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory):
-    """Rows of 192, which are no whole blocks of the types; four heads share keys and values. An F32 GGUF and its importance matrix."""
+    """Rows of 192, which are not whole blocks of these types; four heads share keys and values. An F32 GGUF and its importance matrix."""
     root = tmp_path_factory.mktemp("odd")
     shape = dict(hidden_size=192, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2)
     small_models.make(root / "hf", "llama", latent=True, config=shape)

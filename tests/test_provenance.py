@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers.integrations import bitnet
 
-from sherry_gguf import gguf_type, packed, tq1_25
+from sherry_gguf import gguf_type, packed
 from sherry_gguf.provenance import Tally, fingerprint
 
 gguf_type.register()
@@ -82,7 +82,7 @@ def test_bitnet_as_upstream_does_it_is_no_proof(tmp_path, one_scale, change):
     assert "--require-exact: 7 of 7 tensors do not hold the checkpoint's values: llama.cpp's BitnetModel changes blk." in done.stderr
     assert change in done.stderr
     done = sherry("convert", model, "--outfile", out, patch=patch)
-    assert done.returncode == 0 and f"not the checkpoint's weights: llama.cpp's BitnetModel changes" in done.stdout
+    assert done.returncode == 0 and "not the checkpoint's weights: llama.cpp's BitnetModel changes" in done.stdout
     assert load_flags(out) == [False] * 7
     done = sherry("verify", out, model, patch=patch)
     assert done.returncode == 1 and f"blk.0.attn_v.weight: llama.cpp's BitnetModel changes the checkpoint's values: {change}" in done.stdout
@@ -157,7 +157,7 @@ def test_moves_are_no_changes(zoo, tmp_path):
     root, results = zoo
     for name, done in results.items():
         assert "not the checkpoint's weights" not in done.stdout, name
-    # an intermediate result, of which upstream forgets where it comes from
+    # upstream forgets where an intermediate result comes from
     patch = PATCH.format(module="llama", cls="LlamaModel", where="ffn_", change="type(x).from_eager(type(x).to_eager(x).clone())")
     done = sherry("convert", root / "llama", "--outfile", tmp_path / "x.gguf", "--require-exact", patch=patch)
     assert done.returncode == 0, done.stderr
