@@ -6,7 +6,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from sherry_gguf.cli import main  # noqa: E402
+from sherry_gguf.cli import main
 
 if __name__ == "__main__":
     sys.exit(main(["convert", *sys.argv[1:]], prog=Path(__file__).name))

@@ -4,7 +4,7 @@
 set -euo pipefail
 
 if [[ $# -gt 0 ]]; then
-    echo "usage: scripts/demo.sh    (no arguments; scripts/build_llama_cpp has the environment)" >&2
+    echo "usage: scripts/demo.sh    (no arguments; scripts/build_llama_cpp.py has the environment)" >&2
     [[ $1 == -h || $1 == --help ]] && exit 0 || exit 2
 fi
 
@@ -84,7 +84,7 @@ speed() {
 }
 
 step setup "Python environment in .venv" ./scripts/setup.sh
-step llama.cpp "fetch, patch and build it in $build" .venv/bin/python scripts/build_llama_cpp
+step llama.cpp "fetch, patch and build it in $build" .venv/bin/python scripts/build_llama_cpp.py
 step train "a small Sherry checkpoint in $hf, on this Python's standard library" \
     .venv/bin/python scripts/make_demo_checkpoint.py --out "$hf"
 step convert "$hf to $gguf, every ternary block bit for bit" convert

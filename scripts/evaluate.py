@@ -30,9 +30,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any
 
 PAPER = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tasks"  # those five with local data
@@ -41,28 +42,55 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "tasks"  # thos
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    p.add_argument("models", nargs="+", metavar="MODEL", help="a Hugging Face directory or a GGUF; each is a column, "
-                   "and the first is what the others are compared with")
+    p.add_argument(
+        "models",
+        nargs="+",
+        metavar="MODEL",
+        help="a Hugging Face directory or a GGUF; each is a column, and the first is what the others are compared with",
+    )
     p.add_argument("--tasks", type=names, help=f"tasks of lm-eval, by commas (default: {','.join(PAPER)})")
-    p.add_argument("--data", type=Path, metavar="DIR", help="the five tasks' data are files in DIR, as "
-                   "examples/tasks/README.md lists them; nothing is downloaded for them")
-    p.add_argument("--include-path", type=Path, metavar="DIR", help="more tasks: a directory of lm-eval's YAML files, "
-                   "which go before lm-eval's own; relative data_files are in --data, or else in the current directory")
+    p.add_argument(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="the five tasks' data are files in DIR, as examples/tasks/README.md lists them; nothing is downloaded for them",
+    )
+    p.add_argument(
+        "--include-path",
+        type=Path,
+        metavar="DIR",
+        help="more tasks: a directory of lm-eval's YAML files, "
+        "which go before lm-eval's own; relative data_files are in --data, or else in the current directory",
+    )
     p.add_argument("--limit", type=positive, metavar="N", help="only the first N documents of each task")
     p.add_argument("--num-fewshot", type=int, default=0, metavar="N", help="examples before each question (0)")
-    p.add_argument("--batch-size", type=positive, default=4, metavar="N",
-                   help="requests at a time: PyTorch's batch, llama-server's slots (4)")
-    p.add_argument("--max-length", type=positive, default=2048, metavar="N",
-                   help="tokens that a model sees at most, less where it was trained on fewer (2048)")
-    p.add_argument("--text", type=Path, metavar="FILE", help="measure the loss on this text as llama-perplexity does, "
-                   "and no tasks unless --tasks names some")
+    p.add_argument(
+        "--batch-size", type=positive, default=4, metavar="N", help="requests at a time: PyTorch's batch, llama-server's slots (4)"
+    )
+    p.add_argument(
+        "--max-length",
+        type=positive,
+        default=2048,
+        metavar="N",
+        help="tokens that a model sees at most, less where it was trained on fewer (2048)",
+    )
+    p.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="measure the loss on this text as llama-perplexity does, and no tasks unless --tasks names some",
+    )
     p.add_argument("--context", type=positive, default=256, metavar="N", help="tokens of a chunk of the text (256)")
     p.add_argument("--chunks", type=positive, metavar="N", help="only the first N chunks of the text")
     p.add_argument("--output", type=Path, metavar="FILE", help="write everything as JSON, after each task")
     p.add_argument("--threads", type=positive, default=cores, metavar="N", help=f"CPU threads ({cores})")
     p.add_argument("--device", help="where PyTorch runs a directory: cpu, cuda, cuda:1, ... (cuda where there is one)")
-    p.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "auto"], default="float32",
-                   help="PyTorch's, for a directory; auto: as in the checkpoint (float32)")
+    p.add_argument(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16", "auto"],
+        default="float32",
+        help="PyTorch's, for a directory; auto: as in the checkpoint (float32)",
+    )
     a = p.parse_args(argv)
     if a.num_fewshot < 0:
         p.error("argument --num-fewshot: it cannot be negative")
@@ -227,8 +255,16 @@ def run(a: argparse.Namespace) -> int:
     return int(bool(missing) or any("error" in m for m in report["models"]))
 
 
-def measure_all(path: Path, a: argparse.Namespace, text: str | None, tasks: dict[str, Any], result: dict[str, Any],
-                requests: dict[tuple[str, str], int], tokens: list[int], step: Callable[[], None]) -> None:
+def measure_all(
+    path: Path,
+    a: argparse.Namespace,
+    text: str | None,
+    tasks: dict[str, Any],
+    result: dict[str, Any],
+    requests: dict[tuple[str, str], int],
+    tokens: list[int],
+    step: Callable[[], None],
+) -> None:
     """Fill in a model's `result`, the `tokens` of the text and hashes of those of the `requests`, and tell each `step`.
 
     Raises Stop, NotBuilt.
@@ -252,8 +288,7 @@ def measure_all(path: Path, a: argparse.Namespace, text: str | None, tasks: dict
             requests |= lm.asked
             step()
         if lm.cut:
-            say(f"{path}: {lm.cut} requests were longer than {lm.max_length} tokens and lost their beginning "
-                "(--max-length)")
+            say(f"{path}: {lm.cut} requests were longer than {lm.max_length} tokens and lost their beginning (--max-length)")
 
 
 def check(path: Path) -> None:
@@ -349,8 +384,12 @@ def load_tasks(wanted: list[str], include: Path | None, shots: int,
     unknown = [name for name in wanted if name not in manager.task_index]
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks)
-        raise Stop(f"--tasks {unknown[0]}: no such task in lm-eval" + f" or {include}" * bool(include)
-                   + f"; there is {', '.join(near)}" * bool(near) + "".join(unreadable(include)))
+        raise Stop(
+            f"--tasks {unknown[0]}: no such task in lm-eval"
+            + f" or {include}" * bool(include)
+            + f"; there is {', '.join(near)}" * bool(near)
+            + "".join(unreadable(include))
+        )
 
     sources = {name: source(name, manager.task_index[name].cfg or {}) for name in wanted}
     unreachable = hub_unreachable() if any(hub for hub, _ in sources.values()) else None
@@ -365,16 +404,20 @@ def load_tasks(wanted: list[str], include: Path | None, shots: int,
             else:
                 if isinstance(e, ConnectionError) and not unreachable:
                     unreachable = offline(f"the hub {huggingface_hub.constants.ENDPOINT} does not answer")
-                missing[name] = (f"its data set {files} could not be had: {unreachable or first_line(e)}, and it is "
-                                 f"not in the cache {datasets.config.HF_DATASETS_CACHE}")
+                missing[name] = (
+                    f"its data set {files} could not be had: {unreachable or first_line(e)}, and it is "
+                    f"not in the cache {datasets.config.HF_DATASETS_CACHE}"
+                )
             say(f"{name}: {missing[name]}")
             continue
         for task_name, task in loaded.items():
             task.set_config("num_fewshot", shots)
             tasks[task_name] = task
     if any(sources[name][0] for name in missing):
-        say("run this once where the hub can be reached, then copy that machine's cache here and let HF_DATASETS_CACHE "
-            "name it; or have the data as files: --data, and examples/tasks/README.md")
+        say(
+            "run this once where the hub can be reached, then copy that machine's cache here and let HF_DATASETS_CACHE "
+            "name it; or have the data as files: --data, and examples/tasks/README.md"
+        )
     return tasks, missing
 
 
@@ -461,8 +504,7 @@ class Loss:
 def chunks_of(tokens: int, context: int, most: int | None = None) -> tuple[int, int]:
     """Chunks, and scored tokens of all of them, as llama-perplexity counts. Raises Stop for a short text."""
     if tokens < 2 * context:  # as there
-        raise Stop(f"the text has {tokens} tokens, and chunks of {context} need {2 * context}: give a longer text, or "
-                   "a smaller --context")
+        raise Stop(f"the text has {tokens} tokens, and chunks of {context} need {2 * context}: give a longer text, or a smaller --context")
     chunks = min(tokens // context, most or tokens)
     return chunks, chunks * (context - context // 2 - 1)
 
@@ -870,8 +912,7 @@ def load(path: Path, device: str, dtype: str):
     if lacking:  # transformers would go on with random weights
         raise Stop(f"the checkpoint lacks {len(lacking)} tensors of its model, {lacking[0]} among them")
     if (getattr(model.config, "sherry_config", None) or {}).get("weights") == "latent":
-        say(f"{path}: its weights are latent, and PyTorch takes them unquantized; export the model to evaluate it as "
-            "trained")
+        say(f"{path}: its weights are latent, and PyTorch takes them unquantized; export the model to evaluate it as trained")
     return model.eval(), tokenizer
 
 
@@ -900,7 +941,7 @@ def compare(models: list[dict], asked: list[dict], ids: list[list[int]], i: int)
     pairs = [(x, y) for name in first["tasks"].keys() & other["tasks"].keys() if "choices" in first["tasks"][name]
              for x, y in zip(first["tasks"][name]["choices"], other["tasks"][name]["choices"])]  # fmt: skip
     if pairs:
-        likeliest = lambda x: max(range(len(x)), key=x.__getitem__)  # noqa: E731
+        likeliest = lambda x: max(range(len(x)), key=x.__getitem__)
         out["documents"] = len(pairs)
         out["same_choice"] = sum(likeliest(x) == likeliest(y) for x, y in pairs) / len(pairs)
         flat = [(u, v) for x, y in pairs for u, v in zip(x, y)]
@@ -956,8 +997,10 @@ def summary(report: dict) -> Iterator[str]:
     for c in report["compared"]:
         told = []
         if "same_choice" in c:
-            told.append(f"the same choice in {100 * c['same_choice']:.1f} % of {c['documents']} documents, "
-                        f"log-likelihoods {100 * c['log_likelihood']:.3f} % apart on average")
+            told.append(
+                f"the same choice in {100 * c['same_choice']:.1f} % of {c['documents']} documents, "
+                f"log-likelihoods {100 * c['log_likelihood']:.3f} % apart on average"
+            )
         if "text" in c:
             told.append(f"loss on the text {100 * c['text']:+.3f} %" + " per byte" * ("tokens" in c))
         if "tokens" in c:

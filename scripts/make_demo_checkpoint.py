@@ -69,10 +69,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     p.add_argument("--batch", type=int, default=8, help="sequences of a step")
     p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    p.add_argument("--method", choices=list(METHODS), default="sherry",
-                   help="full: in full precision, to be quantized after training")
-    p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-                   help="of the matrix products while training; auto measures which is faster")
+    p.add_argument("--method", choices=list(METHODS), default="sherry", help="full: in full precision, to be quantized after training")
+    p.add_argument(
+        "--precision",
+        choices=["auto", "float32", "bfloat16"],
+        default="auto",
+        help="of the matrix products while training; auto measures which is faster",
+    )
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)
 

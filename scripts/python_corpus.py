@@ -64,10 +64,23 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     n = min(len(lines), LINES)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(lines[i * len(lines) // n] for i in range(n)), model_writer=model,
-            model_type="bpe", vocab_size=vocab, byte_fallback=True, character_coverage=0.9999, split_digits=True,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True, unk_id=0, bos_id=BOS, eos_id=EOS, pad_id=-1, minloglevel=2)
+            sentence_iterator=(lines[i * len(lines) // n] for i in range(n)),
+            model_writer=model,
+            model_type="bpe",
+            vocab_size=vocab,
+            byte_fallback=True,
+            character_coverage=0.9999,
+            split_digits=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            unk_id=0,
+            bos_id=BOS,
+            eos_id=EOS,
+            pad_id=-1,
+            minloglevel=2,
+        )
     except RuntimeError as e:
         raise CorpusError(f"sentencepiece made no tokenizer of {vocab} pieces: {e}") from None
     return model.getvalue()
@@ -75,8 +88,9 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
 
 def hf_tokenizer(model: Path, context: int) -> LlamaTokenizer:
     """The Hugging Face tokenizer of a sentencepiece model file."""
-    tokenizer = LlamaTokenizer(str(model), legacy=True, add_prefix_space=False, model_max_length=context,
-                               clean_up_tokenization_spaces=False)
+    tokenizer = LlamaTokenizer(
+        str(model), legacy=True, add_prefix_space=False, model_max_length=context, clean_up_tokenization_spaces=False
+    )
     # A chat program that gets this template continues the user's text, which is all that a base model can do.
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer
@@ -100,9 +114,20 @@ def small_llama(vocab: int, layers: int, hidden: int, intermediate: int, context
     check_sizes(hidden, intermediate)
     heads = hidden // 64
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 2, head_dim=64, max_position_embeddings=context,
-        tie_word_embeddings=False, bos_token_id=BOS, eos_token_id=EOS))
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=vocab,
+            hidden_size=hidden,
+            intermediate_size=intermediate,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 2,
+            head_dim=64,
+            max_position_embeddings=context,
+            tie_word_embeddings=False,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+        )
+    )
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
     return model

@@ -60,6 +60,7 @@ import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
+from tqdm import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -70,7 +71,6 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from tqdm import tqdm
 from transformers.utils import is_torch_xla_available
 
 from sherry_gguf import qat
@@ -117,8 +117,10 @@ class Arguments(TrainingArguments):
         cpu = self.use_cpu or self.no_cuda
         if (self.bf16 or self.bf16_full_eval) and not cpu and not torch.accelerator.is_available() and not is_torch_xla_available():
             # transformers says only that the set-up does not support it
-            raise ValueError("--bf16 true: PyTorch finds no GPU here; leave it out, or add --use_cpu true to compute in bfloat16 "
-                             "on the CPU, which is faster than float32 only where the CPU has instructions for it")
+            raise ValueError(
+                "--bf16 true: PyTorch finds no GPU here; leave it out, or add --use_cpu true to compute in bfloat16 "
+                "on the CPU, which is faster than float32 only where the CPU has instructions for it"
+            )
         super().__post_init__()
 
 
@@ -224,8 +226,9 @@ def load(s: SherryArguments):
             # float32 on purpose: in bfloat16 small steps of the optimizer are lost; --bf16 makes the products bfloat16
             model, info = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32, output_loading_info=True)
             if lacking := [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]:
-                raise Stop(f"{s.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first "
-                           f"{sorted(lacking)[0]}")
+                raise Stop(
+                    f"{s.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {sorted(lacking)[0]}"
+                )
         else:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(s.config), dtype=torch.float32)
     tokenizer = load_tokenizer(name := s.tokenizer or s.model or s.config)
@@ -234,8 +237,10 @@ def load(s: SherryArguments):
         raise Stop(f"the tokenizer {name} has {n} tokens, the model room for {m}: they do not belong together")
     said = getattr(model.config, "sherry_config", None)
     if isinstance(said, dict) and said.get("weights") == "fake_quantized":
-        warn("the model's weights are ternary already (an export): their latent weights, with which training goes on better, are "
-             "in the checkpoints of the run that made it")
+        warn(
+            "the model's weights are ternary already (an export): their latent weights, with which training goes on better, are "
+            "in the checkpoints of the run that made it"
+        )
     return model, tokenizer
 
 
@@ -313,9 +318,11 @@ def before_training(s: SherryArguments, args: TrainingArguments, model, rows: np
           + f", {quantized:.4f} quantized by {s.method}" * (s.method != "full"), flush=True)  # fmt: skip
     vocabulary = model.get_input_embeddings().num_embeddings
     if s.model and trained and loss > NEAR_GUESSING * math.log(vocabulary):
-        warn(f"before the first step the held-out loss of {s.model} is {loss:.2f}; guessing among its {vocabulary} tokens has "
-             f"{math.log(vocabulary):.2f}. If it is a trained model, is {s.tokenizer or s.model} its tokenizer, and is the text "
-             "of a kind that it knows?")
+        warn(
+            f"before the first step the held-out loss of {s.model} is {loss:.2f}; guessing among its {vocabulary} tokens has "
+            f"{math.log(vocabulary):.2f}. If it is a trained model, is {s.tokenizer or s.model} its tokenizer, and is the text "
+            "of a kind that it knows?"
+        )
     return {"full_precision": loss, "quantized": quantized, "tokens": rows.size}
 
 
@@ -362,8 +369,10 @@ class Interrupt(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite(logs.get("loss", 0.0)):  # a mean over the processes, so all of them see it
-            raise Stop(f"the loss is not finite at step {state.global_step}: training diverged. Use a lower --learning_rate; "
-                       f"checkpoints before that are in {args.output_dir}")
+            raise Stop(
+                f"the loss is not finite at step {state.global_step}: training diverged. Use a lower --learning_rate; "
+                f"checkpoints before that are in {args.output_dir}"
+            )
 
 
 class Estimate(TrainerCallback):
@@ -410,11 +419,13 @@ class Progress(ProgressCallback):
 def settings(s: SherryArguments, args: TrainingArguments) -> dict:
     """What a run that goes on must have in common with the one that began."""
     same = {k: v for k, v in vars(s).items() if k not in ("export", "export_dtype", "eval_tokens", "monitor_every")}
-    names = ("learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps per_device_train_batch_size max_steps "
-             "num_train_epochs gradient_accumulation_steps world_size optim optim_args optim_target_modules weight_decay "
-             "adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor neftune_noise_alpha group_by_length "
-             "train_sampling_strategy dataloader_drop_last average_tokens_across_devices ignore_data_skip seed data_seed bf16 "
-             "fp16 load_best_model_at_end metric_for_best_model greater_is_better")
+    names = (
+        "learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps per_device_train_batch_size max_steps "
+        "num_train_epochs gradient_accumulation_steps world_size optim optim_args optim_target_modules weight_decay "
+        "adam_beta1 adam_beta2 adam_epsilon max_grad_norm label_smoothing_factor neftune_noise_alpha group_by_length "
+        "train_sampling_strategy dataloader_drop_last average_tokens_across_devices ignore_data_skip seed data_seed bf16 "
+        "fp16 load_best_model_at_end metric_for_best_model greater_is_better"
+    )
     same |= {k: getattr(args, k) for k in names.split() if hasattr(args, k)}
     return json.loads(json.dumps(same, default=str))
 
@@ -447,8 +458,10 @@ def resume_from(args: TrainingArguments, now: dict) -> Path | None:
         random = "rng_state.pth" if args.world_size == 1 else f"rng_state_{args.process_index}.pth"
         for name in ("optimizer.pt", "scheduler.pt", random):
             if state["global_step"] < state["max_steps"] and not (checkpoint / name).is_file():
-                raise Stop(f"{checkpoint} has no {name}, so training cannot go on from it (--save_only_model?): begin anew from "
-                           f"its weights, with --model {checkpoint} and another --output_dir")
+                raise Stop(
+                    f"{checkpoint} has no {name}, so training cannot go on from it (--save_only_model?): begin anew from "
+                    f"its weights, with --model {checkpoint} and another --output_dir"
+                )
     return checkpoint
 
 
@@ -543,8 +556,10 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
     transformers.set_seed(args.seed)  # the Trainer does so only after the model is made
     model, tokenizer = load(s)
     if s.context > (most := positions(model)):
-        raise Stop(f"--context {s.context}{' (the default)' * (s.context == SherryArguments.context)}: the model's positions end at "
-                   f"{most}. Pass --context {most}, or less")
+        raise Stop(
+            f"--context {s.context}{' (the default)' * (s.context == SherryArguments.context)}: the model's positions end at "
+            f"{most}. Pass --context {most}, or less"
+        )
     try:
         names = qat.prepare(model, quant, s.keep, s.only)
     except (ValueError, re.error) as e:
@@ -567,9 +582,19 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
     interrupt = Interrupt()
     try:
         trainer = qat.SherryTrainer(
-            model, args, data_collator=collate, train_dataset=train, eval_dataset=held_out, processing_class=tokenizer,
-            arenas=arenas if names else None, monitor=monitor, teacher=teacher, distill=s.distill, temperature=s.temperature,
-            callbacks=[interrupt])
+            model,
+            args,
+            data_collator=collate,
+            train_dataset=train,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+            arenas=arenas if names else None,
+            monitor=monitor,
+            teacher=teacher,
+            distill=s.distill,
+            temperature=s.temperature,
+            callbacks=[interrupt],
+        )
     except (ValueError, ImportError, RuntimeError) as e:  # what is not installed, or does not go together
         raise Stop(f"{type(e).__name__}: {e}") from e
     trainer.add_callback(Estimate())
@@ -585,9 +610,12 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
             warn(f"--bf16 true: on this CPU bfloat16 products take {slower:.3g} times as long as in float32: leave it out")
         before = before_training(s, args, model, np.array(held_out["input_ids"]), trained)
         sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        print(f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(names)} matrices by {s.method}, sequences of "
-              f"{s.context} tokens, {sequences} a step, {len(train)} to train on and {len(held_out)} held out, "
-              f"{args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}", flush=True)
+        print(
+            f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(names)} matrices by {s.method}, sequences of "
+            f"{s.context} tokens, {sequences} a step, {len(train)} to train on and {len(held_out)} held out, "
+            f"{args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}",
+            flush=True,
+        )
         if checkpoint:
             print(f"training: going on from {checkpoint}", flush=True)
     began = time.monotonic()
@@ -605,8 +633,10 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
             if not checkpoint:  # what is not installed, or does not go together
                 raise Stop(f"training does not begin: {type(e).__name__}: {e}") from e
             here = not args.resume_from_checkpoint
-            raise Stop(f"cannot go on from {checkpoint} ({type(e).__name__}: {e})"
-                       + f": remove it to go on from an earlier one, or remove {args.output_dir} to start over" * here) from e
+            raise Stop(
+                f"cannot go on from {checkpoint} ({type(e).__name__}: {e})"
+                + f": remove it to go on from an earlier one, or remove {args.output_dir} to start over" * here
+            ) from e
     if interrupt.agreed:
         return interrupted() if main_process else 128 + signal.SIGINT
     seconds = time.monotonic() - began

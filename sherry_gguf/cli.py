@@ -141,8 +141,7 @@ def _tensor_flags(parser: argparse.ArgumentParser):
         "--group-size",
         type=int,
         metavar="N",
-        help="weights that share a scale, a multiple of 128; overrules the "
-        "checkpoint's sherry_config (default: what that says, else 128)",
+        help="weights that share a scale, a multiple of 128; overrules the checkpoint's sherry_config (default: what that says, else 128)",
     )
     add("--granularity", choices=("per_group", "per_channel", "per_tensor"), help="likewise what shares a scale")
     add(

@@ -31,8 +31,9 @@ import tempfile
 import threading
 import traceback
 import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -376,8 +377,7 @@ def _model_class(hparams: dict[str, Any], model_dir: Path) -> tuple[type, str]:
         return conversion.get_model_class(arch), arch
     except NotImplementedError:
         raise ConvertError(
-            f"the architecture {arch} of {model_dir} is unknown to the pinned llama.cpp: "
-            "--print-supported-models lists what it knows"
+            f"the architecture {arch} of {model_dir} is unknown to the pinned llama.cpp: --print-supported-models lists what it knows"
         ) from None
 
 
@@ -416,7 +416,9 @@ def check_input(model_dir: Path, options: Options):
         if name is not None and name.upper() not in STORED_TYPES:
             raise ConvertError(f"unknown tensor type {name or repr(name)}: there are {', '.join(STORED_TYPES)}")
     if options.fallback_type and options.fallback_type.upper() == tq1_25.NAME:
-        raise ConvertError(f"--fallback-type {options.fallback_type}: it is for the matrices that {tq1_25.NAME} does not fit. Choose another type")
+        raise ConvertError(
+            f"--fallback-type {options.fallback_type}: it is for the matrices that {tq1_25.NAME} does not fit. Choose another type"
+        )
 
 
 def check_checkpoint(model_dir: Path):
@@ -445,21 +447,16 @@ def check_checkpoint(model_dir: Path):
     if not parts:
         raise ConvertError(f"{model_dir} has no weights: neither model*.safetensors nor pytorch_model*.bin")
     if missing := [n for n in parts if not (model_dir / n).is_file()]:
-        raise ConvertError(
-            f"{model_dir} lacks {', '.join(missing)}: {len(missing)} of {len(parts)} weight files. Download the rest"
-        )
+        raise ConvertError(f"{model_dir} lacks {', '.join(missing)}: {len(missing)} of {len(parts)} weight files. Download the rest")
     found: dict[str, str] = {}
     for part in parts:
         for name in _tensor_names(model_dir / part):
             if name in found:
                 raise ConvertError(
-                    f"{model_dir}: the tensor {name} is in {found[name]} and in {part}: "
-                    "remove the file that does not belong to the model"
+                    f"{model_dir}: the tensor {name} is in {found[name]} and in {part}: remove the file that does not belong to the model"
                 )
             if weight_map.get(name, part) != part:
-                raise ConvertError(
-                    f"{index} has {name} in {weight_map[name]}, it is in {part}: download the index and both again"
-                )
+                raise ConvertError(f"{index} has {name} in {weight_map[name]}, it is in {part}: download the index and both again")
             found[name] = part
 
 
@@ -476,9 +473,7 @@ def _tensor_names(path: Path) -> list[str]:
     import torch
 
     if not zipfile.is_zipfile(path):
-        raise ConvertError(
-            broken + "no PyTorch zip archive (one saved before PyTorch 1.6 must be loaded and saved anew)"
-        )
+        raise ConvertError(broken + "no PyTorch zip archive (one saved before PyTorch 1.6 must be loaded and saved anew)")
     try:
         tensors = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except Exception as e:
@@ -634,8 +629,7 @@ def make_plan(model, options: Options, grouping: Grouping) -> list[Tensor]:
     _check_groups(model, plan, grouping, options.keep)
     if options.output_tensor_type and not any(t.name == OUTPUT for t in plan):
         raise ConvertError(
-            "--output-tensor-type: this model has no output tensor, its embeddings serve as both; "
-            "use --token-embedding-type"
+            "--output-tensor-type: this model has no output tensor, its embeddings serve as both; use --token-embedding-type"
         )
     for p in keep:
         if not any(_kept(t, [p]) for t in plan):
@@ -683,8 +677,7 @@ def _set_type(t: Tensor, qtype):
     block, size = gguf.GGML_QUANT_SIZES[qtype]
     if t.shape[-1] % block:
         raise ConvertError(
-            f"{t.name} has rows of {t.shape[-1]}, {qtype.name} needs a multiple of {block}: "
-            "choose another type, such as Q8_0 or F16"
+            f"{t.name} has rows of {t.shape[-1]}, {qtype.name} needs a multiple of {block}: choose another type, such as Q8_0 or F16"
         )
     t.type, t.nbytes = qtype, t.weights // block * size
 
@@ -779,8 +772,7 @@ def _first_bad(x: np.ndarray) -> int:
 
 def _bad_row(t: Tensor, row: int, cause: str) -> ConvertError:
     return ConvertError(
-        f"{t.name} ({t.source or 'made by llama.cpp'}), row {row}: {cause}. The checkpoint is damaged "
-        "or its training diverged"
+        f"{t.name} ({t.source or 'made by llama.cpp'}), row {row}: {cause}. The checkpoint is damaged or its training diverged"
     )
 
 
@@ -826,11 +818,7 @@ def _sources(tensor) -> Iterator[Any]:
         yield tensor._args[0]
     elif _is_cast(tensor, torch.float32):
         yield from _sources(tensor._args[0])
-    elif (
-        tensor._func in (torch.stack, torch.cat)
-        and len(tensor.shape) > 1
-        and (*tensor._args[1:], *tensor._kwargs.values()) in ((), (0,))
-    ):
+    elif tensor._func in (torch.stack, torch.cat) and len(tensor.shape) > 1 and (*tensor._args[1:], *tensor._kwargs.values()) in ((), (0,)):
         for part in tensor._args[0]:
             yield from _sources(part)
     else:
@@ -1028,7 +1016,9 @@ def _is_ternary(x: np.ndarray) -> bool:
     """Whether the first rows of (rows, n) hold 0, +d and -d alone in each block, and not one 0 in each group of four."""
     blocks = np.abs(x[: 1 + 4096 // x.shape[-1]].reshape(-1, tq1_25.BLOCK))
     d = blocks.max(axis=1, keepdims=True)
-    sparse = ((blocks == 0).reshape(-1, ternary.GROUP).sum(axis=1) == ternary.GROUP - ternary.KEPT) | (blocks.reshape(-1, ternary.GROUP) == 0).all(axis=1)
+    sparse = ((blocks == 0).reshape(-1, ternary.GROUP).sum(axis=1) == ternary.GROUP - ternary.KEPT) | (
+        blocks.reshape(-1, ternary.GROUP) == 0
+    ).all(axis=1)
     return bool(((blocks == d) | (blocks == 0)).all() and not sparse.all())
 
 
@@ -1308,8 +1298,7 @@ def _sherry_bytes(writer, pairs: dict[str, tuple]) -> bytes:
     from gguf import GGUFValueType as V
 
     return b"".join(
-        writer._pack_val(k, V.STRING, add_vtype=False)
-        + writer._pack_val(v[0], v[1], add_vtype=True, sub_type=v[2] if len(v) > 2 else None)
+        writer._pack_val(k, V.STRING, add_vtype=False) + writer._pack_val(v[0], v[1], add_vtype=True, sub_type=v[2] if len(v) > 2 else None)
         for k, v in pairs.items()
     )
 
@@ -1335,8 +1324,7 @@ def _reread(path: Path, expected: list[Tensor]):
         if hasattr(os, "posix_fadvise"):  # forget the cached pages
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         stored = [
-            (r.name, tuple(int(n) for n in reversed(r.shape)), r.tensor_type, r.data_offset, r.n_bytes)
-            for r in open_gguf(path).tensors
+            (r.name, tuple(int(n) for n in reversed(r.shape)), r.tensor_type, r.data_offset, r.n_bytes) for r in open_gguf(path).tensors
         ]
         good = [s[:3] for s in stored] == [(t.name, t.shape, t.type) for t in expected]
         for t, (*_, offset, left) in zip(expected, stored if good else ()):
@@ -1424,6 +1412,7 @@ def _commit(staged: list[Path], files: list[Path]):
     Of a split the first file, by which the others are found, goes first and comes last: nobody meets files of two conversions,
     were this one killed here. What other conversions put into the directory at the same time waits.
     """
+
     def permissions():
         for new, file in zip(staged, files):
             with contextlib.suppress(FileNotFoundError):
@@ -1467,8 +1456,10 @@ def _replace_all(staged: list[Path], files: list[Path]):
                 left.append((there, here))
         if left:
             places = ", ".join(f"{here.name} is {there}" for there, here in left if there.parent == aside) or "no earlier files existed"
-            raise ConvertError(f"cannot write {files[0]}: {getattr(e, 'strerror', None) or e}; nor could the files that were there be put back: {places}. Move "
-                               "them by hand") from e
+            raise ConvertError(
+                f"cannot write {files[0]}: {getattr(e, 'strerror', None) or e}; nor could the files that were there be put back: {places}. Move "
+                "them by hand"
+            ) from e
         raise
     for there, _ in undo:
         if there.parent == aside:  # else `_staging` would take it for one that is needed

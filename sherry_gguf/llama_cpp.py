@@ -25,9 +25,7 @@ def root() -> Path:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise NotBuilt(
-            f"{path} is not there: run scripts/build_llama_cpp, or set SHERRY_BUILD_DIR to a directory that it filled"
-        )
+        raise NotBuilt(f"{path} is not there: run scripts/build_llama_cpp.py, or set SHERRY_BUILD_DIR to a directory that it filled")
     return path
 
 
@@ -137,9 +135,7 @@ class Ggml:
         elif self._base.ggml_quantize_requires_imatrix(type_id):
             raise ValueError(f"{name} cannot be quantized to without an importance matrix")
         importance = self._ffi.NULL if imatrix is None else self._pointer(imatrix, "const float *")
-        self._base.ggml_quantize_chunk(
-            type_id, self._pointer(x, "const float *"), self._pointer(out, "void *"), 0, rows, n, importance
-        )
+        self._base.ggml_quantize_chunk(type_id, self._pointer(x, "const float *"), self._pointer(out, "void *"), 0, rows, n, importance)
         if not self.valid(name, out):
             raise ValueError(f"weights that are NaN, infinite or too large for {name}")
         return out

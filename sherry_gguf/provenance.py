@@ -12,8 +12,9 @@ import functools
 import json
 import math
 import struct
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -166,7 +167,6 @@ class Checkpoint:
             return ""
         whole = len(sources) == 1 and here.size == there.size
         return (whole and _described(next(iter(chunks())), next(self.values(sources[0])))) or "values changed by llama.cpp"
-
 
 
 def _leaves(tensor) -> Iterator[Any]:

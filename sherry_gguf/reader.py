@@ -91,7 +91,9 @@ def _reader():
             count = int(self._get(orig_offs + int(length.nbytes) + int(name.nbytes), np.uint32)[0])
             self.entries += 1
             if not 1 <= count <= MAX_DIMS:
-                raise ValueError(f"tensor {self.entries} of its table, {bytes(name).decode(errors='replace')!r}, has {count} dimensions, not 1 to {MAX_DIMS}")
+                raise ValueError(
+                    f"tensor {self.entries} of its table, {bytes(name).decode(errors='replace')!r}, has {count} dimensions, not 1 to {MAX_DIMS}"
+                )
             return super()._get_tensor_info_field(orig_offs)
 
         def _build_tensors(self, start_offs, fields):

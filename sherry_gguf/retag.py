@@ -15,8 +15,9 @@ import math
 import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, Iterator
+from typing import BinaryIO
 
 from . import convert, stq1_0, verify
 from .convert import ConvertError
@@ -57,16 +58,22 @@ def _old_tensors(reader) -> list[Entry]:
 
         old, new = fits(stq1_0.TYPE.size, stq1_0.TYPE.bytes), fits(*Q2_0)
         if not old and not new:
-            raise ConvertError(f"{path}: tensor {e.name}, {shape}, of type 42 has {room} bytes, neither STQ1_0's 42 for each 256 weights nor "
-                               "Q2_0's 72: the file is damaged, or of another type")
+            raise ConvertError(
+                f"{path}: tensor {e.name}, {shape}, of type 42 has {room} bytes, neither STQ1_0's 42 for each 256 weights nor "
+                "Q2_0's 72: the file is damaged, or of another type"
+            )
         if not old:
-            raise ConvertError(f"{path}: tensor {e.name}, {shape}, has {room} bytes, 72 for each 256 weights: it is upstream's Q2_0, "
-                               "which has the number 42 now, and needs no change")
+            raise ConvertError(
+                f"{path}: tensor {e.name}, {shape}, has {room} bytes, 72 for each 256 weights: it is upstream's Q2_0, "
+                "which has the number 42 now, and needs no change"
+            )
         found.append(e)
         either += [e] * new
     if either and len(either) == len(found):  # no file has both types: what is one of them tells of the others
-        raise ConvertError(f"{path}: tensor {either[0].name}, and each other one of type 42, is so small that, filled up to {alignment} bytes, "
-                           "it may be STQ1_0 or upstream's Q2_0: nothing tells which")
+        raise ConvertError(
+            f"{path}: tensor {either[0].name}, and each other one of type 42, is so small that, filled up to {alignment} bytes, "
+            "it may be STQ1_0 or upstream's Q2_0: nothing tells which"
+        )
     if problem := reader.problem(old=True):
         raise ConvertError(f"{path}: {problem}")
     return found
@@ -131,8 +138,10 @@ def retag_in_place(path: Path) -> tuple[int, bool]:
         if os.path.lexists(backup):
             _restore(path, backup)
         if path.is_symlink():
-            raise ConvertError(f"{path} is a symbolic link to {path.resolve()}: --in-place would change that file, which others may read, "
-                               "as in a Hugging Face cache. Write a copy: sherry-gguf retag IN OUT")
+            raise ConvertError(
+                f"{path} is a symbolic link to {path.resolve()}: --in-place would change that file, which others may read, "
+                "as in a Hugging Face cache. Write a copy: sherry-gguf retag IN OUT"
+            )
         count, numbers = _changes(path)
         if not numbers:
             raise _nothing(path)
@@ -188,8 +197,9 @@ def _restore(path: Path, backup: Path) -> None:
         # but for the numbers that change it must be the file's own: somebody may have put another file in its place
         differ = [i for i, (a, b) in enumerate(zip(now, head)) if a != b]
         if len(now) != len(head) or any((now[i], head[i]) not in _CHANGED for i in differ):
-            raise ConvertError(f"{backup} is of a retag that was cut off, but not of the {path.name} that is there now: remove it if "
-                               "that file is whole")
+            raise ConvertError(
+                f"{backup} is of a retag that was cut off, but not of the {path.name} that is there now: remove it if that file is whole"
+            )
         f.seek(0)
         f.write(head)
         f.flush()

@@ -12,8 +12,9 @@ import math
 import os
 import shutil
 import struct
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Iterator
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -101,8 +102,10 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
             out.truncate()
             unknown = _correct(reader, plan, out, verify.is_shard(source) and wanted.name in TERNARY)
         if require_exact and (inexact := [m for m in plan if m.exact < m.blocks]):
-            raise ConvertError(f"--require-exact: {len(inexact)} tensors have blocks that {wanted.name} cannot hold, {inexact[0].name} "
-                               f"{inexact[0].blocks - inexact[0].exact} of {inexact[0].blocks}. Nothing was written")
+            raise ConvertError(
+                f"--require-exact: {len(inexact)} tensors have blocks that {wanted.name} cannot hold, {inexact[0].name} "
+                f"{inexact[0].blocks - inexact[0].exact} of {inexact[0].blocks}. Nothing was written"
+            )
         convert._reread(new, plan)
         convert._commit([new], [target])
     return plan, unknown
@@ -157,7 +160,9 @@ def _encoded(stored: verify.Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, 
             raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + e.row}: {e.cause}") from e
         back = gguf.quants.dequantize(data, wanted).reshape(x.shape)
         if not (finite := np.isfinite(back).all(axis=1)).all():
-            raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + int(finite.argmin())}: a weight is beyond what {wanted.name} holds")
+            raise ConvertError(
+                f"{stored.path}: tensor {stored.name}, row {start + int(finite.argmin())}: a weight is beyond what {wanted.name} holds"
+            )
         yield x, data, (back == x).reshape(-1, size).all(axis=1), back
 
 
@@ -165,8 +170,10 @@ def _check_scales(stored: verify.Stored, start: int, rows: np.ndarray, kind: Blo
     d = rows.reshape(len(rows), -1, kind.bytes)[..., -2:].copy().view("<f2")[..., 0]
     if (bad := ~np.isfinite(d) | np.signbit(d)).any():
         row, block = np.argwhere(bad)[0]
-        raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + row}, block {block}: its scale is {d[row, block]}, which no "
-                           f"{kind.name} has: the file is damaged")
+        raise ConvertError(
+            f"{stored.path}: tensor {stored.name}, row {start + row}, block {block}: its scale is {d[row, block]}, which no "
+            f"{kind.name} has: the file is damaged"
+        )
 
 
 def _encode(x: np.ndarray, wanted, gguf) -> np.ndarray:
@@ -235,7 +242,9 @@ def _correct(reader, plan: list[Moved], out: BinaryIO, doubt: bool) -> int:
     """What the converter wrote of its tensors' exactness, where it is so no more; with `doubt` also of tensors that are not in this
     file, with a relative error that is no number. How many these are.
     """
-    names, exact, errors, every = (reader.fields.get(f"sherry.{k}") for k in ("tensor.names", "tensor.exact", "tensor.relative_error", "exact"))
+    names, exact, errors, every = (
+        reader.fields.get(f"sherry.{k}") for k in ("tensor.names", "tensor.exact", "tensor.relative_error", "exact")
+    )
     here = {m.name for m in plan}
     of_name = {m.name: m.relative_error for m in plan if m.exact < m.blocks}
     if names is None or exact is None or exact.parts[-1].dtype != np.bool_:
@@ -272,8 +281,10 @@ def summary(plan: list[Moved], unknown: int = 0) -> Iterator[str]:
     moved = [m for m in plan if m.type != m.old]
     exact = [m for m in moved if m.exact == m.blocks]
     if moved:
-        yield (f"{len(moved)} of {len(plan)} tensors are {moved[0].type.name} now, {len(exact)} of them exact: each value as it was; the "
-               "others' bytes are the same")
+        yield (
+            f"{len(moved)} of {len(plan)} tensors are {moved[0].type.name} now, {len(exact)} of them exact: each value as it was; the "
+            "others' bytes are the same"
+        )
     else:
         yield f"none of {len(plan)} tensors is another type now: a copy, that goes with the other files of its split"
     for m in moved:

@@ -12,8 +12,9 @@ import dataclasses
 import enum
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -70,8 +71,10 @@ def check_shard(source: Path, target: Path):
     """Raise ConvertError where a file of a split would come out under a name by which its split cannot be found."""
     shard, named = _SHARD.search(source.name), _SHARD.search(target.name)
     if shard and not (named and named[0] == shard[0]):
-        raise ConvertError(f"{source} is file {int(shard[1])} of {int(shard[2])} of a split, each of which is a call: {target.name} must end "
-                           f"with {shard[0]}, as it does")
+        raise ConvertError(
+            f"{source} is file {int(shard[1])} of {int(shard[2])} of a split, each of which is a call: {target.name} must end "
+            f"with {shard[0]}, as it does"
+        )
 
 
 def split_files(path: Path) -> list[Path]:
@@ -97,8 +100,7 @@ def read_gguf(path: Path) -> Gguf:
         except Exception as e:  # text that is none, and what else bytes can be
             raise ConvertError(f"{file} is damaged: its metadata: {e}") from e
         tensors = [
-            Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), file, t.data_offset, t.n_bytes)
-            for t in reader.tensors
+            Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), file, t.data_offset, t.n_bytes) for t in reader.tensors
         ]
         model.fields = values | model.fields  # a split's later files hold only split.*
         model.types = {name: tuple(f.types) for name, f in fields.items()} | model.types
@@ -109,8 +111,7 @@ def read_gguf(path: Path) -> Gguf:
     expected = model.fields.get("split.tensors.count", len(model.tensors))
     if expected != len(model.tensors):
         raise ConvertError(
-            f"{path} belongs to a split with {expected} tensors, {len(model.tensors)} are in "
-            f"{', '.join(f.name for f in files)}"
+            f"{path} belongs to a split with {expected} tensors, {len(model.tensors)} are in {', '.join(f.name for f in files)}"
         )
     return model
 
@@ -141,8 +142,7 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
         rows[t.type.name].append(t)
     yield from table(
         ("type", "tensors", "weights", "bytes", "bits/weight"),
-        [(name, len(ts), *_sizes(ts)) for name, ts in rows.items()]
-        + [("total", len(model.tensors), *_sizes(model.tensors.values()))],
+        [(name, len(ts), *_sizes(ts)) for name, ts in rows.items()] + [("total", len(model.tensors), *_sizes(model.tensors.values()))],
     )
     if tensors:
         yield ""
@@ -364,10 +364,7 @@ def _compare_blocks(tensor, planned: Tensor, t: Stored, grouping: Grouping, verd
             reference = tq1_25.pack(lanes, np.repeat(d.astype(np.float16), size // tq1_25.BLOCK, axis=-1))
         exact = same.reshape(len(x), -1).all(axis=1)
         if (wrong := (reference != blocks).any(axis=1) & ~exact).any():
-            return (
-                f"row {start + int(wrong.argmax())} holds neither the checkpoint's values nor their Sparse-AbsMean "
-                f"in {grouping}"
-            )
+            return f"row {start + int(wrong.argmax())} holds neither the checkpoint's values nor their Sparse-AbsMean in {grouping}"
     verdict.exact += planned.is_exact
     verdict.quantized += not planned.is_exact and not planned.changed
     return ""

@@ -124,10 +124,7 @@ def zoo(tmp_path_factory):
     for name in small_models.MODELS:
         small_models.make(root / name, name)
     upstream = python(UPSTREAM, *(root / name for name in small_models.MODELS))
-    results = {
-        name: sherry("convert", root / name, "--outfile", root / f"{name}.gguf", *pre(name))
-        for name in small_models.MODELS
-    }
+    results = {name: sherry("convert", root / name, "--outfile", root / f"{name}.gguf", *pre(name)) for name in small_models.MODELS}
     output, _ = upstream.communicate()
     assert upstream.returncode == 0, output
     return root, results
@@ -174,13 +171,15 @@ def greedy(model, *args, prompt="def read(self):", count=16, command=None, **kwa
 # ---- builds to take away ----
 
 # Longer than what codes are used for, so that its product goes by panels where there are some.
-LONG = "class Reader:\n    def __init__(self, file, size, encoding, errors):\n        self.file = file\n        self.size = size\n        self"
+LONG = (
+    "class Reader:\n    def __init__(self, file, size, encoding, errors):\n        self.file = file\n        self.size = size\n        self"
+)
 LEAST = {"MUL_MAT": 40, "MUL_MAT_ID": 60, "GET_ROWS": 5, "CPY": 10}  # cases of upstream's that have a type of ours
 
 
 def portable(arch, directory):
-    """The archive of scripts/build_portable, unpacked in `directory`: where its files are."""
-    script = TESTS.parent / "scripts" / "build_portable"
+    """The archive of scripts/build/portable.py, unpacked in `directory`: where its files are."""
+    script = TESTS.parent / "scripts" / "build" / "portable.py"
     done = subprocess.run([sys.executable, script, arch], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     archive = Path(re.search(r"packed (.*\.tar\.gz), \d+ MB", done.stdout)[1])

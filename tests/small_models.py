@@ -53,8 +53,7 @@ MODELS: dict[str, tuple[str, str, dict]] = {
     "qwen3moe": (
         "Qwen3MoeForCausalLM",
         "bpe",
-        _LLAMA
-        | dict(head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, decoder_sparse_step=1),
+        _LLAMA | dict(head_dim=64, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=128, decoder_sparse_step=1),
     ),
     "gemma2": ("Gemma2ForCausalLM", "spm-plain", _GEMMA),
     "phi": ("Phi3ForCausalLM", "spm", _LLAMA | dict(pad_token_id=0)),
@@ -123,12 +122,8 @@ def _bpe():
     import tokenizers
 
     tokenizer = tokenizers.ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(
-        corpus().splitlines(), vocab_size=VOCAB, special_tokens=["<|endoftext|>"], show_progress=False
-    )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>"
-    )
+    tokenizer.train_from_iterator(corpus().splitlines(), vocab_size=VOCAB, special_tokens=["<|endoftext|>"], show_progress=False)
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer._tokenizer, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
 
 
 @functools.cache

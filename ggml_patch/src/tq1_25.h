@@ -209,8 +209,8 @@ struct tq1_25_isa {
 
     // The rest is 0 where there are no kernels for repacked rows.
 
-    // Up to how many columns tables are the fastest, and from there on codes; then panels. scripts/bench measures it; where there
-    // are panels, the second is counted from instructions (ggml_patch/README.md), and for ARM the first is, too (scripts/count_arm).
+    // Up to how many columns tables are the fastest, and from there on codes; then panels. scripts/bench/kernels.py measures it; where there
+    // are panels, the second is counted from instructions (ggml_patch/README.md), and for ARM the first is, too (scripts/bench/count_arm.py).
     int max_tables, max_codes;
 
     // Tables of nb times 128 activations, table_size bytes each, and their scales, a float a Q8_0 block; strides in bytes and floats.

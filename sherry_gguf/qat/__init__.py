@@ -1,8 +1,8 @@
 """Quantization-aware training of 3:4 sparse ternary weights, in PyTorch and on Hugging Face's Trainer.
 
-    prepare(model)                                            # the blocks' linear layers train ternary weights
-    SherryTrainer(model, args, arenas=Arenas(), ...).train()  # or any other loop: plain Trainer with ArenasCallback
-    export(model, "out", tokenizer)                           # a Hugging Face directory that converts without loss
+prepare(model)                                            # the blocks' linear layers train ternary weights
+SherryTrainer(model, args, arenas=Arenas(), ...).train()  # or any other loop: plain Trainer with ArenasCallback
+export(model, "out", tokenizer)                           # a Hugging Face directory that converts without loss
 """
 
 from .arenas import Arenas, ArenasCallback

@@ -81,8 +81,10 @@ class ArenasCallback(TrainerCallback, ExportableState):
             now = dataclasses.asdict(self.arenas) | {"steps": state.max_steps}
             if then != now and (then["peak"] or now["peak"]):
                 other = ", ".join(f"{k} {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v)
-                raise ValueError(f"the checkpoint was trained with other settings of Arenas ({other}): give the same ones, "
-                                 "or start again from its weights")
+                raise ValueError(
+                    f"the checkpoint was trained with other settings of Arenas ({other}): give the same ones, "
+                    "or start again from its weights"
+                )
         state.stateful_callbacks.setdefault(name, self.state())  # where the Trainer looks it up to save it
         self.steps = state.max_steps
         self._set(model, state.global_step)

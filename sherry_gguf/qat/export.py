@@ -9,8 +9,8 @@ import logging
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 import torch
 
@@ -54,12 +54,16 @@ def export(
     layers = quantized_layers(model)
     claimed = getattr(getattr(model, "config", None), "sherry_config", None)
     if not layers and isinstance(claimed, dict) and claimed.get("weights") == "latent":
-        raise ValueError("the model's config says that its weights are latent, and its layers do not quantize them: call "
-                         "prepare(model, QuantConfig(...)) first, as it was trained")
+        raise ValueError(
+            "the model's config says that its weights are latent, and its layers do not quantize them: call "
+            "prepare(model, QuantConfig(...)) first, as it was trained"
+        )
     said = sherry_config(model, "fake_quantized")
     if said and said.get("group_size", 128) % 128:
-        logger.warning("group size %d: TQ1_25 stores blocks of 128 weights under one scale, so these weights cannot be "
-                       "stored without loss", said["group_size"])
+        logger.warning(
+            "group size %d: TQ1_25 stores blocks of 128 weights under one scale, so these weights cannot be stored without loss",
+            said["group_size"],
+        )
 
     with appearing(directory) as part:
         model.save_pretrained(part, state_dict=_quantized(state or model.state_dict(), layers, dtype))
@@ -118,9 +122,7 @@ def appearing(directory: str | os.PathLike) -> Iterator[Path]:
 
 
 @torch.no_grad()
-def _quantized(
-    state: dict[str, torch.Tensor], layers: dict[str, QuantLinear | QuantConv1D], dtype: torch.dtype
-) -> dict[str, torch.Tensor]:
+def _quantized(state: dict[str, torch.Tensor], layers: dict[str, QuantLinear | QuantConv1D], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if missing := [name for name in layers if f"{name}.weight" not in state]:
         raise ValueError(f"the state dict lacks {missing[0]}.weight: is it of this model, whole and by the same names?")
     saved: dict[tuple, torch.Tensor] = {}  # by address: tied parameters must stay one tensor

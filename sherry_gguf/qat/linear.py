@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import re
-from typing import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -84,8 +84,7 @@ class _Quantized:
 class QuantLinear(_Quantized, nn.Linear):
     """`nn.Linear` that multiplies by its quantized weight: Y = X·(T*a + λ·W) (Sherry, Eq. 7)."""
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, quant: QuantConfig = QuantConfig(),
-                 **kwargs):
+    def __init__(self, in_features: int, out_features: int, bias: bool = True, *, quant: QuantConfig = QuantConfig(), **kwargs):
         """Raises ValueError if the inputs do not fit `quant`; the other arguments are those of nn.Linear."""
         quantizer.check((out_features, in_features), **dataclasses.asdict(quant))
         super().__init__(in_features, out_features, bias, **kwargs)
@@ -144,8 +143,10 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
     if quant.method == "full":
         turn = {}
     elif not turn:
-        raise ValueError(f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r})"
-                         + f", besides the {len(already)} that are quantized already" * bool(already))
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r})"
+            + f", besides the {len(already)} that are quantized already" * bool(already)
+        )
     if misfits := [name for name, m in turn.items() if _inputs(m) % quantizer.divisor(**dataclasses.asdict(quant))]:
         raise ValueError(_misfits(turn, misfits, quant, keep))
     if hasattr(model, "config"):  # of a Sherry checkpoint that this training starts from

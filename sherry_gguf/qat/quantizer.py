@@ -65,8 +65,9 @@ def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int
         raise ValueError(f"group_size is {group_size}: it must be a positive multiple of {GROUP}")
     multiple = divisor(method, granularity, group_size)
     if len(shape) == 0 or shape[-1] % multiple:
-        raise ValueError(f"a weight has shape {shape}: its inputs (the last axis) must be a multiple of {multiple} for "
-                         f"{method} {granularity}")
+        raise ValueError(
+            f"a weight has shape {shape}: its inputs (the last axis) must be a multiple of {multiple} for {method} {granularity}"
+        )
 
 
 def divisor(method: str, granularity: str, group_size: int) -> int:
@@ -83,9 +84,7 @@ def scale_size(shape: tuple[int, ...], granularity: str, group_size: int) -> int
     return shape[-1] if granularity == "per_channel" else torch.Size(shape).numel()
 
 
-def sparse_absmean(
-    weight: torch.Tensor, group_size: int = GROUP_SIZE, granularity: str = "per_group"
-) -> torch.Tensor:
+def sparse_absmean(weight: torch.Tensor, group_size: int = GROUP_SIZE, granularity: str = "per_group") -> torch.Tensor:
     """Fake-quantize `weight` to 3:4 sparse ternary (Sherry, arXiv 2601.07892, Eq. 4 and 5), straight-through.
 
     In each 4 consecutive inputs the smallest magnitude (the lowest lane among equals) becomes 0; the others become

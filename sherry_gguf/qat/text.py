@@ -5,8 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Iterator, Sequence
 
 TEXT = (".txt", ".md", ".rst", ".py")  # what a directory is searched for, besides these:
 TABLES = (".jsonl", ".json", ".parquet")

@@ -20,7 +20,5 @@ def packed(*blocks: str) -> np.ndarray:
 # name -> (weights float32 (128,), block uint8 (22,), lanes (128,), d)
 BLOCKS = {b["name"]: (floats(b["x"]), packed(b["block"]), b["codes"], b["d"]) for b in _VECTORS["blocks"]}
 # (packed row uint8, activations float32, Q8_0 blocks [(d, int8 (32,))], dot product)
-DOTS = [
-    (packed(*d["blocks"]), floats(d["y"]), [(q["d"], q["qs"]) for q in d["q8_0"]], d["result"]) for d in _VECTORS["dots"]
-]
+DOTS = [(packed(*d["blocks"]), floats(d["y"]), [(q["d"], q["qs"]) for q in d["q8_0"]], d["result"]) for d in _VECTORS["dots"]]
 EXACT = {"zeros", "sherry-exact", "sherry-exact-neg-zero", "all-32-codes", "large"}

@@ -1,0 +1,148 @@
+#!/usr/bin/env python3
+"""Count the instructions of kernels for 64-bit ARM, per 128 weights of a row and vector: those that run, one by one, under qemu-aarch64.
+
+Counted, not timed: an emulator does not know what takes long. The difference between rows of 4096 and of 2048 weights is taken, so
+that what a call costs once does not count; making tables of the activations, once for all rows, is a line of its own. Upstream's
+kernels are compiled from the patched llama.cpp's source for each level, with the same compiler and -O3.
+
+Needs scripts/build_llama_cpp.py, and what scripts/build/arm.py needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "build"))
+
+from cross_arm import COMPILERS, EMULATOR, Stop, call, missing
+
+from sherry_gguf import llama_cpp
+
+REPO = Path(__file__).resolve().parents[2]
+SOURCES = REPO / "ggml_patch" / "src"
+LEVELS = {"neon": "armv8-a", "dotprod": "armv8.2-a+dotprod", "i8mm": "armv8.6-a+i8mm"}
+ROWS = 64  # TQ1_25_TILE
+N = 2048
+MANY = [2, 4, 6, 8, 10, 12, 16, 24, 48]
+NO_SUCH_KERNEL = 3  # count_arm.c
+
+
+def build(work: Path) -> None:
+    if why := missing():
+        raise Stop(why)
+    gcc, gxx = COMPILERS
+    ggml = llama_cpp.source_dir() / "ggml"
+    include = [f"-I{ggml / d}" for d in ("include", "src", "src/ggml-cpu")]
+    call(
+        gcc,
+        "-std=c11",
+        "-O3",
+        f"-I{SOURCES}",
+        "-r",
+        *sorted(SOURCES.glob("*.c")),
+        REPO / "scripts" / "bench" / "count_arm.c",
+        "-o",
+        work / "ours.o",
+    )
+    for level, march in LEVELS.items():
+        arm = ggml / "src/ggml-cpu/arch/arm"
+        flags = ["-O3", "-D_GNU_SOURCE", f"-march={march}", *include, "-c"]
+        call(gcc, "-std=c11", *flags, arm / "quants.c", "-o", work / f"quants-{level}.o")
+        call(gxx, "-std=c++17", *flags, arm / "repack.cpp", "-o", work / f"repack-{level}.o")
+        # what they refer to for other types is not called
+        call(gxx, "-static", work / "ours.o", work / f"quants-{level}.o", work / f"repack-{level}.o", "-lm",
+             "-Wl,--unresolved-symbols=ignore-all", "-o", work / level)  # fmt: skip
+
+
+@functools.cache
+def single_steps() -> str:
+    """The option by which qemu translates one instruction at a time: QEMU 8.1 gave it another name."""
+    return "-one-insn-per-tb" if "-one-insn-per-tb" in call(EMULATOR, "-help") else "-singlestep"
+
+
+def instructions(program: Path, kernel: str, n: int, nc: int) -> int | None:
+    """How many a run has; None where the program has no such kernel."""
+    with tempfile.NamedTemporaryFile() as log:
+        done = subprocess.run([EMULATOR, "-cpu", "max", single_steps(), "-d", "nochain,exec", "-D", log.name, program, kernel, str(n), str(nc)],
+                              capture_output=True, text=True)  # fmt: skip
+        if done.returncode == NO_SUCH_KERNEL:
+            return None
+        count = sum(1 for line in log if line.startswith(b"Trace"))
+        if done.returncode or not count:
+            raise Stop(f"{program.name} {kernel}: {done.returncode}, {count} instructions; {done.stderr}")
+        return count
+
+
+def per_128(program: Path, kernel: str, rows: int, nc: int = 1) -> float | None:
+    counts = [instructions(program, kernel, n, nc) for n in (N, 2 * N)]
+    return None if None in counts else (counts[1] - counts[0]) / (N // 128) / rows / nc
+
+
+def count(work: Path) -> dict:
+    one, many, making = {}, {}, {}
+    for level in LEVELS:
+        plain = "dotprod" if level == "i8mm" else level  # the instruction set i8mm has dotprod's
+        lines = {"TQ1_25": (f"{level} gemv", ROWS), "STQ1_0": (f"{level} gemv STQ1_0", ROWS), "TQ1_25, --no-repack": (f"{plain} vec_dot", 1),
+                 "STQ1_0, --no-repack": (f"{plain} vec_dot STQ1_0", 1), "TQ2_0": ("TQ2_0", 1), "TQ1_0": ("TQ1_0", 1), "Q2_K": ("Q2_K", 1),
+                 "Q4_0": ({"dotprod": "Q4_0 4x4 gemv", "i8mm": "Q4_0 4x8 gemv"}.get(level, "Q4_0"), 1 if level == "neon" else ROWS),
+                 "Q4_0, --no-repack": ("Q4_0", 1)}  # fmt: skip
+        for name, (kernel, rows) in lines.items():
+            one.setdefault(name, {})[level] = per_128(work / level, kernel, rows)
+        making[level] = per_128(work / level, f"{level} table", 1)
+        for nc in MANY:
+            for name in ("codes", "panels"):
+                if name == "panels" or nc <= 16:
+                    many.setdefault(f"TQ1_25, {name}", {}).setdefault(level, {})[nc] = per_128(work / level, f"{level} {name}", ROWS, nc)
+            if level != "neon" and nc % 4 == 0:
+                kernel = "Q4_0 4x4 gemm" if level == "dotprod" else "Q4_0 4x8 gemm"
+                many.setdefault("Q4_0", {}).setdefault(level, {})[nc] = per_128(work / level, kernel, ROWS, nc)
+    compiler = subprocess.run([COMPILERS[0], "--version"], capture_output=True, text=True).stdout.splitlines()[0]
+    return {"compiler": compiler, "one": one, "many": many, "making": making}
+
+
+def tables(result: dict) -> list[str]:
+    def figure(value):
+        return "" if value is None else f"{value:.1f}"
+
+    lines = ["Instructions per 128 weights, counted under emulation, not timed " f"({result['compiler']}, -O3).", "", "One vector:", "",
+             f"| type | {' | '.join(LEVELS)} |", "|---|" + "---|" * len(LEVELS)]  # fmt: skip
+    lines += [f"| {name} | {' | '.join(figure(levels[level]) for level in LEVELS)} |" for name, levels in result["one"].items()]
+    lines += ["", "Making the tables of 128 activations, once for all rows: " + ", ".join(f"{figure(v)} ({k})" for k, v in result["making"].items()),
+              "", "Several vectors, for each:", "", f"| type | CPU | {' | '.join(map(str, MANY))} |", "|---|---|" + "---|" * len(MANY)]  # fmt: skip
+    for name, levels in result["many"].items():
+        for level, counts in levels.items():
+            if any(v is not None for v in counts.values()):
+                lines.append(f"| {name} | {level} | {' | '.join(figure(counts.get(nc)) for nc in MANY)} |")
+    return lines
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, not only to the terminal")
+    a = p.parse_args()
+    work = llama_cpp.root() / "arm" / "count"
+    work.mkdir(parents=True, exist_ok=True)
+    build(work)
+    result = count(work)
+    text = "\n".join(tables(result)) + "\n"
+    print(text, end="")
+    if a.json:
+        a.json.write_text(json.dumps(result, indent=1) + "\n")
+    if a.markdown:
+        a.markdown.write_text(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (Stop, OSError, llama_cpp.NotBuilt) as e:
+        sys.exit(f"count_arm: {e}")
+    except KeyboardInterrupt:
+        sys.exit("count_arm: interrupted")

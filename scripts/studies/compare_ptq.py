@@ -1,0 +1,155 @@
+#!/usr/bin/env python3
+"""What it costs to quantize a model after its training: held-out perplexity and size of GGUFs by llama-quantize, of one checkpoint.
+
+The checkpoint is the demo's model trained in full precision (scripts/make_demo_checkpoint.py --method full, made on the first
+run). It becomes a BF16 GGUF, llama-imatrix weighs its inputs on text that it was trained on, and llama-quantize makes each of the
+types, with and without that matrix; embeddings and output are Q8_0 in all of them, so that only the blocks' weights differ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1] / d) for d in (".", "bench")]
+
+import numpy as np
+from bench_common import cpu_name
+
+from sherry_gguf import llama_cpp
+from sherry_gguf.reader import open_gguf
+
+ROOT = Path(__file__).resolve().parents[2]
+# label: llama-quantize's type, weighed by the importance matrix, further flags
+RUNS = {
+    "Q8_0": ("Q8_0", False, []),
+    "Q4_K_M": ("Q4_K_M", True, []),
+    "Q2_K": ("Q2_K", True, []),
+    "Q2_K, no matrix": ("Q2_K", False, []),
+    "TQ2_0": ("TQ2_0", False, []),
+    "TQ1_0": ("TQ1_0", False, []),
+    "TQ1_25, mixed": ("TQ1_25", True, []),
+    "TQ1_25, --pure": ("TQ1_25", True, ["--pure"]),
+    "TQ1_25, no matrix": ("TQ1_25", False, []),
+    "STQ1_0, mixed": ("STQ1_0", True, []),
+}
+
+
+class Stop(Exception):
+    """What a person can mend; the message says how."""
+
+
+def call(*command: object) -> str:
+    done = subprocess.run(
+        list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    )
+    if done.returncode:
+        raise Stop(f"{command[0]} failed:\n" + "\n".join(done.stdout.splitlines()[-15:]))
+    return done.stdout
+
+
+def prepare(a: argparse.Namespace) -> tuple[Path, Path]:
+    """The BF16 GGUF and the importance matrix, each made where it isn't there."""
+    if subprocess.run(
+        [sys.executable, ROOT / "scripts/make_demo_checkpoint.py", "--method", "full", "--out", a.model, *a.training]
+    ).returncode:
+        raise Stop("make_demo_checkpoint.py failed: its message is above")
+    bf16, matrix, text = a.work / "bf16.gguf", a.work / "imatrix.gguf", a.work / "calibration.txt"
+    made, wanted = a.work / "made.json", [json.loads((a.model / "demo.json").read_text()), a.calibration, a.context]
+    if not made.exists() or json.loads(made.read_text()) != wanted:
+        for old in made, bf16, matrix:
+            old.unlink(missing_ok=True)
+        made.write_text(json.dumps(wanted))
+    if not bf16.exists():
+        part = a.work / "part.gguf"
+        call(sys.executable, llama_cpp.source_dir() / "convert_hf_to_gguf.py", a.model, "--outtype", "bf16", "--outfile", part)
+        part.rename(bf16)
+    if not matrix.exists():
+        import python_corpus
+
+        settings = json.loads((a.model / "demo.json").read_text())["settings"]
+        texts, _ = python_corpus.read(Path(settings["corpus"]), settings["corpus_bytes"])
+        order = np.random.default_rng(0).permutation(len(texts))
+        text.write_text("".join(texts[i] for i in order)[: a.calibration])
+        part = a.work / "part.gguf"
+        call(llama_cpp.tool("llama-imatrix"), "-m", bf16, "-f", text, "-o", part, "-c", a.context, "-t", a.threads)
+        part.rename(matrix)
+    return bf16, matrix
+
+
+def blocks_of(path: Path) -> tuple[float, dict[str, int]]:
+    """Bits a weight of the blocks' matrices, and how many are of which type."""
+    matrices = [t for t in open_gguf(path).tensors if t.name.startswith("blk.") and len(t.shape) > 1]
+    types = [t.tensor_type.name for t in matrices]
+    return 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices), {
+        name: types.count(name) for name in dict.fromkeys(types)
+    }
+
+
+def measure(a: argparse.Namespace) -> dict:
+    bf16, matrix = prepare(a)
+    files = {"BF16": bf16}
+    for label, (kind, weighed, flags) in RUNS.items():
+        files[label] = a.work / f"{re.sub('[^A-Za-z0-9_]+', '-', label)}.gguf"
+        call(llama_cpp.tool("llama-quantize"), *(["--imatrix", matrix] if weighed else []), *flags, "--token-embedding-type", "q8_0",
+             "--output-tensor-type", "q8_0", bf16, files[label], kind, a.threads)  # fmt: skip
+    found = a.work / "evaluated.json"
+    call(sys.executable, ROOT / "scripts/evaluate.py", "--text", a.model / "held_out.txt", "--context", a.context, "--threads", a.threads,
+         *(["--chunks", a.chunks] if a.chunks else []), "--output", found, *files.values())  # fmt: skip
+    model = json.loads((a.model / "demo.json").read_text())
+    del model["settings"]["corpus"]  # where this machine has it
+    results = {"machine": cpu_name(), "model": model, "context": a.context, "rows": []}
+    for label, measured in zip(files, json.loads(found.read_text())["models"]):
+        bits, types = blocks_of(files[label])
+        results["rows"].append({"label": label, "bits": bits, "types": types} | measured["text"])
+    return results
+
+
+def table(results: dict) -> str:
+    rows = results["rows"]
+    exact = rows[0]["nats"]
+    settings = results["model"]["settings"]
+    lines = [
+        f"Llama of {settings['layers']} layers, hidden {settings['hidden']}, trained in full precision for {settings['steps']} steps; held-out "
+        f"text of the Python standard library, {rows[0]['scored']} tokens scored, context {results['context']}. {results['machine']}.",
+        "",
+        "| blocks' weights | bits a weight | loss | against BF16 | perplexity | tensors |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        types = ", ".join(f"{n} {name}" for name, n in row["types"].items())
+        lines.append(
+            f"| {row['label']} | {row['bits']:.3f} | {row['nats']:.4f} | {100 * (row['nats'] / exact - 1):+.2f} % | {row['perplexity']:.2f} | {types} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument("--work", type=Path, default=ROOT / "build/ptq", help="where the checkpoint and all files are made")
+    p.add_argument("--out", type=Path, default=ROOT / "build/ptq/ptq", help="written with .md and .json behind it")
+    p.add_argument("--calibration", type=int, default=400_000, metavar="N", help="characters of text for the importance matrix")
+    p.add_argument("--context", type=int, default=256, metavar="N", help="tokens of a chunk")
+    p.add_argument("--chunks", type=int, metavar="N", help="only the first so many of the held-out text")
+    p.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads")
+    p.add_argument("training", nargs="*", default=[], metavar="-- FLAG", help="flags of make_demo_checkpoint.py, behind --")
+    a = p.parse_args(argv)
+    a.model = a.work / "hf"
+    try:
+        a.work.mkdir(parents=True, exist_ok=True)
+        results = measure(a)
+        a.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        a.out.with_suffix(".md").write_text(table(results))
+        print(table(results), end="")
+        return 0
+    except (Stop, OSError, llama_cpp.NotBuilt) as e:
+        print(f"compare_ptq: {e}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""The NEON kernels under emulation: the tests of the kernels, as they are, in a Python for ARM on CPUs that have and that lack each variant."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import LONG, backend_ops, greedy, loaded, portable, shared_symbols
+from cross_arm import COMPILERS, PREFIX, missing
+
+from sherry_gguf import llama_cpp
+
+REPO = Path(__file__).parents[2]
+CPUS = {  # qemu's names: what it has
+    "max": ["i8mm", "dotprod", "neon", "scalar"],
+    "neoverse-n1": ["dotprod", "neon", "scalar"],
+    "cortex-a72": ["neon", "scalar"],
+}
+ROOT = "/usr/aarch64-linux-gnu"  # where the cross compiler's C library is
+MAX = "max,sve-max-vq=2,sme=off"  # with more than 256 bits of SVE upstream's Q4_K and Q6_K are wrong; no CPU with i8mm has them
+VARIANTS = {  # what the tools load there
+    MAX: "armv8.6_2",
+    "neoverse-n1": "armv8.2_2",
+    "cortex-a72": "armv8.0_1",
+}
+
+WHY_NOT = missing()
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT or "-")
+
+
+@pytest.fixture(scope="module")
+def python():
+    built = subprocess.run([sys.executable, REPO / "scripts" / "build" / "arm.py"], capture_output=True, text=True)
+    assert built.returncode == 0, built.stdout + built.stderr
+    return llama_cpp.root() / "arm" / "run-python"
+
+
+@pytest.fixture(scope="module")
+def tools(tmp_path_factory):
+    return portable("aarch64", tmp_path_factory.mktemp("aarch64"))
+
+
+def run(python, cpu, *args, **env):
+    env = os.environ | {"SHERRY_ARM_CPU": cpu, "PYTHONPATH": str(REPO / "tests")} | env
+    return subprocess.run([python, *map(str, args)], capture_output=True, text=True, env=env, cwd=REPO / "tests")
+
+
+@pytest.mark.parametrize("cpu", CPUS)
+def test_each_cpu_has_its_variants(python, cpu):
+    done = run(python, cpu, "-c", "import json; from sherry_gguf import kernels; print(json.dumps(kernels.available()))")
+    assert done.returncode == 0 and json.loads(done.stdout) == CPUS[cpu], done.stdout + done.stderr
+    multiply = "import numpy as np; from sherry_gguf import kernels; x = np.ones(128, np.float32); kernels.vec_dot(kernels.quantize(x), x)"
+    for isa in CPUS["max"]:
+        done = run(python, cpu, "-c", multiply, SHERRY_ISA=isa)
+        assert done.returncode == (isa not in CPUS[cpu]), done.stderr
+        assert done.returncode == 0 or f"{isa}: this CPU lacks it; it runs {', '.join(CPUS[cpu])}" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "cpu, tests, least", [("max", "", 500), ("neoverse-n1", "dotprod or golden", 100), ("cortex-a72", "neon or golden", 80)]
+)
+def test_the_tests_of_the_kernels(python, cpu, tests, least):
+    """All of them on the CPU that has everything; of each instruction set on one that lacks the next."""
+    files = ["native/test_kernels.py", "native/test_repack.py", "format/test_stq1_0.py", "format/test_tq1_25.py"]
+    done = run(python, cpu, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *files, "-k", tests)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed and int(passed[1]) > least, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize("cpu, kind", [(MAX, "TQ1_25"), ("neoverse-n1", "STQ1_0"), ("cortex-a72", "TQ1_25")])
+def test_operations_of_ggml(python, tools, cpu, kind, tmp_path):
+    """tests/llama_cpp/test_ops.py's, on the libraries that are loaded there: against NumPy."""
+    (tmp_path / "lib").mkdir()
+    for name, file in {"libggml-base.so": "libggml-base.so.0", "libggml-cpu.so": f"libggml-cpu-{VARIANTS[cpu]}.so"}.items():
+        (tmp_path / "lib" / name).symlink_to(tools / file)
+    for how, parts in {
+        "3": "mul_mat mul_mat_id get_rows cpy cpy_back set_rows",
+        "repacked": "buffer memory mul_mat strided floats mul_mat_id",
+    }.items():
+        done = run(
+            python,
+            cpu,
+            "llama_cpp/test_ops.py",
+            kind,
+            how,
+            *["emulated"] * (not how.isdigit()),
+            SHERRY_BUILD_DIR=str(tmp_path),
+            SHERRY_ISA=CPUS[cpu.split(",")[0]][0],
+        )
+        assert done.returncode == 0 and done.stdout.split() == parts.split(), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["-march=armv8-a+crypto", "-march=armv8.2-a+fp16", "-march=armv8.2-a+dotprod", "-march=armv8.6-a+sve", "-mcpu=cortex-a53+crypto",
+     "-mcpu=cortex-a72+crypto", "-mcpu=cortex-a76", "-mcpu=thunderx2t99", "-mcpu=a64fx", "-mcpu=neoverse-v1"],
+)  # fmt: skip
+def test_compiles_for_any_cpu(flags, tmp_path):
+    """As a build on that machine does it: its instruction set is neither a part of a kernel's nor contains it."""
+    sources = sorted((REPO / "ggml_patch" / "src").glob("*.c"))
+    done = subprocess.run([COMPILERS[0], "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", flags, "-shared", "-fPIC", *sources, "-o", tmp_path / "x.so"],
+                          capture_output=True, text=True)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+
+
+# ---- llama.cpp's tools ----
+
+
+def emulated(cpu, program):
+    return ["qemu-aarch64", "-cpu", cpu, "-L", ROOT, program]
+
+
+def test_variants_share_nothing(tools):
+    assert not shared_symbols(tools, PREFIX)
+
+
+@pytest.mark.parametrize("cpu", VARIANTS)
+def test_backend_ops(tools, cpu):
+    text = backend_ops(emulated(cpu, tools / "test-backend-ops"))
+    assert set(loaded(text)) == {f"libggml-cpu-{VARIANTS[cpu]}.so"}, text
+
+
+@pytest.mark.parametrize("cpu", VARIANTS)
+def test_quantize_fns(tools, cpu, tmp_path):
+    """It links to one ggml-cpu, so it is compiled here, with the one that is loaded on this CPU; of its loop over the types, which takes
+    a minute under emulation, the end with ours."""
+    source = llama_cpp.source_dir()
+    loop = "for (int i = 0; i < GGML_TYPE_COUNT; i++)"
+    program = (source / "tests/test-quantize-fns.cpp").read_text()
+    assert program.count(loop) == 1
+    (tmp_path / "test.cpp").write_text(program.replace(loop, loop.replace("i = 0", "i = GGML_TYPE_STQ1_0")))
+    compiled = [COMPILERS[1], "-std=c++17", "-O2", f"-I{source}/ggml/include", f"-I{source}/ggml/src", tmp_path / "test.cpp",
+                tools / f"libggml-cpu-{VARIANTS[cpu]}.so", tools / "libggml-base.so.0", "-o", tmp_path / "test"]  # fmt: skip
+    subprocess.run(compiled, check=True)
+    done = subprocess.run([*emulated(cpu, tmp_path / "test"), "-v"], capture_output=True, text=True, env={"LD_LIBRARY_PATH": str(tools)})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"\btq1_25 .*ok", done.stdout)) == len(re.findall(r"\bstq1_0 .*ok", done.stdout)) == 3
+
+
+@pytest.mark.parametrize("cpu", [*VARIANTS, "max,sve=off"])  # i8mm without SVE: upstream's kernels have neither, ours the first
+def test_text_of_the_demo_model(tools, cpu, demo):
+    for args in [], ["--no-repack"]:
+        assert greedy(demo[2], *args, prompt=LONG, command=emulated(cpu, tools / "llama-cli")) == greedy(demo[2], *args, prompt=LONG)
+
+
+# ---- what the kernels cost ----
+
+
+def test_counted_instructions(tmp_path):
+    """As published: nothing is measured, so the same compiler gives the same figures."""
+    out, published = tmp_path / "arm.json", REPO / "scripts" / "results" / "arm.json"
+    done = subprocess.run(
+        [sys.executable, REPO / "scripts" / "bench" / "count_arm.py", "--json", out, "--markdown", tmp_path / "arm.md"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    counted, before = json.loads(out.read_text()), json.loads(published.read_text())
+    for level, count in counted["one"]["TQ1_25"].items():
+        assert 0 < count < counted["one"]["TQ2_0"][level] < counted["one"]["TQ1_0"][level]
+    if counted["compiler"] != before["compiler"]:
+        pytest.skip(f"published figures are of {before['compiler']}")
+    assert counted == before
+    assert (tmp_path / "arm.md").read_text() == published.with_suffix(".md").read_text() == done.stdout
+    readme = (REPO / "README.md").read_text()
+    assert all(f": {count:.0f} for each 128 of them" in readme for count in counted["making"].values())
+    rows = {tuple(re.findall(r"\d+\.\d", line)) for line in readme.splitlines() if line.startswith("|")}
+    for counts in [*counted["one"].values(), *(counts for levels in counted["many"].values() for counts in levels.values())]:
+        figures = tuple(f"{count:.1f}" for count in counts.values() if count is not None)
+        assert not figures or figures in rows, figures

@@ -1,0 +1,161 @@
+"""The built libggml: what is registered under TQ1_25 and STQ1_0 gives the same bytes and numbers as the reference."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from vectors import BLOCKS, DOTS
+
+from sherry_gguf import kernels, llama_cpp, reader, retag, stq1_0, tq1_25
+
+KINDS = pytest.mark.parametrize("kind", [tq1_25.TYPE, stq1_0.TYPE])
+
+
+@pytest.fixture(scope="module")
+def ggml():
+    return llama_cpp.ggml()
+
+
+@pytest.fixture
+def x():
+    return np.random.default_rng(0).standard_normal((6, 768)).astype(np.float32)
+
+
+@KINDS
+def test_registration(ggml, kind):
+    assert ggml.types[kind.name] == kind.type_id
+    assert ggml.block(kind.name.lower()) == (kind.size, kind.bytes)
+    assert ggml.row_size(kind.name, 768) == 768 // kind.size * kind.bytes
+    assert ggml.vec_dot_type(kind.name) == "Q8_0"
+    assert not [name for name, type_id in ggml.types.items() if 43 < type_id < 125]
+
+
+def test_what_python_knows_of_upstream(ggml):
+    assert ggml.block("q2_0") == retag.Q2_0 and ggml.types["Q2_0"] == stq1_0.OLD_TYPE_ID
+    header = (llama_cpp.source_dir() / "ggml/include/ggml.h").read_text()
+    assert int(re.search(r"#define GGML_MAX_DIMS +(\d+)", header)[1]) == reader.MAX_DIMS
+
+
+def test_golden_blocks(ggml):
+    for x, block, lanes, d in BLOCKS.values():
+        assert (ggml.quantize("TQ1_25", x[None]) == block).all()
+        assert (ggml.from_float("TQ1_25", x) == block).all()
+        assert (ggml.dequantize("TQ1_25", block[None])[0] == np.float32(d) * np.array(lanes, np.float32)).all()
+
+
+@KINDS
+def test_quantize_chunk_and_to_float(ggml, x, kind):
+    packed = ggml.quantize(kind.name, x)
+    assert (packed == kind.quantize(x)).all() and (ggml.from_float(kind.name, x[0]) == packed[0]).all()
+    assert (ggml.dequantize(kind.name, packed) == kind.dequantize(packed)).all()
+
+
+@KINDS
+def test_importance_matrix(ggml, x, kind):
+    importance = np.random.default_rng(1).random(768).astype(np.float32)
+    packed = ggml.quantize(kind.name, x, importance)
+    assert (packed == kernels.quantize(x, importance, kind)).all()
+    assert (packed != kind.quantize(x)).any()
+
+
+@pytest.mark.parametrize("i", range(len(DOTS)))
+def test_golden_dots(ggml, i):
+    row, y, _, result = DOTS[i]
+    assert ggml.vec_dot("TQ1_25", row, kernels.quantize_q8_0(y)) == pytest.approx(result, rel=1e-5)
+
+
+@KINDS
+def test_vec_dot_is_the_best_kernel(ggml, x, monkeypatch, kind):
+    monkeypatch.delenv("SHERRY_ISA", raising=False)
+    packed, q8_0 = kind.quantize(x), kernels.quantize_q8_0(x[0])
+    for row in packed:
+        assert ggml.vec_dot(kind.name, row, q8_0) == kernels.vec_dot_q8_0(row, q8_0, kind=kind)
+
+
+IN_ANOTHER_PROCESS = """
+import numpy as np
+from sherry_gguf import kernels, llama_cpp, tq1_25
+x = np.random.default_rng(0).standard_normal(896).astype(np.float32)
+row, q8_0 = tq1_25.quantize(x), kernels.quantize_q8_0(x)
+print(llama_cpp.ggml().vec_dot("TQ1_25", row, q8_0), kernels.vec_dot_q8_0(row, q8_0))
+"""
+
+
+@pytest.mark.parametrize("isa", kernels.available())
+def test_the_environment_chooses_the_kernel(isa, monkeypatch):
+    monkeypatch.setenv("SHERRY_ISA", isa)
+    result = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], capture_output=True, text=True, check=True)
+    built, ours = map(float, result.stdout.split())
+    assert built == ours
+
+
+def test_a_missing_instruction_set_ends_the_process_with_its_name():
+    code = "import os; os.environ['SHERRY_ISA'] = 'mmx'; from sherry_gguf import llama_cpp, kernels; import numpy as np; " \
+           "llama_cpp.ggml().vec_dot('TQ1_25', np.zeros(22, np.uint8), np.zeros(136, np.uint8))"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 1
+    assert f"SHERRY_ISA=mmx: there is no such instruction set in this build; this CPU runs {' '.join(kernels.available())}" in result.stderr
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@KINDS
+def test_bad_weights_make_an_invalid_row(ggml, x, bad, kind):
+    x[3, 700] = bad
+    with pytest.raises(ValueError, match=f"NaN, infinite or too large for {kind.name}"):
+        ggml.quantize(kind.name, x)
+
+
+@pytest.mark.parametrize("d", [np.nan, np.inf, -1.0])
+@KINDS
+def test_bad_scales_are_invalid(ggml, x, d, capfd, kind):
+    packed = kind.quantize(x)
+    assert ggml.valid(kind.name, packed)
+    packed.reshape(-1, kind.bytes)[9, -2:] = np.frombuffer(np.float16(d).tobytes(), np.uint8)
+    assert not ggml.valid(kind.name, packed)
+    assert f"{kind.name.lower()}: the scale of block 9 is" in capfd.readouterr().err
+
+
+def test_other_types(ggml, x):
+    x = np.random.default_rng(0).standard_normal((3, 512)).astype(np.float32)
+    for name in "Q6_K", "q4_k", "Q8_0", "F16":
+        packed = ggml.quantize(name, x)
+        assert packed.shape == (3, ggml.row_size(name, 512))
+        assert np.abs(ggml.dequantize(name, packed) - x).max() < 0.5
+    with pytest.raises(ValueError, match="Q9_9 is no type of the built ggml, which has F32, F16,.*TQ1_25"):
+        ggml.quantize("Q9_9", x)
+    with pytest.raises(ValueError, match="importance matrix"):
+        ggml.quantize("IQ2_XXS", x)
+    with pytest.raises(ValueError, match="rows of 300 weights are not whole Q6_K blocks of 256"):
+        ggml.quantize("Q6_K", x[:, :300])
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda g, x: g.quantize("TQ1_25", x[:, :0]), "rows of 0 weights"),
+    (lambda g, x: g.quantize("I32", x), "nothing can be quantized to I32"),
+    (lambda g, x: g.quantize("q8_k", x), "nothing can be quantized to q8_k"),
+    (lambda g, x: g.quantize("TQ1_25", x.astype(np.float64)), "float64"),
+    (lambda g, x: g.quantize("TQ1_25", x, x[0, :128]), r"\(128,\), rows have 768"),
+    (lambda g, x: g.dequantize("I32", x.view(np.uint8)), "I32 has no to_float"),
+    (lambda g, x: g.dequantize("TQ1_25", np.zeros((1, 23), np.uint8)), "rows of 23 bytes"),
+    (lambda g, x: g.from_float("IQ2_XXS", x[0, :768]), "IQ2_XXS has no from_float"),
+    (lambda g, x: g.vec_dot("I32", np.zeros(4, np.uint8), np.zeros(4, np.uint8)), "I32"),
+    (lambda g, x: g.vec_dot("TQ1_25", np.zeros(22, np.uint8), np.zeros(34, np.uint8)), "34 bytes of Q8_0"),
+])  # fmt: skip
+def test_what_would_end_the_process_raises(ggml, x, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(ggml, x)
+
+
+def test_odd_addresses(ggml, x):
+    packed = ggml.quantize("TQ1_25", x)
+    shifted = np.insert(packed.reshape(-1), 0, 0)[1:].reshape(packed.shape)
+    assert shifted.ctypes.data % 2 and (ggml.dequantize("TQ1_25", shifted) == ggml.dequantize("TQ1_25", packed)).all()
+
+
+def test_what_is_not_built_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("SHERRY_BUILD_DIR", str(tmp_path))
+    for call in (lambda: llama_cpp.tool("llama-cli"), lambda: llama_cpp.library("ggml-base"), llama_cpp.source_dir):
+        with pytest.raises(llama_cpp.NotBuilt, match=f"{tmp_path}.* is not there: run scripts/build_llama_cpp.py"):
+            call()

@@ -1,0 +1,328 @@
+"""scripts/bench/models.py: models that llama-bench takes, figures computed right; how fast anything is, no test asks."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+from bench import models as bench
+
+from sherry_gguf import gguf_type, llama_cpp
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+QUICK = ["--vocab", "512", "--threads", "1", "--prompt", "32", "--generate", "8"]
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory):
+    return tmp_path_factory.mktemp("models")
+
+
+def arguments(models, out, *more, model="tiny"):
+    files = ["--dir", models, "--json", out / "r.json", "--markdown", out / "r.md"]
+    return [str(a) for a in ["--models", model, *QUICK, *files, *more]]
+
+
+def run(*args):
+    return subprocess.run([sys.executable, SCRIPTS / "bench" / "models.py", *args], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="session")
+def measured(models, tmp_path_factory):
+    """One round of every default type on the tiny shape: (report, Markdown, what was printed)."""
+    out = tmp_path_factory.mktemp("out")
+    result = run(*arguments(models, out, "--rounds", "2", "--load-rounds", "1"))
+    assert result.returncode == 0, result.stderr
+    return json.loads((out / "r.json").read_text()), (out / "r.md").read_text(), result.stdout
+
+
+@pytest.fixture
+def made_up(monkeypatch):
+    """Runs that only say what was asked for: the list of (label, threads, test); rates count up."""
+    calls = []
+
+    def llama_bench(file, label, threads, test):
+        calls.append((label, threads, str(test)))
+        return {"avg_ts": float(len(calls)), "build_commit": "abc"}
+
+    monkeypatch.setattr(bench, "llama_bench", llama_bench)
+    monkeypatch.setattr(bench, "memory_bandwidth", lambda threads, rounds: [10.0 * threads] * rounds)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    return calls
+
+
+# ---- models ----
+
+
+def test_every_type_runs_and_is_reported(measured, models):
+    report, text, printed = measured
+    speed = {(e["type"], e["kind"]): e for e in report["speed"]}
+    assert set(speed) == {(label, kind) for label in bench.TYPES for kind in ("pp", "tg")}
+    for e in speed.values():
+        assert len(e["rates"]) == 2 and min(e["rates"]) > 0
+        assert (e["model"], e["threads"], e["depth"]) == ("tiny", 1, 0)
+        assert e["ours_ratio"] > 0 and (e["of_limit"] > 0 if e["kind"] == "tg" else "of_limit" not in e)
+    assert {label: e["ours_ratio"] for (label, _), e in speed.items()}[bench.OURS] == 1
+    assert len(report["bandwidth"]["1"]) == 3 * (2 + 1) and report["llama_cpp"] and report["cpu"]
+    assert report["complete"] and "Ended early" not in text
+    assert text == printed and "| TQ1_25 plain | 1.375 |" in text
+    for type_name, file in report["models"]["tiny"]["types"].items():
+        assert file["stored"] == {type_name: 1} and file["kept_rows"] == []
+        size = (models / f"tiny-512-Q4_0-{type_name}.v1.gguf").stat().st_size
+        assert 0 < size - file["bytes"] < 10_000  # keys and names
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured on Linux only")
+def test_loading_is_measured(measured):
+    load = {e["type"]: e for e in measured[0]["load"]}
+    assert list(load) == bench.LOAD_TYPES and "| Q4_0 |" in measured[1].partition("Loading,")[2]
+    for e in load.values():
+        assert len(e["rounds"]) == 1
+        assert 0 < e["load_seconds"] and 0 < e["token_seconds"]
+        assert 0 < e["load_anon"] < e["load_peak"] and 0 < e["load_file"] < e["load_peak"]
+        assert e["load_anon"] < e["token_anon"]
+
+
+def test_files_are_what_they_say_and_are_made_once(measured, models, tmp_path, made_up):
+    gguf_type.register()
+    before = {path: path.stat().st_mtime_ns for path in models.iterdir()}
+    assert len(before) == len(set(map(bench.base, bench.TYPES)))
+    bench.main(arguments(models, tmp_path, "--load-rounds", "0"))
+    assert {path: path.stat().st_mtime_ns for path in models.iterdir()} == before
+    reader = gguf.GGUFReader(models / "tiny-512-Q4_0-TQ1_25.v1.gguf")
+    tensors = {t.name: t for t in reader.tensors}
+    assert len(tensors) == 2 + 2 * 9 and reader.fields["llama.block_count"].contents() == 2
+    down = tensors["blk.1.ffn_down.weight"]
+    assert down.tensor_type.name == "TQ1_25" and down.shape.tolist() == [512, 256] and down.data.any()
+    assert tensors["token_embd.weight"].tensor_type.name == "Q4_0"
+
+
+def test_rows_that_do_not_fit_fall_back_and_the_tables_say_so(models, tmp_path, monkeypatch):
+    shape = bench.Shape("odd", "qwen2", 384, 2, 6, 2, 64, 512, 1e6, qkv_bias=True)
+    monkeypatch.setitem(bench.SHAPES, "odd", shape)
+    bench.main(arguments(models, tmp_path, "--types", "tq1_25,tq1_0,iq1_s", "--rounds", "1", model="odd"))
+    report, text = json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.md").read_text()
+    files = report["models"]["odd"]["types"]
+    attention, down = 2 * 384 * 384 + 2 * 128 * 384, 512 * 384
+    share = (attention + 2 * down) / (attention + 3 * down)
+    assert files["TQ1_25"]["stored"] == {"TQ1_25": 1}
+    assert files["TQ1_0"]["stored"] == pytest.approx({"Q4_0": share, "TQ1_0": 1 - share})
+    assert files["TQ1_0"]["bits_per_weight"] == pytest.approx(4.5 * share + 1.6875 * (1 - share))
+    assert files["TQ1_0"]["kept_rows"] == [384] and list(files["IQ1_S"]["stored"]) == ["IQ4_NL", "IQ1_S"]
+    assert f"| TQ1_0 [1] | {files['TQ1_0']['bits_per_weight']:.3f} |" in text
+    assert f"[1] {100 * share:.0f} % of the block weights are Q4_0: rows of 384 are no whole blocks of TQ1_0" in text
+    assert all(e["rates"] for e in report["speed"])
+
+
+def test_fallbacks_are_those_of_llama_quantize():
+    source = (llama_cpp.source_dir() / "src" / "llama-quant.cpp").read_text()
+    source = source[source.index("static ggml_type tensor_type_fallback(") :]
+    theirs, waiting = {}, []
+    for case, other in re.findall(r"case GGML_TYPE_(\w+):(?:[^\n]*return_type = GGML_TYPE_(\w+))?", source.partition("\n}")[0]):
+        waiting.append(case)
+        if other:
+            theirs |= dict.fromkeys(waiting, other)
+            waiting = []
+    assert bench.FALLBACK == theirs
+
+
+def test_types_without_a_fallback():
+    assert bench.stored_type("Q4_0", 100) == bench.stored_type("TQ1_0", 100) == "F16"
+    with pytest.raises(ValueError, match="rows of 192 weights are not whole Q1_0 blocks"):
+        bench.stored_type("Q1_0", 192)
+
+
+def test_shapes_are_the_published_ones():
+    parameters = {"0.5b": 494_032_768, "1b": 1_235_814_400, "3b": 3_212_749_824, "0.7b": 728_842_752}
+    parameters["0.7b"] -= 24 * (1536 + 4096)  # BitNet's inner norms, which the llama architecture has not
+    vocabularies = {"0.5b": 151_936, "1b": 128_256, "3b": 128_256, "0.7b": 32_002}
+    for key, shape in bench.SHAPES.items():
+        if key != "tiny":
+            tensors = bench.plan(shape, "F16", vocabularies[key], "F16")
+            assert sum(bench.math.prod(t.shape) for t in tensors) == parameters[key]
+
+
+def test_a_model_that_is_not_finished_leaves_nothing(tmp_path):
+    def stop(size):
+        raise KeyboardInterrupt
+
+    shape = bench.SHAPES["tiny"]
+    with pytest.raises(KeyboardInterrupt):
+        bench.write_model(tmp_path / "m.gguf", shape, bench.plan(shape, "TQ1_25", 512, "Q4_0"), 512, stop)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- runs ----
+
+
+def test_types_take_turns_in_another_order_each_round(models, tmp_path, made_up):
+    bench.main(arguments(models, tmp_path, "--types", "tq1_25,tq2_0,q4_0", "--rounds", "2", "--load-rounds", "0",
+                         "--longest", "0", "--depth", "0,16", "--generate", "8,4", "--ubatch", "16"))  # fmt: skip
+    assert made_up[:6] == [(label, 1, test) for label in ("TQ1_25", "TQ2_0", "Q4_0") for test in ("pp32", "tg4")]
+    tests = ["pp32 b2048 ub16", "pp32 b2048 ub16 @ d16", "tg8", "tg8 @ d16", "tg4", "tg4 @ d16"]
+    rounds = [("TQ1_25", "TQ2_0", "Q4_0"), ("TQ2_0", "Q4_0", "TQ1_25")]
+    assert made_up[6:] == [(label, 1, test) for order in rounds for test in tests for label in order]
+
+
+def test_long_tests_are_shortened_alike_and_only_slow_types_more():
+    tests = [bench.Test("pp", 512), bench.Test("tg", 128)]
+    rates = {"a": {"pp": 200.0, "tg": 20.0}, "b": {"pp": 180.0, "tg": 40.0}, "slow": {"pp": 10.0, "tg": 1.0}}
+    out = bench.lengths(tests, rates, 1, 2, 5.0)  # one thread: half the rates
+    prompt, own = out[tests[0]]
+    assert prompt.tokens == 256 and [own[t].tokens for t in rates] == [256, 256, 32]  # 90 and 5 tokens a second
+    gen, own = out[tests[1]]
+    assert gen.tokens == 32 and [own[t].tokens for t in rates] == [32, 32, 8]
+    assert bench.lengths(tests, rates, 1, 2, 0)[tests[0]][0] == tests[0]  # no limit
+
+
+def made_up_report():
+    def entry(label, kind, rates, run="", threads=1):
+        test = f"{kind}64"
+        return {"model": "m", "type": label, "kind": kind, "threads": threads, "test": test, "common": test,
+                "run": run or test, "rates": rates}  # fmt: skip
+
+    size = 50_000_000
+    file = {"bytes": size, "bytes_per_token": size, "bits_per_weight": 1.5, "stored": {}, "kept_rows": []}
+    speed = [entry("TQ1_25", "tg", [100.0, 220.0, 90.0]), entry("TQ2_0", "tg", [50.0, 100.0, 60.0]),
+             entry("Q2_0", "tg", [10.0, 11.0], run="tg16"), entry("F16", "tg", []),
+             entry("TQ1_25", "pp", [500.0]), entry("TQ2_0", "pp", [250.0]),
+             entry("Q2_0", "pp", []), entry("F16", "pp", [])]  # fmt: skip
+    model = {
+        "name": "M",
+        "parameters": 1e9,
+        "layers": 1,
+        "hidden": 2,
+        "ffn": 3,
+        "heads": 4,
+        "head_dim": 5,
+        "kv_heads": 6,
+    }
+    memory = {"seconds": 1.0, "anon": 10.0, "file": 20.0, "peak": 30.0}
+    rounds = [{"load": memory | {"seconds": s}, "token": memory} for s in (3.0, 1.0, 2.0)]
+    return {"cpu": "c", "date": "d", "isa": None, "llama_cpp": "l", "rounds": 3, "complete": True, "vocab": 32000, "embeddings": "Q4_0",
+            "bandwidth": {"1": [9.0, 10.0, 20.0]},
+            "models": {"m": model | {"types": dict.fromkeys(("TQ1_25", "TQ2_0", "Q2_0", "F16"), file)}},
+            "speed": speed, "load": [{"model": "m", "type": "TQ1_25", "rounds": rounds}]}  # fmt: skip
+
+
+def test_medians_ratios_and_shares():
+    report = made_up_report()
+    bench.summarize(report)
+    ours, peer, short, none, *_ = report["speed"]
+    assert ours["median"] == 100 and ours["ours_ratio"] == 1
+    assert peer["median"] == 60 and peer["ours_ratio"] == 2  # of 2, 2.2 and 1.5; of the medians it would be 1.67
+    assert short["ours_ratio"] == 15  # of 10 and 20, the rounds that both have
+    assert none["median"] is None and none["ours_ratio"] is None
+    assert report["bandwidth_median"] == {"1": 10} and report["bandwidth_maximum"] == {"1": 20}
+    assert ours["gb_per_s"] == 5 and ours["of_limit"] == 0.5 and ours["limit"] == 200
+    assert report["load"][0]["load_seconds"] == 2 and report["load"][0]["token_anon"] == 10
+    text = bench.markdown(report)
+    assert "| type | bits/weight | MiB | tg64 t/s | TQ1_25 × | GB/s | of limit | pp64 t/s | TQ1_25 × |" in text
+    assert "| TQ2_0 | 1.500 | 47.7 | 60.0 | 2.00 | 3.00 | 30 % | 250 | 2.00 |" in text
+    assert "| Q2_0 | 1.500 | 47.7 | 10.5 [1] | 15.00 | 0.53 | 5 % |" in text and "[1] tg16, to save time" in text
+    assert "| TQ1_25 | 2.00 | 10.0 | 20.0 | 30.0 | 1.00 | 10.0 | 20.0 |" in text
+
+
+def test_bars(tmp_path):
+    pytest.importorskip("matplotlib")
+    report = made_up_report()
+    bench.summarize(report)
+    bench.draw(report, tmp_path / "bars.png")
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("error, match", [(KeyboardInterrupt(), "130"), (OSError("llama-bench broke"), "llama-bench broke")])
+def test_what_was_measured_before_an_end_is_written(models, tmp_path, monkeypatch, made_up, error, match):
+    whole = bench.llama_bench
+
+    def llama_bench(*args):
+        if len(made_up) == 4 + 5:  # two types were looked at, then came two tests and a half
+            raise error
+        return whole(*args)
+
+    monkeypatch.setattr(bench, "llama_bench", llama_bench)
+    with pytest.raises((SystemExit, OSError), match=match):
+        bench.main(arguments(models, tmp_path, "--types", "tq1_25,q4_0", "--load-rounds", "0"))
+    report, text = json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.md").read_text()
+    assert [e["rates"] for e in report["speed"]] == [[5], [6, 9], [7], [8]] and not report["complete"]
+    assert "| Q4_0 |" in text and "Ended early" in text
+
+
+def test_an_interrupt_before_any_figure_writes_nothing(models, tmp_path, monkeypatch, capsys):
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "llama_bench", stop)
+    with pytest.raises(SystemExit, match="130"):
+        bench.main(arguments(models, tmp_path, "--types", "q4_0"))
+    assert not (tmp_path / "r.json").exists() and "nothing is written" in capsys.readouterr().err
+
+
+def test_llama_bench_that_fails_is_an_error(tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(OSError, match="llama-bench ended with 1 on bad.gguf, tg4: "):
+        bench.llama_bench(tmp_path / "bad.gguf", "Q4_0", 1, bench.Test("tg", 4))
+
+
+def test_a_disk_that_is_too_small_is_an_error_before_anything_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench.shutil, "disk_usage", lambda path: type("usage", (), {"free": 10**6}))
+    with pytest.raises(OSError, match=r"models of [\d.]+ GB are to be made, 0.0 GB are free"):
+        bench.main(arguments(tmp_path / "models", tmp_path, model="3b"))
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+@pytest.mark.parametrize("args, message", [
+    (["--models", "7b"], "no model '7b': there are 0.5b, 0.7b, 1b, 3b, tiny"),
+    (["--types", "TQ1_25,NOPE"], "NOPE is no type of the built ggml, which has F32,"),
+    (["--types", "I8"], "nothing can be quantized to I8"),
+    (["--embeddings", "NOPE-plain"], "NOPE-PLAIN is no type"),
+    (["--threads", "0"], "--threads"),
+    (["--depth", "-1"], "--depth"),
+    (["--rounds", "0"], "--rounds and --vocab are at least 1"),
+])  # fmt: skip
+def test_bad_arguments(capsys, args, message):
+    with pytest.raises(SystemExit, match="2"):
+        bench.parse(args)
+    assert message in capsys.readouterr().err
+
+
+def test_arguments():
+    args = bench.parse(["--types", "q4_0-plain,tq1_25", "--threads", "all,1", "--depth", "0,4096"])
+    assert args.types == ["Q4_0-plain", "TQ1_25"] and args.threads[0] == 1 and args.depth == [0, 4096]
+    assert (args.models, args.prompt, args.generate, args.rounds) == (bench.MODELS, [512], [128], 3)
+    quick = bench.parse(["--quick", "--rounds", "2"])
+    assert (quick.models, quick.prompt, quick.rounds) == (["0.5b"], [128], 2)
+
+
+def test_a_plot_without_matplotlib(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert bench.parse([]).plot is None and "no plot" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        bench.parse(["--plot", "x.png"])
+    assert "--plot needs matplotlib" in capsys.readouterr().err
+
+
+# ---- the C programs ----
+
+
+def test_memory_bandwidth():
+    program = bench.program("bench_memory")
+    result = subprocess.run([program, "3", "2"], capture_output=True, text=True)  # shares that are not alike
+    assert result.returncode == 0 and re.fullmatch(r"(3 \d+\.\d\d\n){2}", result.stdout)
+    assert min(bench.memory_bandwidth(1, 2)) > 0.1
+    for bad in (["0", "1"], ["1", "0"], ["1"], []):
+        result = subprocess.run([program, *bad], capture_output=True, text=True)
+        assert result.returncode == 2 and "usage: " in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measured on Linux only")
+def test_loading_what_is_no_model_is_an_error(tmp_path):
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
+    with pytest.raises(OSError, match=r"bench_load ended with 1: (.|\n)*bad.gguf: llama.cpp cannot load it"):
+        bench.load(tmp_path / "bad.gguf", "Q4_0", 1)
+    program = bench.program("bench_load", *bench.LOAD_LIBRARIES)
+    result = subprocess.run([program, "x.gguf", "2", "1"], capture_output=True, text=True)
+    assert result.returncode == 2 and "usage: " in result.stderr

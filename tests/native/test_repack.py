@@ -1,0 +1,477 @@
+"""Repacked rows: their layout byte by byte, and the products against NumPy's integers, for every instruction set."""
+
+import functools
+import platform
+
+import numpy as np
+import pytest
+
+from sherry_gguf import kernels, ternary, tq1_25
+
+ffi, lib = kernels.ffi, kernels.lib
+ISAS = kernels.available_repacked()
+PRODUCTS = {"tables": kernels.mul_tables, "codes": kernels.mul_codes, "panels": kernels.mul_panels}
+HAS = {"tables": ISAS, "codes": ISAS, "panels": kernels.available_panels()}
+TILE, COLUMNS, DEPTH = 64, 6, 16  # of tq1_25.h
+IN_PAIRS = platform.machine() == "aarch64"  # panels: five columns cost what six do there
+CODE_COLUMNS, CODE_PAIRS = 16, 128
+
+every_product = pytest.mark.parametrize("isa, product", [(isa, product) for product in PRODUCTS for isa in HAS[product]])
+every_isa = pytest.mark.parametrize("isa", ISAS)
+
+
+def halves(values):
+    """fp16 little-endian, two bytes a value."""
+    return np.ascontiguousarray(np.asarray(values, "<f2"))[..., None].view(np.uint8)
+
+
+def random_rows(rng, rows, n, d=None):
+    """Random codes; scales are powers of two and some are 0, so that sums of a few thousand blocks are exact in float32."""
+    b = rng.integers(0, 256, (rows, n // 128, 22), dtype=np.uint8)
+    b[..., 20:] = halves(rng.choice([0, 0.5, 1, 2], b.shape[:2], p=[0.1, 0.3, 0.3, 0.3]) if d is None else d)
+    return b.reshape(rows, n // 128 * 22)
+
+
+def random_q8_0(rng, columns, n, d=None):
+    """Any int8, scales likewise."""
+    q = rng.integers(0, 256, (columns, n // 32, 34), dtype=np.uint8)
+    q[..., :2] = halves(rng.choice([0.5, 1, 2], q.shape[:2]) if d is None else d)
+    return q.reshape(columns, n // 32 * 34)
+
+
+def floats(b, q8_0):
+    """Weights (rows, n) and activations (columns, n), float64."""
+    lanes, d = tq1_25.unpack(b)
+    q = q8_0.reshape(len(q8_0), q8_0.shape[1] // 34, 34)
+    dy = np.ascontiguousarray(q[..., :2]).view("<f2").astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        y = (q[..., 2:].view(np.int8) * dy).reshape(len(q), 32 * q.shape[1])
+        return lanes * np.repeat(d.astype(np.float64), 128, axis=-1), y
+
+
+def check_exact(product, isa, b, q8_0, **kwargs):
+    w, y = floats(b, q8_0)
+    found = PRODUCTS[product](kernels.repack(b), len(b), w.shape[1], q8_0, isa, **kwargs)
+    assert found.shape == (len(y), len(w)) and (found == y @ w.T).all()
+
+
+def test_constants_of_c_and_python_are_equal():
+    assert (lib.TQ1_25_TILE, lib.TQ1_25_COLUMNS, lib.TQ1_25_DEPTH) == (TILE, COLUMNS, DEPTH)
+    assert (lib.TQ1_25_CODE_COLUMNS, lib.TQ1_25_CODE_PAIRS) == (CODE_COLUMNS, CODE_PAIRS)
+    assert ffi.sizeof("tq1_25_tile") == TILE * tq1_25.BLOCK_BYTES
+
+
+def test_what_has_kernels_for_repacked_rows():
+    entries = kernels._compiled()
+    assert [isa for isa in kernels.available() if isa in ISAS] == ISAS
+    assert set(kernels.available()) - set(ISAS) == {"scalar"}
+    assert all(0 < entries[isa].max_tables < entries[isa].max_codes for isa in ISAS) and entries["scalar"].max_tables == 0
+    for isa in ISAS:  # where there are no panels, any number of columns goes by codes
+        assert (entries[isa].max_codes == 2**31 - 1) == (isa not in HAS["panels"])
+    if ISAS:  # a kernel that is chosen by default has what the default buffer of llama.cpp wants
+        assert kernels.available()[0] == ISAS[0]
+
+
+# ---- layout ----
+
+
+def repacked(b):
+    """The layout in NumPy: of 64 rows and a block of each, four parts of four bytes of qs and one of sign, byte by byte
+    64 rows side by side; then 64 scales, in the order in which the lookup gives sums."""
+    rows, nb = len(b), b.shape[1] // 22
+    whole = rows // 64
+    blocks = b[: 64 * whole].reshape(whole, 64, nb, 22)
+    tiles = np.empty((whole, nb, 1408), np.uint8)
+    parts = tiles[..., :1280].reshape(whole, nb, 4, 5, 64)
+    for part in range(4):
+        for byte in range(4):
+            parts[:, :, part, byte] = blocks[..., 4 * part + byte].swapaxes(1, 2)
+        parts[:, :, part, 4] = blocks[..., 16 + part].swapaxes(1, 2)
+    tiles[..., :1280] = parts.reshape(whole, nb, 1280)
+    # Scales of 64 rows: row = 16 * sixteen + 8 * upper + 2 * pair + odd, place = 32 * upper + 16 * odd + 4 * sixteen + pair.
+    d = blocks[..., 20:].swapaxes(1, 2).reshape(whole, nb, 4, 2, 4, 2, 2)  # sixteen, upper, pair, odd, byte
+    tiles[..., 1280:] = d.transpose(0, 1, 3, 5, 2, 4, 6).reshape(whole, nb, 128)
+    return np.concatenate([tiles.reshape(-1), b[64 * whole :].reshape(-1)])
+
+
+@pytest.mark.parametrize("n", [128, 384, 896, 2176])
+@pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 127, 128, 130, 200, 256])
+def test_layout(rows, n):
+    b = np.random.default_rng(rows).integers(0, 256, (rows, n // 128 * 22), dtype=np.uint8)
+    found = kernels.repack(b)
+    assert found.dtype == np.uint8 and found.shape == (b.size,)
+    assert (found == repacked(b)).all()
+
+
+def test_repack_writes_its_bytes_and_no_others():
+    for rows in 1, 64, 65, 129:
+        b = np.random.default_rng(0).integers(0, 256, (rows, 3 * 22), dtype=np.uint8)
+        out = np.full(b.size + 512, 0xA5, np.uint8)
+        lib.tq1_25_repack(lib.KIND_TQ1_25, rows, 384, kernels._blocks(b, "block_tq1_25"), ffi.from_buffer("uint8_t[]", out) + 256)
+        assert (out[256:-256] == repacked(b)).all() and (out[:256] == 0xA5).all() and (out[-256:] == 0xA5).all()
+
+
+# ---- integers ----
+
+
+@every_product
+@pytest.mark.parametrize("n", [128, 256, 384, 896, 2048, 2176, 4864])
+def test_integers_equal_those_of_numpy(isa, product, n):
+    rng = np.random.default_rng(n)
+    for rows, columns in [(1, 5), (63, 2), (64, 1), (65, 13), (127, 3), (128, 6), (130, 7), (191, 12), (200, 4)]:
+        check_exact(product, isa, random_rows(rng, rows, n), random_q8_0(rng, columns, n))
+
+
+@every_product
+def test_every_number_of_rows(isa, product):
+    rng = np.random.default_rng(1)
+    b, q8_0 = random_rows(rng, 200, 256), random_q8_0(rng, 7, 256)
+    for rows in range(201):
+        check_exact(product, isa, b[:rows], q8_0)
+
+
+@every_product
+def test_every_number_of_columns(isa, product):
+    """Up to six, and around every switch: to codes, to panels, and of the number of groups and of panels."""
+    rng = np.random.default_rng(2)
+    b, q8_0 = random_rows(rng, 67, 384), random_q8_0(rng, 512, 384)
+    switches = [k for k in (kernels._compiled()[isa].max_tables, kernels._compiled()[isa].max_codes) if k < 512]
+    steps = [*switches, *range(COLUMNS, 60, COLUMNS), *range(CODE_COLUMNS, 100, CODE_COLUMNS), 256, 511]
+    around = {k + i for k in steps for i in (-1, 0, 1)}
+    for columns in sorted({0, 1, 2, 3, 4, 5, 6, 7, 12, 13, *around}):
+        check_exact(product, isa, b, q8_0[:columns])
+
+
+def test_plain_and_repacked_kernels_agree():
+    rng = np.random.default_rng(3)
+    b, q8_0 = random_rows(rng, 70, 896), random_q8_0(rng, 3, 896)
+    for isa in ISAS:
+        plain = np.array([[kernels.vec_dot_q8_0(row, y, isa) for row in b] for y in q8_0])
+        for name, product in PRODUCTS.items():
+            if isa in HAS[name]:
+                assert (product(kernels.repack(b), 70, 896, q8_0, isa) == plain).all()
+
+
+@every_product
+def test_each_integer_alone(isa, product):
+    """All but one Q8_0 block silenced by a scale of 0: the column holds the 32 products of that one."""
+    rng = np.random.default_rng(4)
+    n = 2176
+    b, q8_0 = random_rows(rng, 65, n, d=1), random_q8_0(rng, 1, n)
+    alone = np.repeat(q8_0.reshape(1, n // 32, 34), n // 32, axis=0)
+    alone[..., :2] = halves(np.eye(n // 32))
+    check_exact(product, isa, b, alone.reshape(n // 32, -1))
+
+
+# ---- extremes ----
+
+
+def uniform_rows(n=128):
+    """Row k holds code k % 32 in every group: 64 rows in tiles and 32 plain."""
+    lanes = np.tile(ternary.PATTERNS[np.arange(96) % 32], (1, n // 4)).astype(np.int8)
+    return tq1_25.pack(lanes, np.ones((96, n // 128), np.float16))
+
+
+def q8_0_of(values):
+    """Q8_0 blocks of int8 (columns, n) with scales of 1."""
+    values = np.asarray(values)
+    q = np.empty((len(values), values.shape[1] // 32, 34), np.uint8)
+    q[..., :2] = halves(1)
+    q[..., 2:] = values.astype(np.int8).view(np.uint8).reshape(len(values), -1, 32)
+    return q.reshape(len(values), -1)
+
+
+@functools.cache
+def every_sum():
+    """Activations whose groups are all alike and add up to t under code 0, for every t and every zero lane."""
+    t = np.arange(-384, 382)
+    a = np.clip(t, -128, 127)
+    b = np.clip(t - a, -128, 127)
+    three = np.stack([a, b, t - a - b], axis=1)
+    groups = np.concatenate([np.insert(three, lane, 0, axis=1) for lane in range(4)])
+    return q8_0_of(np.tile(groups, (1, 32)))
+
+
+@every_product
+def test_every_sum_of_a_group_eight_times(isa, product):
+    """What a lookup splits into high and low parts adds up eight times, all of one sign: no byte may overflow."""
+    check_exact(product, isa, uniform_rows(), every_sum())
+
+
+@every_product
+@pytest.mark.parametrize("extreme", [-128, 127])
+def test_extreme_activations(isa, product, extreme):
+    rng = np.random.default_rng(5)
+    constant = q8_0_of(np.full((7, 896), extreme))
+    check_exact(product, isa, random_rows(rng, 130, 896), constant)
+    check_exact(product, isa, uniform_rows(896), constant)
+    # every product of the row at its largest, and all of one sign
+    lanes = tq1_25.unpack(b := random_rows(rng, 96, 256, d=1))[0]
+    for sign in -1, 1:
+        check_exact(product, isa, b, q8_0_of((sign * extreme * lanes.astype(int)).clip(-128, 127)))
+
+
+@every_product
+def test_zero_blocks(isa, product):
+    rng = np.random.default_rng(6)
+    b, q8_0 = random_rows(rng, 130, 384), random_q8_0(rng, 7, 384)
+    call = PRODUCTS[product]
+    assert not call(kernels.repack(np.zeros_like(b)), 130, 384, q8_0, isa).any()
+    assert not call(kernels.repack(random_rows(rng, 130, 384, d=0)), 130, 384, q8_0, isa).any()
+    assert not call(kernels.repack(b), 130, 384, np.zeros_like(q8_0), isa).any()
+    assert not call(kernels.repack(b), 130, 384, random_q8_0(rng, 7, 384, d=0), isa).any()
+
+
+@every_product
+def test_scales_that_are_not_finite_stay_in_their_row_and_column(isa, product):
+    rng = np.random.default_rng(7)
+    n, rows, columns = 2176, 150, 9
+    b, q8_0 = random_rows(rng, rows, n), random_q8_0(rng, columns, n)
+    w, y = floats(b, q8_0)
+    expected = y @ w.T
+    bad_rows, bad_columns = [3, 17, 63, 64, 140], [0, 4, 8]
+    for i, row in enumerate(bad_rows):
+        b.reshape(rows, -1, 22)[row, i * 4, 20:] = halves([np.nan, np.inf, -np.inf][i % 3])
+    for i, column in enumerate(bad_columns):
+        q8_0.reshape(columns, -1, 34)[column, i * 33, :2] = halves([np.nan, np.inf, -np.inf][i])
+    found = PRODUCTS[product](kernels.repack(b), rows, n, q8_0, isa)
+    finite = np.ones_like(found, bool)
+    finite[:, bad_rows] = finite[bad_columns] = False
+    assert (np.isfinite(found) == finite).all() and (found[finite] == expected[finite]).all()
+
+
+# ---- floats ----
+
+
+@every_product
+@pytest.mark.parametrize("n", [128, 2176, 4864])
+def test_floats_agree_within_their_rounding(isa, product, n):
+    rng = np.random.default_rng(n)
+    b = random_rows(rng, 133, n, d=rng.exponential(size=(133, n // 128)))
+    q8_0 = random_q8_0(rng, 9, n, d=rng.exponential(size=(9, n // 32)))
+    w, y = floats(b, q8_0)
+    found = PRODUCTS[product](kernels.repack(b), 133, n, q8_0, isa)
+    assert (np.abs(found - y @ w.T) <= 1e-5 * (np.abs(y) @ np.abs(w).T)).all()
+
+
+@every_product
+def test_the_longest_rows_keep_the_tolerance(isa, product):
+    """53248 weights, all terms of one sign, where rounding adds up the most."""
+    n = 53248
+    b = np.repeat(tq1_25.pack(np.tile([0, 1, 1, 1], n // 4).astype(np.int8), np.full(n // 128, 0.01, np.float16))[None], 65, axis=0)
+    q8_0 = kernels.quantize_q8_0(np.random.default_rng(0).uniform(0.5, 1, n).astype(np.float32))[None]
+    w, y = floats(b[:1], q8_0)
+    assert PRODUCTS[product](kernels.repack(b), 65, n, q8_0, isa) == pytest.approx(float((y @ w.T)[0, 0]), rel=1e-5)
+
+
+@every_product
+def test_random_bytes(isa, product):
+    """Scales of any bits, NaN and infinite ones among them: a result is finite where its scales are, and then close."""
+    rng = np.random.default_rng(8)
+    for _ in range(20):
+        n, rows, columns = 128 * rng.integers(1, 20), rng.integers(1, 200), rng.integers(1, 20)
+        b = rng.integers(0, 256, (rows, n // 128 * 22), dtype=np.uint8)
+        q8_0 = rng.integers(0, 256, (columns, n // 32 * 34), dtype=np.uint8)
+        w, y = floats(b, q8_0)
+        found = PRODUCTS[product](kernels.repack(b), rows, n, q8_0, isa)
+        with np.errstate(invalid="ignore"):
+            expected, terms = y @ w.T, np.abs(y) @ np.abs(w).T
+        finite = np.isfinite(y).all(axis=1)[:, None] & np.isfinite(w).all(axis=1)
+        assert (np.isfinite(found) == finite).all()
+        assert (np.abs(found - expected)[finite] <= 1e-5 * terms[finite]).all()
+
+
+# ---- pieces ----
+
+
+@every_product
+@pytest.mark.parametrize("columns", [1, 13, 31])
+def test_pieces_give_the_same_bits_as_the_whole(isa, product, columns):
+    """As the threads of llama.cpp cut them: what is made along the vector, rows of tiles (the second of a pair begins a piece,
+    too), groups of panels."""
+    rng = np.random.default_rng(9)
+    n, rows = 2176, 330
+    b = kernels.repack(random_rows(rng, rows, n, d=rng.exponential(size=(rows, n // 128))))
+    q8_0 = random_q8_0(rng, columns, n, d=rng.exponential(size=(columns, n // 32)))
+    whole = PRODUCTS[product](b, rows, n, q8_0, isa)
+    for pieces in 2, 3, 5, 8, 100:
+        assert (PRODUCTS[product](b, rows, n, q8_0, isa, pieces=pieces).view(np.uint32) == whole.view(np.uint32)).all()
+
+
+class Guarded:
+    """Bytes from a multiple of 64 with canaries to either side."""
+
+    def __init__(self, size):
+        self.all = kernels._aligned(size + 512)
+        self.all[:] = 0xA5
+        self.bytes = self.all[256:-256]
+        self.pointer = ffi.from_buffer("uint8_t[]", self.all) + 256
+
+    def intact(self):
+        return (self.all[:256] == 0xA5).all() and (self.all[-256:] == 0xA5).all()
+
+
+@every_isa
+@pytest.mark.parametrize("columns", [1, 4, 6, 11, 20, 33])
+def test_nothing_is_written_outside_its_range(isa, columns):
+    """Tables, panels, scratch and results take the bytes that they say; of a result only the rows and columns of
+    the ranges are written, whatever lies between columns."""
+    entry = ffi.addressof(kernels._compiled()[isa])
+    rng = np.random.default_rng(10)
+    n, rows, gap = 2176, 330, 7
+    b, q8_0 = random_rows(rng, rows, n), random_q8_0(rng, columns, n)
+    w, y = floats(b, q8_0)
+    expected, b = y @ w.T, kernels.repack(b)
+    x, of = kernels._blocks(b, "uint8_t"), kernels._pointers("const tq1_25_q8_0 *", q8_0)
+
+    tables = [Guarded(lib.tq1_25_table_size(entry, n)) for _ in range(columns)]
+    to = ffi.new("void *[]", [table.pointer for table in tables])
+    for c in range(columns):
+        lib.tq1_25_make_table(entry, n, 0, n, of[c], to[c])
+    assert all(table.intact() for table in tables)
+    panels = Guarded(lib.tq1_25_panel_size(n, columns))
+    count = lib.tq1_25_panels(columns)
+    for p in range(count):
+        first, last = (lib.tq1_25_first_column(columns, k) for k in (p, p + 1))
+        assert 0 < last - first <= COLUMNS
+        lib.tq1_25_make_panel(0, n, last - first, of + first, panels.pointer + lib.tq1_25_panel_size(n, first))
+    assert panels.intact()
+    panel_scratch, code_scratch = (Guarded(ffi.sizeof(f"struct tq1_25_{of}_scratch")) for of in ("panel", "code"))
+    groups = lib.tq1_25_code_groups(columns)
+
+    for begin, end in [(0, 6), (0, 1), (2, 4), (5, 6), (3, 3)]:
+        for p, q in [(0, count), (0, 1), (count - 1, count), (1, 1)]:
+            for product in PRODUCTS:
+                if isa not in HAS[product] or (product != "panels" and (p, q) != (0, count)):
+                    continue
+                out = Guarded(4 * columns * (rows + gap))
+                floats32 = out.bytes.view(np.float32).reshape(columns, rows + gap)
+                s = ffi.new("float *[]", [ffi.cast("float *", out.pointer) + c * (rows + gap) for c in range(columns)])
+                if product == "panels":
+                    lib.tq1_25_mul_panels(entry, lib.KIND_TQ1_25, rows, n, x, begin, end, columns, p, q, panels.pointer, s,
+                                          ffi.cast("struct tq1_25_panel_scratch *", panel_scratch.pointer))  # fmt: skip
+                elif product == "tables":
+                    lib.tq1_25_mul_tables(entry, lib.KIND_TQ1_25, rows, n, x, begin, end, columns, of, to, s)
+                for group in range(groups if product == "codes" else 0):
+                    first, last = (lib.tq1_25_first_of_group(columns, groups, k) for k in (group, group + 1))
+                    lib.tq1_25_mul_codes(entry, lib.KIND_TQ1_25, rows, n, x, begin, end, last - first, of + first, s + first,
+                                         ffi.cast("struct tq1_25_code_scratch *", code_scratch.pointer))  # fmt: skip
+                assert out.intact() and panel_scratch.intact() and code_scratch.intact() and panels.intact()
+                written = np.zeros((columns, rows + gap), bool)
+                first, last = (lib.tq1_25_first_column(columns, k) for k in (p, q))
+                written[first:last, 64 * begin : min(64 * end, rows)] = True
+                assert (floats32[written] == expected[written[:, :rows]]).all()
+                assert (floats32[~written].view(np.uint32) == 0xA5A5A5A5).all()
+
+
+def test_columns_are_spread_over_groups_in_pairs():
+    """Over as few groups as can be, or more, where there are threads for them: down to pairs."""
+    for columns in range(1, 200):
+        least = lib.tq1_25_code_groups(columns)
+        assert least == -(-columns // CODE_COLUMNS)
+        for groups in range(least, (columns + 1) // 2 + 1):
+            cuts = [lib.tq1_25_first_of_group(columns, groups, g) for g in range(groups + 1)]
+            widths = np.diff(cuts)
+            assert cuts[0] == 0 and cuts[-1] == columns
+            assert 0 < widths.min() and widths.max() <= CODE_COLUMNS and widths.max() - widths.min() <= 3
+            assert (widths[:-1] % 2 == 0).all()
+
+
+def test_columns_are_spread_evenly_over_panels():
+    for columns in range(1, 400):
+        cuts = [lib.tq1_25_first_column(columns, p) for p in range(lib.tq1_25_panels(columns) + 1)]
+        widths = np.diff(cuts)
+        assert cuts[0] == 0 and cuts[-1] == columns and len(widths) == -(-columns // COLUMNS)
+        assert widths.max() <= COLUMNS and widths.max() - widths.min() <= (2 if IN_PAIRS else 1)
+        assert not IN_PAIRS or not (widths[:-1] % 2).any()
+
+
+# ---- arguments ----
+
+
+def good(product, **changed):
+    arguments = (
+        dict(isa=HAS[product][0], repacked=np.zeros(65 * 44, np.uint8), rows=65, n=256, q8_0=np.zeros((2, 8 * 34), np.uint8)) | changed
+    )
+    return PRODUCTS[product](**arguments)
+
+
+@pytest.mark.parametrize("product", [product for product in PRODUCTS if HAS[product]])
+@pytest.mark.parametrize("changed, message", [
+    (dict(rows=64), r"\(2860,\), 64 rows of 256 weights need uint8 \(2816,\)"),
+    (dict(rows=-65), "-65 rows"),
+    (dict(n=250), "rows of 250 weights.*128"),
+    (dict(n=0), "rows of 0 weights"),
+    (dict(n=-256), "rows of -256 weights"),
+    (dict(repacked=np.zeros((65, 44), np.uint8)), r"\(65, 44\).*\(2860,\)"),
+    (dict(repacked=np.zeros(65 * 44, np.int8)), "int8.*uint8"),
+    (dict(q8_0=np.zeros(272, np.uint8)), r"\(272,\).*\(columns, 272\)"),
+    (dict(q8_0=np.zeros((2, 271), np.uint8)), r"\(2, 271\).*\(columns, 272\)"),
+    (dict(q8_0=np.zeros((2, 272), np.float32)), "float32.*uint8"),
+    (dict(pieces=0), "0 pieces"),
+    (dict(isa="scalar"), "instruction set scalar has no kernels for repacked rows; those that this CPU runs: "),
+    (dict(isa="mmx"), "instruction set mmx: no such kernel"),
+])  # fmt: skip
+@pytest.mark.skipif(not ISAS, reason="this CPU has no kernels for repacked rows")
+def test_wrong_arguments_raise_with_the_numbers(product, changed, message):
+    assert not good(product).any()
+    with pytest.raises(ValueError, match=message):
+        good(product, **changed)
+
+
+@every_product
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64, np.uint64])
+def test_numbers_of_numpy_do_not_overflow(isa, product, dtype):
+    rng = np.random.default_rng(12)
+    b, q8_0 = random_rows(rng, 130, 128), random_q8_0(rng, 3, 128)
+    w, y = floats(b, q8_0)
+    packed = kernels.repack(b)
+    assert (PRODUCTS[product](packed, dtype(130), dtype(128), q8_0, isa, pieces=dtype(3)) == y @ w.T).all()
+    with pytest.raises(ValueError, match="200 rows of 128 weights need uint8 .4400,."):
+        PRODUCTS[product](packed[: 200 * 22 % 256], dtype(200), dtype(128), q8_0, isa)
+    with pytest.raises(TypeError):
+        PRODUCTS[product](packed, 130.0, 128, q8_0, isa)
+
+
+@pytest.mark.parametrize("b, message", [
+    (np.zeros(22, np.uint8), r"\(22,\).*\(rows, bytes of a row\)"),
+    (np.zeros((2, 3, 22), np.uint8), r"\(2, 3, 22\)"),
+    (np.zeros((2, 21), np.uint8), r"\(2, 21\).*22"),
+    (np.zeros((2, 22), np.float32), "float32.*uint8"),
+])  # fmt: skip
+def test_repack_refuses_what_are_no_rows_of_blocks(b, message):
+    with pytest.raises(ValueError, match=message):
+        kernels.repack(b)
+
+
+@pytest.mark.skipif(not ISAS, reason="this CPU has no kernels for repacked rows")
+def test_the_environment_chooses(monkeypatch):
+    monkeypatch.setenv("SHERRY_ISA", "scalar")
+    with pytest.raises(ValueError, match="scalar has no kernels for repacked rows"):
+        good("tables", isa=None)
+    monkeypatch.setenv("SHERRY_ISA", ISAS[-1])
+    assert not good("tables", isa=None).any()
+
+
+def test_panels_of_an_instruction_set_without():
+    for isa in set(ISAS) - set(HAS["panels"]):
+        with pytest.raises(ValueError, match=f"instruction set {isa} has no panels; those that this CPU runs: "):
+            kernels.mul_panels(np.zeros(65 * 44, np.uint8), 65, 256, np.zeros((2, 272), np.uint8), isa)
+
+
+@every_product
+def test_strided_read_only_and_odd_arrays(isa, product):
+    rng = np.random.default_rng(11)
+    b, q8_0 = random_rows(rng, 130, 384), random_q8_0(rng, 5, 384)
+    w, y = floats(b, q8_0)
+    packed = kernels.repack(b)
+    strided = np.repeat(np.repeat(b, 2, axis=1), 2, axis=0)[::2, ::2]
+    strided.flags.writeable = False
+    shifted = np.insert(b.reshape(-1), 0, 0)[1:].reshape(b.shape)
+    assert shifted.ctypes.data % 2 == 1
+    assert (kernels.repack(strided) == packed).all() and (kernels.repack(shifted) == packed).all()
+    odd = np.insert(packed, 0, 0)[1:], np.insert(q8_0.reshape(-1), 0, 0)[1:].reshape(q8_0.shape)
+    wide = np.repeat(packed, 2)[::2], np.repeat(q8_0, 2, axis=1)[:, ::2]
+    for x, q in odd, wide:
+        x.flags.writeable = q.flags.writeable = False
+        assert (PRODUCTS[product](x, 130, 384, q, isa) == y @ w.T).all()

@@ -1,0 +1,101 @@
+"""The C files under AddressSanitizer and UBSan, the glue of the repack buffer under ThreadSanitizer too, and all compiled as
+strictly as the compiler can."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from sherry_gguf import kernels, llama_cpp
+
+HERE = Path(__file__).parent
+SOURCES = HERE.parents[1] / "ggml_patch" / "src"
+CC, CXX = os.environ.get("CC", "cc"), os.environ.get("CXX", "c++")
+WARNINGS = "-Wall -Wextra -Wpedantic -Wshadow -Wconversion -Wno-sign-conversion -Wstrict-prototypes -Werror".split()
+MEMORY = ["-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
+THREADS = ["-fsanitize=thread"]
+
+
+def call(*command):
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def compile_kernels(directory, flags):
+    """The C files, and a function that links a program with them."""
+    for source in SOURCES.glob("*.c"):
+        call(CC, "-std=c11", "-O1", "-g", *flags, "-I", SOURCES, "-c", source, "-o", directory / f"{source.stem}.o")
+    objects = sorted(directory.glob("*.o"))
+
+    def link(source):
+        compiler = [CC, "-std=c11"]
+        if source.suffix == ".cpp":
+            ggml = llama_cpp.source_dir() / "ggml"
+            compiler = [CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror"]
+            for headers in "include", "src", "src/ggml-cpu":
+                compiler += ["-isystem", ggml / headers]
+        call(*compiler, "-O1", "-g", *flags, "-I", SOURCES, source, *objects, "-lm", "-pthread", "-o", directory / source.stem)
+        return directory / source.stem
+
+    return link
+
+
+@pytest.fixture(scope="module")
+def with_memory_checks(tmp_path_factory):
+    return compile_kernels(tmp_path_factory.mktemp("memory"), MEMORY)
+
+
+@pytest.fixture(scope="module")
+def fuzz(with_memory_checks):
+    return with_memory_checks(HERE / "fuzz_kernels.c")
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_random_bytes(fuzz, seed):
+    result = subprocess.run([fuzz, str(seed), "3000"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+    repacked = 3000 // 5 * (2 * len(kernels.available_repacked()) + len(kernels.available_panels()))
+    assert int(result.stdout.split()[0]) == 3000 * (2 * (8 + len(kernels.available())) + 1) + repacked
+
+
+@pytest.fixture(scope="module")
+def threads_and_memory(with_memory_checks):
+    return with_memory_checks(HERE.parent / "llama_cpp" / "threads_repacked.cpp")
+
+
+@pytest.fixture(scope="module")
+def threads_and_races(tmp_path_factory):
+    return compile_kernels(tmp_path_factory.mktemp("races"), THREADS)(HERE.parent / "llama_cpp" / "threads_repacked.cpp")
+
+
+@pytest.mark.parametrize("isa", kernels.available_repacked())
+@pytest.mark.parametrize("program", ["threads_and_memory", "threads_and_races"])
+def test_threads_share_repacked_products(program, isa, request):
+    """With and without NUMA, 1 to 8 threads, few and many columns, experts: right, and no race."""
+    command, env = [request.getfixturevalue(program), "1"], os.environ | {"SHERRY_ISA": isa, "TSAN_OPTIONS": "halt_on_error=1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    if "unexpected memory mapping" in result.stderr:  # older ThreadSanitizers, where addresses are very random
+        result = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True, env=env)
+    assert result.returncode == 0 and result.stdout == "104 operations\n", result.stdout + result.stderr[:8000]
+
+
+@pytest.mark.skipif("avx512vnni" not in kernels.available(), reason="this CPU has no multiplication like AVX-VNNI's")
+@pytest.mark.parametrize("seed", [1, 2])
+def test_avxvnni_by_the_multiplication_of_avx512(seed, tmp_path):
+    """CPUs with AVX-512 and without AVX-VNNI never choose its kernels: here they are compiled with the wider encoding."""
+    flags = ['-DAVXVNNI="avx2,fma,f16c,avx512f,avx512vl,avx512vnni"', "-DDPBUSD=_mm256_dpbusd_epi32", *MEMORY]
+    program = compile_kernels(tmp_path, flags)(HERE / "avxvnni.c")
+    result = subprocess.run([program, str(seed)], capture_output=True, text=True)
+    assert result.returncode == 0 and int(result.stdout.split()[0]) > 10000, result.stdout + result.stderr
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES.glob("*.c")), ids=lambda p: p.name)
+def test_compiles_without_a_warning(source):
+    # Intrinsics headers are not ours; every file compiles for a plain CPU, whatever instruction set it holds.
+    call(CC, "-std=c11", "-O2", *WARNINGS, "-c", source, "-o", os.devnull)
+
+
+@pytest.mark.parametrize("source", sorted(SOURCES.glob("*.h")), ids=lambda p: p.name)
+def test_headers_serve_cpp_too(source, tmp_path):
+    (tmp_path / "use.cpp").write_text(f'#include "{source}"\nint main() {{ return sizeof(block_tq1_25) != 22; }}\n')
+    call(CXX, "-std=c++17", "-Wall", "-Wextra", "-Werror", "-c", tmp_path / "use.cpp", "-o", os.devnull)
