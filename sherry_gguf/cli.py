@@ -8,7 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
-from . import convert, llama_cpp, patterns, retag, tq1_25, transcode, verify
+from . import convert, inspect, llama_cpp, patterns, retag, tq1_25, transcode, verify
 from .convert import ConvertError, Options
 
 
@@ -187,7 +187,7 @@ def _convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if args.dry_run:
         print(
             "\n".join(
-                verify.table(
+                inspect.table(
                     ("tensor", "type", "shape", "bytes", "from"),
                     [(t.name, t.type.name, " x ".join(map(str, t.shape)), t.nbytes, t.source) for t in report.tensors],
                 )
@@ -206,12 +206,12 @@ def _summary(report: convert.Report, dry_run: bool):
     groups: dict[tuple, list[convert.Tensor]] = {}
     for t in report.tensors:
         groups.setdefault((patterns.star(t.name), t.type.name), []).append(t)
-    rows = [(name, qtype, len(ts), *verify._sizes(ts), _quality(ts, dry_run)) for (name, qtype), ts in groups.items()]
+    rows = [(name, qtype, len(ts), *inspect.sizes(ts), _quality(ts, dry_run)) for (name, qtype), ts in groups.items()]
     if rows:
         quantized = [t for t in report.tensors if t.type.name == tq1_25.NAME]
-        rows.append(("total", "", len(report.tensors), *verify._sizes(report.tensors), _quality(quantized, dry_run)))
+        rows.append(("total", "", len(report.tensors), *inspect.sizes(report.tensors), _quality(quantized, dry_run)))
         yield ""
-        yield from verify.table(("tensor", "type", "tensors", "weights", "bytes", "bits/weight", "stored"), rows)
+        yield from inspect.table(("tensor", "type", "tensors", "weights", "bytes", "bits/weight", "stored"), rows)
     for note in report.notes:
         yield f"note: {note}"
     verb = "would write" if dry_run else "wrote"
@@ -272,7 +272,7 @@ def _inspect_parser(parser: argparse.ArgumentParser):
 
 
 def _inspect(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    for line in verify.inspect(args.gguf, args.tensors):
+    for line in inspect.inspect(args.gguf, args.tensors):
         print(line)
     return 0
 

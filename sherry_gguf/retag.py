@@ -19,8 +19,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from . import convert, stq1_0, verify
+from . import convert, stq1_0
 from .convert import ConvertError
+from .gguf_file import check_shard, is_shard, padded, split_files
 from .reader import Entry, open_gguf
 
 Q2_0 = (64, 18)  # weights and bytes of a block of upstream's type 42
@@ -54,7 +55,7 @@ def _old_tensors(reader) -> list[Entry]:
                 return False
             needed = weights // block * nbytes
             # the last tensor of a file may lack its padding
-            return room in (needed, -(-needed // alignment) * alignment) if after is None else room == -(-needed // alignment) * alignment
+            return room == padded(needed, alignment) or (after is None and room == needed)
 
         old, new = fits(stq1_0.TYPE.size, stq1_0.TYPE.bytes), fits(*Q2_0)
         if not old and not new:
@@ -85,7 +86,7 @@ def _changes(path: Path) -> tuple[int, dict[int, int]]:
     found = _old_tensors(reader)
     numbers = {e.type_at: stq1_0.TYPE.type_id for e in found}
     if (at := reader.file_type_at()) is not None and reader.fields["general.file_type"].contents() in OLD_FILE_TYPES:
-        if found or any(map(_has_stq1_0, verify.split_files(path))):
+        if found or any(map(_has_stq1_0, split_files(path))):
             numbers[at] = stq1_0.TYPE.file_type
     return len(found), numbers
 
@@ -106,12 +107,12 @@ def retag(source: Path, target: Path) -> tuple[int, bool]:
     before. Raises ConvertError.
     """
     source, target = Path(source), Path(target)
-    verify.check_shard(source, target)
+    check_shard(source, target)
     target = convert.writable(target)
     if source.with_name(source.name + BACKUP).exists():
         raise ConvertError(f"{source.name + BACKUP} says that a retag of {source} in place was cut off: run it with --in-place again")
     count, numbers = _changes(source)
-    if not numbers and not verify.is_shard(source):  # of a split, one without any goes along
+    if not numbers and not is_shard(source):  # of a split, one without any goes along
         raise _nothing(source)
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the file itself: --in-place changes it where it is")

@@ -18,9 +18,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from . import convert, gguf_type, verify
+from . import convert, gguf_type
 from .blocks import NOT_FINITE, BlockType, QuantizeError
 from .convert import ConvertError
+from .gguf_file import Stored, check_shard, is_shard, padded
 from .reader import open_gguf
 
 TARGETS = ("tq1_25", "stq1_0", "tq2_0", "q8_0", "f16")
@@ -40,7 +41,7 @@ class Moved:
     type: Any
     shape: tuple[int, ...]  # NumPy's order
     nbytes: int
-    source: verify.Stored
+    source: Stored
     blocks: int = 0  # of the target's, where the type changed
     exact: int = 0
     squared_error: float = 0.0
@@ -65,20 +66,20 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
     if to not in TARGETS:
         raise ConvertError(f"--to {to}: one of {', '.join(TARGETS)}")
     source, target = Path(source), Path(target)
-    verify.check_shard(source, target)
+    check_shard(source, target)
     target = convert.writable(target)
     wanted = gguf.GGMLQuantizationType[to.upper()]
     reader = open_gguf(source)
     plan = [_plan(t, source, wanted, gguf) for t in reader.tensors]
-    if not any(m.type != m.old for m in plan) and not verify.is_shard(source):  # of a split, one without any goes along
+    if not any(m.type != m.old for m in plan) and not is_shard(source):  # of a split, one without any goes along
         held = sorted({m.old.name for m in plan})
         raise ConvertError(f"{source} has no tensor that could be {wanted.name} instead, of {', '.join(held)}")
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the file itself: name another one to write")
     options = convert.Options(progress=progress)
     head = _head(reader, plan, to)
-    start = _padded(len(head), int(reader.alignment)) if plan else len(head)
-    needed = start + sum(_padded(m.nbytes, int(reader.alignment)) for m in plan)
+    start = padded(len(head), int(reader.alignment)) if plan else len(head)
+    needed = start + sum(padded(m.nbytes, int(reader.alignment)) for m in plan)
     with convert._staging(target, needed) as staging:
         holes = max(0, source.stat().st_size - 512 * getattr(source.stat(), "st_blocks", math.inf))  # most of them stay
         if needed - holes > (free := shutil.disk_usage(staging).free):
@@ -98,9 +99,9 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
                         out.write(data)
                     bar.update(len(data))
                 m.sha256 = digest.digest()
-                out.seek(_padded(m.nbytes, int(reader.alignment)) - m.nbytes, os.SEEK_CUR)
+                out.seek(padded(m.nbytes, int(reader.alignment)) - m.nbytes, os.SEEK_CUR)
             out.truncate()
-            unknown = _correct(reader, plan, out, verify.is_shard(source) and wanted.name in TERNARY)
+            unknown = _correct(reader, plan, out, is_shard(source) and wanted.name in TERNARY)
         if require_exact and (inexact := [m for m in plan if m.exact < m.blocks]):
             raise ConvertError(
                 f"--require-exact: {len(inexact)} tensors have blocks that {wanted.name} cannot hold, {inexact[0].name} "
@@ -112,7 +113,7 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
 
 
 def _plan(t, path: Path, wanted, gguf) -> Moved:
-    stored = verify.Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), path, int(t.data_offset), int(t.n_bytes))
+    stored = Stored.of(t, path)
     m = Moved(t.name, t.tensor_type, t.tensor_type, stored.shape, stored.nbytes, stored)
     ternary = t.tensor_type.name in TERNARY
     if t.tensor_type == wanted or not (ternary or t.tensor_type.name in OTHERS) or not stored.weights:
@@ -129,7 +130,7 @@ def _plan(t, path: Path, wanted, gguf) -> Moved:
     return m
 
 
-def _fits(stored: verify.Stored, wanted, gguf) -> bool:
+def _fits(stored: Stored, wanted, gguf) -> bool:
     try:
         zero = True
         for x, _, exact, _ in _encoded(stored, wanted, gguf):
@@ -141,7 +142,7 @@ def _fits(stored: verify.Stored, wanted, gguf) -> bool:
         return False
 
 
-def _encoded(stored: verify.Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def _encoded(stored: Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Of some rows at a time: values, bytes, which blocks are exact, what they decode to."""
     size = gguf.GGML_QUANT_SIZES[wanted][0]
     n, rows = stored.shape[-1], math.prod(stored.shape[:-1])
@@ -166,7 +167,7 @@ def _encoded(stored: verify.Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, 
         yield x, data, (back == x).reshape(-1, size).all(axis=1), back
 
 
-def _check_scales(stored: verify.Stored, start: int, rows: np.ndarray, kind: BlockType):
+def _check_scales(stored: Stored, start: int, rows: np.ndarray, kind: BlockType):
     d = rows.reshape(len(rows), -1, kind.bytes)[..., -2:].copy().view("<f2")[..., 0]
     if (bad := ~np.isfinite(d) | np.signbit(d)).any():
         row, block = np.argwhere(bad)[0]
@@ -234,7 +235,7 @@ def _head(reader, plan: list[Moved], to: str) -> bytes:
         for part in t.field.parts[:4]:  # name and shape
             head += part.tobytes()
         head += struct.pack("<IQ", int(m.type), offset)
-        offset += _padded(m.nbytes, alignment)
+        offset += padded(m.nbytes, alignment)
     return bytes(head)
 
 
@@ -270,10 +271,6 @@ def _correct(reader, plan: list[Moved], out: BinaryIO, doubt: bool) -> int:
                 out.seek(last_part(every))
                 out.write(b"\0")
     return len(unknown)
-
-
-def _padded(n: int, alignment: int) -> int:
-    return -(-n // alignment) * alignment
 
 
 def summary(plan: list[Moved], unknown: int = 0) -> Iterator[str]:

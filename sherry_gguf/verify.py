@@ -11,187 +11,16 @@ import collections
 import dataclasses
 import enum
 import math
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from . import convert, gguf_type, llama_cpp, ternary, tq1_25
-from .convert import ConvertError, Grouping, Options, Tensor
+from . import convert, llama_cpp, ternary, tq1_25
+from .convert import Grouping, Options, Tensor
+from .gguf_file import Gguf, Stored, read_gguf
 from .provenance import Checkpoint
-from .reader import open_gguf
-
-_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")
-
-
-@dataclasses.dataclass
-class Stored:
-    """A tensor in a GGUF file."""
-
-    name: str
-    type: Any  # gguf.GGMLQuantizationType
-    shape: tuple[int, ...]  # NumPy's order
-    path: Path
-    offset: int
-    nbytes: int
-
-    @property
-    def weights(self) -> int:
-        return math.prod(self.shape)
-
-    def read(self, start: int = 0, count: int | None = None) -> np.ndarray:
-        """uint8 (rows, bytes of a row) of `count` rows, by default all, read without mapping the file."""
-        rows = math.prod(self.shape[:-1])
-        row_bytes = self.nbytes // max(rows, 1)
-        count = rows - start if count is None else min(count, rows - start)
-        data = np.fromfile(self.path, np.uint8, count * row_bytes, offset=self.offset + start * row_bytes)
-        if data.size != count * row_bytes:
-            raise ConvertError(f"{self.path} ends within the tensor {self.name}: it was changed while it was read")
-        return data.reshape(count, row_bytes)
-
-
-@dataclasses.dataclass
-class Gguf:
-    """A GGUF model: one file, or all of a split."""
-
-    files: list[Path]
-    fields: dict[str, Any]
-    types: dict[str, tuple]  # of the fields: a GGUFValueType, behind ARRAY that of the elements
-    tensors: dict[str, Stored]
-
-
-def is_shard(path: Path) -> bool:
-    """Is a file named as one of a split is?"""
-    return bool(_SHARD.search(path.name))
-
-
-def check_shard(source: Path, target: Path):
-    """Raise ConvertError where a file of a split would come out under a name by which its split cannot be found."""
-    shard, named = _SHARD.search(source.name), _SHARD.search(target.name)
-    if shard and not (named and named[0] == shard[0]):
-        raise ConvertError(
-            f"{source} is file {int(shard[1])} of {int(shard[2])} of a split, each of which is a call: {target.name} must end "
-            f"with {shard[0]}, as it does"
-        )
-
-
-def split_files(path: Path) -> list[Path]:
-    """The files of the split that a file belongs to by its name, or the file alone."""
-    if split := _SHARD.search(path.name):
-        stem = path.name[: split.start()]
-        named = [path.with_name(f"{stem}-{i + 1:05d}-of-{split[2]}.gguf") for i in range(int(split[2]))]
-        if path in named:
-            return named
-    return [path]
-
-
-def read_gguf(path: Path) -> Gguf:
-    """Read the metadata and the tensor table; of a split, any file stands for all. Raises ConvertError."""
-    path = Path(path)
-    files = split_files(path)
-    model = Gguf(files, {}, {}, {})
-    for file in files:
-        reader = open_gguf(file)
-        fields = {name: f for name, f in reader.fields.items() if not name.startswith("GGUF.")}
-        try:
-            values = {name: f.contents() for name, f in fields.items()}
-        except Exception as e:  # text that is none, and what else bytes can be
-            raise ConvertError(f"{file} is damaged: its metadata: {e}") from e
-        tensors = [
-            Stored(t.name, t.tensor_type, tuple(int(n) for n in reversed(t.shape)), file, t.data_offset, t.n_bytes) for t in reader.tensors
-        ]
-        model.fields = values | model.fields  # a split's later files hold only split.*
-        model.types = {name: tuple(f.types) for name, f in fields.items()} | model.types
-        for t in tensors:
-            if t.name in model.tensors:
-                raise ConvertError(f"{file} repeats the tensor {t.name}")
-            model.tensors[t.name] = t
-    expected = model.fields.get("split.tensors.count", len(model.tensors))
-    if expected != len(model.tensors):
-        raise ConvertError(
-            f"{path} belongs to a split with {expected} tensors, {len(model.tensors)} are in {', '.join(f.name for f in files)}"
-        )
-    return model
-
-
-# ---- inspect ----
-
-
-def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
-    """The lines that describe a GGUF file. Needs neither llama.cpp nor PyTorch. Raises ConvertError."""
-    model = read_gguf(path)
-    arch = model.fields.get("general.architecture", "?")
-    yield f"{path}: {sum(f.stat().st_size for f in model.files) / 1e6:.1f} MB in {len(model.files)} file(s)"
-    for key, value in model.fields.items():
-        if key.startswith(("general.", f"{arch}.", "sherry.", "split.")) or key in _TOKENIZER:
-            yield f"  {key:45} {_short(value)}"
-    tokens = model.fields.get("tokenizer.ggml.tokens", [])
-    yield f"  {'tokenizer.ggml.tokens':45} {f'{len(tokens)} tokens' if isinstance(tokens, list) else _short(tokens)}"
-    names, flags = (model.fields.get(f"sherry.tensor.{k}") for k in ("names", "exact"))
-    exact = dict(zip(names, flags)) if isinstance(names, list) and isinstance(flags, list) else {}
-    # of other types now: whoever made them so has not always said what it cost
-    exact = {name: f for name, f in exact.items() if name in model.tensors and model.tensors[name].type.name == tq1_25.NAME}
-    if exact:
-        count = f"{sum(f is True for f in exact.values())} of {len(exact)} {tq1_25.NAME} tensors"
-        yield f"  {count} are exact by what the file says: bit for bit those of the checkpoint"
-    yield ""
-    rows = collections.defaultdict(list)
-    for t in model.tensors.values():
-        rows[t.type.name].append(t)
-    yield from table(
-        ("type", "tensors", "weights", "bytes", "bits/weight"),
-        [(name, len(ts), *_sizes(ts)) for name, ts in rows.items()] + [("total", len(model.tensors), *_sizes(model.tensors.values()))],
-    )
-    if tensors:
-        yield ""
-        yield from table(
-            ("tensor", "type", "shape", "exact", "scales, from to"),
-            [
-                (
-                    t.name,
-                    t.type.name,
-                    " x ".join(map(str, t.shape)),
-                    {True: "yes", False: "no"}.get(exact.get(t.name), ""),
-                    _scales(t),
-                )
-                for t in model.tensors.values()
-            ],
-        )
-
-
-_TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, list):
-        return f"[{', '.join(map(_short, value[:3]))}{', ...' * (len(value) > 3)}] ({len(value)})"
-    text = f"{value:.6g}" if isinstance(value, float) else str(value)
-    return text if len(text) <= 70 else text[:67].replace("\n", " ") + "..."
-
-
-def _sizes(tensors) -> tuple[str, str, str]:
-    weights, size = sum(t.weights for t in tensors), sum(t.nbytes for t in tensors)
-    return f"{weights:,}", f"{size:,}", f"{8 * size / weights:.3f}" if weights else ""
-
-
-def _scales(t: Stored) -> str:
-    if t.type.name not in gguf_type.TYPES or not t.weights:
-        return ""
-    d = t.read().reshape(-1, gguf_type.TYPES[t.type.name].bytes)[:, -2:].copy().view("<f2")
-    return f"{d.min():.4g} {d.max():.4g}"
-
-
-def table(head: tuple, rows: list[tuple]) -> Iterator[str]:
-    """Lines of a table: the first column left-aligned, the others right."""
-    cells = [[str(c) for c in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        yield "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
-
-
-# ---- verify ----
 
 
 @dataclasses.dataclass
@@ -205,7 +34,7 @@ class Verdict:
     problems: list[str] = dataclasses.field(default_factory=list)
 
 
-def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict:
+def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdict:
     """Compare a TQ1_25 GGUF with its checkpoint, tensor by tensor and key by key.
 
     Each tensor must have the type that conversion with these options gives it. TQ1_25 tensors must decode to the
@@ -215,6 +44,7 @@ def verify(path: Path, model_dir: Path, options: Options = Options()) -> Verdict
     checkpoint, but for names and authorship (general.*), which flags can set. `options`: what conversion was given,
     as far as it changes tensors or tokenizer. Raises ConvertError, llama_cpp.NotBuilt.
     """
+    options = options or Options()
     convert.upstream()  # before gguf is imported from elsewhere
     model_dir = Path(model_dir)
     stored = read_gguf(path)

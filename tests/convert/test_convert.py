@@ -13,7 +13,7 @@ import small_models
 import torch
 from conftest import sherry
 
-from sherry_gguf import cli, convert, gguf_type, llama_cpp, ternary, tq1_25, verify
+from sherry_gguf import cli, convert, gguf_file, gguf_type, llama_cpp, ternary, tq1_25
 
 gguf = gguf_type.register()
 
@@ -30,7 +30,7 @@ KEPT = {
 
 def load(path):
     """name: (type, float32 array) of all tensors of a file."""
-    model = verify.read_gguf(path)
+    model = gguf_file.read_gguf(path)
     return {name: (t.type.name, gguf.quants.dequantize(t.read(), t.type).reshape(t.shape)) for name, t in model.tensors.items()}
 
 
@@ -65,7 +65,7 @@ def test_exact_checkpoint(zoo, name):
 @pytest.mark.parametrize("name", ["llama", "llama-bpe", "qwen2", "mixtral"])
 def test_metadata(zoo, name):
     root, _ = zoo
-    ours, upstream = (verify.read_gguf(root / f"{name}.{kind}").fields for kind in ("gguf", "f32.gguf"))
+    ours, upstream = (gguf_file.read_gguf(root / f"{name}.{kind}").fields for kind in ("gguf", "f32.gguf"))
     assert {k: v for k, v in ours.items() if not k.startswith("sherry.")} == upstream | {"general.file_type": 125}
     tensors = load(root / f"{name}.gguf")
     names = [k for k, (qtype, _) in tensors.items() if qtype == "TQ1_25"]
@@ -188,7 +188,7 @@ def test_latent(latent, tmp_path, granularity, size):
     assert "exact 0/12, 0.0 % of blocks; quantized: error <= 0.5" in done.stdout
     assert proof.returncode == 0, proof.stdout + proof.stderr
     assert "0 TQ1_25 tensors bit for bit as in the checkpoint, 12 as the reference" in proof.stdout
-    model = verify.read_gguf(out)
+    model = gguf_file.read_gguf(out)
     assert model.fields["sherry.granularity"] == granularity and model.fields["sherry.exact"] is False
     assert model.tensors["blk.0.ffn_down.weight"].type.name == "F16"
     from safetensors.numpy import load_file
@@ -220,7 +220,7 @@ def test_per_tensor_of_experts(tmp_path):
         done = sherry(*args, "--granularity", "per_tensor")
         assert done.returncode == 0, done.stdout + done.stderr
     weights = load_file(model / "model.safetensors")
-    d = tq1_25.unpack(verify.read_gguf(out).tensors["blk.1.ffn_up_exps.weight"].read())[1].reshape(4, -1)
+    d = tq1_25.unpack(gguf_file.read_gguf(out).tensors["blk.1.ffn_up_exps.weight"].read())[1].reshape(4, -1)
     for i in range(4):
         x = np.abs(weights[f"model.layers.1.block_sparse_moe.experts.{i}.w3.weight"].astype(np.float64))
         kept = np.sort(x.reshape(-1, 4))[:, 1:]
@@ -249,7 +249,7 @@ def test_one_ulp_is_not_exact(tmp_path, dtype):
         done = sherry(*args)
         assert done.returncode == 0, done.stdout + done.stderr
     assert "12 TQ1_25 tensors bit for bit as in the checkpoint, 2 as the reference" in done.stdout
-    fields = verify.read_gguf(out).fields
+    fields = gguf_file.read_gguf(out).fields
     inexact = [n for n, e in zip(fields["sherry.tensor.names"], fields["sherry.tensor.exact"]) if not e]
     assert sorted(inexact) == ["blk.0.attn_q.weight", "blk.0.ffn_up.weight"] and fields["sherry.exact"] is False
 
@@ -331,7 +331,7 @@ def test_wide_groups_of_an_exact_checkpoint(tmp_path):
     out = tmp_path / "x.gguf"
     done = sherry("convert", model, "--outfile", out, "--keep", "ffn_down", "--require-exact")
     assert done.returncode == 0, done.stderr
-    fields = verify.read_gguf(out).fields
+    fields = gguf_file.read_gguf(out).fields
     assert fields["sherry.granularity"] == "per_channel" and "sherry.group_size" not in fields
     assert fields["sherry.weights"] == "fake_quantized" and fields["sherry.exact"] is True
 
@@ -351,7 +351,7 @@ def test_inexact_is_told(tmp_path):
     line = next(x for x in done.stdout.splitlines() if x.startswith("blk.*.ffn_up"))
     assert "exact 1/2, 99.9 % of blocks; quantized: error <=" in line
     assert re.search(r"fake_quantized, yet these are not .*: blk\.1\.ffn_up\.weight\. --keep keeps them", done.stdout)
-    fields = verify.read_gguf(out).fields
+    fields = gguf_file.read_gguf(out).fields
     flags = dict(zip(fields["sherry.tensor.names"], fields["sherry.tensor.exact"]))
     assert [k for k, v in flags.items() if not v] == ["blk.1.ffn_up.weight"]
     before = small_models.snapshot(tmp_path)
@@ -360,7 +360,7 @@ def test_inexact_is_told(tmp_path):
     assert small_models.snapshot(tmp_path) == before
     done = sherry("convert", model, "--outfile", out, "--require-exact", "--keep", r"layers\.1\.mlp\.up")
     assert done.returncode == 0
-    assert verify.read_gguf(out).tensors["blk.1.ffn_up.weight"].type.name == "F16"
+    assert gguf_file.read_gguf(out).tensors["blk.1.ffn_up.weight"].type.name == "F16"
 
 
 # ---- what is kept, and how ----
@@ -401,7 +401,7 @@ def test_embedding_types(zoo, tmp_path):
     assert [r.returncode for r in results] == [0, 0, 1, 1, 0, 0], results
     assert "has no output tensor" in results[2].stderr and "use --token-embedding-type" in results[2].stderr
     assert "token_embd.weight has rows of 896, Q4_K needs a multiple of 256" in results[3].stderr
-    stored = {k: t.type.name for k, t in verify.read_gguf(out[0]).tensors.items()}
+    stored = {k: t.type.name for k, t in gguf_file.read_gguf(out[0]).tensors.items()}
     assert (stored["token_embd.weight"], stored["output.weight"]) == ("Q6_K", "Q8_0")
     assert load(out[1])["token_embd.weight"][0] == "TQ1_25"
     wanted = load(root / "llama.f32.gguf")
@@ -454,7 +454,7 @@ def test_keep(zoo, tmp_path):
     flags = ["--keep", "output", "--output-tensor-type", "Q8_0"]
     done = sherry(*convert, *flags)
     assert done.returncode == 0 and "stored as Q8_0, as asked, which overrules --keep: output.weight" in done.stdout
-    stored = {k: t.type.name for k, t in verify.read_gguf(tmp_path / "x.gguf").tensors.items()}
+    stored = {k: t.type.name for k, t in gguf_file.read_gguf(tmp_path / "x.gguf").tensors.items()}
     assert (stored["output.weight"], stored["blk.0.attn_output.weight"]) == ("Q8_0", "F16")
     done = sherry("verify", tmp_path / "x.gguf", root / "llama", *flags)
     assert done.returncode == 0 and "9 kept in another type (3 F16, 5 F32, 1 Q8_0)" in done.stdout, done.stdout
@@ -493,7 +493,7 @@ def test_fused_qkv(zoo, tmp_path):
     root, _ = zoo
     done = sherry("convert", root / "llama", "--outfile", tmp_path / "x.gguf", "--fuse-qkv", "--require-exact")
     assert done.returncode == 0, done.stderr
-    assert verify.read_gguf(tmp_path / "x.gguf").tensors["blk.0.attn_qkv.weight"].type.name == "TQ1_25"
+    assert gguf_file.read_gguf(tmp_path / "x.gguf").tensors["blk.0.attn_qkv.weight"].type.name == "TQ1_25"
     assert sherry("verify", tmp_path / "x.gguf", root / "llama", "--fuse-qkv").returncode == 0
     assert sherry("verify", tmp_path / "x.gguf", root / "llama").returncode == 1
 
@@ -598,9 +598,9 @@ def test_default_file_and_names(tmp_path):
         done = sherry("convert", model, *args)
         assert done.returncode == 0, done.stderr
     assert (model / "my.model-TQ1_25.gguf").read_bytes() == (tmp_path / "out" / "my.model-TQ1_25.gguf").read_bytes()
-    vocab = verify.read_gguf(model / "my.model-vocab.gguf")
+    vocab = gguf_file.read_gguf(model / "my.model-vocab.gguf")
     assert not vocab.tensors and len(vocab.fields["tokenizer.ggml.tokens"]) == small_models.VOCAB
-    fields = verify.read_gguf(tmp_path / "tq1_25.gguf").fields
+    fields = gguf_file.read_gguf(tmp_path / "tq1_25.gguf").fields
     assert (fields["general.name"], fields["general.author"]) == ("A Name", "somebody")
 
 

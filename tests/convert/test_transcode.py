@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from sherry_gguf import cli, gguf_type, stq1_0, tq1_25, transcode, verify
+from sherry_gguf import cli, gguf_file, gguf_type, inspect, stq1_0, tq1_25, transcode
 from sherry_gguf.convert import ConvertError
 
 gguf = gguf_type.register()
@@ -113,7 +113,7 @@ def test_metadata_is_kept(model, tmp_path, to):
         transcode.transcode(model, tmp_path / "f16.gguf", "f16")
         model = tmp_path / "f16.gguf"
     transcode.transcode(model, tmp_path / "out.gguf", to)
-    before, after = verify.read_gguf(model), verify.read_gguf(tmp_path / "out.gguf")
+    before, after = gguf_file.read_gguf(model), gguf_file.read_gguf(tmp_path / "out.gguf")
     wanted = {"tq1_25": 125, "stq1_0": 43, "tq2_0": 37, "q8_0": 7, "f16": 1}[to]
     assert after.fields == before.fields | {"general.file_type": wanted} and after.types == before.types
     assert list(after.tensors) == list(before.tensors)
@@ -127,7 +127,8 @@ def test_the_files_of_a_split_keep_their_places(model, tmp_path, capsys):
         for command in ["transcode", str(shard), str(tmp_path / name), "--to", "f16"], ["retag", str(shard), str(tmp_path / name)]:
             assert cli.main(command) == 1
             assert (
-                f"is file 2 of 3 of a split, each of which is a call: {name} must end with -00002-of-00003.gguf" in capsys.readouterr().err
+                f"is file 2 of 3 of a split. Name the output so that it ends with -00002-of-00003.gguf, not {name}"
+                in capsys.readouterr().err
             )
     assert cli.main(["transcode", str(shard), str(tmp_path / "out-00002-of-00003.gguf"), "--to", "f16"]) == 0
 
@@ -284,14 +285,14 @@ def test_what_was_said_of_exactness_is_corrected(tmp_path, capsys):
     plan, _ = transcode.transcode(tmp_path / "m.gguf", tmp_path / "tq2.gguf", "tq2_0")
     transcode.transcode(tmp_path / "tq2.gguf", tmp_path / "back.gguf", "tq1_25")
     for name in "tq2.gguf", "back.gguf":
-        fields = verify.read_gguf(tmp_path / name).fields
+        fields = gguf_file.read_gguf(tmp_path / name).fields
         assert fields["sherry.tensor.exact"] == [True, False, False] and fields["sherry.tensor.names"] == names
         assert (
             np.allclose(fields["sherry.tensor.relative_error"], [0, plan[1].relative_error, 0.25], rtol=0.02)
             and plan[1].relative_error > 0.01
         )
-    lines = list(verify.inspect(tmp_path / "back.gguf", tensors=True))
-    assert any("1 of 3 TQ1_25 tensors are exact" in line for line in lines)
+    lines = list(inspect.inspect(tmp_path / "back.gguf", tensors=True))
+    assert any("1 of 3 TQ1_25 tensors are marked exact" in line for line in lines)
 
 
 @pytest.mark.parametrize("to", ["tq2_0", "f16"])
@@ -314,15 +315,15 @@ def test_the_first_file_of_a_split_says_what_it_knows(tmp_path, capsys, to):
             names = [str(tmp_path / f"{s}-0000{i}-of-00002.gguf") for s in (source, target)]
             assert cli.main(["transcode", *names, "--to", t]) == 0
     told = capsys.readouterr().out
-    fields = verify.read_gguf(tmp_path / "there-00001-of-00002.gguf").fields
+    fields = gguf_file.read_gguf(tmp_path / "there-00001-of-00002.gguf").fields
     if to == "f16":  # holds them all; on the way back it is not known whether the other file does
         assert fields["sherry.tensor.exact"] == [True, True] and fields["sherry.exact"] is True
     else:
         assert fields["sherry.tensor.exact"] == [True, False] and fields["sherry.exact"] is False
         assert fields["sherry.tensor.relative_error"][0] == 0 and np.isnan(fields["sherry.tensor.relative_error"][1])
     assert told.count("1 tensors of the split's other files no longer count as exact in sherry.tensor.exact") == 1
-    lines = list(verify.inspect(tmp_path / "back-00002-of-00002.gguf"))
-    assert any("1 of 2 TQ1_25 tensors are exact by what the file says" in line for line in lines), lines
+    lines = list(inspect.inspect(tmp_path / "back-00002-of-00002.gguf"))
+    assert any("1 of 2 TQ1_25 tensors are marked exact" in line for line in lines), lines
 
 
 def test_other_types_are_not_called_exact(tmp_path):
@@ -337,8 +338,8 @@ def test_other_types_are_not_called_exact(tmp_path):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    lines = list(verify.inspect(tmp_path / "m.gguf", tensors=True))
-    assert any("1 of 1 TQ1_25 tensors are exact by what the file says" in line for line in lines), lines
+    lines = list(inspect.inspect(tmp_path / "m.gguf", tensors=True))
+    assert any("1 of 1 TQ1_25 tensors are marked exact" in line for line in lines), lines
     assert [line.split()[0] for line in lines if " yes " in line] == ["a"]
 
 
@@ -354,7 +355,7 @@ def test_names_that_are_no_list(tmp_path, names):
     writer.write_tensors_to_file()
     writer.close()
     (m,), _ = transcode.transcode(tmp_path / "m.gguf", tmp_path / "out.gguf", "tq2_0")
-    assert m.exact < m.blocks and verify.read_gguf(tmp_path / "out.gguf").fields["sherry.tensor.names"] == names
+    assert m.exact < m.blocks and gguf_file.read_gguf(tmp_path / "out.gguf").fields["sherry.tensor.names"] == names
 
 
 def test_a_second_run_replaces_the_first(model, tmp_path):

@@ -14,7 +14,7 @@ import atheris
 with atheris.instrument_imports(include=["gguf", "sherry_gguf"]):
     import gguf  # noqa: F401  which sherry_gguf imports late
 
-    from sherry_gguf import retag, transcode, verify
+    from sherry_gguf import inspect, retag, transcode
     from sherry_gguf.convert import ConvertError
     from sherry_gguf.reader import open_gguf
 
@@ -33,7 +33,7 @@ def attempt(function, *args) -> bool:
 
 def one(data: bytes) -> None:
     source.write_bytes(data)
-    attempt(lambda: list(verify.inspect(source, tensors=True)))
+    attempt(lambda: list(inspect.inspect(source, tensors=True)))
     for write, args in ((retag.retag, ()), *((transcode.transcode, (to,)) for to in transcode.TARGETS)):
         if attempt(write, source, target, *args):
             open_gguf(target)

@@ -1,0 +1,92 @@
+"""Describes a GGUF file: its metadata, types and sizes, and which tensors are exact."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from . import gguf_type, tq1_25
+from .gguf_file import Gguf, Stored, read_gguf
+
+_TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+
+
+def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
+    """The lines that describe a GGUF file; with `tensors`, each tensor too. Needs neither llama.cpp nor PyTorch.
+
+    Any file of a split stands for all of it. Raises ConvertError.
+    """
+    model = read_gguf(path)
+    megabytes = sum(f.stat().st_size for f in model.files) / 1e6
+    yield f"{path}: {megabytes:.1f} MB in {len(model.files)} file(s)"
+    arch = model.fields.get("general.architecture", "?")
+    for key, value in model.fields.items():
+        if key.startswith(("general.", f"{arch}.", "sherry.", "split.")) or key in _TOKENIZER:
+            yield f"  {key:45} {_short(value)}"
+    tokens = model.fields.get("tokenizer.ggml.tokens", [])
+    count = f"{len(tokens)} tokens" if isinstance(tokens, list) else _short(tokens)
+    yield f"  {'tokenizer.ggml.tokens':45} {count}"
+    exact = _exact_flags(model)
+    if exact:
+        count = sum(flag is True for flag in exact.values())
+        yield f"  {count} of {len(exact)} {tq1_25.NAME} tensors are marked exact: bit for bit the checkpoint's"
+    yield ""
+    by_type = collections.defaultdict(list)
+    for t in model.tensors.values():
+        by_type[t.type.name].append(t)
+    rows = [(name, len(ts), *sizes(ts)) for name, ts in by_type.items()]
+    rows.append(("total", len(model.tensors), *sizes(model.tensors.values())))
+    yield from table(("type", "tensors", "weights", "bytes", "bits/weight"), rows)
+    if tensors:
+        yield ""
+        yield from table(
+            ("tensor", "type", "shape", "exact", "least and largest scale"),
+            [
+                (t.name, t.type.name, " x ".join(map(str, t.shape)), _yes_or_no(exact.get(t.name)), _scales(t))
+                for t in model.tensors.values()
+            ],
+        )
+
+
+def _exact_flags(model: Gguf) -> dict[str, Any]:
+    """The converter's exactness flags of the tensors that are still TQ1_25: other programs copy the flags when they change the type."""
+    names, flags = (model.fields.get(f"sherry.tensor.{key}") for key in ("names", "exact"))
+    if not (isinstance(names, list) and isinstance(flags, list)):
+        return {}
+    return {name: flag for name, flag in zip(names, flags) if name in model.tensors and model.tensors[name].type.name == tq1_25.NAME}
+
+
+def _yes_or_no(flag: Any) -> str:
+    return {True: "yes", False: "no"}.get(flag, "")
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        shown = [_short(v) for v in value[:3]] + ["..."] * (len(value) > 3)
+        return f"[{', '.join(shown)}] ({len(value)})"
+    text = f"{value:.6g}" if isinstance(value, float) else str(value)
+    return text if len(text) <= 70 else text[:67].replace("\n", " ") + "..."
+
+
+def _scales(t: Stored) -> str:
+    if t.type.name not in gguf_type.TYPES or not t.weights:
+        return ""
+    d = t.read().reshape(-1, gguf_type.TYPES[t.type.name].bytes)[:, -2:].copy().view("<f2")
+    return f"{d.min():.4g} {d.max():.4g}"
+
+
+def sizes(tensors: Iterable[Any]) -> tuple[str, str, str]:
+    """Weights, bytes and bits per weight of tensors, as cells of a table."""
+    tensors = list(tensors)
+    weights, size = sum(t.weights for t in tensors), sum(t.nbytes for t in tensors)
+    return f"{weights:,}", f"{size:,}", f"{8 * size / weights:.3f}" if weights else ""
+
+
+def table(head: tuple, rows: list[tuple]) -> Iterator[str]:
+    """Lines of a table: the first column left-aligned, the others right."""
+    cells = [[str(c) for c in row] for row in (head, *rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for row in cells:
+        yield "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()
