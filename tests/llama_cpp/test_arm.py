@@ -166,9 +166,9 @@ def test_counted_instructions(tmp_path):
         pytest.skip(f"published figures are of {before['compiler']}")
     assert counted == before
     assert (tmp_path / "arm.md").read_text() == published.with_suffix(".md").read_text() == done.stdout
-    readme = (REPO / "README.md").read_text()
-    assert all(f": {count:.0f} for each 128 of them" in readme for count in counted["making"].values())
-    rows = {tuple(re.findall(r"\d+\.\d", line)) for line in readme.splitlines() if line.startswith("|")}
+    page = (REPO / "docs" / "kernels.md").read_text()
+    assert all(f": {count:.0f} instructions for 128 activations" in page for count in counted["making"].values())
+    rows = {tuple(re.findall(r"\d+\.\d", line)) for line in page.splitlines() if line.startswith("|")}
     for counts in [*counted["one"].values(), *(counts for levels in counted["many"].values() for counts in levels.values())]:
         figures = tuple(f"{count:.1f}" for count in counts.values() if count is not None)
         assert not figures or figures in rows, figures

@@ -1,7 +1,9 @@
 """What the documents name exists: links and anchors, paths, programs, and flags, by each program's own --help."""
 
 import functools
+import json
 import re
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +36,19 @@ def texts() -> dict[str, str]:
 def test_the_documents_are_there():
     assert {"README.md", "CONTRIBUTING.md", "docs/format.md", "ggml_patch/README.md"} <= texts().keys()
     assert (REPO / "README.md").read_text("utf-8").count("\n") <= 200
+
+
+def test_the_speeds_of_the_front_page():
+    """README's table and chart show the run in scripts/results/llama-1b.json."""
+    report = json.loads((REPO / "scripts" / "results" / "llama-1b.json").read_text())
+    readme, chart = (REPO / "README.md").read_text("utf-8"), (REPO / "docs" / "speed.svg").read_text("utf-8")
+    for name, facts in report["models"]["1b"]["types"].items():
+        row = next(line.replace("*", "") for line in readme.splitlines() if line.replace("*", "").startswith(f"| {name} |"))
+        rates = [statistics.median(e["rates"]) for kind in ("pp", "tg") for e in report["speed"] if (e["type"], e["kind"]) == (name, kind)]
+        bits, size, *shown = (float(cell) for cell in row.split("|")[2:-1])
+        assert (bits, size) == (round(facts["bits_per_weight"], 3), round(facts["bytes"] / 2**20)) and len(rates) == 2
+        assert shown == [float(f"{rate:.3g}") for rate in rates]
+        assert all(f"> {rate:.0f}</text>" in chart for rate in rates) and f">{name}, {bits:.4g} bits</text>" in chart
 
 
 # ---- links ----
