@@ -1,0 +1,76 @@
+"""Sherry's 3:4 sparse ternary weights, as NumPy arrays and in GGUF models.
+
+    packed = sherry_gguf.quantize(weights)  # float32 (rows, n) to uint8 (rows, n / 128 * 22)
+    tensors = sherry_gguf.read_gguf("model-TQ1_25.gguf").tensors  # name to Stored
+
+Arrays:
+    TQ1_25, STQ1_0          block types in NumPy, the reference: quantize, dequantize, is_exact, pack, unpack, vec_dot
+    quantize, dequantize    the same by the C kernels, for the `kind` TQ1_25 (default) or STQ1_0
+
+Models:
+    read_gguf               a GGUF, or all files of a split: a Gguf of metadata and Stored tensors
+    convert.convert         a Hugging Face model directory to a TQ1_25 GGUF, with Options
+    verify.verify           compare a TQ1_25 GGUF with the directory
+    inspect.inspect         describe a GGUF
+    retag.retag             renumber the type of an old STQ1_0 file
+    transcode.transcode     ternary tensors to another type
+    gguf_type.register      teach the `gguf` package both types
+
+Errors:
+    ConvertError            a file cannot be written, read or verified
+    QuantizeError           a block cannot hold these weights; a ValueError
+    NotBuilt                a part of the patched llama.cpp is missing; a FileNotFoundError
+
+Training is in `sherry_gguf.qat`. Names load when they are first used: the import alone needs only NumPy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .stq1_0 import TYPE as STQ1_0
+from .tq1_25 import TYPE as TQ1_25
+
+if TYPE_CHECKING:
+    from . import convert, gguf_type, inspect, kernels, llama_cpp, retag, transcode, verify
+    from .blocks import QuantizeError
+    from .convert import ConvertError, Options
+    from .gguf_file import Gguf, Stored, read_gguf
+    from .kernels import dequantize, quantize
+    from .llama_cpp import NotBuilt
+
+    __version__: str
+
+__all__ = [
+    "STQ1_0", "TQ1_25", "ConvertError", "Gguf", "NotBuilt", "Options", "QuantizeError", "Stored", "__version__", "convert", "dequantize",
+    "gguf_type", "inspect", "kernels", "llama_cpp", "quantize", "read_gguf", "retag", "transcode", "verify",
+]  # fmt: skip
+
+_MODULES = {
+    "convert": ("ConvertError", "Options"),
+    "gguf_file": ("Gguf", "Stored", "read_gguf"),
+    "kernels": ("dequantize", "quantize"),
+    "blocks": ("QuantizeError",),
+    "llama_cpp": ("NotBuilt",),
+}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value: Any = version("sherry-gguf")
+    elif name in _MODULE_OF:
+        value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    elif name in __all__:
+        value = importlib.import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

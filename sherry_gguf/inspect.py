@@ -30,8 +30,8 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
     yield f"  {'tokenizer.ggml.tokens':45} {count}"
     exact = _exact_flags(model)
     if exact:
-        count = sum(flag is True for flag in exact.values())
-        yield f"  {count} of {len(exact)} {tq1_25.NAME} tensors are marked exact: bit for bit the checkpoint's"
+        marked = sum(flag is True for flag in exact.values())
+        yield f"  {marked} of {len(exact)} {tq1_25.NAME} tensors are marked exact: bit for bit the checkpoint's"
     yield ""
     by_type = collections.defaultdict(list)
     for t in model.tensors.values():
