@@ -20,10 +20,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 try:
     import torch
-    from bench_common import cpu_name
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from sherry_gguf import qat
+    from sherry_gguf.bench import cpu_name
 except ImportError as error:
     sys.exit(f"bench_training: {error}: run it as .venv/bin/python scripts/bench/training.py, after scripts/setup.sh")
 

@@ -18,9 +18,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[1] / d) for d in (".", "bench")]
 
 import numpy as np
-from bench_common import cpu_name
 
 from sherry_gguf import llama_cpp
+from sherry_gguf.bench import cpu_name
 from sherry_gguf.reader import open_gguf
 
 ROOT = Path(__file__).resolve().parents[2]

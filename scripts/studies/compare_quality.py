@@ -649,7 +649,7 @@ def machine() -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    from bench_common import cpu_name
+    from sherry_gguf.bench import cpu_name
 
     return cpu_name()
 

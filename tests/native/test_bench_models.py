@@ -1,16 +1,20 @@
-"""scripts/bench/models.py: models that llama-bench takes, figures computed right; how fast anything is, no test asks."""
+"""scripts/bench/models.py makes models that llama-bench takes, and computes figures right; no test asks how fast anything is."""
 
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import common
 import gguf
+import model_files
+import model_report
 import pytest
 from bench import models as bench
 
-from sherry_gguf import gguf_type, llama_cpp
+from sherry_gguf import gguf_type, llama_cpp, signals
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 QUICK = ["--vocab", "512", "--threads", "1", "--prompt", "32", "--generate", "8"]
@@ -30,6 +34,11 @@ def run(*args):
     return subprocess.run([sys.executable, SCRIPTS / "bench" / "models.py", *args], capture_output=True, text=True)
 
 
+def squeezed(table):
+    """Without what fills the columns."""
+    return re.sub(" +", " ", table)
+
+
 @pytest.fixture(scope="session")
 def measured(models, tmp_path_factory):
     """One round of every default type on the tiny shape: (report, Markdown, what was printed)."""
@@ -41,14 +50,14 @@ def measured(models, tmp_path_factory):
 
 @pytest.fixture
 def made_up(monkeypatch):
-    """Runs that only say what was asked for: the list of (label, threads, test); rates count up."""
+    """Nothing is measured: the list of what was asked for, (label, threads, test); rates count up."""
     calls = []
 
-    def llama_bench(file, label, threads, test):
+    def measure(file, label, threads, test):
         calls.append((label, threads, str(test)))
         return {"avg_ts": float(len(calls)), "build_commit": "abc"}
 
-    monkeypatch.setattr(bench, "llama_bench", llama_bench)
+    monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(bench, "memory_bandwidth", lambda threads, rounds: [10.0 * threads] * rounds)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     return calls
@@ -65,10 +74,10 @@ def test_every_type_runs_and_is_reported(measured, models):
         assert len(e["rates"]) == 2 and min(e["rates"]) > 0
         assert (e["model"], e["threads"], e["depth"]) == ("tiny", 1, 0)
         assert e["ours_ratio"] > 0 and (e["of_limit"] > 0 if e["kind"] == "tg" else "of_limit" not in e)
-    assert {label: e["ours_ratio"] for (label, _), e in speed.items()}[bench.OURS] == 1
+    assert {label: e["ours_ratio"] for (label, _), e in speed.items()}[model_files.OURS] == 1
     assert len(report["bandwidth"]["1"]) == 3 * (2 + 1) and report["llama_cpp"] and report["cpu"]
     assert report["complete"] and "Ended early" not in text
-    assert text == printed and "| TQ1_25 plain | 1.375 |" in text
+    assert text == printed and "| TQ1_25 plain | 1.375 |" in squeezed(text)
     for type_name, file in report["models"]["tiny"]["types"].items():
         assert file["stored"] == {type_name: 1} and file["kept_rows"] == []
         size = (models / f"tiny-512-Q4_0-{type_name}.v1.gguf").stat().st_size
@@ -78,7 +87,7 @@ def test_every_type_runs_and_is_reported(measured, models):
 @pytest.mark.skipif(sys.platform != "linux", reason="measured on Linux only")
 def test_loading_is_measured(measured):
     load = {e["type"]: e for e in measured[0]["load"]}
-    assert list(load) == bench.LOAD_TYPES and "| Q4_0 |" in measured[1].partition("Loading,")[2]
+    assert list(load) == bench.LOAD_TYPES and "| Q4_0 |" in squeezed(measured[1].partition("Loading ")[2])
     for e in load.values():
         assert len(e["rounds"]) == 1
         assert 0 < e["load_seconds"] and 0 < e["token_seconds"]
@@ -89,7 +98,7 @@ def test_loading_is_measured(measured):
 def test_files_are_what_they_say_and_are_made_once(measured, models, tmp_path, made_up):
     gguf_type.register()
     before = {path: path.stat().st_mtime_ns for path in models.iterdir()}
-    assert len(before) == len(set(map(bench.base, bench.TYPES)))
+    assert len(before) == len(set(map(model_files.base, bench.TYPES)))
     bench.main(arguments(models, tmp_path, "--load-rounds", "0"))
     assert {path: path.stat().st_mtime_ns for path in models.iterdir()} == before
     reader = gguf.GGUFReader(models / "tiny-512-Q4_0-TQ1_25.v1.gguf")
@@ -101,10 +110,10 @@ def test_files_are_what_they_say_and_are_made_once(measured, models, tmp_path, m
 
 
 def test_rows_that_do_not_fit_fall_back_and_the_tables_say_so(models, tmp_path, monkeypatch):
-    shape = bench.Shape("odd", "qwen2", 384, 2, 6, 2, 64, 512, 1e6, qkv_bias=True)
-    monkeypatch.setitem(bench.SHAPES, "odd", shape)
+    shape = model_files.Shape("odd", "qwen2", 384, 2, 6, 2, 64, 512, 1e6, qkv_bias=True)
+    monkeypatch.setitem(model_files.SHAPES, "odd", shape)
     bench.main(arguments(models, tmp_path, "--types", "tq1_25,tq1_0,iq1_s", "--rounds", "1", model="odd"))
-    report, text = json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.md").read_text()
+    report, text = json.loads((tmp_path / "r.json").read_text()), squeezed((tmp_path / "r.md").read_text())
     files = report["models"]["odd"]["types"]
     attention, down = 2 * 384 * 384 + 2 * 128 * 384, 512 * 384
     share = (attention + 2 * down) / (attention + 3 * down)
@@ -113,7 +122,7 @@ def test_rows_that_do_not_fit_fall_back_and_the_tables_say_so(models, tmp_path, 
     assert files["TQ1_0"]["bits_per_weight"] == pytest.approx(4.5 * share + 1.6875 * (1 - share))
     assert files["TQ1_0"]["kept_rows"] == [384] and list(files["IQ1_S"]["stored"]) == ["IQ4_NL", "IQ1_S"]
     assert f"| TQ1_0 [1] | {files['TQ1_0']['bits_per_weight']:.3f} |" in text
-    assert f"[1] {100 * share:.0f} % of the block weights are Q4_0: rows of 384 are no whole blocks of TQ1_0" in text
+    assert f"[1] {100 * share:.0f} % of the block weights are Q4_0: rows of 384 are not a multiple of TQ1_0's block" in text
     assert all(e["rates"] for e in report["speed"])
 
 
@@ -126,32 +135,32 @@ def test_fallbacks_are_those_of_llama_quantize():
         if other:
             theirs |= dict.fromkeys(waiting, other)
             waiting = []
-    assert bench.FALLBACK == theirs
+    assert model_files.FALLBACK == theirs
 
 
 def test_types_without_a_fallback():
-    assert bench.stored_type("Q4_0", 100) == bench.stored_type("TQ1_0", 100) == "F16"
-    with pytest.raises(ValueError, match="rows of 192 weights are not whole Q1_0 blocks"):
-        bench.stored_type("Q1_0", 192)
+    assert model_files.stored_type("Q4_0", 100) == model_files.stored_type("TQ1_0", 100) == "F16"
+    with pytest.raises(ValueError, match="rows of 192 weights are not a multiple of Q1_0's block"):
+        model_files.stored_type("Q1_0", 192)
 
 
 def test_shapes_are_the_published_ones():
     parameters = {"0.5b": 494_032_768, "1b": 1_235_814_400, "3b": 3_212_749_824, "0.7b": 728_842_752}
     parameters["0.7b"] -= 24 * (1536 + 4096)  # BitNet's inner norms, which the llama architecture has not
     vocabularies = {"0.5b": 151_936, "1b": 128_256, "3b": 128_256, "0.7b": 32_002}
-    for key, shape in bench.SHAPES.items():
+    for key, shape in model_files.SHAPES.items():
         if key != "tiny":
-            tensors = bench.plan(shape, "F16", vocabularies[key], "F16")
-            assert sum(bench.math.prod(t.shape) for t in tensors) == parameters[key]
+            tensors = model_files.plan(shape, "F16", vocabularies[key], "F16")
+            assert sum(math.prod(t.shape) for t in tensors) == parameters[key]
 
 
 def test_a_model_that_is_not_finished_leaves_nothing(tmp_path):
     def stop(size):
         raise KeyboardInterrupt
 
-    shape = bench.SHAPES["tiny"]
+    shape = model_files.SHAPES["tiny"]
     with pytest.raises(KeyboardInterrupt):
-        bench.write_model(tmp_path / "m.gguf", shape, bench.plan(shape, "TQ1_25", 512, "Q4_0"), 512, stop)
+        model_files.write_model(tmp_path / "m.gguf", shape, model_files.plan(shape, "TQ1_25", 512, "Q4_0"), 512, stop)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -210,7 +219,7 @@ def made_up_report():
 
 def test_medians_ratios_and_shares():
     report = made_up_report()
-    bench.summarize(report)
+    model_report.summarize(report)
     ours, peer, short, none, *_ = report["speed"]
     assert ours["median"] == 100 and ours["ours_ratio"] == 1
     assert peer["median"] == 60 and peer["ours_ratio"] == 2  # of 2, 2.2 and 1.5; of the medians it would be 1.67
@@ -219,7 +228,7 @@ def test_medians_ratios_and_shares():
     assert report["bandwidth_median"] == {"1": 10} and report["bandwidth_maximum"] == {"1": 20}
     assert ours["gb_per_s"] == 5 and ours["of_limit"] == 0.5 and ours["limit"] == 200
     assert report["load"][0]["load_seconds"] == 2 and report["load"][0]["token_anon"] == 10
-    text = bench.markdown(report)
+    text = squeezed(model_report.markdown(report))
     assert "| type | bits/weight | MiB | tg64 t/s | TQ1_25 × | GB/s | of limit | pp64 t/s | TQ1_25 × |" in text
     assert "| TQ2_0 | 1.500 | 47.7 | 60.0 | 2.00 | 3.00 | 30 % | 250 | 2.00 |" in text
     assert "| Q2_0 | 1.500 | 47.7 | 10.5 [1] | 15.00 | 0.53 | 5 % |" in text and "[1] tg16, to save time" in text
@@ -229,33 +238,33 @@ def test_medians_ratios_and_shares():
 def test_bars(tmp_path):
     pytest.importorskip("matplotlib")
     report = made_up_report()
-    bench.summarize(report)
-    bench.draw(report, tmp_path / "bars.png")
+    model_report.summarize(report)
+    model_report.draw(report, tmp_path / "bars.png")
     assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("error, match", [(KeyboardInterrupt(), "130"), (OSError("llama-bench broke"), "llama-bench broke")])
+@pytest.mark.parametrize("error, match", [(signals.Interrupted(15), "143"), (OSError("llama-bench broke"), "llama-bench broke")])
 def test_what_was_measured_before_an_end_is_written(models, tmp_path, monkeypatch, made_up, error, match):
-    whole = bench.llama_bench
+    whole = bench.measure
 
-    def llama_bench(*args):
+    def measure(*args):
         if len(made_up) == 4 + 5:  # two types were looked at, then came two tests and a half
             raise error
         return whole(*args)
 
-    monkeypatch.setattr(bench, "llama_bench", llama_bench)
+    monkeypatch.setattr(bench, "measure", measure)
     with pytest.raises((SystemExit, OSError), match=match):
         bench.main(arguments(models, tmp_path, "--types", "tq1_25,q4_0", "--load-rounds", "0"))
-    report, text = json.loads((tmp_path / "r.json").read_text()), (tmp_path / "r.md").read_text()
+    report, text = json.loads((tmp_path / "r.json").read_text()), squeezed((tmp_path / "r.md").read_text())
     assert [e["rates"] for e in report["speed"]] == [[5], [6, 9], [7], [8]] and not report["complete"]
     assert "| Q4_0 |" in text and "Ended early" in text
 
 
 def test_an_interrupt_before_any_figure_writes_nothing(models, tmp_path, monkeypatch, capsys):
     def stop(*args):
-        raise KeyboardInterrupt
+        raise signals.Interrupted(2)
 
-    monkeypatch.setattr(bench, "llama_bench", stop)
+    monkeypatch.setattr(bench, "measure", stop)
     with pytest.raises(SystemExit, match="130"):
         bench.main(arguments(models, tmp_path, "--types", "q4_0"))
     assert not (tmp_path / "r.json").exists() and "nothing is written" in capsys.readouterr().err
@@ -264,12 +273,12 @@ def test_an_interrupt_before_any_figure_writes_nothing(models, tmp_path, monkeyp
 def test_llama_bench_that_fails_is_an_error(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(OSError, match="llama-bench ended with 1 on bad.gguf, tg4: "):
-        bench.llama_bench(tmp_path / "bad.gguf", "Q4_0", 1, bench.Test("tg", 4))
+        bench.measure(tmp_path / "bad.gguf", "Q4_0", 1, bench.Test("tg", 4))
 
 
 def test_a_disk_that_is_too_small_is_an_error_before_anything_is_made(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.shutil, "disk_usage", lambda path: type("usage", (), {"free": 10**6}))
-    with pytest.raises(OSError, match=r"models of [\d.]+ GB are to be made, 0.0 GB are free"):
+    with pytest.raises(OSError, match=r"the models need [\d.]+ GB, 0.0 GB are free"):
         bench.main(arguments(tmp_path / "models", tmp_path, model="3b"))
     assert list((tmp_path / "models").iterdir()) == []
 
@@ -281,7 +290,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_made(tmp_path, 
     (["--embeddings", "NOPE-plain"], "NOPE-PLAIN is no type"),
     (["--threads", "0"], "--threads"),
     (["--depth", "-1"], "--depth"),
-    (["--rounds", "0"], "--rounds and --vocab are at least 1"),
+    (["--rounds", "0"], "--rounds and --vocab must be at least 1"),
 ])  # fmt: skip
 def test_bad_arguments(capsys, args, message):
     with pytest.raises(SystemExit, match="2"):
@@ -309,7 +318,7 @@ def test_a_plot_without_matplotlib(monkeypatch, capsys):
 
 
 def test_memory_bandwidth():
-    program = bench.program("bench_memory")
+    program = common.program("bench_memory")
     result = subprocess.run([program, "3", "2"], capture_output=True, text=True)  # shares that are not alike
     assert result.returncode == 0 and re.fullmatch(r"(3 \d+\.\d\d\n){2}", result.stdout)
     assert min(bench.memory_bandwidth(1, 2)) > 0.1
@@ -323,6 +332,6 @@ def test_loading_what_is_no_model_is_an_error(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(OSError, match=r"bench_load ended with 1: (.|\n)*bad.gguf: llama.cpp cannot load it"):
         bench.load(tmp_path / "bad.gguf", "Q4_0", 1)
-    program = bench.program("bench_load", *bench.LOAD_LIBRARIES)
+    program = common.program("bench_load", *bench.LOAD_LIBRARIES)
     result = subprocess.run([program, "x.gguf", "2", "1"], capture_output=True, text=True)
     assert result.returncode == 2 and "usage: " in result.stderr

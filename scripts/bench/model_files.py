@@ -1,0 +1,154 @@
+"""Model files for scripts/bench/models.py: real shapes, random weights."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+
+from sherry_gguf import llama_cpp, tq1_25
+
+OURS = tq1_25.NAME
+PLAIN = "-plain"  # after a type's name: weights stay as in the file, without repacking
+FILE_VERSION = 1  # raise it when `write_model` writes something else, or SHAPES changes
+BANK = 128  # random rows of each length; a tensor repeats them
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    arch: str
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    rope_base: float
+    qkv_bias: bool = False
+
+
+SHAPES = {  # all tied: the embeddings' matrix is also the output matrix
+    "0.5b": Shape("Qwen2.5-0.5B", "qwen2", 896, 24, 14, 2, 64, 4864, 1e6, qkv_bias=True),
+    "0.7b": Shape("BitNet 0.7B", "llama", 1536, 24, 16, 16, 96, 4096, 1e4),
+    "1b": Shape("Llama-3.2-1B", "llama", 2048, 16, 32, 8, 64, 8192, 5e5),
+    "3b": Shape("Llama-3.2-3B", "llama", 3072, 28, 24, 8, 128, 8192, 5e5),
+    "tiny": Shape("tiny (for tests)", "llama", 256, 2, 4, 2, 64, 512, 1e4),
+}
+
+# What llama-quantize uses for rows that are not a multiple of the type's block. If these don't fit either, it is F16.
+FALLBACK = (
+    dict.fromkeys("Q2_0 Q2_K Q3_K STQ1_0 TQ1_0 TQ1_25 TQ2_0".split(), "Q4_0")
+    | dict.fromkeys("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_XS".split(), "IQ4_NL")
+    | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+)
+
+
+@dataclass(frozen=True)
+class Tensor:
+    name: str
+    shape: tuple[int, ...]  # (rows, n) or (n,), as NumPy has it
+    type: str
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape[:-1]) * llama_cpp.ggml().row_size(self.type, self.shape[-1])
+
+
+def base(label: str) -> str:
+    """The type that a label such as TQ1_25-plain names."""
+    return label.removesuffix(PLAIN)
+
+
+def stored_type(type_name: str, n: int) -> str:
+    """The type that stores rows of n weights when `type_name` is asked for. Raises ValueError if none does."""
+    if n % llama_cpp.ggml().block(type_name)[0] == 0:
+        return type_name
+    other = FALLBACK.get(type_name)
+    if other is None and llama_cpp.ggml().block(type_name)[0] > 32:
+        raise ValueError(f"rows of {n} weights are not a multiple of {type_name}'s block, and llama-quantize has no fallback for it")
+    return other if other and n % llama_cpp.ggml().block(other)[0] == 0 else "F16"
+
+
+def plan(shape: Shape, type_name: str, vocab: int, embeddings: str) -> list[Tensor]:
+    """Every tensor of a model, in file order."""
+    q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    matrices = {"attn_q": (q, shape.hidden), "attn_k": (kv, shape.hidden), "attn_v": (kv, shape.hidden),
+                "attn_output": (shape.hidden, q), "ffn_gate": (shape.ffn, shape.hidden),
+                "ffn_up": (shape.ffn, shape.hidden), "ffn_down": (shape.hidden, shape.ffn)}  # fmt: skip
+    tensors = [Tensor("token_embd.weight", (vocab, shape.hidden), stored_type(embeddings, shape.hidden))]
+    for layer in range(shape.layers):
+        tensors += [Tensor(f"blk.{layer}.{n}.weight", (shape.hidden,), "F32") for n in ("attn_norm", "ffn_norm")]
+        for name, size in matrices.items():
+            tensors.append(Tensor(f"blk.{layer}.{name}.weight", size, stored_type(type_name, size[1])))
+            if shape.qkv_bias and name in ("attn_q", "attn_k", "attn_v"):
+                tensors.append(Tensor(f"blk.{layer}.{name}.bias", size[:1], "F32"))
+    return [*tensors, Tensor("output_norm.weight", (shape.hidden,), "F32")]
+
+
+def facts(shape: Shape, type_name: str, vocab: int, embeddings: str) -> dict:
+    """A file's figures for the tables: its bytes, the bytes read for each token, and the types of its block matrices."""
+    tensors = plan(shape, type_name, vocab, embeddings)
+    blocks = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
+    weights = sum(math.prod(t.shape) for t in blocks)
+    stored: dict[str, int] = {}
+    for t in blocks:
+        stored[t.type] = stored.get(t.type, 0) + math.prod(t.shape)
+    return {
+        "bytes": sum(t.bytes for t in tensors),
+        "bytes_per_token": sum(t.bytes for t in tensors),  # all of it: the tied embeddings are the output matrix
+        "bits_per_weight": 8 * sum(t.bytes for t in blocks) / weights,
+        "stored": {name: count / weights for name, count in stored.items()},  # shares of the block weights
+        "kept_rows": sorted({t.shape[1] for t in blocks if t.type != type_name}),
+    }
+
+
+def write_model(path: Path, shape: Shape, tensors: list[Tensor], vocab: int, done: Callable[[int], object]) -> None:
+    """Write a planned model to `path`, which appears only when complete. Calls `done` with the bytes of each tensor."""
+    random = np.random.default_rng(0)
+    banks: dict[tuple[str, int], np.ndarray] = {}  # uint8 (BANK, bytes of a row)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    writer = gguf.GGUFWriter(part, shape.arch)
+    try:
+        writer.add_name(f"{shape.name}, random")
+        writer.add_context_length(131072)
+        writer.add_embedding_length(shape.hidden)
+        writer.add_block_count(shape.layers)
+        writer.add_feed_forward_length(shape.ffn)
+        writer.add_head_count(shape.heads)
+        writer.add_head_count_kv(shape.kv_heads)
+        writer.add_key_length(shape.head_dim)
+        writer.add_value_length(shape.head_dim)
+        writer.add_rope_dimension_count(shape.head_dim)
+        writer.add_rope_freq_base(shape.rope_base)
+        writer.add_layer_norm_rms_eps(1e-5)
+        writer.add_vocab_size(vocab)
+        writer.add_tokenizer_model("no_vocab")
+        for t in tensors:
+            # the id as a number: the published gguf package lacks some types that llama.cpp has
+            writer.add_tensor_info(t.name, t.shape, np.dtype(np.int8), t.bytes, llama_cpp.ggml().type_id(t.type))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for t in tensors:
+            n = t.shape[-1]
+            if len(t.shape) == 1:
+                data = np.ones(n, np.float32) if "norm" in t.name else 0.02 * random.standard_normal(n, np.float32)
+            else:
+                if (t.type, n) not in banks:
+                    x = 0.02 * random.standard_normal((BANK, n), np.float32)
+                    importance = np.ones(n, np.float32) if t.type.startswith("IQ") else None  # some need one
+                    banks[t.type, n] = llama_cpp.ggml().quantize(t.type, x, importance)
+                bank = banks[t.type, n]
+                data = np.resize(bank, (t.shape[0], bank.shape[1]))  # repeats the rows
+            writer.write_tensor_data(data)
+            done(data.nbytes)
+        writer.close()
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,211 @@
+"""Compare how fast models run: llama-bench on each file, in turns (`sherry-gguf bench`)."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from . import llama_cpp, signals
+
+FIRST = 16  # tokens of the prompt that warms up
+
+
+@dataclass(frozen=True)
+class Test:
+    """One test of llama-bench."""
+
+    kind: str  # "pp": read a prompt of so many tokens; "tg": generate so many
+    tokens: int
+    depth: int = 0  # tokens in the context before
+    batch: int = 2048
+    ubatch: int = 512
+
+    def __str__(self) -> str:
+        sizes = f" b{self.batch} ub{self.ubatch}" * (self.kind == "pp" and (self.batch, self.ubatch) != (2048, 512))
+        return f"{self.kind}{self.tokens}{sizes}{f' @ d{self.depth}' * bool(self.depth)}"
+
+
+def cpu_name() -> str:
+    """The CPU's model and number of threads, as Linux names it; "unknown CPU" elsewhere."""
+    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    found = {key: re.search(rf"^{key}\s*: (.*)$", text, re.M) for key in ("model name", "cpu family", "model")}
+    if not (name := found.pop("model name")):
+        return "unknown CPU"
+    numbers = ", ".join(f"{key.removeprefix('cpu ')} {match[1]}" for key, match in found.items() if match)
+    return f"{name[1]}{f' ({numbers})' * bool(numbers)}, {os.cpu_count()} threads"
+
+
+def llama_bench(file: Path, threads: int, test: Test, repack: bool = True) -> dict:
+    """Run one test in a new process; llama-bench's record, whose "avg_ts" is tokens a second.
+
+    Raises OSError if llama-bench fails, NotBuilt if it isn't there.
+    """
+    prompt, generate = (str(test.tokens), 0) if test.kind == "pp" else (0, test.tokens)
+    warm_up = []
+    if test.kind == "pp" and test.depth:
+        warm_up = ["--no-warmup"]  # filling the context is one
+    elif test.kind == "pp" and test.tokens > FIRST:
+        # llama-bench would read the whole prompt twice; without any warm-up the first touch of the mapped file shows
+        prompt, warm_up = f"{FIRST},{prompt}", ["--no-warmup"]
+    result = llama_cpp.run("llama-bench", "-m", file, "-o", "json", "-r", 1, "-t", threads, "-p", prompt, "-n", generate,
+                           "-d", test.depth, "-b", test.batch, "-ub", test.ubatch, "--repack", int(repack), *warm_up,
+                           stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
+    if result.returncode:
+        last = " ".join(result.stderr.strip().splitlines()[-3:])
+        raise OSError(f"llama-bench ended with {result.returncode} on {file.name}, {test}: {last}")
+    return json.loads(result.stdout)[-1]
+
+
+def rotated(items: list, by: int) -> list:
+    """The same items, starting with another: who comes first changes from round to round."""
+    return items[by % len(items) :] + items[: by % len(items)]
+
+
+def median_ratio(ours: Iterable[float], theirs: Iterable[float]) -> float | None:
+    """The median of the ratios of the rounds that both have, which met the same disturbances; None without any."""
+    ratios = [a / b for a, b in zip(ours, theirs)]
+    return statistics.median(ratios) if ratios else None
+
+
+def number(x: float | None) -> str:
+    """Three digits or more, never an exponent."""
+    return "" if x is None else f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
+
+
+def plural(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads != 1)}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Strings as a Markdown table: the first column to the left, the others to the right."""
+    align = ["left", *["right"] * (len(head) - 1)]
+    return tabulate(rows, head, "github", disable_numparse=True, colalign=align)
+
+
+def compare(files: list[Path], threads: list[int], tests: list[Test], rounds: int, report: dict) -> Iterator[str]:
+    """Measure every file, and fill `report` as it goes; yields what comes next.
+
+    Each round runs each test on each file. `report` gets "cpu", "rounds", "llama_cpp", "files" (name, type, bytes,
+    parameters) and "speed" (file, threads, test, and "rates" in tokens a second, one a round).
+    Raises what `llama_bench` does.
+    """
+    measured: list[dict] = []
+    report |= {"cpu": cpu_name(), "date": time.strftime("%Y-%m-%d"), "rounds": rounds, "files": measured, "speed": []}
+    for file in files:  # brings the file into memory, too
+        yield f"{file.name}, first look"
+        record = llama_bench(file, max(threads), Test("tg", 1))
+        report["llama_cpp"] = record["build_commit"]
+        measured.append({"file": str(file), "type": record["model_type"], "bytes": record["model_size"],
+                                "parameters": record["model_n_params"]})  # fmt: skip
+    groups = list(itertools.product(threads, tests))
+    speed: dict[tuple, dict] = {
+        (file, *group): {"file": str(file), "threads": group[0], "test": str(group[1]), "rates": []} for group in groups for file in files
+    }
+    report["speed"] += speed.values()
+    for turn in range(rounds):
+        for count, test in groups:
+            for file in rotated(files, turn):
+                yield f"{file.name}, {test}, {plural(count)}, round {turn + 1}"
+                speed[file, count, test]["rates"].append(llama_bench(file, count, test)["avg_ts"])
+
+
+def tables(report: dict) -> str:
+    """A report as Markdown: a table for each number of threads, with the ratio of each rate to the first file's."""
+    lines = [
+        f"{report['cpu']}; llama.cpp {report['llama_cpp']}; {report['date']}.",
+        f"Tokens a second, medians of {report['rounds']} rounds (pp: read a prompt, tg: generate); x: ratio to the first file.",
+    ]
+    rates = {(e["file"], e["threads"], e["test"]): e["rates"] for e in report["speed"] if e["rates"]}
+    tests = list(dict.fromkeys(e["test"] for e in report["speed"]))
+    first = report["files"][0]["file"]
+    for threads in dict.fromkeys(e["threads"] for e in report["speed"]):
+        rows = []
+        for file in report["files"]:
+            row = [file["file"], file["type"], number(file["bytes"] / 2**20)]
+            for test in tests:
+                own = rates.get((file["file"], threads, test), [])
+                ratio = median_ratio(own, rates.get((first, threads, test), []))
+                row += [number(statistics.median(own) if own else None), "" if ratio is None else f"{ratio:.2f}"]
+            rows.append(row)
+        head = ["file", "model", "MiB", *itertools.chain.from_iterable((test, "x") for test in tests)]
+        lines += ["", f"{plural(threads)}:", "", table(head, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def numbers(text: str) -> list[int]:
+    """A list of numbers from 1 on, such as "1,2"."""
+    values = [int(part) for part in text.split(",")]
+    if min(values) < 1:
+        raise ValueError
+    return list(dict.fromkeys(values))
+
+
+def thread_counts(text: str) -> list[int]:
+    """Like `numbers`, sorted; "all" is the number of CPUs that this process may use."""
+    every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return sorted(numbers(text.replace("all", str(every))))
+
+
+def parse(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog=prog, description="Compare how fast models run: llama-bench on each file in turn, for several rounds. "
+        "Prints medians, and the median ratio to the first file.")  # fmt: skip
+    add = parser.add_argument
+    add("files", type=Path, nargs="+", metavar="FILE", help="a GGUF; of a split, its first file")
+    add("--threads", type=thread_counts, default="all", metavar="LIST", help="numbers of threads, such as 1,2 (default: all)")
+    add("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt to read; 0: none (default: 512)")
+    add("--generate", type=int, default=128, metavar="N", help="tokens to generate; 0: none (default: 128)")
+    add("--rounds", type=int, default=3, metavar="N", help="rounds (default: 3)")
+    add("--json", type=Path, metavar="FILE", help="write every round there as well")
+    args = parser.parse_args(argv)
+    args.tests = [Test(kind, tokens) for kind, tokens in (("pp", args.prompt), ("tg", args.generate)) if tokens]
+    if min(args.prompt, args.generate) < 0 or not args.tests or args.rounds < 1:
+        parser.error("--prompt and --generate must be at least 0 and not both 0, --rounds at least 1")
+    if absent := [str(file) for file in args.files if not file.is_file()]:
+        parser.error(f"no such file: {', '.join(absent)}")
+    args.files = list(dict.fromkeys(args.files))
+    return args
+
+
+def main(argv: list[str] | None = None, prog: str | None = None) -> int:
+    """Run the command and return its exit code: 0, 1 if llama-bench fails or isn't built, 128 + n after signal n.
+
+    Prints what was measured before a failure or a signal.
+    """
+    args = parse(argv, prog)
+    report: dict = {}
+    steps = len(args.files) * (1 + args.rounds * len(args.tests) * len(args.threads))
+    code = 0
+    try:
+        with signals.raised(), tqdm(total=steps, desc="measuring", unit="run", disable=None) as bar:
+            for step in compare(args.files, args.threads, args.tests, args.rounds, report):
+                bar.set_postfix_str(step)
+                bar.update()
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = 1
+    except signals.Interrupted as ending:
+        print("interrupted", file=sys.stderr)
+        code = ending.exit_code
+    if any(entry["rates"] for entry in report.get("speed", [])):
+        print(tables(report), end="")
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
