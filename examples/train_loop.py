@@ -5,7 +5,7 @@
 
 import torch
 
-from sherry_gguf import kernels, tq1_25
+import sherry_gguf
 from sherry_gguf.qat import prepare, quantized_layers
 
 STEPS = 300
@@ -34,6 +34,6 @@ for step in range(STEPS):
 model.eval()
 for name, layer in quantized_layers(model).items():
     weight = layer.quantized_weight().detach().numpy()  # float32 (out, in), as the forward pass uses it
-    assert tq1_25.is_exact(weight).all()
-    print(f"layer {name}: {weight.size} weights in {kernels.quantize(weight).nbytes} bytes, every block exact")
+    assert sherry_gguf.TQ1_25.is_exact(weight).all()
+    print(f"layer {name}: {weight.size} weights in {sherry_gguf.quantize(weight).nbytes} bytes, every block exact")
 # A transformers model: sherry_gguf.qat.export(model, "DIR", tokenizer), then `sherry-gguf convert DIR --require-exact`.

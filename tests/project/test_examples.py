@@ -50,7 +50,7 @@ def test_train_loop():
 
 def test_read_gguf(model):
     printed = run("read_gguf.py", model)
-    assert "blk.0.ffn_up.weight          TQ1_25  256 x 3\nblk.0.ffn_norm.weight        F32     256\n" in printed
+    assert "blk.0.ffn_up.weight          TQ1_25  3 x 256\nblk.0.ffn_norm.weight        F32     256\n" in printed
     assert "blk.0.ffn_up.weight: 3 rows of 256, 132 bytes" in printed
     assert "zeros: 25%" in printed
 
