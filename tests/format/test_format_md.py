@@ -47,8 +47,9 @@ class Codec:
     """What the page says of one type; `name` picks the column of the first table."""
 
     def __init__(self, name: str):
-        column = {"TQ1_25": 1, "STQ1_0": 2}[name]
-        table = {cells(line)[0]: cells(line)[column] for line in TEXT[: TEXT.index("## The block")].splitlines() if line.startswith("|")}
+        rows = [cells(line) for line in TEXT[: TEXT.index("## The block")].splitlines() if line.startswith("|")]
+        assert name in rows[0], f"the first table of docs/format.md has no column {name}"
+        table = {row[0]: row[rows[0].index(name)] for row in rows}
         self.name, self.ggml_name = (table[f"name in {where}"].strip("`") for where in ("GGUF tools", "ggml"))
         self.type_id, self.file_type = (
             int(table["GGUF tensor type, `ggml_type`"]),
