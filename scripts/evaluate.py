@@ -155,6 +155,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from sherry_gguf import llama_cpp
+from sherry_gguf.errors import NotBuilt
 
 FOLDERS = ("piqa", "arc", "hellaswag", "winogrande")  # of lm-eval, that define them; to read all takes seconds
 SURE = 1e9  # a bias on a token's logit that makes it the next one
@@ -194,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
         for s in previous:
             signal.signal(s, interrupt)
         return run(a)
-    except (Stop, Unwritable, OSError, MemoryError) as e:  # OSError: llama_cpp.NotBuilt, too
+    except (Stop, Unwritable, OSError, MemoryError) as e:  # OSError: NotBuilt, too
         print(f"evaluate: {e or type(e).__name__}", file=sys.stderr)
         return 1
     except Interrupted as e:
@@ -241,7 +242,7 @@ def run(a: argparse.Namespace) -> int:
         tokens: list[int] = []
         try:
             measure_all(Path(path), a, text, tasks, result, requests, tokens, lambda: save(a.output, report))
-        except (Stop, llama_cpp.NotBuilt) as e:  # the other models are still worth measuring
+        except (Stop, NotBuilt) as e:  # the other models are still worth measuring
             result["error"] = str(e)
             say(f"{path}: {e}")
         asked.append(requests)

@@ -24,6 +24,7 @@ from collections import Counter
 from pathlib import Path
 
 from sherry_gguf import llama_cpp
+from sherry_gguf.errors import NotBuilt
 
 REPO = Path(__file__).resolve().parents[1]
 TESTS = REPO / "tests"
@@ -138,7 +139,7 @@ def main() -> int:
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (Stop, llama_cpp.NotBuilt) as e:
+    except (Stop, NotBuilt) as e:
         sys.exit(f"fuzz: {e}")
     except KeyboardInterrupt:
         sys.exit("fuzz: interrupted")

@@ -34,11 +34,10 @@ from .tq1_25 import TYPE as TQ1_25
 
 if TYPE_CHECKING:
     from . import convert, gguf_type, inspect, kernels, llama_cpp, retag, transcode, verify
-    from .blocks import QuantizeError
-    from .convert import ConvertError, Options
+    from .convert import Options
+    from .errors import ConvertError, NotBuilt, QuantizeError
     from .gguf_file import Gguf, Stored, read_gguf
     from .kernels import dequantize, quantize
-    from .llama_cpp import NotBuilt
 
     __version__: str
 
@@ -48,11 +47,10 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULES = {
-    "convert": ("ConvertError", "Options"),
+    "convert": ("Options",),
+    "errors": ("ConvertError", "NotBuilt", "QuantizeError"),
     "gguf_file": ("Gguf", "Stored", "read_gguf"),
     "kernels": ("dequantize", "quantize"),
-    "blocks": ("QuantizeError",),
-    "llama_cpp": ("NotBuilt",),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from . import ternary
+from .errors import QuantizeError
 
 NOT_FINITE = "a weight is NaN or infinite"
 OVERFLOW = "the mean magnitude of a block is beyond fp16 (65504)"
@@ -19,18 +20,6 @@ Q8_0 = 32  # activations of a Q8_0 block
 Q8_0_BYTES = 2 + Q8_0
 
 _CHUNK = 1 << 20  # weights handled at a time, so that memory stays bounded
-
-
-class QuantizeError(ValueError):
-    """Weights that a block cannot hold at all.
-
-    row: the first such row, counted over all leading axes; cause: NOT_FINITE or OVERFLOW.
-    """
-
-    def __init__(self, row: int, cause: str):
-        super().__init__(f"row {row}: {cause}")
-        self.row = row
-        self.cause = cause
 
 
 @dataclasses.dataclass(frozen=True)

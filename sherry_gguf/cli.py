@@ -8,8 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
-from . import convert, inspect, llama_cpp, patterns, retag, tq1_25, transcode, verify
-from .convert import ConvertError, Options
+from . import convert, inspect, patterns, report, retag, tq1_25, transcode, verify
+from .convert import Options
+from .errors import ConvertError, NotBuilt
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
             sys.stdout.flush()
         return code
     except (ConvertError, MemoryError, OSError, RuntimeError) as e:
-        if not isinstance(e, (ConvertError, llama_cpp.NotBuilt)) and sys.stdout and not _flushes(sys.stdout):
+        if not isinstance(e, (ConvertError, NotBuilt)) and sys.stdout and not _flushes(sys.stdout):
             sys.stdout = None  # nothing can be written there, at the exit neither
             if isinstance(e, BrokenPipeError):  # the reader of our output has gone, as with `| head`
                 return 1
@@ -183,17 +184,11 @@ def _convert(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("the following arguments are required: model")
     if args.mtp and args.no_nextn:
         parser.error("--mtp and --no-nextn exclude each other")
-    report = convert.convert(args.model, _options(args))
+    done = convert.convert(args.model, _options(args))
     if args.dry_run:
-        print(
-            "\n".join(
-                inspect.table(
-                    ("tensor", "type", "shape", "bytes", "from"),
-                    [(t.name, t.type.name, " x ".join(map(str, t.shape)), t.nbytes, t.source) for t in report.tensors],
-                )
-            )
-        )
-    print("\n".join(_summary(report, args.dry_run)))
+        rows = [(t.name, t.type.name, " x ".join(map(str, t.shape)), t.nbytes, t.source) for t in done.tensors]
+        print("\n".join(report.table(("tensor", "type", "shape", "bytes", "from"), rows)))
+    print("\n".join(_summary(done, args.dry_run)))
     return 0
 
 
@@ -201,21 +196,21 @@ def _options(args: argparse.Namespace) -> Options:
     return Options(**{k: v for k, v in vars(args).items() if k in Options.__dataclass_fields__}, progress=True)
 
 
-def _summary(report: convert.Report, dry_run: bool):
+def _summary(done: convert.Report, dry_run: bool):
     """The final table: the tensors of one place in all blocks, of one type, are a line."""
     groups: dict[tuple, list[convert.Tensor]] = {}
-    for t in report.tensors:
+    for t in done.tensors:
         groups.setdefault((patterns.star(t.name), t.type.name), []).append(t)
-    rows = [(name, qtype, len(ts), *inspect.sizes(ts), _quality(ts, dry_run)) for (name, qtype), ts in groups.items()]
+    rows = [(name, qtype, len(ts), *report.sizes(ts), _quality(ts, dry_run)) for (name, qtype), ts in groups.items()]
     if rows:
-        quantized = [t for t in report.tensors if t.type.name == tq1_25.NAME]
-        rows.append(("total", "", len(report.tensors), *inspect.sizes(report.tensors), _quality(quantized, dry_run)))
+        quantized = [t for t in done.tensors if t.type.name == tq1_25.NAME]
+        rows.append(("total", "", len(done.tensors), *report.sizes(done.tensors), _quality(quantized, dry_run)))
         yield ""
-        yield from inspect.table(("tensor", "type", "tensors", "weights", "bytes", "bits/weight", "stored"), rows)
-    for note in report.notes:
+        yield from report.table(("tensor", "type", "tensors", "weights", "bytes", "bits/weight", "stored"), rows)
+    for note in done.notes:
         yield f"note: {note}"
     verb = "would write" if dry_run else "wrote"
-    for file in report.files:
+    for file in done.files:
         yield f"{verb} {file}" + ("" if dry_run else f" ({file.stat().st_size / 1e6:.1f} MB)")
 
 
@@ -253,7 +248,7 @@ def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     for problem in verdict.problems:
         print(f"differs: {problem}")
     for change, tensors in verdict.changed.items():
-        print(f"note: {change}, as llama.cpp stores it: {convert.starred(tensors)}")
+        print(f"note: {change}, as llama.cpp stores it: {report.starred(tensors)}")
     kept = ", ".join(f"{n} {qtype}" for qtype, n in sorted(verdict.kept.items()))
     print(
         f"{verdict.exact} {tq1_25.NAME} tensors bit for bit as in the checkpoint, {verdict.quantized} as the "

@@ -15,7 +15,6 @@ import collections
 import concurrent.futures
 import contextlib
 import dataclasses
-import errno
 import functools
 import hashlib
 import itertools
@@ -24,11 +23,8 @@ import math
 import os
 import re
 import shlex
-import shutil
-import signal
 import sys
 import tempfile
-import threading
 import traceback
 import zipfile
 from collections.abc import Callable, Iterator
@@ -37,9 +33,11 @@ from typing import Any
 
 import numpy as np
 
-from . import gguf_type, llama_cpp, packed, patterns, ternary, tq1_25, vocabulary
+from . import atomic, gguf_type, llama_cpp, packed, patterns, ternary, tq1_25, vocabulary
+from .errors import ConvertError, NotBuilt, QuantizeError, VocabularyError
 from .provenance import Checkpoint
-from .vocabulary import Vocabulary, VocabularyError
+from .report import progress_bar, starred
+from .vocabulary import Vocabulary
 
 FORMAT_VERSION = 1  # of the sherry.* metadata
 CHUNK = 1 << 22  # weights handled at a time by a thread
@@ -84,12 +82,6 @@ _NOT_WEIGHTS = re.compile(
 )
 _NOT_WEIGHTS_OF = {"glm5-next": re.compile(r"attn_kv_a_mqa|attn_v_b")}
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-class ConvertError(Exception):
-    """What stops a conversion or a verification. The message says what, where, and what to do."""
-
 
 class _BadRow(Exception):
     def __init__(self, row: int, cause: str):
@@ -103,7 +95,7 @@ class _BadRow(Exception):
 def upstream():
     """The pinned llama.cpp's `conversion` package, and in this process only the `gguf` package that belongs to it.
 
-    Raises ConvertError if another gguf is already imported, llama_cpp.NotBuilt.
+    Raises ConvertError if another gguf is already imported, NotBuilt.
     """
     source = llama_cpp.source_dir()
     gguf_py = source / "gguf-py"
@@ -326,7 +318,7 @@ def _telling(what: str, but: tuple[type, ...] = (), hint: str = ""):
     """
     try:
         yield
-    except (ConvertError, llama_cpp.NotBuilt, *but):
+    except (ConvertError, NotBuilt, *but):
         raise
     except VocabularyError as e:
         raise ConvertError(str(e)) from e
@@ -962,7 +954,7 @@ class Encoder:
         if self.grouping.of_blocks:
             try:
                 data = self.kernels.quantize(x)
-            except tq1_25.QuantizeError as e:
+            except QuantizeError as e:
                 raise _BadRow(e.row, e.cause) from None
         else:
             data = self._quantize_groups(x, None if scale is None else scale[row : row + len(x)])
@@ -1039,7 +1031,7 @@ class Report:
 
 
 def convert(model_dir: Path, options: Options = Options()) -> Report:
-    """Convert a model directory. Raises ConvertError, llama_cpp.NotBuilt; then nothing was written or replaced."""
+    """Convert a model directory. Raises ConvertError, NotBuilt; then nothing was written or replaced."""
     model_dir = Path(model_dir)
     check_input(model_dir, options)
     target = _target(model_dir, options)
@@ -1119,27 +1111,10 @@ def name_of(model_dir: Path) -> str:
 
 
 def _not_of_checkpoint(model_dir: Path, target: Path) -> Path:
-    """`writable`, of what is no file of the checkpoint. Raises ConvertError."""
-    target = writable(target)
+    """`atomic.writable`, of what is no file of the checkpoint. Raises ConvertError."""
+    target = atomic.writable(target)
     if target.exists() and any(f.is_file() and f.suffix != ".gguf" and f.samefile(target) for f in model_dir.iterdir()):
         raise ConvertError(f"cannot write {target}: it is a file of the checkpoint itself. Name another --outfile")
-    return target
-
-
-def writable(target: Path) -> Path:
-    """Where a file of that name goes. Raises ConvertError if it cannot, or would replace what is no ordinary file."""
-    try:
-        if target.is_symlink():
-            target = target.resolve()  # written through, as by any program
-        if not target.parent.is_dir():
-            raise ConvertError(
-                f"cannot write {target}: {target.parent} is "
-                + ("not a directory" if target.parent.exists() else "not there. Create it first")
-            )
-        if target.exists() and not target.is_file():
-            raise ConvertError(f"cannot write {target}: it exists and is not an ordinary file")
-    except (OSError, RuntimeError) as e:  # a name too long, a loop of symbolic links
-        raise ConvertError(f"cannot write {target}: {e}") from e
     return target
 
 
@@ -1174,24 +1149,12 @@ def _size_as(tensors: list[Tensor], name: str) -> int:
     return sum(map(size, tensors))
 
 
-def starred(tensors: list[Tensor]) -> str:
-    """The names, those of the same place in different blocks as one."""
-    return patterns.starred(t.name for t in tensors)
-
-
 def _set_tensors(writer, plan: list[Tensor], options: Options):
     """Give upstream's writer the plan instead of its own tensors; only now does it split, by the final sizes."""
     writer.tensors = [{} for _ in range(1 + options.no_tensor_first_split)]
     writer.split_max_tensors, writer.split_max_size = options.split_max_tensors, options.split_max_size
     for t in plan:
         writer.add_tensor_info(t.name, t.shape, np.float32, t.nbytes, raw_dtype=t.type)
-
-
-def progress_bar(options: Options, **settings):
-    """A tqdm on standard error, where that is a terminal."""
-    from tqdm import tqdm
-
-    return tqdm(disable=None if options.progress and sys.stderr else True, **settings)
 
 
 class _Stream:
@@ -1217,9 +1180,7 @@ def _write(
     options: Options,
 ):
     needed = sum(t.nbytes for t in plan)
-    with _staging(target, needed) as staging:
-        if needed > (free := shutil.disk_usage(staging).free):
-            raise ConvertError(_disk_full(target, needed, free))
+    with atomic.staging(target, needed) as staging:
         writer = model.gguf_writer
         by_name = {t.name: t for t in plan}
         quantized = [t for t in plan if t.type.name == tq1_25.NAME]
@@ -1227,7 +1188,7 @@ def _write(
             offset = _add_sherry(writer, quantized, grouping)
         with (
             contextlib.closing(writer),
-            progress_bar(options, total=sum(t.weights for t in plan), unit=" weights", unit_scale=True) as bar,
+            progress_bar(options.progress, total=sum(t.weights for t in plan), unit=" weights", unit_scale=True) as bar,
         ):
             for part in writer.tensors:
                 for name, info in part.items():
@@ -1245,9 +1206,9 @@ def _write(
                 f.seek(offset)
                 f.write(_sherry_bytes(writer, sherry_metadata(quantized, grouping)))
         for path, names in zip(staged, layout):
-            _reread(path, [by_name[n] for n in names])
+            atomic.reread(path, [by_name[n] for n in names])
         _check_tokenizer(model, staged[0], options)
-        _commit(staged, files)
+        atomic.commit(staged, files)
 
 
 def _check_exact(model, quantized: list[Tensor], grouping: Grouping):
@@ -1313,173 +1274,3 @@ def _add_sherry(writer, quantized: list[Tensor], grouping: Grouping) -> int:
         writer.add_key_value(key, *value)
     head.update({k: v for k, v in pairs.items() if k not in head})
     return 24 + len(_sherry_bytes(writer, before))  # magic, version, two counts
-
-
-def _reread(path: Path, expected: list[Tensor]):
-    """Flush the file to the disk and read it back from there. Raises ConvertError if it is not what was computed."""
-    from .reader import open_gguf
-
-    with open(path, "r+b") as f:
-        os.fsync(f.fileno())
-        if hasattr(os, "posix_fadvise"):  # forget the cached pages
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        stored = [
-            (r.name, tuple(int(n) for n in reversed(r.shape)), r.tensor_type, r.data_offset, r.n_bytes) for r in open_gguf(path).tensors
-        ]
-        good = [s[:3] for s in stored] == [(t.name, t.shape, t.type) for t in expected]
-        for t, (*_, offset, left) in zip(expected, stored if good else ()):
-            f.seek(offset)
-            digest = hashlib.sha256()
-            while left and (data := f.read(min(left, 1 << 24))):
-                digest.update(data)
-                left -= len(data)
-            good = good and digest.digest() == t.sha256
-    if not good:
-        raise ConvertError(f"{path} read back is not what was written: check the disk and its free space")
-
-
-def _disk_full(target: Path, needed: int, free: int) -> str:
-    return (
-        f"no room for {target}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there (or a quota or "
-        "file size limit is reached). Nothing was written"
-    )
-
-
-_STAGING = ".sherry-gguf-"
-_SET_ASIDE = "set-aside.old"  # a directory in the staging one: a file of that name is what a user has called the target
-
-
-def _holds_older(staging: Path) -> bool:
-    """Are there older files of a split that `_commit` has neither replaced nor put back? They may be the only copies."""
-    return any((staging / _SET_ASIDE).glob("*"))
-
-
-@contextlib.contextmanager
-def _staging(target: Path, needed: int) -> Iterator[Path]:
-    """A directory beside the target, gone afterwards whatever happens. OSErrors become ConvertErrors."""
-    staging = lock = None
-    try:
-        _sweep(target.parent)
-        with _uninterrupted():
-            while staging is None or not staging.exists():  # another process may have taken it for a dead one's
-                staging = Path(tempfile.mkdtemp(".staging", _STAGING, target.parent))
-                lock = _lock(staging, wait=True)
-        yield staging
-    except OSError as e:
-        if isinstance(e, llama_cpp.NotBuilt):
-            raise
-        if e.errno in _DISK_FULL:
-            raise ConvertError(_disk_full(target, needed, shutil.disk_usage(target.parent).free)) from e
-        raise ConvertError(f"cannot write {target}: {e.strerror or e}. Choose another place for it") from e
-    finally:
-        with _uninterrupted():
-            if staging and not _holds_older(staging):
-                shutil.rmtree(staging, ignore_errors=True)
-            if lock is not None:
-                os.close(lock)
-
-
-def _lock(directory: Path, wait: bool = False) -> int | None:
-    """A descriptor that holds a lock on a directory while its process lives; None where there is no such thing."""
-    try:
-        import fcntl
-
-        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except (ImportError, OSError):
-        return None
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return fd
-    except BaseException as e:
-        os.close(fd)
-        if isinstance(e, OSError):
-            return None
-        raise
-
-
-def _sweep(directory: Path):
-    """Remove what conversions left that were killed: nobody holds its lock any more."""
-    for old in directory.glob(f"{_STAGING}{'?' * 8}.staging"):
-        if (lock := _lock(old)) is not None:
-            if not _holds_older(old):
-                shutil.rmtree(old, ignore_errors=True)
-            os.close(lock)
-
-
-def _commit(staged: list[Path], files: list[Path]):
-    """Put the files in their places, with the permissions of those that they replace: all, or none.
-
-    Of a split the first file, by which the others are found, goes first and comes last: nobody meets files of two conversions,
-    were this one killed here. What other conversions put into the directory at the same time waits.
-    """
-
-    def permissions():
-        for new, file in zip(staged, files):
-            with contextlib.suppress(FileNotFoundError):
-                shutil.copymode(file, new)
-
-    if len(files) == 1:
-        permissions()
-        os.replace(staged[0], files[0])
-        return
-    lock = _lock(files[0].parent, wait=True)  # can be interrupted
-    try:
-        with _uninterrupted():
-            permissions()
-            _replace_all(staged, files)
-    finally:
-        if lock is not None:
-            os.close(lock)
-
-
-def _replace_all(staged: list[Path], files: list[Path]):
-    undo: list[tuple[Path, Path]] = []
-    aside = staged[0].with_name(_SET_ASIDE)
-
-    def move(here: Path, there: Path):
-        os.rename(here, there)
-        undo.append((there, here))
-
-    try:
-        aside.mkdir()
-        for i, file in enumerate(files):
-            if file.is_file():
-                move(file, aside / f"{i}.old")
-        for new, file in reversed([*zip(staged, files)]):
-            move(new, file)
-    except BaseException as e:
-        left = []
-        for there, here in reversed(undo):
-            try:
-                os.rename(there, here)
-            except OSError:
-                left.append((there, here))
-        if left:
-            places = ", ".join(f"{here.name} is {there}" for there, here in left if there.parent == aside) or "no earlier files existed"
-            raise ConvertError(
-                f"cannot write {files[0]}: {getattr(e, 'strerror', None) or e}; nor could the files that were there be put back: {places}. Move "
-                "them by hand"
-            ) from e
-        raise
-    for there, _ in undo:
-        if there.parent == aside:  # else `_staging` would take it for one that is needed
-            with contextlib.suppress(OSError):
-                there.unlink()
-
-
-@contextlib.contextmanager
-def _uninterrupted():
-    """Hold SIGINT, SIGTERM and SIGHUP back for a moment that must not be cut in two."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    held: list[int] = []
-    numbers = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-    old = {s: signal.signal(s, lambda number, _: held.append(number)) for s in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
-        for number in held[:1]:
-            signal.raise_signal(number)

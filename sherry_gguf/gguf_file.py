@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .convert import ConvertError
+from .errors import ConvertError
 from .reader import open_gguf
 
 _SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")

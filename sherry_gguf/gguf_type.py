@@ -13,7 +13,7 @@ def register():
 
     The published package gets all of it; the pinned llama.cpp's own gguf-py already has the enum members and sizes.
     Afterwards `gguf.GGUFReader` reads such files, and `gguf.quants.quantize` and `dequantize` take the types; a row
-    that is no whole number of blocks raises `gguf.QuantError`, a NaN `blocks.QuantizeError`.
+    that is no whole number of blocks raises `gguf.QuantError`, a NaN `errors.QuantizeError`.
     """
     import gguf  # here: a converting process first chooses which gguf package there is
 

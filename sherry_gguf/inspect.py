@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from . import gguf_type, tq1_25
 from .gguf_file import Gguf, Stored, read_gguf
+from .report import sizes, table
 
 _TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
@@ -75,18 +76,3 @@ def _scales(t: Stored) -> str:
         return ""
     d = t.read().reshape(-1, gguf_type.TYPES[t.type.name].bytes)[:, -2:].copy().view("<f2")
     return f"{d.min():.4g} {d.max():.4g}"
-
-
-def sizes(tensors: Iterable[Any]) -> tuple[str, str, str]:
-    """Weights, bytes and bits per weight of tensors, as cells of a table."""
-    tensors = list(tensors)
-    weights, size = sum(t.weights for t in tensors), sum(t.nbytes for t in tensors)
-    return f"{weights:,}", f"{size:,}", f"{8 * size / weights:.3f}" if weights else ""
-
-
-def table(head: tuple, rows: list[tuple]) -> Iterator[str]:
-    """Lines of a table: the first column left-aligned, the others right."""
-    cells = [[str(c) for c in row] for row in (head, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        yield "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))).rstrip()

@@ -8,7 +8,8 @@ import os
 import numpy as np
 
 from . import tq1_25
-from .blocks import NOT_FINITE, OVERFLOW, BlockType, QuantizeError
+from .blocks import NOT_FINITE, OVERFLOW, BlockType
+from .errors import QuantizeError
 
 try:
     from ._kernels import ffi, lib

@@ -12,10 +12,7 @@ import cffi
 import numpy as np
 
 from . import tq1_25
-
-
-class NotBuilt(FileNotFoundError):
-    """A part of the patched llama.cpp is not there; the message says which and how to get it."""
+from .errors import NotBuilt
 
 
 def root() -> Path:

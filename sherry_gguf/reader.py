@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from . import gguf_type, stq1_0
-from .convert import ConvertError
+from .errors import ConvertError
 
 MAX_DIMS = 4  # GGML_MAX_DIMS
 

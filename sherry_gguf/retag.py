@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from . import convert, stq1_0
-from .convert import ConvertError
+from . import atomic, stq1_0
+from .errors import ConvertError
 from .gguf_file import check_shard, is_shard, padded, split_files
 from .reader import Entry, open_gguf
 
@@ -108,7 +108,7 @@ def retag(source: Path, target: Path) -> tuple[int, bool]:
     """
     source, target = Path(source), Path(target)
     check_shard(source, target)
-    target = convert.writable(target)
+    target = atomic.writable(target)
     if source.with_name(source.name + BACKUP).exists():
         raise ConvertError(f"{source.name + BACKUP} says that a retag of {source} in place was cut off: run it with --in-place again")
     count, numbers = _changes(source)
@@ -116,14 +116,14 @@ def retag(source: Path, target: Path) -> tuple[int, bool]:
         raise _nothing(source)
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the file itself: --in-place changes it where it is")
-    with convert._staging(target, source.stat().st_size) as staging:
+    with atomic.staging(target, source.stat().st_size) as staging:
         new = staging / target.name
         shutil.copyfile(source, new)
         with open(new, "r+b") as f:
             _set(f, numbers)
             os.fsync(f.fileno())
         _check(new, numbers)
-        convert._commit([new], [target])
+        atomic.commit([new], [target])
     return count, len(numbers) > count
 
 

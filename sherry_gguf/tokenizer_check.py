@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .errors import CheckFailed
+
 SAMPLE = (
     "The quick brown fox jumps over the lazy dog, and they're sure it'll do so again; I'd say it's 9:45, isn't it? Will-o'the-wisp o'er y'all'd've",
     'def read(self, size=-1):\n    """Read up to size bytes."""\n\tif not self._file:\n        return b""\n'
@@ -37,10 +39,6 @@ SAMPLE = (
 _WITHIN = 32  # of them, that are looked at within a text
 _SPECIAL = 128  # special tokens that are looked at, the first and the last
 _SHOWN = 12  # tokens that a message shows of a text
-
-
-class CheckFailed(Exception):
-    """One of both cannot split the texts; the message says which and why."""
 
 
 @dataclasses.dataclass(frozen=True)

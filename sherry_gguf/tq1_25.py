@@ -7,7 +7,7 @@ sign word.
 
 from __future__ import annotations
 
-from .blocks import NOT_FINITE, OVERFLOW, BlockType, QuantizeError, dot_q8_0
+from .blocks import NOT_FINITE, OVERFLOW, BlockType, dot_q8_0
 
 TYPE = BlockType("TQ1_25", type_id=125, file_type=125, size=128, weights=(128,), nibbles=(4, 2, 4))
 
@@ -18,6 +18,6 @@ pack, unpack = TYPE.pack, TYPE.unpack
 quantize, dequantize, is_exact, vec_dot = TYPE.quantize, TYPE.dequantize, TYPE.is_exact, TYPE.vec_dot
 
 __all__ = [
-    "BLOCK", "BLOCK_BYTES", "FILE_TYPE", "NAME", "NOT_FINITE", "OVERFLOW", "TYPE", "TYPE_ID", "QuantizeError",
+    "BLOCK", "BLOCK_BYTES", "FILE_TYPE", "NAME", "NOT_FINITE", "OVERFLOW", "TYPE", "TYPE_ID",
     "dequantize", "dot_q8_0", "is_exact", "pack", "quantize", "unpack", "vec_dot",
 ]  # fmt: skip

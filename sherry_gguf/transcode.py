@@ -10,7 +10,6 @@ import dataclasses
 import hashlib
 import math
 import os
-import shutil
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,11 +17,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from . import convert, gguf_type
-from .blocks import NOT_FINITE, BlockType, QuantizeError
-from .convert import ConvertError
+from . import atomic, gguf_type
+from .blocks import NOT_FINITE, BlockType
+from .errors import ConvertError, QuantizeError
 from .gguf_file import Stored, check_shard, is_shard, padded
 from .reader import open_gguf
+from .report import progress_bar
 
 TARGETS = ("tq1_25", "stq1_0", "tq2_0", "q8_0", "f16")
 TERNARY = (*gguf_type.TYPES, "TQ1_0", "TQ2_0")
@@ -34,7 +34,7 @@ _COPY = 1 << 24  # bytes
 
 @dataclasses.dataclass
 class Moved:
-    """A tensor of the new file, in the terms of `convert._reread`."""
+    """A tensor of the new file, in the terms of `atomic.reread`."""
 
     name: str
     old: Any  # gguf.GGMLQuantizationType
@@ -67,7 +67,7 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
         raise ConvertError(f"--to {to}: one of {', '.join(TARGETS)}")
     source, target = Path(source), Path(target)
     check_shard(source, target)
-    target = convert.writable(target)
+    target = atomic.writable(target)
     wanted = gguf.GGMLQuantizationType[to.upper()]
     reader = open_gguf(source)
     plan = [_plan(t, source, wanted, gguf) for t in reader.tensors]
@@ -76,16 +76,13 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
         raise ConvertError(f"{source} has no tensor that could be {wanted.name} instead, of {', '.join(held)}")
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the file itself: name another one to write")
-    options = convert.Options(progress=progress)
     head = _head(reader, plan, to)
     start = padded(len(head), int(reader.alignment)) if plan else len(head)
     needed = start + sum(padded(m.nbytes, int(reader.alignment)) for m in plan)
-    with convert._staging(target, needed) as staging:
-        holes = max(0, source.stat().st_size - 512 * getattr(source.stat(), "st_blocks", math.inf))  # most of them stay
-        if needed - holes > (free := shutil.disk_usage(staging).free):
-            raise ConvertError(convert._disk_full(target, needed, free))
+    holes = max(0, source.stat().st_size - 512 * getattr(source.stat(), "st_blocks", math.inf))  # most of them stay
+    with atomic.staging(target, needed, holes) as staging:
         new = staging / target.name
-        with open(new, "wb") as out, convert.progress_bar(options, total=needed, unit="B", unit_scale=True) as bar:
+        with open(new, "wb") as out, progress_bar(progress, total=needed, unit="B", unit_scale=True) as bar:
             out.write(head)
             out.seek(start)  # padding is zeros, as a hole
             bar.update(start)
@@ -107,8 +104,8 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
                 f"--require-exact: {len(inexact)} tensors have blocks that {wanted.name} cannot hold, {inexact[0].name} "
                 f"{inexact[0].blocks - inexact[0].exact} of {inexact[0].blocks}. Nothing was written"
             )
-        convert._reread(new, plan)
-        convert._commit([new], [target])
+        atomic.reread(new, plan)
+        atomic.commit([new], [target])
     return plan, unknown
 
 

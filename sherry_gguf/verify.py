@@ -19,8 +19,10 @@ import numpy as np
 
 from . import convert, llama_cpp, ternary, tq1_25
 from .convert import Grouping, Options, Tensor
+from .errors import QuantizeError
 from .gguf_file import Gguf, Stored, read_gguf
 from .provenance import Checkpoint
+from .report import progress_bar
 
 
 @dataclasses.dataclass
@@ -42,7 +44,7 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
     rounded to their type. The values must be those in the checkpoint's files, moved at most; of kept tensors upstream's
     classes may change them (`Verdict.changed`). The sherry.* keys must be what is found here, all others what upstream makes of the
     checkpoint, but for names and authorship (general.*), which flags can set. `options`: what conversion was given,
-    as far as it changes tensors or tokenizer. Raises ConvertError, llama_cpp.NotBuilt.
+    as far as it changes tensors or tokenizer. Raises ConvertError, NotBuilt.
     """
     options = options or Options()
     convert.upstream()  # before gguf is imported from elsewhere
@@ -67,7 +69,7 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
         for name in stored.tensors.keys() - expected.keys():
             verdict.problems.append(f"{name} is in the file and not in the checkpoint")
         sound = True
-        with convert.progress_bar(options, iterable=plan, unit=" tensors") as bar:
+        with progress_bar(options.progress, iterable=plan, unit=" tensors") as bar:
             for t in bar:
                 if not t.raw:
                     info = expected[t.name]
@@ -182,7 +184,7 @@ def _compare_blocks(tensor, planned: Tensor, t: Stored, grouping: Grouping, verd
         if size == tq1_25.BLOCK:
             try:
                 reference = tq1_25.quantize(x)
-            except tq1_25.QuantizeError as e:
+            except QuantizeError as e:
                 raise convert._bad_row(planned, start + e.row, e.cause) from e
         else:
             lanes, d = ternary.sparse_absmean(x, size)

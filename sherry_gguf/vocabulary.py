@@ -12,16 +12,12 @@ import re
 from pathlib import Path
 
 from . import llama_cpp, tokenizer_check
-from .tokenizer_check import CheckFailed
+from .errors import CheckFailed, VocabularyError
 
 SENTENCEPIECE = "tokenizer.model"
 NO_CHECK = "--no-tokenizer-check skips this check"
 # The names that people know are tried and shown before others.
 KNOWN = ("gpt-2", "llama-bpe", "qwen2", "smollm", "gpt-4o", "deepseek-llm", "deepseek-v3", "starcoder", "falcon", "command-r", "mpt")
-
-
-class VocabularyError(Exception):
-    """A tokenizer that cannot be stored so that llama.cpp splits text alike; the message says what to do."""
 
 
 class Vocabulary:
@@ -197,7 +193,7 @@ def _pres() -> list[list[str]]:
 def problem(gguf: Path, model_dir: Path, kind: str) -> str:
     """How llama.cpp splits text otherwise than transformers, and what to do; "" where both agree.
 
-    gguf: the file, whose tokenizer.ggml.model is `kind`. Raises llama_cpp.NotBuilt.
+    gguf: the file, whose tokenizer.ggml.model is `kind`. Raises NotBuilt.
     """
     try:
         with tokenizer_check.Splitting(gguf) as splitting:  # both load their tokenizer at the same time
@@ -213,7 +209,7 @@ def problem(gguf: Path, model_dir: Path, kind: str) -> str:
             advice = f"llama.cpp's WordPiece drops more combining marks, such as those of Devanagari and Thai. {NO_CHECK}"
         else:
             advice = _sentencepiece_advice(model_dir)
-    except OSError:  # llama_cpp.NotBuilt among them
+    except OSError:  # NotBuilt among them
         raise
     except Exception as e:  # tokenizers of transformers are not all alike
         cause = e if isinstance(e, CheckFailed) else f"{type(e).__name__}: {e}"

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "build"))
 from cross_arm import COMPILERS, EMULATOR, Stop, call, missing
 
 from sherry_gguf import llama_cpp
+from sherry_gguf.errors import NotBuilt
 
 REPO = Path(__file__).resolve().parents[2]
 SOURCES = REPO / "ggml_patch" / "src"
@@ -142,7 +143,7 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (Stop, OSError, llama_cpp.NotBuilt) as e:
+    except (Stop, OSError, NotBuilt) as e:
         sys.exit(f"count_arm: {e}")
     except KeyboardInterrupt:
         sys.exit("count_arm: interrupted")

@@ -21,6 +21,7 @@ import numpy as np
 
 from sherry_gguf import llama_cpp
 from sherry_gguf.bench import cpu_name
+from sherry_gguf.errors import NotBuilt
 from sherry_gguf.reader import open_gguf
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -146,7 +147,7 @@ def main(argv: list[str] | None = None) -> int:
         a.out.with_suffix(".md").write_text(table(results))
         print(table(results), end="")
         return 0
-    except (Stop, OSError, llama_cpp.NotBuilt) as e:
+    except (Stop, OSError, NotBuilt) as e:
         print(f"compare_ptq: {e}", file=sys.stderr)
         return 1
 

@@ -14,6 +14,7 @@ import torch
 from conftest import sherry
 
 from sherry_gguf import cli, convert, gguf_file, gguf_type, llama_cpp, ternary, tq1_25
+from sherry_gguf.errors import ConvertError
 
 gguf = gguf_type.register()
 
@@ -162,7 +163,7 @@ def test_missing_matrices(blocks, told):
 
     check([2] * len(blocks))
     if told:
-        with pytest.raises(convert.ConvertError, match=re.escape(told)):
+        with pytest.raises(ConvertError, match=re.escape(told)):
             check(2)
     else:
         check(2)

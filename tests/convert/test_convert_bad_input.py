@@ -361,7 +361,7 @@ def test_flags(model, fails, tmp_path):
 
 
 def test_no_target_directory(model, fails, tmp_path):
-    fails(model, "--outfile", tmp_path / "none" / "x.gguf", told=["cannot write", "none is not there. Create it first"])
+    fails(model, "--outfile", tmp_path / "none" / "x.gguf", told=["cannot write", "none does not exist. Create it first"])
     fails(model, "--outfile", tmp_path / "out.gguf" / "x.gguf", told=["cannot write", "out.gguf is not a directory"])
 
 

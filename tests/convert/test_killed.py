@@ -17,8 +17,8 @@ import pytest
 import small_models
 from conftest import sherry
 
-from sherry_gguf import cli, convert, gguf_type, retag
-from sherry_gguf.convert import ConvertError
+from sherry_gguf import atomic, cli, gguf_type, retag
+from sherry_gguf.errors import ConvertError
 from sherry_gguf.reader import open_gguf
 
 SERVER = """
@@ -201,14 +201,14 @@ def test_two_conversions_to_one_target(checkpoint, split, tmp_path):
     gate.touch()
     code = f"""
 import fcntl, os, sys
-from sherry_gguf import cli, convert
-commit = convert._commit
+from sherry_gguf import atomic, cli
+commit = atomic.commit
 def waiting(*args):
     print("ready", flush=True)
     with open({str(gate)!r}) as f:
         fcntl.flock(f, fcntl.LOCK_SH)
     commit(*args)
-convert._commit = waiting
+atomic.commit = waiting
 sys.exit(cli.main(sys.argv[1:]))
 """
     for _ in range(2):
@@ -254,12 +254,12 @@ def test_what_cannot_be_put_back_is_kept(tmp_path, monkeypatch, good, old, after
         (tmp_path / name).write_text(f"old {name}")
     failing = Renames(good, lambda here: failing.left == -1 or after(here))
     with pytest.raises(ConvertError, match="cannot write .*: Permission denied") as told:
-        with convert._staging(tmp_path / "x.gguf", 1) as staging:
+        with atomic.staging(tmp_path / "x.gguf", 1) as staging:
             for name in names:
                 (staging / name).write_text(f"new {name}")
             with monkeypatch.context() as m:
                 m.setattr(os, "rename", failing)
-                convert._commit([staging / name for name in names], [tmp_path / name for name in names])
+                atomic.commit([staging / name for name in names], [tmp_path / name for name in names])
             assert old is False and good >= 3, "nothing failed"
             raise PermissionError(13, "Permission denied")
     found = {p.relative_to(tmp_path): p.read_text() for p in tmp_path.rglob("*") if p.is_file()}
@@ -278,13 +278,13 @@ def test_waiting_for_a_directory_can_be_interrupted(tmp_path):
     code = """
 import sys
 from pathlib import Path
-from sherry_gguf import convert
+from sherry_gguf import atomic
 names = ["x-00001-of-00002.gguf", "x-00002-of-00002.gguf"]
-with convert._staging(Path("x.gguf"), 1) as staging:
+with atomic.staging(Path("x.gguf"), 1) as staging:
     for name in names:
         (staging / name).write_text("new")
     print("ready", flush=True)
-    convert._commit([staging / name for name in names], [Path(name) for name in names])
+    atomic.commit([staging / name for name in names], [Path(name) for name in names])
 """
     fd = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(fd, fcntl.LOCK_EX)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sherry_gguf import cli, gguf_type, retag
-from sherry_gguf.convert import ConvertError
+from sherry_gguf.errors import ConvertError
 from sherry_gguf.reader import open_gguf
 
 gguf = gguf_type.register()
@@ -336,7 +336,7 @@ def test_places_that_cannot_be_written(old, tmp_path, capsys):
     for target, says in (
         (old, "--in-place changes it"),
         (tmp_path, "not an ordinary file"),
-        (tmp_path / "none/new.gguf", "none is not there. Create it first"),
+        (tmp_path / "none/new.gguf", "none does not exist. Create it first"),
     ):
         assert cli.main(["retag", str(old), str(target)]) == 1
         assert says in capsys.readouterr().err

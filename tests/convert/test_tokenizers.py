@@ -13,6 +13,7 @@ from conftest import sherry
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from sherry_gguf import llama_cpp, tokenizer_check, vocabulary
+from sherry_gguf.errors import CheckFailed
 
 LINES = small_models.corpus().splitlines() + list(tokenizer_check.SAMPLE)
 SOURCE = (llama_cpp.source_dir() / "src" / "llama-vocab.cpp").read_text()
@@ -370,7 +371,7 @@ def test_wordpiece(tmp_path):
 def test_a_tokenizer_that_transformers_cannot_load(model):
     save(byte_level(pre_tokenizer("gpt-2")), model)
     patch = (
-        "import sherry_gguf.tokenizer_check as t; from sherry_gguf.tokenizer_check import CheckFailed\n"
+        "import sherry_gguf.tokenizer_check as t; from sherry_gguf.errors import CheckFailed\n"
         "def load(directory): raise CheckFailed('transformers cannot load the tokenizer')\nt.load_tokenizer = load"
     )
     done = sherry("convert", model, "--outfile", model.parent / "out.gguf", "--tokenizer-pre", "gpt-2", patch=patch)
@@ -384,7 +385,7 @@ def test_a_vocabulary_that_llama_cpp_refuses(model):
     target = model.parent / "out.gguf"
     target.write_bytes(target.read_bytes()[:2000])
     with tokenizer_check.Splitting(target) as splitting:
-        with pytest.raises(tokenizer_check.CheckFailed, match="llama.cpp refuses the vocabulary: .*failed"):
+        with pytest.raises(CheckFailed, match="llama.cpp refuses the vocabulary: .*failed"):
             tokenizer_check.compare(splitting, tokenizer_check.load_tokenizer(model))
 
 
@@ -398,7 +399,7 @@ def test_python_files_of_the_checkpoint_are_not_run(model, tmp_path):
     config = model / "tokenizer_config.json"
     (model / "mine.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
     config.write_text(json.dumps(dict(tokenizer_class="Mine", auto_map={"AutoTokenizer": ["mine.Mine", None]})))
-    with pytest.raises(tokenizer_check.CheckFailed, match="is Python code in that directory"):
+    with pytest.raises(CheckFailed, match="is Python code in that directory"):
         tokenizer_check.load_tokenizer(model)
     assert not (tmp_path / "run").exists()
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sherry_gguf import cli, gguf_file, gguf_type, inspect, stq1_0, tq1_25, transcode
-from sherry_gguf.convert import ConvertError
+from sherry_gguf.errors import ConvertError
 
 gguf = gguf_type.register()
 Q = gguf.GGMLQuantizationType
@@ -154,7 +154,7 @@ def test_what_cannot_be_transcoded(model, tmp_path, capsys):
     assert "has no tensor that could be TQ1_25 instead" in capsys.readouterr().err
     for target, says in (
         (model, "is the file itself"),
-        (tmp_path / "no/x.gguf", "no is not there. Create it first"),
+        (tmp_path / "no/x.gguf", "no does not exist. Create it first"),
         (tmp_path, "not an ordinary file"),
     ):
         assert cli.main(["transcode", str(model), str(target), "--to", "f16"]) == 1

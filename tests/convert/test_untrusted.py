@@ -11,7 +11,7 @@ import pytest
 from conftest import sherry
 
 from sherry_gguf import gguf_type, llama_cpp, stq1_0, transcode
-from sherry_gguf.convert import ConvertError
+from sherry_gguf.errors import ConvertError
 from sherry_gguf.reader import open_gguf
 
 gguf = gguf_type.register()

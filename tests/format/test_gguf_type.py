@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from sherry_gguf import gguf_type, stq1_0, tq1_25
+from sherry_gguf.errors import QuantizeError
 
 gguf = gguf_type.register()
 TYPE = gguf.GGMLQuantizationType.TQ1_25
@@ -38,7 +39,7 @@ def test_bad_rows():
         gguf.quants.quantize(np.zeros((2, 96), np.float32), TYPE)
     x = np.zeros((2, 128), np.float32)
     x[1, 5] = np.nan
-    with pytest.raises(tq1_25.QuantizeError, match="NaN"):  # not QuantError, which upstream turns into F16
+    with pytest.raises(QuantizeError, match="NaN"):  # not QuantError, which upstream turns into F16
         gguf.quants.quantize(x, TYPE)
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from sherry_gguf import blocks, kernels, stq1_0, ternary, tq1_25
+from sherry_gguf.errors import QuantizeError
 
 TYPE = stq1_0.TYPE
 any_blocks = hnp.arrays(np.uint8, st.integers(1, 4).map(lambda n: 42 * n))
@@ -101,7 +102,7 @@ def test_limits_of_upstreams_test_are_what_the_reference_has():
 def test_what_no_block_can_hold_names_the_row(value, cause):
     x = TYPE.dequantize(TYPE.quantize(np.ones((3, 2, 512), np.float32)))
     x[1, 1, 256:] = value
-    with pytest.raises(blocks.QuantizeError, match="row 3: ") as error:
+    with pytest.raises(QuantizeError, match="row 3: ") as error:
         TYPE.quantize(x)
     assert (error.value.row, error.value.cause) == (3, cause) and TYPE.is_exact(x)[1, 1].tolist() == [True, False]
 
@@ -182,7 +183,7 @@ def test_importance_lowers_the_weighted_error():
 def test_c_refuses_what_no_block_can_hold():
     x = np.ones((3, 512), np.float32)
     x[1, 300], x[2, 0] = np.nan, 1e9
-    with pytest.raises(blocks.QuantizeError) as e:
+    with pytest.raises(QuantizeError) as e:
         kernels.quantize(x, kind=TYPE)
     assert (e.value.row, e.value.cause) == (1, blocks.NOT_FINITE)
     out = np.zeros((3, 84), np.uint8)

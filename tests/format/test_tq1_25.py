@@ -6,6 +6,7 @@ from hypothesis.extra import numpy as hnp
 from vectors import BLOCKS, DOTS, EXACT
 
 from sherry_gguf import ternary, tq1_25
+from sherry_gguf.errors import QuantizeError
 
 any_floats = hnp.arrays(np.float32, 256, elements=st.floats(-1e4, 1e4, width=32))
 any_blocks = hnp.arrays(np.uint8, st.integers(1, 4).map(lambda n: 22 * n))
@@ -87,7 +88,7 @@ def test_mean_is_rounded_once():
 def test_what_no_block_can_hold_is_an_error_that_names_the_row(value, cause):
     x = np.ones((3, 2, 256), np.float32)
     x[1, 1, 128:] = value
-    with pytest.raises(tq1_25.QuantizeError, match=rf"row 3: .*{cause}") as error:
+    with pytest.raises(QuantizeError, match=rf"row 3: .*{cause}") as error:
         tq1_25.quantize(x)
     assert error.value.row == 3
     assert tq1_25.is_exact(x)[1, 1].tolist() == [False, False]
@@ -95,7 +96,7 @@ def test_what_no_block_can_hold_is_an_error_that_names_the_row(value, cause):
 
 def test_the_largest_mean_that_fits():
     assert tq1_25.unpack(tq1_25.quantize(np.full(128, 65519.0)))[1][0] == 65504
-    with pytest.raises(tq1_25.QuantizeError):
+    with pytest.raises(QuantizeError):
         tq1_25.quantize(np.full(128, 65520.0))
 
 

@@ -15,7 +15,7 @@ with atheris.instrument_imports(include=["gguf", "sherry_gguf"]):
     import gguf  # noqa: F401  which sherry_gguf imports late
 
     from sherry_gguf import inspect, retag, transcode
-    from sherry_gguf.convert import ConvertError
+    from sherry_gguf.errors import ConvertError
     from sherry_gguf.reader import open_gguf
 
 directory = Path(tempfile.mkdtemp(prefix="fuzz-", dir="/dev/shm" if os.path.isdir("/dev/shm") else None))

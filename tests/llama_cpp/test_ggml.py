@@ -9,6 +9,7 @@ import pytest
 from vectors import BLOCKS, DOTS
 
 from sherry_gguf import kernels, llama_cpp, reader, retag, stq1_0, tq1_25
+from sherry_gguf.errors import NotBuilt
 
 KINDS = pytest.mark.parametrize("kind", [tq1_25.TYPE, stq1_0.TYPE])
 
@@ -157,5 +158,5 @@ def test_odd_addresses(ggml, x):
 def test_what_is_not_built_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("SHERRY_BUILD_DIR", str(tmp_path))
     for call in (lambda: llama_cpp.tool("llama-cli"), lambda: llama_cpp.library("ggml-base"), llama_cpp.source_dir):
-        with pytest.raises(llama_cpp.NotBuilt, match=f"{tmp_path}.* is not there: run scripts/build_llama_cpp.py"):
+        with pytest.raises(NotBuilt, match=f"{tmp_path}.* is not there: run scripts/build_llama_cpp.py"):
             call()

@@ -16,6 +16,7 @@ from vectors import BLOCKS, DOTS
 
 from sherry_gguf import blocks as block_types
 from sherry_gguf import gguf_type, kernels, ternary, tq1_25
+from sherry_gguf.errors import QuantizeError
 
 SOURCES = Path(__file__).parents[2] / "ggml_patch" / "src"
 HEADER = (SOURCES / "tq1_25.h").read_text()
@@ -121,12 +122,12 @@ def test_the_first_bad_row_is_named():
     x = np.ones((9000, 128), np.float32)  # more weights than NumPy handles at a time
     x[8500, 3], x[8700, 3] = np.nan, 1e9
     for module in tq1_25, kernels:
-        with pytest.raises(tq1_25.QuantizeError) as error:
+        with pytest.raises(QuantizeError) as error:
             module.quantize(x)
         assert error.value.row == 8500 and error.value.cause == tq1_25.NOT_FINITE
     x[8500, 3] = 1
     for module in tq1_25, kernels:
-        with pytest.raises(tq1_25.QuantizeError) as error:
+        with pytest.raises(QuantizeError) as error:
             module.quantize(x)
         assert error.value.row == 8700 and error.value.cause == tq1_25.OVERFLOW
 
@@ -172,12 +173,12 @@ def test_released_bytes_of_a_file_can_still_be_read(tmp_path):
 def test_what_no_block_can_hold(value):
     x = np.ones((3, 2, 256), np.float32)
     x[1, 1, 200] = value if not np.isfinite(value) else 1e7
-    with pytest.raises(tq1_25.QuantizeError) as expected:
+    with pytest.raises(QuantizeError) as expected:
         tq1_25.quantize(x)
-    with pytest.raises(tq1_25.QuantizeError) as error:
+    with pytest.raises(QuantizeError) as error:
         kernels.quantize(x)
     assert str(error.value) == str(expected.value) and error.value.row == 3
-    with pytest.raises(tq1_25.QuantizeError) as error:
+    with pytest.raises(QuantizeError) as error:
         kernels.quantize(x, np.ones(256, np.float32))
     assert str(error.value) == str(expected.value)
 

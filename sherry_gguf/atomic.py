@@ -1,0 +1,226 @@
+"""Puts files in place whole or not at all, whenever a command fails, is interrupted or is killed.
+
+Files are written to a staging directory beside the target, flushed, read back, and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from . import signals
+from .errors import ConvertError, NotBuilt
+from .reader import open_gguf
+
+_STAGING = ".sherry-gguf-"
+_SET_ASIDE = "set-aside.old"  # a directory in the staging directory; a file of this name is a target that a user named so
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Written(Protocol):
+    """A tensor as it was written."""
+
+    name: str
+    shape: tuple[int, ...]  # NumPy's order
+    type: Any  # gguf.GGMLQuantizationType
+    sha256: bytes  # of its data
+
+
+def writable(target: Path) -> Path:
+    """The path to write for a target, with symbolic links resolved. Raises ConvertError if only an ordinary file could go there, and
+    something else is there or the directory is missing."""
+    try:
+        if target.is_symlink():
+            target = target.resolve()  # written through, as by any program
+        if not target.parent.is_dir():
+            raise ConvertError(
+                f"cannot write {target}: {target.parent} "
+                + ("is not a directory" if target.parent.exists() else "does not exist. Create it first")
+            )
+        if target.exists() and not target.is_file():
+            raise ConvertError(f"cannot write {target}: it exists and is not an ordinary file")
+    except (OSError, RuntimeError) as e:  # a name too long, a loop of symbolic links
+        raise ConvertError(f"cannot write {target}: {e}") from e
+    return target
+
+
+@contextlib.contextmanager
+def staging(target: Path, needed: int, holes: int = 0) -> Iterator[Path]:
+    """A new directory beside the target, removed at the end in any case.
+
+    needed: bytes that will be written; holes: how many of these take no space. Raises ConvertError if they exceed the free space, and
+    in place of any OSError but NotBuilt.
+    """
+    directory = lock = None
+    try:
+        _sweep(target.parent)
+        with uninterrupted():
+            while directory is None or not directory.exists():  # another process may have swept it before it was locked
+                directory = Path(tempfile.mkdtemp(".staging", _STAGING, target.parent))
+                lock = _lock(directory, wait=True)
+        if needed - holes > (free := shutil.disk_usage(directory).free):
+            raise ConvertError(_disk_full(target, needed, free))
+        yield directory
+    except OSError as e:
+        if isinstance(e, NotBuilt):
+            raise
+        if e.errno in _DISK_FULL:
+            raise ConvertError(_disk_full(target, needed, shutil.disk_usage(target.parent).free)) from e
+        raise ConvertError(f"cannot write {target}: {e.strerror or e}. Choose another place for it") from e
+    finally:
+        with uninterrupted():
+            if directory and not _holds_older(directory):
+                shutil.rmtree(directory, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+
+
+def _disk_full(target: Path, needed: int, free: int) -> str:
+    return (
+        f"no room for {target}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there (or a quota or file size limit is "
+        "reached). Nothing was written"
+    )
+
+
+def _lock(directory: Path, wait: bool = False) -> int | None:
+    """A descriptor that locks a directory until it is closed or the process ends; None if another process has the lock or if this
+    system cannot lock.
+
+    The directory itself is locked, and not a file in it as by filelock: nothing may stay beside the target, and a target in the
+    staging directory may have any name.
+    """
+    try:
+        import fcntl
+
+        fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return fd
+    except BaseException as e:
+        os.close(fd)
+        if isinstance(e, OSError):
+            return None
+        raise
+
+
+def _sweep(directory: Path):
+    """Remove the staging directories of killed processes: nobody locks them any more."""
+    for old in directory.glob(f"{_STAGING}{'?' * 8}.staging"):
+        if (lock := _lock(old)) is not None:
+            if not _holds_older(old):
+                shutil.rmtree(old, ignore_errors=True)
+            os.close(lock)
+
+
+def _holds_older(directory: Path) -> bool:
+    """Whether a staging directory still has older files of a split, perhaps the only copies: `commit` neither replaced them nor put
+    them back."""
+    return any((directory / _SET_ASIDE).glob("*"))
+
+
+def reread(path: Path, expected: Sequence[Written]):
+    """Flush a GGUF file to the disk and read it back from there. Raises ConvertError if its tensors are not `expected`."""
+    with open(path, "r+b") as f:
+        os.fsync(f.fileno())
+        if hasattr(os, "posix_fadvise"):  # forget the cached pages
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        stored = [
+            (r.name, tuple(int(n) for n in reversed(r.shape)), r.tensor_type, r.data_offset, r.n_bytes) for r in open_gguf(path).tensors
+        ]
+        good = [s[:3] for s in stored] == [(t.name, t.shape, t.type) for t in expected]
+        for t, (*_, offset, left) in zip(expected, stored if good else ()):
+            f.seek(offset)
+            digest = hashlib.sha256()
+            while left and (data := f.read(min(left, 1 << 24))):
+                digest.update(data)
+                left -= len(data)
+            good = good and digest.digest() == t.sha256
+    if not good:
+        raise ConvertError(f"{path} read back is not what was written: check the disk and its free space")
+
+
+def commit(staged: list[Path], files: list[Path]):
+    """Move staged files to their places, all or none, with the permissions of the files that they replace.
+
+    A split is found by its first file. So the old first file is removed first and the new one installed last: if this process is
+    killed, nobody meets files of two conversions. Another commit of a split to the same directory waits.
+    """
+
+    def copy_permissions():
+        for new, file in zip(staged, files):
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copymode(file, new)
+
+    if len(files) == 1:
+        copy_permissions()
+        os.replace(staged[0], files[0])
+        return
+    lock = _lock(files[0].parent, wait=True)  # can be interrupted
+    try:
+        with uninterrupted():
+            copy_permissions()
+            _replace_all(staged, files)
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _replace_all(staged: list[Path], files: list[Path]):
+    undo: list[tuple[Path, Path]] = []
+    aside = staged[0].with_name(_SET_ASIDE)
+
+    def move(here: Path, there: Path):
+        os.rename(here, there)
+        undo.append((there, here))
+
+    try:
+        aside.mkdir()
+        for i, file in enumerate(files):
+            if file.is_file():
+                move(file, aside / f"{i}.old")
+        for new, file in reversed([*zip(staged, files)]):
+            move(new, file)
+    except BaseException as e:
+        left = []
+        for there, here in reversed(undo):
+            try:
+                os.rename(there, here)
+            except OSError:
+                left.append((there, here))
+        if left:
+            places = ", ".join(f"{here.name} is {there}" for there, here in left if there.parent == aside) or "no earlier files existed"
+            raise ConvertError(
+                f"cannot write {files[0]}: {getattr(e, 'strerror', None) or e}. The earlier files could not be put back either: {places}. "
+                "Move them by hand"
+            ) from e
+        raise
+    for there, _ in undo:
+        if there.parent == aside:  # else `_holds_older` would keep the staging directory
+            with contextlib.suppress(OSError):
+                there.unlink()
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Hold back SIGINT, SIGTERM and SIGHUP until the end, in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    try:
+        with signals.handled(held.append):
+            yield
+    finally:
+        for number in held[:1]:
+            signal.raise_signal(number)

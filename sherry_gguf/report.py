@@ -1,0 +1,36 @@
+"""What commands show: progress bars, tables, and names of tensors."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tabulate import tabulate
+from tqdm import tqdm
+
+from . import patterns
+
+
+def progress_bar(wanted: bool, **settings) -> tqdm:
+    """A tqdm that shows on standard error if `wanted` and if that is a terminal; `settings` go to tqdm."""
+    return tqdm(disable=None if wanted and sys.stderr else True, **settings)
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """The lines of a table: the first column left-aligned, the others right-aligned."""
+    aligned = ["left", *["right"] * (len(head) - 1)]
+    text = tabulate([head, *rows], tablefmt="plain", colalign=aligned, disable_numparse=True)  # as headers they would be wider
+    return [line.rstrip() for line in text.splitlines()]
+
+
+def sizes(tensors: Iterable[Any]) -> tuple[str, str, str]:
+    """Weights, bytes and bits per weight of tensors that have `weights` and `nbytes`, as cells of a table."""
+    tensors = list(tensors)
+    weights, size = sum(t.weights for t in tensors), sum(t.nbytes for t in tensors)
+    return f"{weights:,}", f"{size:,}", f"{8 * size / weights:.3f}" if weights else ""
+
+
+def starred(tensors: Iterable[Any]) -> str:
+    """The tensors' names, with those that differ only in the block's number as one."""
+    return patterns.starred(t.name for t in tensors)
