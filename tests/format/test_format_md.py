@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vectors import BLOCKS
+from vectors import BLOCKS, DOTS
 
 from sherry_gguf import blocks, gguf_type, kernels, ternary, tq1_25
 
@@ -130,6 +130,24 @@ def test_the_pages_codec_gives_the_packages_bytes(name, seed):
 def test_the_pages_codec_gives_the_golden_vectors(name):
     x, block, lanes, d = BLOCKS[name]
     assert CODECS["TQ1_25"].encode(x) == block.tobytes() and CODECS["TQ1_25"].decode(block.tobytes()) == (lanes, d)
+
+
+@pytest.mark.parametrize("i", range(len(DOTS)))
+def test_the_pages_dot_product_gives_the_golden_vectors(i):
+    row, activations, q8_0, result = DOTS[i]
+    total = 0.0
+    for b in range(len(row) // 22):
+        lanes, d_w = CODECS["TQ1_25"].decode(row[22 * b : 22 * b + 22].tobytes())
+        of_block = 0.0
+        for j in range(4):
+            x = activations[128 * b + 32 * j :][:32]  # float32, and so is what follows
+            d = np.abs(x).max() / np.float32(127)
+            products = x * (np.float32(1) / d if d else np.float32(0))
+            q = [int(np.clip(np.copysign(np.floor(abs(p) + 0.5), p), -127, 127)) for p in products.astype(np.float64)]
+            assert (float(np.float16(d)), q) == q8_0[4 * b + j]
+            of_block += float(np.float16(d)) * sum(lane * v for lane, v in zip(lanes[32 * j :], q))
+        total += d_w * of_block
+    assert total == pytest.approx(result, rel=1e-12)
 
 
 def test_example_blocks():
