@@ -26,7 +26,7 @@ FOREIGN = {
     **dict.fromkeys(("adb", "apt-get", "cd", "clang-format", "git", "pip", "pytest", "ruff", "mypy"), set()),
 }
 FLAG = re.compile(r"--[a-zA-Z][\w-]*")
-FENCE = re.compile(r"^```[^\n]*\n.*?^```$", re.M | re.S)
+FENCE = re.compile(r"^ *```[^\n]*\n.*?^ *```$", re.M | re.S)
 
 
 def texts() -> dict[str, str]:
@@ -105,11 +105,11 @@ def command_lines(text: str) -> list[tuple[int, str]]:
     found = []
     for block in FENCE.finditer(text):
         language, _, body = block[0].partition("\n")
-        if language != "```":
+        if language.strip() != "```":
             continue
         first = text.count("\n", 0, block.start()) + 2
-        session = "\n$ " in f"\n{body}"
-        for line in re.finditer(r"(?:[^\n]*\\\n)*[^\n]*\n", body.removesuffix("```")):
+        session = re.search(r"^ *\$ ", body, re.M)
+        for line in re.finditer(r"(?:[^\n]*\\\n)*[^\n]*\n", body.rpartition("\n")[0] + "\n"):
             command = line[0].replace("\\\n", " ").partition(" # ")[0].strip()
             if command.startswith("$ ") or (command and not session and not command.startswith("#")):
                 found.append((first + body.count("\n", 0, line.start()), command.removeprefix("$ ")))
@@ -168,7 +168,7 @@ def test_programs_and_paths():
         ("```\n.venv/bin/python scripts/fuzz.py\n./scripts/test.sh  # all\n```\n", []),
         ("```\n$ .venv/bin/sherry-gguf verify a b\nanything\n```\n", []),
         ("```text\nno-such-program\n```\n", []),
-        ("```\nno-such-program a\n```\n", ["a.md:2: no-such-program is not a program that the documents may name"]),
+        ("1. a\n\n   ```\n   no-such-program a\n   ```\n", ["a.md:4: no-such-program is not a program that the documents may name"]),
         ("```\n.venv/bin/sherry-gguf evict a\n```\n", ["a.md:2: sherry-gguf has no evict"]),
         ("```\n\nbuild/bin/llama-nothing a\n```\n", ["a.md:3: build/bin/llama-nothing is not there"]),
         ("```\nCC=gcc .venv/bin/python \\\n  scripts/nothing.py\n```\n", ["a.md:2: scripts/nothing.py is not there"]),
@@ -224,10 +224,10 @@ def mentions(text: str) -> list[tuple[int, str | None, str]]:
 
     at = 0
     for part in re.split(rf"({FENCE.pattern})", text, flags=re.M | re.S):
-        if not part.startswith("```"):
+        if not part.lstrip(" ").startswith("```"):
             for span in re.finditer(r"`([^`]+)`", part):
                 read(span[1], at + span.start(1))
-        elif part.startswith("```\n"):
+        elif part.lstrip(" ").startswith("```\n"):
             for line in re.finditer(r"(?:[^\n]*\\\n)*[^\n]*\n", part):  # a command may go on
                 read(line[0], at + line.start())
         at += len(part)
