@@ -1,6 +1,10 @@
 """Every exception that crosses modules. Each message says what is wrong, where, and what to do."""
 
 
+class Stop(Exception):
+    """A problem the user can fix; the message says how. Commands print it and exit with code 1."""
+
+
 class ConvertError(Exception):
     """A GGUF file cannot be written, read or verified."""
 

@@ -17,9 +17,9 @@ def progress_bar(wanted: bool, **settings) -> tqdm:
     return tqdm(disable=None if wanted and sys.stderr else True, **settings)
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
-    """The lines of a table: the first column left-aligned, the others right-aligned."""
-    aligned = ["left", *["right"] * (len(head) - 1)]
+def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[int] = (0,)) -> list[str]:
+    """The lines of a table: the columns with numbers in `left` are left-aligned, the others right-aligned."""
+    aligned = ["left" if i in left else "right" for i in range(len(head))]
     text = tabulate([head, *rows], tablefmt="plain", colalign=aligned, disable_numparse=True)  # as headers they would be wider
     return [line.rstrip() for line in text.splitlines()]
 

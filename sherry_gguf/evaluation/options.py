@@ -1,0 +1,107 @@
+"""Compare Hugging Face checkpoints and GGUFs on lm-eval's tasks or on a text.
+
+By default: the five tasks of the Sherry paper, zero-shot, and the mean of their
+accuracies. PyTorch runs a directory through lm-eval's own class; the built
+llama-server runs a GGUF and gets the same tokens.
+
+Exit code: 0 if everything was measured, 1 if anything could not be, 2 for wrong
+arguments, 128 plus the signal's number when interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+PAPER = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
+
+
+def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
+    """The arguments. Exits with code 2 if they are wrong, as argparse does."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "models", nargs="+", metavar="MODEL", help="a Hugging Face directory or a GGUF; each is a column, compared with the first"
+    )
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write all results as JSON, updated after each task")
+    _add_tasks(parser.add_argument_group("tasks"))
+    _add_text(parser.add_argument_group("text"))
+    _add_machine(parser.add_argument_group("machine"))
+    a = parser.parse_args(argv)
+    if a.num_fewshot < 0:
+        parser.error("argument --num-fewshot: it cannot be negative")
+    if a.context < 4:
+        parser.error("argument --context: use at least 4 tokens; the second half is scored")
+    if a.tasks is None:
+        a.tasks = [] if a.text else list(PAPER)
+    return a
+
+
+def _add_tasks(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add("--tasks", type=_names, help=f"lm-eval tasks, separated by commas (default: {','.join(PAPER)})")
+    add(
+        "--data",
+        type=Path,
+        metavar="DIR",
+        help="read the five tasks' data from files in DIR, as examples/tasks/README.md lists them, and download nothing",
+    )
+    add(
+        "--include-path",
+        type=Path,
+        metavar="DIR",
+        help="a directory of lm-eval YAML files, which override lm-eval's own tasks; relative data_files are looked up in --data "
+        "if given, else in the current directory",
+    )
+    add("--limit", type=_positive, metavar="N", help="use only the first N documents of each task")
+    add("--num-fewshot", type=int, default=0, metavar="N", help="examples before each question (0)")
+    add("--batch-size", type=_positive, default=4, metavar="N", help="parallel requests: PyTorch's batch, llama-server's slots (4)")
+    add(
+        "--max-length",
+        type=_positive,
+        default=2048,
+        metavar="N",
+        help="longest input in tokens, at most the model's training length (2048)",
+    )
+
+
+def _add_text(group: argparse._ArgumentGroup) -> None:
+    add = group.add_argument
+    add(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="measure the loss on this text as llama-perplexity does; runs no tasks unless --tasks names some",
+    )
+    add("--context", type=_positive, default=256, metavar="N", help="tokens in a chunk of the text (256)")
+    add("--chunks", type=_positive, metavar="N", help="use only the first N chunks of the text")
+
+
+def _add_machine(group: argparse._ArgumentGroup) -> None:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    add = group.add_argument
+    add("--threads", type=_positive, default=cores, metavar="N", help=f"CPU threads ({cores})")
+    add("--device", help="where PyTorch runs a directory: cpu, cuda, cuda:1, ... (cuda if available)")
+    add(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16", "auto"],
+        default="float32",
+        help="PyTorch's dtype for a directory; auto: the checkpoint's (float32)",
+    )
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError
+    return value
+
+
+_positive.__name__ = "positive number"  # argparse: "invalid positive number value"
+
+
+def _names(text: str) -> list[str]:
+    names = [t.strip() for t in text.split(",") if t.strip()]
+    if not names:
+        raise argparse.ArgumentTypeError("name at least one task")
+    return list(dict.fromkeys(names))

@@ -1,0 +1,74 @@
+"""llama-server and other tools: they end with us, and their failures are reported."""
+
+import os
+import subprocess
+
+import pytest
+from evaluation_support import state
+
+from sherry_gguf.errors import Stop
+from sherry_gguf.evaluation.models import ServerLM
+from sherry_gguf.evaluation.server import FLOOR, Server, serve
+from sherry_gguf.evaluation.tools import Tool
+
+pytest_plugins = "evaluation_fixtures"
+
+
+def test_probabilities_outside_of_a_floats_range():
+    """llama-server's answer where a probability is 0, and where it is not a number."""
+    server = Server.__new__(Server)
+    for logprob in -3.4028234663852886e38, -103.9:
+        server.ask = lambda *_, value=logprob, **__: {"completion_probabilities": [{"logprob": value, "top_logprobs": [{"id": 5}]}]}
+        assert server.score(0, [1], 5) == (max(logprob, FLOOR), True)
+    server.ask = lambda *_, **__: {"completion_probabilities": [{"logprob": None, "top_logprobs": [{"id": 5}]}]}
+    with pytest.raises(Stop, match="not numbers"):
+        server.score(0, [1], 5)
+
+
+def test_the_server_is_gone_after_its_block(models):
+    with serve(models["spm"][2], 1, 64, 1) as server:
+        process = server.tool.process
+        assert process.poll() is None and server.tokenize("a", special=True)[0] == 1
+        assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
+    assert process.returncode is not None and state(process.pid) is None
+    with pytest.raises(RuntimeError), serve(models["spm"][2], 1, 64, 1) as server:
+        raise RuntimeError
+    assert state(server.tool.process.pid) is None
+
+
+def test_a_connection_that_was_closed_is_made_anew(models):
+    with serve(models["spm"][2], 1, 64, 1) as server:
+        before = server.tokenize("a b c", special=True)
+        server._http[None].sock.shutdown(2)
+        assert server.tokenize("a b c", special=True) == before
+
+
+def test_a_server_that_dies_is_told(models):
+    with serve(models["spm"][2], 2, 64, 1) as server:
+        server.tool.process.kill()
+        lm = ServerLM(server, 64)
+        with pytest.raises(Stop, match=r"llama-server does not answer \(\w+\): .*\(signal 9\)"):
+            lm._loglikelihood_tokens([(None, [1, 2], [3, 4])] * 5, disable_tqdm=True)
+
+
+@pytest.mark.parametrize(
+    "printed, words",
+    [
+        ("0.00.001.234 I fine\n0.00.001.235 E one\n0.00.001.236 E one\n0.00.002.000 E two\n9.00.002.001 E 3", "one; two"),  # fmt: skip
+        ("0.00.001.234 I fine\nf.cpp:1: GGML_ASSERT(x) failed\n#1 0x123\n#2 0x456", "f.cpp:1: GGML_ASSERT(x) failed"),
+        ("0.00.001.234 I fine\nf: cannot open shared object file", "f: cannot open shared object file"),
+        ("0.00.001.234 I fine", "no error message"),
+    ],
+)
+def test_what_a_tool_said_of_its_end(printed, words):
+    with subprocess.Popen(["sh", "-c", f"printf '{printed}\n'; exit 3"], stdout=subprocess.PIPE, text=True) as process:
+        t = Tool(process)
+        assert len(list(t.lines())) == printed.count("\n") + 1
+    assert t.failure() == f"{words} (exit code 3)"
+
+
+def test_the_servers_refusal_is_told(models):
+    with serve(models["spm"][2], 1, 64, 1) as server:
+        with pytest.raises(Stop, match="llama-server refuses a request: .*exceed"):
+            server.score(0, [5] * 300, 7)
+        assert server.score(0, [5] * 3, 7)[0] < 0  # it goes on
