@@ -32,9 +32,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import python_corpus
 import torch
-import train_sherry
 
 from sherry_gguf import qat
+from sherry_gguf.qat import command
 from sherry_gguf.qat.quantizer import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,7 +191,7 @@ def train(work: Path, a: argparse.Namespace) -> int:
         "adam_beta2": 0.95, "optim": "adamw_torch_fused", "seed": a.seed, "bf16": bf16, "use_cpu": True,
         "save_strategy": "steps", "save_steps": max(1, a.steps // 10), "report_to": "none",
     }  # fmt: skip
-    return train_sherry.main([x for k, v in flags.items() for x in (f"--{k}", str(v))], trained=False)
+    return command.main([x for k, v in flags.items() for x in (f"--{k}", str(v))], trained=False)
 
 
 if __name__ == "__main__":

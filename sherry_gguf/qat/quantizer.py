@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from sherry_gguf.ternary import GROUP, KEPT
@@ -169,7 +171,7 @@ def _binary(magnitude: torch.Tensor) -> tuple[None, torch.Tensor]:
     return None, magnitude.mean(-1, keepdim=True, dtype=torch.float64)
 
 
-METHODS = {"sherry": _sherry, "absmean": _absmean, "twn": _twn, "binary": _binary, "full": None}
+METHODS: dict[str, Any] = {"sherry": _sherry, "absmean": _absmean, "twn": _twn, "binary": _binary, "full": None}
 
 
 def smallest_lane(magnitude: torch.Tensor) -> torch.Tensor:

@@ -8,12 +8,14 @@ import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sherry_gguf.errors import Stop
+
 TEXT = (".txt", ".md", ".rst", ".py")  # what a directory is searched for, besides these:
 TABLES = (".jsonl", ".json", ".parquet")
 NO_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".zst", ".xz", ".bz2", ".7z", ".tar", ".tgz", ".pt", ".safetensors", ".gguf")
 
 
-class TextError(ValueError):
+class TextError(Stop):
     """Which file cannot be read as text, why, and what to do."""
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from transformers import PreTrainedModel, Trainer
 
 from .arenas import Arenas, ArenasCallback
-from .export import export
+from .hf_export import export
 from .linear import quantized_layers
 from .monitor import TrainingMonitor
 

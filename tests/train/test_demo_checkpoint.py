@@ -172,7 +172,7 @@ def test_interrupted_run_goes_on_and_ends_the_same(run, tmp_path, corpus):
 
     second = run(out, corpus, steps=steps)
     assert second.status == 0, second.stderr
-    step = int(re.search(r"going on from \S*checkpoint-(\d+)", second.stdout)[1])
+    step = int(re.search(r"resuming from \S*checkpoint-(\d+)", second.stdout)[1])
     assert 0 < step < steps
     assert sorted(os.listdir(tmp_path)) == ["cut", "whole"]
     a, b = (load_file(tmp_path / d / "model.safetensors") for d in ("whole", "cut"))

@@ -32,7 +32,7 @@ from sherry_gguf.qat import (
     set_residual,
     sparse_absmean,
 )
-from sherry_gguf.qat.export import _umask, appearing
+from sherry_gguf.qat.files import appearing, umask
 from sherry_gguf.qat.quantizer import METHODS
 
 EDGES = [0.0, -0.0, 1.0, -1.0, 1.5, 2**-24, -(2**-25), 2**-14, 65504.0, 1e-30, 1 + 2**-11, 1 + 3 * 2**-11]
@@ -469,7 +469,7 @@ def test_appearing(tmp_path, monkeypatch):
             (part / "a").write_text("")
         assert sorted(p.name for p in (tmp_path / real).iterdir()) == ["a", "config.json"]
         assert node in (None, (tmp_path / real).stat().st_ino)
-        assert (tmp_path / real).stat().st_mode & 0o777 == 0o777 & ~_umask()
+        assert (tmp_path / real).stat().st_mode & 0o777 == 0o777 & ~umask()
     assert not any(p.name.endswith(".part") for p in tmp_path.rglob("*"))
     with pytest.raises(OSError):
         with appearing(tmp_path / "here/a/b"):  # below a file

@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import train_arguments
 import train_sherry
 
+from sherry_gguf.qat import arguments, parsing
 from sherry_gguf.qat.arenas import DECAYS
 from sherry_gguf.qat.quantizer import GRANULARITIES, GROUP_SIZE, METHODS
 
@@ -26,12 +26,12 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
 def test_help(flag, tmp_path):
     for name in "torch", "transformers", "numpy":  # whose imports take seconds
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
-    done = run(SCRIPTS / "train_sherry.py", "--context", "64", flag, PYTHONPATH=str(tmp_path))
+    done = run(SCRIPTS / "train_sherry.py", "--context", "64", flag, PYTHONPATH=os.pathsep.join([str(tmp_path), str(SCRIPTS.parent)]))
     assert done.returncode == 0 and not done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) < 120 and max(map(len, lines)) <= 80
     listed = re.findall(r"^  (?:-h, )?--(\w+)", done.stdout, re.M)
-    ours = [f.name for f in dataclasses.fields(train_sherry.SherryArguments)]
+    ours = [f.name for f in dataclasses.fields(arguments.SherryArguments)]
     assert listed[: len(ours)] == ours and {"output_dir", "max_steps", "learning_rate"} <= set(listed[len(ours) :])
     assert "adam_beta1" not in done.stdout
     words = " ".join(done.stdout.split())
@@ -45,31 +45,31 @@ def test_help_all(capsys):
         train_sherry.main(["--help-all"])
     out = capsys.readouterr().out
     assert e.value.code == 0 and out.startswith("usage: train_sherry.py --model")
-    for field in dataclasses.fields(train_sherry.Arguments):
+    for field in dataclasses.fields(parsing.Arguments):
         assert not field.init or f"--{field.name}" in out
 
 
 def test_choices_and_defaults_are_those_that_are_used():
-    ours = {f.name: f for f in dataclasses.fields(train_sherry.SherryArguments)}
+    ours = {f.name: f for f in dataclasses.fields(arguments.SherryArguments)}
     assert ours["method"].metadata["choices"] == list(METHODS)
     assert ours["granularity"].metadata["choices"] == list(GRANULARITIES)
     assert ours["arenas_decay"].metadata["choices"] == list(DECAYS)
     assert ours["group_size"].default == GROUP_SIZE
-    theirs = {f.name: f for f in dataclasses.fields(train_sherry.Arguments)}
-    for name, (default, _) in train_arguments.RECIPE.items():
+    theirs = {f.name: f for f in dataclasses.fields(parsing.Arguments)}
+    for name, (default, _) in arguments.RECIPE.items():
         assert theirs[name].default == default
-    for name, _, default, help in train_arguments.COMMON:
-        if name not in train_arguments.RECIPE and name != "output_dir":  # which TrainingArguments names when it is made
+    for name, _, default, help in arguments.COMMON:
+        if name not in arguments.RECIPE and name != "output_dir":  # which TrainingArguments names when it is made
             assert help and str(theirs[name].default) == default, name
-    assert train_sherry.parse(["--use_cpu", "true"])[1].output_dir == dict((c[0], c[2]) for c in train_arguments.COMMON)["output_dir"]
+    assert parsing.parse(["--use_cpu", "true"], "train")[1].output_dir == {c[0]: c[2] for c in arguments.COMMON}["output_dir"]
 
 
-@pytest.mark.parametrize("script", ["train_sherry", "make_demo_checkpoint"])
-def test_threads_wait_without_spinning(script):
+@pytest.mark.parametrize("code", ["import train_sherry; train_sherry.main(['--help-all'])", "import make_demo_checkpoint"])
+def test_threads_wait_without_spinning(code):
     """OpenMP reads it when PyTorch is loaded: a script that sets it later makes a step many times slower beside other work."""
     env = {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
     env |= {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
-    done = subprocess.run([sys.executable, "-c", f"import {script}"], capture_output=True, text=True, timeout=300,
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300,
                           env={k: v for k, v in (os.environ | env).items() if v})  # fmt: skip
     spins = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
     assert done.returncode == 0 and spins and set(spins) == {"0"}

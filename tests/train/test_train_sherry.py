@@ -24,6 +24,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sherry_gguf import gguf_type, tq1_25
+from sherry_gguf.qat import dataset, fake_quantize, models, run
+from sherry_gguf.qat.arguments import SherryArguments
+from sherry_gguf.qat.callbacks import Interrupt, duration
+from sherry_gguf.qat.resume import last_checkpoint
 
 gguf_type.register()
 
@@ -112,13 +116,13 @@ def test_loss_before_the_first_step(learned, text, tmp_path, capfd):
     assert train_sherry.main(flags(learned, text, tmp_path / "run", **more)) == 0
     out, err = capfd.readouterr()
     record = json.loads((tmp_path / "run/hf/training.json").read_text())
-    tokenizer = train_sherry.load_tokenizer(str(learned))
+    tokenizer = models.load_tokenizer(str(learned))
     train, held_out = ([p.read_text() for p in paths] for paths in (sorted(text.iterdir()), [text / "03.txt"]))
     for name, texts in ("train", train), ("held_out", held_out):
         tokens = [len(x) for x in tokenizer(texts, add_special_tokens=False)["input_ids"]]
         assert record["bytes_per_token"][name] == pytest.approx(sum(len(t.encode()) for t in texts) / sum(tokens), rel=1e-9)
     said = record["bytes_per_token"]
-    assert f"text: {said['train']:.2f} bytes a token in the training text, {said['held_out']:.2f} in the held-out text" in out
+    assert f"text: {said['train']:.2f} bytes per token in the training text, {said['held_out']:.2f} in the held-out text" in out
 
     ids = np.array([*tokenizer(held_out[0], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id])
     rows = ids[: len(ids) // 63 * 63].reshape(-1, 63)
@@ -130,10 +134,10 @@ def test_loss_before_the_first_step(learned, text, tmp_path, capfd):
         assert before["full_precision"] == pytest.approx(model(input_ids=rows, labels=rows).loss.item(), rel=1e-5)
         for name, weight in model.state_dict().items():
             if "_proj" in name:
-                weight.copy_(train_sherry.qat.fake_quantize(weight))
+                weight.copy_(fake_quantize(weight))
         assert before["quantized"] == pytest.approx(model(input_ids=rows, labels=rows).loss.item(), rel=1e-5)
     assert before["full_precision"] < before["quantized"] * 0.999  # a hundred times the tolerances above
-    assert f"{before['full_precision']:.4f} as it was given, {before['quantized']:.4f} quantized by sherry" in out
+    assert f"{before['full_precision']:.4f} as given, {before['quantized']:.4f} quantized by sherry" in out
     assert "warning" not in err
 
 
@@ -144,11 +148,11 @@ def test_model_and_tokenizer_that_do_not_belong_together(learned, start, text, t
     small_models.save_tokenizer(other, "bpe")
     assert train_sherry.main(flags(learned, text, tmp_path / "run", tokenizer=other)) == 0
     err = capfd.readouterr().err
-    assert re.search(rf"warning: before the first step the held-out loss of {learned} is \d+\.\d\d; guessing among its 512 tokens "
-                     rf"has 6.24. If it is a trained model, is {other} its tokenizer", err)  # fmt: skip
+    assert re.search(rf"warning: before the first step {learned} has a held-out loss of \d+\.\d\d; guessing among its 512 "
+                     rf"tokens would have 6.24. If the model is trained: is {other} its tokenizer", err)  # fmt: skip
     assert train_sherry.main(flags(start, text, tmp_path / "fresh", model=None, config=start, tokenizer=start)) == 0
     out, err = capfd.readouterr()
-    assert "warning" not in err and "of random weights" in out
+    assert "warning" not in err and "with random weights" in out
     assert train_sherry.main(flags(start, text, tmp_path / "random"), trained=False) == 0
     assert "warning" not in capfd.readouterr().err
 
@@ -159,17 +163,17 @@ def test_looking_before_the_first_step_changes_nothing(start, text, tmp_path, mo
     shutil.copytree(start, model)
     small_models.edit_config(model, attention_dropout=0.2)
     assert train_sherry.main(flags(model, text, tmp_path / "with")) == 0
-    real = train_sherry.before_training
+    real = run.before_training
 
     def draws(*args):  # as a model might whose evaluation is random
         with monkeypatch.context() as patch:
-            mean_loss = train_sherry.mean_loss
-            patch.setattr(train_sherry, "mean_loss", lambda *a: torch.rand(7).sum().item() + mean_loss(*a))
+            mean_loss = run.mean_loss
+            patch.setattr(run, "mean_loss", lambda *a: torch.rand(7).sum().item() + mean_loss(*a))
             return real(*args)
 
-    monkeypatch.setattr(train_sherry, "before_training", draws)
+    monkeypatch.setattr(run, "before_training", draws)
     assert train_sherry.main(flags(model, text, tmp_path / "draws")) == 0
-    monkeypatch.setattr(train_sherry, "before_training", lambda *_: None)
+    monkeypatch.setattr(run, "before_training", lambda *_: None)
     assert train_sherry.main(flags(model, text, tmp_path / "without")) == 0
     a, *others = ((tmp_path / d / "hf/model.safetensors").read_bytes() for d in ("without", "with", "draws"))
     assert all(a == b for b in others)
@@ -182,7 +186,7 @@ def test_time_that_is_left_is_said_once(start, text, tmp_path, capfd, monkeypatc
         now[0] += 25  # more than twice a step: the Trainer looks as well
         return now[0]
 
-    monkeypatch.setattr(train_sherry.time, "monotonic", later)
+    monkeypatch.setattr("time.monotonic", later)
     assert train_sherry.main(flags(start, text, tmp_path / "run", max_steps=20)) == 0
     said = re.findall(r"^training: step (\d+) of 20, (\S+) s a step: about (\d+) (\w+) to go$", capfd.readouterr().out, re.M)
     assert len(said) == 1
@@ -194,7 +198,7 @@ def test_time_that_is_left_is_said_once(start, text, tmp_path, capfd, monkeypatc
 @pytest.mark.parametrize("seconds, says", [(0, "0 seconds"), (119, "119 seconds"), (120, "2 minutes"), (7199, "120 minutes"),
                                            (7200, "2 hours"), (200_000, "2 days")])  # fmt: skip
 def test_duration(seconds, says):
-    assert train_sherry.duration(seconds) == says
+    assert duration(seconds) == says
 
 
 def test_tokenizer_is_in_the_result_and_in_checkpoints(start, text, tmp_path):
@@ -259,7 +263,7 @@ def test_interrupted_run_goes_on_and_ends_the_same(start, text, tmp_path):
     second = subprocess.run(command("cut"), capture_output=True, text=True)
     assert second.returncode == 0, second.stderr
     assert (tmp_path / "cut/settings.json").stat().st_mtime_ns == settings
-    step = int(re.search(r"going on from \S*checkpoint-(\d+)", second.stdout)[1])
+    step = int(re.search(r"resuming from \S*checkpoint-(\d+)", second.stdout)[1])
     assert 0 < step < steps
     a, b = (load_file(tmp_path / d / "hf/model.safetensors") for d in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -321,14 +325,14 @@ def test_wrong_flags_are_one_line(start, text, tmp_path, capfd, monkeypatch, mor
         train_sherry.main(flags(start, text, tmp_path / "run", **more))
     out, error = capfd.readouterr()
     assert e.value.code == 2 and not out
-    assert re.fullmatch(r"train_sherry: .*\n", error) and says in error
+    assert re.fullmatch(r"train_sherry\.py: .*\n", error) and says in error
 
 
 @pytest.mark.parametrize("times, warned", [(30.0, True), (1.0, False)])
 def test_bf16_that_is_slow_on_this_cpu(start, text, tmp_path, capfd, monkeypatch, times, warned):
-    monkeypatch.setattr(train_sherry.qat, "bf16_time", lambda: times)
+    monkeypatch.setattr(run, "bf16_time", lambda: times)
     assert train_sherry.main(flags(start, text, tmp_path / "run", bf16=True)) == 0
-    warning = "warning: --bf16 true: on this CPU bfloat16 products take 30 times as long as in float32: leave it out\n"
+    warning = "warning: --bf16 true: on this CPU bfloat16 products take 30 times as long as float32: leave it out\n"
     assert (warning in capfd.readouterr().err) is warned
     assert train_sherry.main(flags(start, text, tmp_path / "float32")) == 0
     assert warning not in capfd.readouterr().err
@@ -341,7 +345,7 @@ def test_other_settings_and_foreign_directories(start, text, tmp_path, capfd):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis").write_text("precious")
     assert train_sherry.main(flags(start, text, tmp_path / "mine")) == 1
-    assert "not of this program" in capfd.readouterr().err
+    assert "files that this program did not write" in capfd.readouterr().err
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["thesis"]
     (tmp_path / "run/settings.json").write_text("junk")
     assert train_sherry.main(flags(start, text, tmp_path / "run", export=tmp_path / "two")) == 1
@@ -360,10 +364,10 @@ def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd, mon
         raise RuntimeError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_sherry, "mean_loss", fails)
+        patch.setattr(run, "mean_loss", fails)
         with pytest.raises(RuntimeError, match="no memory"):
             train_sherry.main(flags(start, text, tmp_path / "run"))
-        patch.setattr(train_sherry, "NO_SPACE", 1 << 60)  # the disk has less than this
+        patch.setattr(run, "NO_SPACE", 1 << 60)  # the disk has less than this
         assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1
     assert "MB are free there (RuntimeError): make room" in capfd.readouterr().err
     assert not (tmp_path / "run/hf").exists()
@@ -376,7 +380,7 @@ def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd, mon
     shutil.rmtree(tmp_path / "run/hf")
 
     assert train_sherry.main(flags(start, text, tmp_path / "run")) == 0
-    assert "going on from" in capfd.readouterr().out
+    assert "resuming from" in capfd.readouterr().out
     # 6 steps, not one more, which the Trainer would take
     assert {(tmp_path / "run/hf/model.safetensors").read_bytes()} == set(weights)
     assert json.loads((tmp_path / "run/hf/training.json").read_text())["steps"] == 6
@@ -417,11 +421,11 @@ def test_what_it_cannot_go_on_from(start, text, tmp_path, capfd, monkeypatch):
         return code, capfd.readouterr().err
 
     with monkeypatch.context() as patch:  # cut off in the third step
-        patch.setattr(train_sherry.Interrupt, "on_step_end", lambda self, args, state, *_, **__: 1 // (state.global_step < 3) and None)
+        patch.setattr(Interrupt, "on_step_end", lambda self, args, state, *_, **__: 1 // (state.global_step < 3) and None)
         with pytest.raises(ZeroDivisionError):
             train_sherry.main(flags(start, folder, tmp_path / "run", **more))
     last = tmp_path / "run/checkpoint-2"
-    assert train_sherry.last_checkpoint(tmp_path / "run") == last
+    assert last_checkpoint(tmp_path / "run") == last
     code, error = main(neftune_noise_alpha=5)
     assert code == 1 and "begun with other settings (neftune_noise_alpha: None then, 5.0 now)" in error
     (folder / "more.txt").write_text("more of it " * 100)
@@ -431,10 +435,10 @@ def test_what_it_cannot_go_on_from(start, text, tmp_path, capfd, monkeypatch):
     for name in "optimizer.pt", "rng_state.pth":
         os.rename(last / name, tmp_path / name)
         code, error = main()
-        assert code == 1 and f"checkpoint-2 has no {name}, so training cannot go on from it" in error
+        assert code == 1 and f"checkpoint-2 has no {name}, so training cannot resume from it" in error
         os.rename(tmp_path / name, last / name)
     code, error = main(resume_from_checkpoint=tmp_path / "nowhere")
-    assert code == 1 and "there is no whole checkpoint" in error and "remove" not in error
+    assert code == 1 and "there is no complete checkpoint" in error and "remove" not in error
     with open(tmp_path / "run/lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, error = main()
@@ -486,11 +490,11 @@ def test_models_that_are_not_whole(start, text, tmp_path, capfd):
 def test_names_of_special_tokens_are_text(start):
     import datasets
 
-    tokenizer = train_sherry.load_tokenizer(str(start))
+    tokenizer = models.load_tokenizer(str(start))
     texts = datasets.Dataset.from_dict({"text": ["a </s> b <s> c"] * 8})
     for special in False, True:
-        s = train_sherry.SherryArguments(context=16, special_tokens=special)
-        ids = np.array(train_sherry.blocks(texts, tokenizer, s)["input_ids"])[:, 1:]
+        s = SherryArguments(context=16, special_tokens=special)
+        ids = np.array(dataset.blocks(texts, tokenizer, s)["input_ids"])[:, 1:]
         assert (tokenizer.bos_token_id in ids) is special
 
 
@@ -528,7 +532,7 @@ def test_two_processes(start, text, tmp_path):
     shutil.rmtree(tmp_path / "run/checkpoint-6")
     second = torchrun()
     assert second.returncode == 0, second.stderr[-3000:]
-    assert "going on from" in second.stdout and "checkpoint-3" in second.stdout
+    assert "resuming from" in second.stdout and "checkpoint-3" in second.stdout
     again = load_file(tmp_path / "run/hf/model.safetensors")
     assert all(torch.equal(again[k], weights[k]) for k in weights)
     shutil.rmtree(tmp_path / "run/hf")
@@ -541,7 +545,7 @@ def test_damaged_checkpoint_is_named(start, text, tmp_path, capfd):
     (tmp_path / "run/checkpoint-6/optimizer.pt").write_bytes(b"junk")
     assert train_sherry.main(flags(start, text, tmp_path / "run", max_steps=6, export=tmp_path / "two")) == 1
     error = capfd.readouterr().err
-    assert f"cannot go on from {tmp_path}/run/checkpoint-6" in error and "remove it to go on from an earlier one" in error
+    assert f"cannot resume from {tmp_path}/run/checkpoint-6" in error and "remove it to resume from an earlier one" in error
 
 
 @pytest.mark.parametrize("granularity, group_size", [("per_group", 128), ("per_group", 256), ("per_channel", 128),

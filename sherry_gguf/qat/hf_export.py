@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import logging
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from .files import appearing
 from .linear import QuantConv1D, QuantLinear, quantized_layers, sherry_config
 
 logger = logging.getLogger(__name__)
@@ -79,48 +75,6 @@ def export(
     return Path(directory)
 
 
-@contextlib.contextmanager
-def appearing(directory: str | os.PathLike) -> Iterator[Path]:
-    """Yields an empty directory to fill, whose files are then `directory`, written to disk; after an error, nothing is.
-
-    A directory that is there already stays (it may be a mount point, or linked to): its files are renamed into it one by
-    one, config.json last. A new one appears at once.
-
-    Raises:
-        FileExistsError: the directory has something in it.
-        OSError: nothing can be written there.
-    """
-    directory = Path(directory).resolve()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} already has something in it: remove it, or choose another directory")
-    there = directory.is_dir()
-    place = directory if there else directory.parent
-    try:
-        place.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(place)) from None
-    part = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".part", dir=place))
-    moved: list[Path] = []
-    try:
-        yield part
-        for path in *part.iterdir(), part:
-            _sync(path)
-            # mkdtemp and safetensors make them private
-            path.chmod((0o777 if path.is_dir() else 0o666) & ~_umask())
-        if not there:
-            os.rename(part, directory)  # what came to be there meanwhile stops it, unless it is an empty directory
-        else:
-            for path in sorted(part.iterdir(), key=lambda p: p.name == "config.json"):
-                os.rename(path, directory / path.name)
-                moved.append(directory / path.name)
-            part.rmdir()
-    except BaseException:
-        for path in moved:
-            path.unlink(missing_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
 @torch.no_grad()
 def _quantized(state: dict[str, torch.Tensor], layers: dict[str, QuantLinear | QuantConv1D], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if missing := [name for name in layers if f"{name}.weight" not in state]:
@@ -139,18 +93,3 @@ def _quantized(state: dict[str, torch.Tensor], layers: dict[str, QuantLinear | Q
             saved[key] = new.cpu()
         result[name] = saved[key]
     return result
-
-
-def _sync(path: Path) -> None:
-    """A rename may reach the disk before what was written."""
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -1,0 +1,131 @@
+"""The training command's own flags and the text of its --help, without PyTorch and transformers, which take seconds to import."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+
+WIDTH = 80  # columns of --help
+DESCRIPTION = """\
+Train a causal language model with 3:4 sparse ternary weights (Sherry) and
+export it as a Hugging Face directory.
+
+All flags of transformers' TrainingArguments work too, and so do torchrun and
+accelerate launch. Ctrl-C saves a checkpoint; run the same command again to
+resume from the last checkpoint in --output_dir. The result goes to --export
+and is evaluated there as saved. training.png shows the loss, Arenas' λ and the
+effective rank.
+
+  {prog} --model DIR --train text/ --output_dir run
+  {prog} --config DIR --tokenizer DIR --train a.txt --output_dir run
+  {prog} --model DIR --train a.jsonl --output_dir run --arenas_peak 1
+  torchrun --nproc_per_node 8 train_sherry.py --model DIR ...
+"""
+# In --help a group begins with the field named here.
+GROUPS = {
+    "model": "model and text",
+    "method": "quantization",
+    "arenas_peak": "Arenas",
+    "teacher": "distillation",
+    "monitor_every": "monitoring and result",
+}
+# The published recipe where transformers' defaults differ from it: TrainingArguments' field, default, help.
+RECIPE = {
+    "learning_rate": (1e-4, "highest learning rate"),
+    "lr_scheduler_type": ("cosine", "how the learning rate falls"),
+    "warmup_ratio": (0.05, "share of the steps during which it rises"),
+    "logging_steps": (10, "steps between two log entries"),
+    "save_total_limit": (2, "number of checkpoints to keep"),
+    "logging_nan_inf_filter": (False, "log 0 instead of a loss that is not finite"),
+}
+# Flags of transformers that --help shows too: name, as in --help, default in words, help ("" as in RECIPE).
+COMMON = (
+    ("output_dir", "DIR", "trainer_output", "directory for checkpoints, training.png and, in hf, the result"),
+    ("max_steps", "N", "-1", "optimizer steps; -1 goes by epochs"),
+    ("num_train_epochs", "N", "3.0", "how often to read the text, without --max_steps"),
+    ("per_device_train_batch_size", "N", "8", "sequences per batch and device"),
+    ("gradient_accumulation_steps", "N", "1", "batches per optimizer step"),
+    ("gradient_checkpointing", "true", "False", "compute activations twice to save memory"),
+    ("learning_rate", "RATE", "", ""),
+    ("lr_scheduler_type", "NAME", "", ""),
+    ("warmup_ratio", "SHARE", "", ""),
+    ("weight_decay", "X", "0.0", "AdamW's weight decay"),
+    ("bf16", "true", "False", "multiply in bfloat16; weights stay float32"),
+    ("use_cpu", "true", "False", "train on the CPU even if there is a GPU"),
+    ("save_steps", "N", "500", "steps between two checkpoints"),
+    ("save_total_limit", "N", "", ""),
+    ("logging_steps", "N", "", ""),
+    ("seed", "N", "42", "seed of all random numbers"),
+)
+
+
+def flag(help: str, default=None, **metadata):
+    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
+    return dataclasses.field(**factory, metadata={"help": help, **metadata})
+
+
+@dataclasses.dataclass
+class SherryArguments:
+    """The command's own flags; `help` of each field says what it does."""
+
+    model: str = flag("model to start from: a Hugging Face directory or name", "", metavar="DIR")
+    config: str = flag("config of a new model: a directory with config.json, or a name", "", metavar="DIR")
+    tokenizer: str = flag("tokenizer, if it is not the model's", "", metavar="DIR")
+    train: list[str] = flag("text to train on: files (one document each; .jsonl, .parquet: one per row; .gz) or directories", [],
+                            metavar="PATH")  # fmt: skip
+    validation: list[str] = flag("held-out text, given the same way; default: a share of the training documents", [],
+                                 metavar="PATH")  # fmt: skip
+    dataset: str = flag("instead of --train: name of a data set for datasets.load_dataset", "", metavar="NAME")
+    dataset_config: str = flag("configuration of the data set", "", metavar="NAME")
+    text_column: str = flag("column that holds the text in tables and data sets", "text", metavar="NAME")
+    special_tokens: bool = flag("read names of special tokens in the text, such as a chat template's, as these tokens", False,
+                                metavar="true")  # fmt: skip
+    validation_share: float = flag("share of the documents to hold out without --validation", 0.01, metavar="SHARE")
+    context: int = flag("tokens of a training sequence", 1024, metavar="N")
+    eval_tokens: int = flag("evaluate at most this many held-out tokens", 1 << 17, metavar="N")
+    # test_train_arguments.py compares these choices with what sherry_gguf.qat knows
+    method: str = flag("how to quantize; all but sherry are for comparison", "sherry",
+                       choices=["sherry", "absmean", "twn", "binary", "full"])  # fmt: skip
+    granularity: str = flag("which weights share a scale", "per_group", choices=["per_group", "per_channel", "per_tensor"])
+    group_size: int = flag("group size of per_group; TQ1_25 stores multiples of 128", 128, metavar="N")
+    keep: str = flag("regular expression: layers to keep in full precision, besides head and routers", "", metavar="REGEX")
+    only: str = flag("regular expression: quantize only these layers", "", metavar="REGEX")
+    arenas_peak: float = flag("highest λ of Arenas, the residual λ·X·W; 1 as published, 0 trains without", 0.0, metavar="λ")
+    arenas_warmup: float = flag("share of the steps during which λ rises", 0.1, metavar="SHARE")
+    arenas_decay: str = flag("how λ falls", "cosine", choices=["cosine", "linear", "exponential"])
+    arenas_end: float = flag("share of the steps after which λ is 0", 1.0, metavar="SHARE")
+    arenas_rescale: bool = flag("divide each layer's product by 1 + λ", False, metavar="true")
+    teacher: str = flag("model to learn from, besides the text: a directory or name, with the same vocabulary", "", metavar="DIR")
+    distill: float = flag("the teacher's share in the loss", 0.5, metavar="SHARE")
+    temperature: float = flag("temperature that divides the logits in that share", 1.0, metavar="T")
+    monitor_every: int = flag("steps between two looks at effective rank and flips; 0 never looks", 50, metavar="N")
+    export: str = flag("directory for the result (default: hf in --output_dir)", "", metavar="DIR")
+    export_dtype: str = flag("dtype of the result", "float16", choices=["float16", "float32"])
+
+
+def help_text(prog: str) -> str:
+    """The text of --help, at most `WIDTH` columns wide: our flags in groups, then those of transformers that most runs need."""
+    parser = argparse.ArgumentParser(
+        prog=prog, add_help=False, allow_abbrev=False, description=DESCRIPTION.format(prog=prog),
+        usage="%(prog)s --model DIR --train PATH ... --output_dir DIR [flags]",
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=WIDTH))  # fmt: skip
+
+    def add(group, name: str, help: str, default: str, **kwargs) -> None:
+        text = help + f" (default: {default})" * bool(default)
+        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **kwargs)
+
+    group = None
+    for field in dataclasses.fields(SherryArguments):
+        group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
+        default = "" if field.default is dataclasses.MISSING else str(field.default)
+        kwargs = {k: v for k, v in field.metadata.items() if k != "help"}
+        add(group, field.name, field.metadata["help"], default, **kwargs,
+            nargs="+" if field.default is dataclasses.MISSING else None)  # fmt: skip
+    group = parser.add_argument_group("training, by transformers; --help-all lists the rest of its flags")
+    for name, metavar, default, help in COMMON:
+        value, recipe_help = RECIPE.get(name, (default, help))
+        add(group, name, recipe_help, str(value), metavar=metavar)
+    group = parser.add_argument_group("help")
+    group.add_argument("-h", "--help", action="store_true", help="print this and exit")
+    group.add_argument("--help-all", action="store_true", help="print all flags of transformers' TrainingArguments and exit")
+    return parser.format_help()
