@@ -1,4 +1,4 @@
-"""Text that every machine has, the Python standard library's source; a sentencepiece tokenizer and a small Llama for it."""
+"""A corpus that every machine has, the source of Python's standard library; a sentencepiece tokenizer and a small Llama for it."""
 
 from __future__ import annotations
 
@@ -10,28 +10,26 @@ import sentencepiece
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaTokenizer
 
+from sherry_gguf.errors import Stop
+
 BOS, EOS = 1, 2
 FOREIGN = {"__pycache__", "dist-packages", "site-packages"}
 SKIPPED = {"distutils", "encodings", "idlelib", "lib2to3", "pydoc_data", "test", "tests", "tkinter", "turtledemo"}
-HELD_OUT = 20  # one file in so many
+HELD_OUT = 20  # hold out one file in this many
 SMALLEST = 100_000  # bytes
-LINES = 1_000_000  # that a tokenizer is trained on, at most: more take minutes and tell it nothing new
-EMBEDDING_STD = 0.1  # transformers' 0.02 costs 0.2 nats of held-out loss in runs as short as those on a CPU
-
-
-class CorpusError(Exception):
-    """What a person can mend; the message says how."""
+LINES = 1_000_000  # train a tokenizer on at most this many: more take minutes and add nothing
+EMBEDDING_STD = 0.1  # in runs as short as those on a CPU, transformers' 0.02 costs 0.2 nats of held-out loss
 
 
 def read(directory: Path, limit: int, everything: bool = False) -> tuple[list[str], list[str]]:
-    """The texts to train on, and the held-out ones: at most `limit` bytes of the .py files below a directory.
+    """The texts to train on and the held-out ones: at most `limit` bytes of the .py files below a directory.
 
-    `everything` takes tests, tables and the like as well: three times as much text, and less alike.
+    `everything` includes tests, tables and the like: three times as much text, and more varied.
 
-    Raises CorpusError if there is none, or too little in it.
+    Raises Stop if there is no such directory, or too little text in it.
     """
     if not directory.is_dir():
-        raise CorpusError(f"--corpus {directory}: no such directory")
+        raise Stop(f"--corpus {directory}: no such directory")
     texts, size = [], 0
     skipped = FOREIGN if everything else FOREIGN | SKIPPED
     for path in sorted(directory.rglob("*.py")):
@@ -47,18 +45,18 @@ def read(directory: Path, limit: int, everything: bool = False) -> tuple[list[st
         texts.append(text)
         size += length
     if size < SMALLEST:
-        raise CorpusError(f"{directory} holds {size} bytes of usable .py files, too few to train on: name another --corpus")
+        raise Stop(f"{directory} holds {size} bytes of usable .py files, too few to train on: name another --corpus")
     return [t for i, t in enumerate(texts) if i % HELD_OUT], texts[::HELD_OUT]
 
 
 def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     """A sentencepiece BPE model that keeps every character, and that llama.cpp's tokenizer agrees with.
 
-    Lines are its sentences, so a newline is always the byte piece <0x0A>; runs of spaces are pieces of their own.
-    Raises CorpusError if the texts do not give so many pieces, or `encode` could not hold them.
+    Its sentences are lines, so a newline is always the byte piece <0x0A>; runs of spaces are pieces of their own.
+    Raises Stop if the texts do not give `vocab` pieces, or if `encode` could not hold them.
     """
     if vocab > 1 << 16:
-        raise CorpusError(f"--vocab {vocab}: at most {1 << 16}")
+        raise Stop(f"--vocab {vocab}: at most {1 << 16}")
     model = io.BytesIO()
     lines = [line for text in texts for line in text.split("\n") if line]
     n = min(len(lines), LINES)
@@ -82,7 +80,7 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
             minloglevel=2,
         )
     except RuntimeError as e:
-        raise CorpusError(f"sentencepiece made no tokenizer of {vocab} pieces: {e}") from None
+        raise Stop(f"sentencepiece made no tokenizer of {vocab} pieces: {e}") from None
     return model.getvalue()
 
 
@@ -91,26 +89,26 @@ def hf_tokenizer(model: Path, context: int) -> LlamaTokenizer:
     tokenizer = LlamaTokenizer(
         str(model), legacy=True, add_prefix_space=False, model_max_length=context, clean_up_tokenization_spaces=False
     )
-    # A chat program that gets this template continues the user's text, which is all that a base model can do.
+    # With this template a chat program continues the user's text, which is all that a base model can do.
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer
 
 
 def encode(model: bytes, texts: list[str]) -> np.ndarray:
-    """uint16 (tokens,): the texts one after the other, each with its end."""
+    """The texts' tokens, uint16 (n,), with EOS after each text."""
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
     return np.concatenate([[*ids, EOS] for ids in pieces.encode(texts)]).astype(np.uint16)
 
 
 def check_sizes(hidden: int, intermediate: int) -> None:
-    """Raises CorpusError where `small_llama`'s matrices would not fit blocks."""
+    """Raises Stop if `small_llama`'s matrices would not fit blocks."""
     for name, size in ("hidden", hidden), ("intermediate", intermediate):
         if size <= 0 or size % 128:
-            raise CorpusError(f"--{name} {size}: it must be a multiple of 128, a block's weights")
+            raise Stop(f"--{name} {size}: it must be a multiple of 128, a block's weights")
 
 
 def small_llama(vocab: int, layers: int, hidden: int, intermediate: int, context: int, seed: int) -> LlamaForCausalLM:
-    """With heads of 64, two to each key and value. Raises CorpusError for sizes that do not fit."""
+    """A Llama with heads of 64, two for each key and value. Raises Stop for sizes that do not fit blocks."""
     check_sizes(hidden, intermediate)
     heads = hidden // 64
     torch.manual_seed(seed)
