@@ -21,7 +21,7 @@ Errors:
     QuantizeError           a block cannot hold these weights; a ValueError
     NotBuilt                a part of the patched llama.cpp is missing; a FileNotFoundError
 
-Training is in `sherry_gguf.qat`. Names load when they are first used: the import alone needs only NumPy.
+Training is in `sherry_gguf.qat`. Names load when they are first used: the import alone needs nothing.
 """
 
 from __future__ import annotations
@@ -29,15 +29,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from .stq1_0 import TYPE as STQ1_0
-from .tq1_25 import TYPE as TQ1_25
-
 if TYPE_CHECKING:
     from . import convert, gguf_type, inspect, kernels, llama_cpp, retag, transcode, verify
     from .convert import Options
     from .errors import ConvertError, NotBuilt, QuantizeError
     from .gguf_file import Gguf, Stored, read_gguf
     from .kernels import dequantize, quantize
+    from .stq1_0 import TYPE as STQ1_0
+    from .tq1_25 import TYPE as TQ1_25
 
     __version__: str
 
@@ -60,6 +59,8 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("sherry-gguf")
+    elif name in ("TQ1_25", "STQ1_0"):
+        value = importlib.import_module(f".{name.lower()}", __name__).TYPE
     elif name in _MODULE_OF:
         value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
     elif name in __all__:
