@@ -14,11 +14,11 @@ import sherry_gguf
 REPO = Path(__file__).parents[2]
 
 
-def test_the_import_needs_only_numpy(tmp_path):
+def test_the_import_needs_nothing(tmp_path):
     code = "import sys, sherry_gguf; print(*{name.partition('.')[0] for name in sys.modules} - sys.stdlib_module_names)"
     done = subprocess.run([sys.executable, "-c", code], env=ENV, cwd=tmp_path, capture_output=True, text=True, check=True)
-    assert {"sherry_gguf", "numpy"} <= set(done.stdout.split())
-    assert not {"gguf", "cffi", "_cffi_backend", "torch", "transformers", "tqdm"} & set(done.stdout.split())
+    assert "sherry_gguf" in done.stdout.split()
+    assert not {"numpy", "gguf", "cffi", "_cffi_backend", "torch", "transformers", "tqdm"} & set(done.stdout.split())
 
 
 def test_every_name_is_there_and_documented():
