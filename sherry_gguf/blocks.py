@@ -1,7 +1,7 @@
-"""Block types of 3:4 sparse ternary weights: bytes <-> lanes and scales. The NumPy reference of the C kernels.
+"""Block types of 3:4 sparse ternary weights: bytes to lanes and scales, and back. The NumPy reference of the C kernels.
 
-A block is four bits of each group, its slot; then a bit of each, its sign; then an fp16 scale. `tq1_25` and `stq1_0` are
-such types: they differ in the length of a block, in which weights make a group, and in the order of the nibbles.
+A block holds four bits for each group, its slot; then one bit for each, its sign; then an fp16 scale. `tq1_25` and `stq1_0` differ in
+the length of a block, in the weights that make a group, and in the order of the nibbles (docs/format.md).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .errors import QuantizeError
 
 NOT_FINITE = "a weight is NaN or infinite"
 OVERFLOW = "the mean magnitude of a block is beyond fp16 (65504)"
-Q8_0 = 32  # activations of a Q8_0 block
+Q8_0 = 32  # activations in a Q8_0 block
 Q8_0_BYTES = 2 + Q8_0
 
 _CHUNK = 1 << 20  # weights handled at a time, so that memory stays bounded
@@ -24,15 +24,15 @@ _CHUNK = 1 << 20  # weights handled at a time, so that memory stays bounded
 
 @dataclasses.dataclass(frozen=True)
 class BlockType:
-    """A block type, and what can be done with rows of it.
+    """A block type, and the operations on rows of its blocks.
 
     Attributes:
-        name: in GGUF tools.
-        type_id: in GGUF and ggml.
+        name: the type's name in GGUF tools.
+        type_id: its number in GGUF and ggml.
         file_type: general.file_type, LLAMA_FTYPE_MOSTLY_*.
-        size: weights of a block.
-        weights: shape that a block's weights are seen in, C order; with its last two axes swapped they are group by group.
-        nibbles: the same for groups and the nibbles of the slots, the low one of a byte first.
+        size: weights per block.
+        weights: a C-order shape for a block's weights; swapping its last two axes puts them in group order.
+        nibbles: the same for the slots, one nibble each, the low nibble of a byte first: from file order to group order.
     """
 
     name: str
@@ -48,11 +48,11 @@ class BlockType:
 
     @property
     def bytes(self) -> int:
-        """Of a block."""
+        """Bytes per block."""
         return self.groups // 2 + self.groups // 8 + 2
 
     def to_groups(self, x: np.ndarray) -> np.ndarray:
-        """Weights or activations of whole blocks, (..., n), in the order of the groups: four lanes, then the next group's."""
+        """Put the weights or activations of whole blocks, (..., n), in group order: four lanes, then the next group's."""
         return _swapped(x, self.weights)
 
     def from_groups(self, x: np.ndarray) -> np.ndarray:
@@ -60,31 +60,31 @@ class BlockType:
         return _swapped(x, _back(self.weights))
 
     def check_weights(self, x: np.ndarray) -> np.ndarray:
-        """x as an array, if `quantize` takes it: float16, float32 or float64, shape (..., n), n whole blocks."""
+        """x as an array that `quantize` takes: float16, float32 or float64, shape (..., n), n a multiple of `size`. Raises ValueError."""
         x = np.asarray(x)
         if x.dtype not in (np.float16, np.float32, np.float64):
             raise ValueError(f"weights are {x.dtype}, not float16, float32 or float64")
         if x.ndim == 0 or x.shape[-1] % self.size:
-            raise ValueError(f"weights of shape {x.shape}: rows are not whole blocks of {self.size}")
+            raise ValueError(f"weights of shape {x.shape}: rows are not a multiple of {self.size}")
         return x
 
     def check_blocks(self, b: np.ndarray) -> np.ndarray:
-        """b as an array, if it holds whole blocks: uint8, shape (..., nb), nb a multiple of `bytes`."""
+        """b as an array of whole blocks: uint8, shape (..., nb), nb a multiple of `bytes`. Raises ValueError."""
         b = np.asarray(b)
         if b.dtype != np.uint8:
             raise ValueError(f"packed rows are {b.dtype}, not uint8")
         if b.ndim == 0 or b.shape[-1] % self.bytes:
-            raise ValueError(f"packed rows of shape {b.shape} are not whole blocks of {self.bytes} bytes")
+            raise ValueError(f"packed rows of shape {b.shape} are not a multiple of {self.bytes} bytes")
         return b
 
     def pack(self, lanes: np.ndarray, d: np.ndarray) -> np.ndarray:
         """Lanes int8 (..., n) of -1, 0, +1 and scales float16 (..., n / size) to uint8 (..., n / size * bytes).
 
-        Raises ValueError where a group has not exactly one zero, and for another dtype or shape.
+        Raises ValueError unless every group has exactly one zero, and for another dtype or shape.
         """
         lanes = np.asarray(lanes)
         if lanes.ndim == 0 or lanes.shape[-1] % self.size:
-            raise ValueError(f"lanes of shape {lanes.shape}: rows are not whole blocks of {self.size}")
+            raise ValueError(f"lanes of shape {lanes.shape}: rows are not a multiple of {self.size}")
         codes = ternary.lanes_to_codes(self.to_groups(lanes).reshape(-1, self.groups, ternary.GROUP))
         d = np.asarray(d)
         if d.dtype != np.float16:
@@ -102,7 +102,7 @@ class BlockType:
     def unpack(self, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """uint8 (..., nb), nb a multiple of `bytes`, to lanes int8 (..., nb / bytes * size) and scales float16 (..., nb / bytes).
 
-        Any bytes decode. Raises ValueError for another dtype or a length that is no whole number of blocks.
+        Any bytes decode. Raises ValueError for another dtype or length.
         """
         b = self.check_blocks(b)
         blocks = b.reshape(-1, self.bytes)
@@ -117,10 +117,10 @@ class BlockType:
         return lanes.reshape(*b.shape[:-1], n * self.size), d.reshape(*b.shape[:-1], n)
 
     def quantize(self, x: np.ndarray) -> np.ndarray:
-        """Sparse-AbsMean of each block (format.md, "Quantizing a block").
+        """Sparse-AbsMean of each block (docs/format.md, "Quantizing a block").
 
         x: float16, float32 or float64 (..., n), n a multiple of `size`. Returns uint8 (..., n / size * bytes).
-        Raises QuantizeError, naming the row, for a NaN, an infinity, or a mean magnitude beyond fp16; ValueError for
+        Raises QuantizeError, which has the row, for a NaN, an infinity, or a mean magnitude beyond fp16; ValueError for
         another dtype or length.
         """
         x = self.check_weights(x)
@@ -146,7 +146,7 @@ class BlockType:
     def dequantize(self, b: np.ndarray) -> np.ndarray:
         """uint8 (..., nb), nb a multiple of `bytes`, to float32 (..., nb / bytes * size): each weight is its lane times d.
 
-        Raises ValueError for another dtype or a length that is no whole number of blocks.
+        Raises ValueError for another dtype or length.
         """
         b = self.check_blocks(b)
         out = np.empty((*b.shape[:-1], b.shape[-1] // self.bytes * self.size), np.float32)
@@ -154,15 +154,15 @@ class BlockType:
         step = _CHUNK // self.size
         for start in range(0, len(packed), step):
             lanes, d = self.unpack(packed[start : start + step])
-            with np.errstate(invalid="ignore"):  # a block that is not ours may hold an infinite d
+            with np.errstate(invalid="ignore"):  # damaged blocks may have an infinite d
                 np.multiply(lanes, d.astype(np.float32), out=blocks[start : start + step])
         return out
 
     def is_exact(self, x: np.ndarray) -> np.ndarray:
-        """Does each block survive? bool (..., n / size): dequantize(quantize(x)) equals x in all of its weights.
+        """Whether dequantize(quantize(x)) equals x in all weights of each block: bool (..., n / size).
 
-        The sign of a zero is the one thing that the format does not hold. Takes and raises what `quantize` does, except
-        that a block with a NaN, an infinity or too large a mean is not an error here: it is not exact.
+        -0 equals 0 here; the format has no signed zeros. Takes what `quantize` takes. A block with a NaN, an infinity or
+        too large a mean is not exact, and no error. Raises ValueError for another dtype or length.
         """
         x = self.check_weights(x)
         exact = np.empty(x.size // self.size, bool)
@@ -177,7 +177,7 @@ class BlockType:
         return exact.reshape(*x.shape[:-1], x.shape[-1] // self.size)
 
     def check_activations(self, b_row: np.ndarray, y: np.ndarray) -> np.ndarray:
-        """y as a float32 array, if it holds the activations that a packed row, uint8 (nb,), needs."""
+        """y as a float32 array of the activations for a packed row, uint8 (nb,). Raises ValueError."""
         n = b_row.size // self.bytes * self.size
         y = np.asarray(y)
         if y.dtype != np.float32:
@@ -189,12 +189,12 @@ class BlockType:
         return y
 
     def vec_dot(self, b_row: np.ndarray, y: np.ndarray) -> float:
-        """The dot product of a packed row, uint8 (nb,), with activations, float32 (nb / bytes * size,) (format.md).
+        """The dot product of a packed row, uint8 (nb,), and activations, float32 (nb / bytes * size,) (docs/format.md).
 
         The activations go through Q8_0: 32 int8 and an fp16 scale. The integer sums are exact, the rest is float64.
-        Raises ValueError for another dtype, a length that is no whole number of blocks, or lengths that differ.
+        Raises ValueError for another dtype, for lengths that differ, and for a length that is not a multiple of `bytes`.
         """
-        from gguf import GGMLQuantizationType, quants  # here, since a converting process chooses its gguf package first
+        from gguf import GGMLQuantizationType, quants  # late: a converting process first chooses its gguf package
 
         b_row = self.check_blocks(b_row)
         if b_row.ndim != 1:
@@ -202,12 +202,12 @@ class BlockType:
         lanes, d = self.unpack(b_row)
         y = self.check_activations(b_row, y)
         if not lanes.size:
-            return 0.0  # gguf takes no empty array
+            return 0.0  # gguf refuses empty arrays
         return dot_q8_0(lanes, d, quants.quantize(y, GGMLQuantizationType.Q8_0).reshape(-1, Q8_0_BYTES))
 
 
 def dot_q8_0(lanes: np.ndarray, d: np.ndarray, q8_0: np.ndarray) -> float:
-    """Lanes int8 (n,), scales float16 of as many equal parts and Q8_0 blocks uint8 (n / 32, 34) to their dot product, float64."""
+    """The dot product, in float64, of lanes int8 (n,), scales float16 (blocks,) and Q8_0 blocks uint8 (n / 32, 34)."""
     dy = np.ascontiguousarray(q8_0[:, :2]).view("<f2").astype(np.float64).reshape(len(d), -1)
     q = q8_0[:, 2:].view(np.int8)
     sums = np.einsum("jk,jk->j", lanes.reshape(-1, Q8_0), q, dtype=np.int64).reshape(dy.shape)
@@ -215,7 +215,7 @@ def dot_q8_0(lanes: np.ndarray, d: np.ndarray, q8_0: np.ndarray) -> float:
 
 
 def _swapped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """x (..., n) with n cut into `shape` and its last two axes swapped; as it is where that has one axis."""
+    """x (..., n), with pieces of n seen in `shape` and its last two axes swapped; unchanged if `shape` has one axis."""
     if len(shape) == 1:
         return x
     return np.ascontiguousarray(x.reshape(*x.shape[:-1], x.shape[-1] // math.prod(shape), *shape).swapaxes(-1, -2)).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""Where the patched llama.cpp is, and its tools and libraries."""
+"""The built llama.cpp: its directory, tools and libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def root() -> Path:
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise NotBuilt(f"{path} is not there: run scripts/build_llama_cpp.py, or set SHERRY_BUILD_DIR to a directory that it filled")
+        raise NotBuilt(f"{path} is not there: run scripts/build_llama_cpp.py, or set SHERRY_BUILD_DIR to its build directory")
     return path
 
 
@@ -45,7 +45,7 @@ def library(name: str) -> Path:
 
 
 def run(name: str, *args: object, **kwargs) -> subprocess.CompletedProcess:
-    """Run a built tool to its end; `kwargs` go to `subprocess.run`. Raises NotBuilt."""
+    """Run a built tool and wait for it; `kwargs` go to `subprocess.run`. Raises NotBuilt."""
     return subprocess.run([str(tool(name)), *map(str, args)], **kwargs)
 
 
@@ -86,24 +86,24 @@ class Ggml:
         self._base = self._ffi.dlopen(str(library("ggml-base")))
         self._cpu = self._ffi.dlopen(str(library("ggml-cpu")))
         self._cpu.ggml_cpu_init()
-        self.types = {}  # name in capitals -> id; ids without a type have no name, removed ones no block size
-        for type_id in range(tq1_25.TYPE_ID + 1):  # TQ1_25's id is the last
+        self.types: dict[str, int] = {}  # name in capitals to id
+        for type_id in range(tq1_25.TYPE_ID + 1):  # TQ1_25's id is the last; unused ids have no name, removed types no block size
             traits = self._base.ggml_get_type_traits(type_id)
             if traits.type_name != self._ffi.NULL and traits.blck_size:
                 self.types[self._ffi.string(traits.type_name).decode().upper()] = type_id
 
     def type_id(self, name: str) -> int:
-        """The id of the type of this name, in any case. Raises ValueError that lists the names known."""
+        """The id of a type, by its name in any case. Raises ValueError, which lists the names."""
         if name.upper() not in self.types:
-            raise ValueError(f"{name} is no type of the built ggml, which has {', '.join(self.types)}")
+            raise ValueError(f"{name} is not a type of the built ggml, which has {', '.join(self.types)}")
         return self.types[name.upper()]
 
     def block(self, name: str) -> tuple[int, int]:
-        """Weights and bytes of a block of the type."""
+        """Weights and bytes per block."""
         return self._traits(name).blck_size, self._traits(name).type_size
 
     def row_size(self, name: str, n: int) -> int:
-        """Bytes of a row of n weights. Raises ValueError where a row is no whole number of blocks."""
+        """Bytes of a row of n weights. Raises ValueError if n is not a multiple of the block size."""
         self._check_row(name, n)
         return self._base.ggml_row_size(self.type_id(name), n)
 
@@ -115,13 +115,13 @@ class Ggml:
     def quantize(self, name: str, x: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
         """`ggml_quantize_chunk`: float32 (rows, n) to uint8 (rows, bytes of a row).
 
-        imatrix: float32 (n,), the importance of each input. Raises ValueError for another dtype or shape, a type that
-        needs an imatrix, and weights that give an invalid row (NaN, infinite or too large).
+        imatrix: float32 (n,), the importance of each input. Raises ValueError for another dtype or shape, for a missing
+        imatrix if the type needs one, and for weights that give an invalid row (NaN, infinite or too large).
         """
         type_id = self.type_id(name)
-        floats, sums = ("F32", "F16", "BF16"), ("Q8_1", "Q8_K")  # the latter are for activations alone
-        if name.upper() in sums or not (name.upper() in floats or self._traits(name).is_quantized):
-            raise ValueError(f"nothing can be quantized to {name}")
+        floats, activations = ("F32", "F16", "BF16"), ("Q8_1", "Q8_K")
+        if name.upper() in activations or not (name.upper() in floats or self._traits(name).is_quantized):
+            raise ValueError(f"weights cannot be quantized to {name}")
         x = self._array(x, np.float32, 2)
         rows, n = x.shape
         out = np.empty((rows, self.row_size(name, n)), np.uint8)
@@ -130,7 +130,7 @@ class Ggml:
             if imatrix.shape != (n,):
                 raise ValueError(f"imatrix of shape {imatrix.shape}, rows have {n} weights")
         elif self._base.ggml_quantize_requires_imatrix(type_id):
-            raise ValueError(f"{name} cannot be quantized to without an importance matrix")
+            raise ValueError(f"quantizing to {name} needs an importance matrix")
         importance = self._ffi.NULL if imatrix is None else self._pointer(imatrix, "const float *")
         self._base.ggml_quantize_chunk(type_id, self._pointer(x, "const float *"), self._pointer(out, "void *"), 0, rows, n, importance)
         if not self.valid(name, out):
@@ -138,7 +138,7 @@ class Ggml:
         return out
 
     def valid(self, name: str, b: np.ndarray) -> bool:
-        """`ggml_validate_row_data`, the check behind --check-tensors: uint8 (rows, bytes); what is wrong goes to stderr."""
+        """`ggml_validate_row_data`, the check behind --check-tensors, of uint8 (rows, bytes); ggml prints errors to stderr."""
         b = self._array(b, np.uint8, 2)
         return self._base.ggml_validate_row_data(self.type_id(name), self._pointer(b, "const void *"), b.nbytes)
 
@@ -147,14 +147,14 @@ class Ggml:
         b = self._array(b, np.uint8, 2)
         weights, size = self.block(name)
         if b.shape[1] % size:
-            raise ValueError(f"rows of {b.shape[1]} bytes are not whole blocks of {size}")
+            raise ValueError(f"rows of {b.shape[1]} bytes are not a multiple of {size}, the block of {name}")
         out = np.empty((b.shape[0], b.shape[1] // size * weights), np.float32)
         to_float = self._function(name, "to_float", self._traits(name).to_float)
         to_float(self._pointer(b, "const void *"), self._pointer(out, "float *"), out.size)
         return out
 
     def from_float(self, name: str, x: np.ndarray) -> np.ndarray:
-        """The CPU backend's `from_float`, which activations go through: float32 (n,) to uint8 (bytes,)."""
+        """The CPU backend's `from_float`, for activations: float32 (n,) to uint8 (bytes,)."""
         x = self._array(x, np.float32, 1)
         out = np.empty(self.row_size(name, x.size), np.uint8)
         self._function(name, "from_float", self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).from_float)(
@@ -186,7 +186,7 @@ class Ggml:
     def _check_row(self, name: str, n: int) -> None:
         weights, _ = self.block(name)
         if n <= 0 or n % weights:
-            raise ValueError(f"rows of {n} weights are not whole {name} blocks of {weights}")
+            raise ValueError(f"rows of {n} weights are not a multiple of {weights}, the block of {name}")
 
     @staticmethod
     def _array(a: np.ndarray, dtype: type, ndim: int) -> np.ndarray:
@@ -207,5 +207,5 @@ def ggml() -> Ggml:
 
 
 def quantize_rows(x: np.ndarray, type_name: str) -> np.ndarray:
-    """float32 (rows, n) to uint8 (rows, bytes) of any type that the built ggml quantizes to; see `Ggml.quantize`."""
+    """float32 (rows, n) to uint8 (rows, bytes) of any type of the built ggml; see `Ggml.quantize`."""
     return ggml().quantize(type_name, x)

@@ -1,16 +1,15 @@
-"""3:4 sparse ternary on arrays: in each four consecutive weights one is 0 and three are +d or -d.
+"""3:4 sparse ternary arrays: of each four consecutive weights, one is 0 and three are +d or -d.
 
-Sparse-AbsMean (Sherry, arXiv 2601.07892, Eq. 4 and 5) and the 32 patterns of a group. Nothing here knows how they
-are stored: `tq1_25` packs them.
+Sparse-AbsMean (Sherry, arXiv 2601.07892, Eq. 4 and 5) and the 32 patterns of a group; `blocks` packs them.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-GROUP = 4  # weights of a group
-KEPT = 3  # of them not zero
-CODES = 32  # patterns of a group: 4 places of the zero, 2**3 signs
+GROUP = 4  # weights per group
+KEPT = 3  # nonzero weights per group
+CODES = 32  # patterns of a group: 4 positions of the zero times 2**3 signs
 
 
 def _patterns() -> np.ndarray:
@@ -28,21 +27,21 @@ PATTERNS.flags.writeable = False
 
 
 def codes_to_lanes(codes: np.ndarray) -> np.ndarray:
-    """Codes, uint8 (...) of 0..31, to their lanes, int8 (..., 4) of -1, 0, +1 (format.md, "The block")."""
+    """Codes, uint8 (...) of 0..31, to their lanes, int8 (..., 4) of -1, 0, +1 (docs/format.md)."""
     return PATTERNS[codes]
 
 
 def lanes_to_codes(lanes: np.ndarray) -> np.ndarray:
     """Lanes, int8 (..., 4), to their codes, uint8 (...); the inverse of `codes_to_lanes`.
 
-    Raises ValueError where a group has not exactly one zero among -1, 0, +1, and for another dtype or shape.
+    Raises ValueError unless every group has one 0 and three of -1 or +1, and for another dtype or shape.
     """
     lanes = np.asarray(lanes)
     if lanes.dtype != np.int8:
         raise ValueError(f"lanes are {lanes.dtype}, not int8")
     if lanes.shape[-1:] != (GROUP,):
         raise ValueError(f"lanes have shape {lanes.shape}, the last axis must be {GROUP}")
-    # Base-3 digits make one table index of a group: a single gather instead of a search for the zero.
+    # A group's lanes are the base-3 digits of a table index: one gather instead of a search for the zero.
     index = (lanes.astype(np.int16) + 1) @ np.array([27, 9, 3, 1], np.int16)
     outside = ((lanes < -1) | (lanes > 1)).any(axis=-1)
     codes = np.where(outside, 255, _CODE_OF_DIGITS[np.where(outside, 0, index)])
@@ -61,16 +60,16 @@ def sparse_absmean(x: np.ndarray, group_size: int = 128) -> tuple[np.ndarray, np
 
     x: float (..., n), finite, n a multiple of `group_size`, itself a multiple of 4.
     Returns lanes int8 (..., n) of -1, 0, +1 and scale float64 (..., n / group_size), so that `lanes * scale` is
-    nearest to x for these zeros. In each four weights the one of smallest magnitude is the zero, among equals the
-    lowest lane; a kept lane is negative where x < 0; the scale is the mean magnitude of the kept ones, summed in
-    float64 in order. It is not rounded: the storage decides to what.
+    nearest to x for these zeros. The zero is the weight of smallest magnitude of each four, the first among equals. A kept
+    lane is negative if x < 0. The scale is the mean magnitude of the kept weights, summed in float64 in order, and not
+    rounded: that is up to the storage.
     Raises ValueError for a size that does not fit.
     """
     x = np.asarray(x)
     if group_size <= 0 or group_size % GROUP:
         raise ValueError(f"group_size is {group_size}, not a positive multiple of {GROUP}")
     if x.ndim == 0 or x.shape[-1] % group_size:
-        raise ValueError(f"rows of x, shape {x.shape}, are not whole groups of {group_size}")
+        raise ValueError(f"rows of x, shape {x.shape}, are not a multiple of the group size, {group_size}")
     magnitude = np.abs(x).reshape(-1, group_size // GROUP, GROUP)
     smallest = magnitude[..., 0].copy()
     zero = np.zeros(smallest.shape, np.int8)

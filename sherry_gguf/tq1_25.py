@@ -1,7 +1,7 @@
-"""TQ1_25 blocks: 128 weights of a 3:4 sparse ternary row in 22 bytes (format.md).
+"""TQ1_25 blocks: 128 weights of a 3:4 sparse ternary row in 22 bytes (docs/format.md).
 
-A block is 16 bytes of 4-bit slots, 4 bytes of signs and an fp16 scale. Group g (0..31) holds weights 4g..4g+3; its
-slot is in byte 4 * (g // 8) + g % 4, the low nibble where g % 8 < 4, else the high one, and its sign is bit g of the
+A block is 16 bytes of 4-bit slots, 4 bytes of signs and an fp16 scale. Group g (0..31) holds weights 4g..4g+3. Its
+slot is in byte 4 * (g // 8) + g % 4: in the low nibble if g % 8 < 4, else in the high one. Its sign is bit g of the
 sign word.
 """
 

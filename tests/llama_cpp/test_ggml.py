@@ -124,18 +124,18 @@ def test_other_types(ggml, x):
         packed = ggml.quantize(name, x)
         assert packed.shape == (3, ggml.row_size(name, 512))
         assert np.abs(ggml.dequantize(name, packed) - x).max() < 0.5
-    with pytest.raises(ValueError, match="Q9_9 is no type of the built ggml, which has F32, F16,.*TQ1_25"):
+    with pytest.raises(ValueError, match="Q9_9 is not a type of the built ggml, which has F32, F16,.*TQ1_25"):
         ggml.quantize("Q9_9", x)
     with pytest.raises(ValueError, match="importance matrix"):
         ggml.quantize("IQ2_XXS", x)
-    with pytest.raises(ValueError, match="rows of 300 weights are not whole Q6_K blocks of 256"):
+    with pytest.raises(ValueError, match="rows of 300 weights are not a multiple of 256, the block of Q6_K"):
         ggml.quantize("Q6_K", x[:, :300])
 
 
 @pytest.mark.parametrize("call, message", [
     (lambda g, x: g.quantize("TQ1_25", x[:, :0]), "rows of 0 weights"),
-    (lambda g, x: g.quantize("I32", x), "nothing can be quantized to I32"),
-    (lambda g, x: g.quantize("q8_k", x), "nothing can be quantized to q8_k"),
+    (lambda g, x: g.quantize("I32", x), "weights cannot be quantized to I32"),
+    (lambda g, x: g.quantize("q8_k", x), "weights cannot be quantized to q8_k"),
     (lambda g, x: g.quantize("TQ1_25", x.astype(np.float64)), "float64"),
     (lambda g, x: g.quantize("TQ1_25", x, x[0, :128]), r"\(128,\), rows have 768"),
     (lambda g, x: g.dequantize("I32", x.view(np.uint8)), "I32 has no to_float"),

@@ -285,8 +285,8 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_made(tmp_path, 
 
 @pytest.mark.parametrize("args, message", [
     (["--models", "7b"], "no model '7b': there are 0.5b, 0.7b, 1b, 3b, tiny"),
-    (["--types", "TQ1_25,NOPE"], "NOPE is no type of the built ggml, which has F32,"),
-    (["--types", "I8"], "nothing can be quantized to I8"),
+    (["--types", "TQ1_25,NOPE"], "NOPE is not a type of the built ggml, which has F32,"),
+    (["--types", "I8"], "weights cannot be quantized to I8"),
     (["--embeddings", "NOPE-plain"], "NOPE-PLAIN is no type"),
     (["--threads", "0"], "--threads"),
     (["--depth", "-1"], "--depth"),
