@@ -109,8 +109,3 @@ def split_files(path: Path) -> list[Path]:
         if path in named:
             return named
     return [path]
-
-
-def padded(n: int, alignment: int) -> int:
-    """The least multiple of `alignment` that is not below `n`."""
-    return -(-n // alignment) * alignment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +15,20 @@ from .report import sizes, table
 _TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
 
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Show what is in a GGUF: metadata, types, sizes, and which tensors are exact."
+    parser.add_argument("gguf", type=Path, help="the GGUF; of a split, any of its files")
+    parser.add_argument("--tensors", action="store_true", help="list every tensor")
+
+
+def run(args: argparse.Namespace) -> int:
+    for text in inspect(args.gguf, args.tensors):
+        print(text)
+    return 0
+
+
 def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
-    """The lines that describe a GGUF file; with `tensors`, each tensor too. Needs neither llama.cpp nor PyTorch.
+    """Lines and tables that describe a GGUF file; with `tensors`, each tensor too. Needs neither llama.cpp nor PyTorch.
 
     Any file of a split stands for all of it. Raises ConvertError.
     """

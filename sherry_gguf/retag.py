@@ -1,13 +1,14 @@
-"""STQ1_0 files of before the type had its number: 42, which upstream's llama.cpp has given to Q2_0 since.
+"""Renumbers the type of old STQ1_0 files. They have 42, which upstream's llama.cpp has since given to Q2_0.
 
-Both are told apart by the room that a tensor has in the file, up to the next one: STQ1_0 takes 42 bytes for 256 weights and
-Q2_0 takes 72. Nothing else in the file is believed, and a tensor with another room is no reason to guess.
+The space that a tensor takes in the file tells the two types apart: 256 weights take 42 bytes as STQ1_0 and 72 as Q2_0. Nothing else in
+the file is trusted, and a tensor of any other size stops the command.
 
-general.file_type has the same history: the first files have 41, which is Q2_0's now, or 42. It becomes 43 along with the tensors.
+general.file_type has the same history: it is 41 (now Q2_0's) or 42 in the first files and becomes 43 with the tensors.
 """
 
 from __future__ import annotations
 
+import argparse
 import bisect
 import contextlib
 import errno
@@ -21,67 +22,81 @@ from typing import BinaryIO
 
 from . import atomic, stq1_0
 from .errors import ConvertError
-from .gguf_file import check_shard, is_shard, padded, split_files
-from .reader import Entry, open_gguf
+from .gguf_file import check_shard, is_shard, split_files
+from .reader import Entry, open_gguf, padded
 
 Q2_0 = (64, 18)  # weights and bytes of a block of upstream's type 42
 OLD_FILE_TYPES = (41, 42)  # general.file_type in the first files
-BACKUP = ".before-retag"  # behind the file's name: its old head, while a retag in place is at work
+BACKUP = ".before-retag"  # suffix of the copy of the file's old head during a retag in place
+# The changes that a retag makes, byte by byte: (new, old).
+_CHANGED = {(stq1_0.TYPE.type_id, stq1_0.OLD_TYPE_ID), *((stq1_0.TYPE.file_type, old) for old in OLD_FILE_TYPES)}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Make an old STQ1_0 file loadable: give its tensors the type number 43. The first files have 42, which upstream has since "
+        "given to Q2_0. The size of a tensor tells which of the two it is."
+    )
+    parser.add_argument("gguf", type=Path, help="the old file")
+    where = parser.add_mutually_exclusive_group(required=True)
+    where.add_argument("output", type=Path, nargs="?", help="write a copy to this file")
+    where.add_argument("--in-place", action="store_true", help="change the file itself")
+
+
+def run(args: argparse.Namespace) -> int:
+    count, file_type = retag_in_place(args.gguf) if args.in_place else retag(args.gguf, args.output)
+    print(f"{args.output or args.gguf}: {count} tensors now have STQ1_0's number, 43{', and so has general.file_type' * file_type}")
+    return 0
 
 
 def old_tensors(path: Path) -> list[Entry]:
-    """Those of STQ1_0 with the old number, maybe none. Raises ConvertError where a tensor of 42 may be anything else."""
+    """The STQ1_0 tensors with the old number. Raises ConvertError if a tensor of type 42 may be anything else."""
     return _old_tensors(open_gguf(path, types=False))
 
 
 def _old_tensors(reader) -> list[Entry]:
-    path, entries, alignment = reader.path, reader.table, int(reader.alignment)
-    ends = sorted({e.start for e in entries})
+    path, alignment = reader.path, int(reader.alignment)
+    starts = sorted({e.start for e in reader.table})
     size = path.stat().st_size
-    found, either = [], []
-    for e in entries:
+    found, ambiguous = [], []
+    for e in reader.table:
         if e.type_id != stq1_0.OLD_TYPE_ID:
             continue
-        i = bisect.bisect_right(ends, e.start)
-        after = ends[i] if i < len(ends) else None
-        room = (size if after is None else after) - e.start
-        weights = math.prod(e.shape)
-        shape = " x ".join(map(str, e.shape))
-        if not weights:
-            raise ConvertError(f"{path}: tensor {e.name}, {shape}, has no weights: nothing tells its type")
-
-        def fits(block: int, nbytes: int) -> bool:
-            if e.shape[0] % block:
-                return False
-            needed = weights // block * nbytes
-            # the last tensor of a file may lack its padding
-            return room == padded(needed, alignment) or (after is None and room == needed)
-
-        old, new = fits(stq1_0.TYPE.size, stq1_0.TYPE.bytes), fits(*Q2_0)
+        i = bisect.bisect_right(starts, e.start)
+        last = i == len(starts)
+        space = (size if last else starts[i]) - e.start
+        tensor = f"{path}: tensor {e.name}, {' x '.join(map(str, e.shape))},"
+        if not math.prod(e.shape):
+            raise ConvertError(f"{tensor} has no weights: nothing tells its type")
+        old = _fits(e, space, last, alignment, stq1_0.TYPE.size, stq1_0.TYPE.bytes)
+        new = _fits(e, space, last, alignment, *Q2_0)
         if not old and not new:
             raise ConvertError(
-                f"{path}: tensor {e.name}, {shape}, of type 42 has {room} bytes, neither STQ1_0's 42 for each 256 weights nor "
-                "Q2_0's 72: the file is damaged, or of another type"
+                f"{tensor} of type 42 has {space} bytes, neither STQ1_0's 42 for each 256 weights nor Q2_0's 72: the file is damaged, or "
+                "this is another type"
             )
         if not old:
-            raise ConvertError(
-                f"{path}: tensor {e.name}, {shape}, has {room} bytes, 72 for each 256 weights: it is upstream's Q2_0, "
-                "which has the number 42 now, and needs no change"
-            )
+            raise ConvertError(f"{tensor} has {space} bytes, 72 for each 256 weights: it is upstream's Q2_0, which has the number 42 now")
         found.append(e)
-        either += [e] * new
-    if either and len(either) == len(found):  # no file has both types: what is one of them tells of the others
+        ambiguous += [e] * new
+    if ambiguous and len(ambiguous) == len(found):  # no file has both types, so one clear tensor would decide
         raise ConvertError(
-            f"{path}: tensor {either[0].name}, and each other one of type 42, is so small that, filled up to {alignment} bytes, "
-            "it may be STQ1_0 or upstream's Q2_0: nothing tells which"
+            f"{path}: tensor {ambiguous[0].name} and all others of type 42 are so small that, padded to {alignment} bytes, they may be "
+            "STQ1_0 or upstream's Q2_0: nothing tells which"
         )
     if problem := reader.problem(old=True):
         raise ConvertError(f"{path}: {problem}")
     return found
 
 
+def _fits(e: Entry, space: int, last: bool, alignment: int, block: int, nbytes: int) -> bool:
+    """Whether a tensor with blocks of `block` weights and `nbytes` bytes takes this space; a file's last may lack padding."""
+    needed = math.prod(e.shape) // block * nbytes
+    return e.shape[0] % block == 0 and (space == padded(needed, alignment) or (last and space == needed))
+
+
 def _changes(path: Path) -> tuple[int, dict[int, int]]:
-    """How many tensors have the old number, and which 32 bits of the file must become what: offset to value."""
+    """The number of tensors to change, and the new 32-bit values by their offset in the file."""
     reader = open_gguf(path, types=False)
     found = _old_tensors(reader)
     numbers = {e.type_at: stq1_0.TYPE.type_id for e in found}
@@ -92,30 +107,29 @@ def _changes(path: Path) -> tuple[int, dict[int, int]]:
 
 
 def _has_stq1_0(path: Path) -> bool:
-    """Has a file STQ1_0 tensors, by either number? An earlier retag may have changed the numbers of the tensors alone."""
+    """Whether a file has STQ1_0 tensors with either number: an earlier retag may have changed the tensors' numbers alone."""
     try:
         reader = open_gguf(path, types=False)
         return any(e.type_id == stq1_0.TYPE.type_id for e in reader.table) or bool(_old_tensors(reader))
-    except ConvertError:  # another file of the split, which is missing, or nothing that retag changes
+    except ConvertError:  # another file of the split that is missing, or nothing that retag changes
         return False
 
 
 def retag(source: Path, target: Path) -> tuple[int, bool]:
-    """Write a copy of an old STQ1_0 file with the type's number of today.
+    """Write a copy of an old STQ1_0 file with today's type number.
 
-    Returns how many tensors have another number, and whether general.file_type has. The target is there whole, or as it was
-    before. Raises ConvertError.
+    Returns the number of changed tensors, and whether general.file_type changed. Raises ConvertError; then the target is as it was.
     """
     source, target = Path(source), Path(target)
     check_shard(source, target)
     target = atomic.writable(target)
     if source.with_name(source.name + BACKUP).exists():
-        raise ConvertError(f"{source.name + BACKUP} says that a retag of {source} in place was cut off: run it with --in-place again")
+        raise ConvertError(f"{source.name + BACKUP} shows that a retag of {source} in place was cut off: run it with --in-place again")
     count, numbers = _changes(source)
-    if not numbers and not is_shard(source):  # of a split, one without any goes along
+    if not numbers and not is_shard(source):  # a split's file is copied without any, so that the split stays whole
         raise _nothing(source)
     if target.exists() and target.samefile(source):
-        raise ConvertError(f"{target} is the file itself: --in-place changes it where it is")
+        raise ConvertError(f"{target} is the input file: --in-place changes it")
     with atomic.staging(target, source.stat().st_size) as staging:
         new = staging / target.name
         shutil.copyfile(source, new)
@@ -128,14 +142,14 @@ def retag(source: Path, target: Path) -> tuple[int, bool]:
 
 
 def retag_in_place(path: Path) -> tuple[int, bool]:
-    """The same in the file itself. Raises ConvertError, also for a symbolic link, whose file has other users.
+    """`retag`, but of the file itself. Raises ConvertError; also for a symbolic link, whose file may have other users.
 
-    Its head, up to the last number that changes, is kept beside it until the new one is on the disk; a run that was cut off
-    in between is undone by the next one.
+    The file's head, up to the last number that changes, is kept beside it until the new head is on the disk. The next run undoes a run
+    that was cut off in between.
     """
     path = Path(path)
     backup = path.with_name(path.name + BACKUP)
-    with _alone(path):
+    with _locked(path):
         if os.path.lexists(backup):
             _restore(path, backup)
         if path.is_symlink():
@@ -146,12 +160,12 @@ def retag_in_place(path: Path) -> tuple[int, bool]:
         count, numbers = _changes(path)
         if not numbers:
             raise _nothing(path)
-        with _told(path), open(path, "r+b") as f:
+        with _os_errors(path), open(path, "r+b") as f:
             head = f.read(max(numbers) + 4)
             part = backup.with_name(backup.name + ".part")
             part.unlink(missing_ok=True)
             try:
-                with open(part, "xb") as b:  # not through a link that somebody has put there
+                with open(part, "xb") as b:  # fails on a link that somebody put there
                     b.write(head)
                     b.flush()
                     os.fsync(b.fileno())
@@ -184,22 +198,18 @@ def _check(path: Path, numbers: dict[int, int]) -> None:
         raise ConvertError(f"{path} read back is not what was written: check the disk and its free space")
 
 
-# What a retag changes, byte by byte: the new one, the old one.
-_CHANGED = {(stq1_0.TYPE.type_id, stq1_0.OLD_TYPE_ID), *((stq1_0.TYPE.file_type, old) for old in OLD_FILE_TYPES)}
-
-
 def _restore(path: Path, backup: Path) -> None:
-    """Put back the head that a retag which was cut off had kept. It is whole: it came to its name by a rename."""
+    """Put back the head that a cut-off retag kept. It is complete: it got its name by a rename."""
     if backup.is_symlink() or not backup.is_file():
         raise ConvertError(f"{backup} is in the way of a retag in place, and is not an ordinary file: remove it")
     head = backup.read_bytes()
-    with _told(path), open(path, "r+b") as f:
+    with _os_errors(path), open(path, "r+b") as f:
         now = f.read(len(head))
-        # but for the numbers that change it must be the file's own: somebody may have put another file in its place
-        differ = [i for i, (a, b) in enumerate(zip(now, head)) if a != b]
-        if len(now) != len(head) or any((now[i], head[i]) not in _CHANGED for i in differ):
+        # Only the renumbered bytes may differ: somebody may have put another file in its place.
+        differing = [i for i, (a, b) in enumerate(zip(now, head)) if a != b]
+        if len(now) != len(head) or any((now[i], head[i]) not in _CHANGED for i in differing):
             raise ConvertError(
-                f"{backup} is of a retag that was cut off, but not of the {path.name} that is there now: remove it if that file is whole"
+                f"{backup} belongs to a retag that was cut off, but not to this {path.name}: remove it if {path.name} is whole"
             )
         f.seek(0)
         f.write(head)
@@ -209,16 +219,19 @@ def _restore(path: Path, backup: Path) -> None:
 
 
 @contextlib.contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Hold a lock on the file, where there is such a thing: another retag's half of the work is no reason to undo it."""
+def _locked(path: Path) -> Iterator[None]:
+    """Lock the file if the system can: a run must not undo the unfinished work of another.
+
+    The file itself is locked. filelock would truncate it, and a lock file beside it would stay.
+    """
     try:
         import fcntl
     except ImportError:
         yield
         return
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # old_tensors says what is wrong with it
-            if not path.is_file():  # a pipe would be waited for
+        with contextlib.suppress(OSError):  # old_tensors says what is wrong with the file
+            if not path.is_file():  # opening a pipe would wait
                 raise FileNotFoundError
             f = stack.enter_context(open(path, "rb"))
             try:
@@ -229,7 +242,7 @@ def _alone(path: Path) -> Iterator[None]:
 
 
 def _sync_directory(directory: Path) -> None:
-    with contextlib.suppress(OSError):  # not everywhere can one be opened
+    with contextlib.suppress(OSError):  # some systems cannot open a directory
         fd = os.open(directory, os.O_RDONLY)
         try:
             os.fsync(fd)
@@ -238,7 +251,8 @@ def _sync_directory(directory: Path) -> None:
 
 
 @contextlib.contextmanager
-def _told(path: Path) -> Iterator[None]:
+def _os_errors(path: Path) -> Iterator[None]:
+    """Turn OSErrors into ConvertErrors."""
     try:
         yield
     except OSError as e:

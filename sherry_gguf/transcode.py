@@ -1,11 +1,12 @@
-"""A GGUF file's ternary tensors in another type, tensor by tensor; everything else as it is, byte for byte.
+"""Changes the type of a GGUF file's ternary tensors and copies the rest, byte for byte.
 
-What is ternary by its type (TQ1_25, STQ1_0, TQ1_0, TQ2_0) is transcoded; F32, F16, BF16 and Q8_0 matrices are where every block
-of the target holds their values, which brings back what was ternary once. Exact means that each value decodes to what it was.
+Ternary are TQ1_25, STQ1_0, TQ1_0 and TQ2_0 tensors, and F32, F16, BF16 and Q8_0 matrices if every block of the new type holds their
+values: so a Sherry model comes back from these types. Exact means that each value decodes to what it was.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import math
@@ -20,34 +21,38 @@ import numpy as np
 from . import atomic, gguf_type
 from .blocks import NOT_FINITE, BlockType
 from .errors import ConvertError, QuantizeError
-from .gguf_file import Stored, check_shard, is_shard, padded
-from .reader import open_gguf
+from .gguf_file import Stored, check_shard, is_shard
+from .reader import open_gguf, padded
 from .report import progress_bar
 
 TARGETS = ("tq1_25", "stq1_0", "tq2_0", "q8_0", "f16")
 TERNARY = (*gguf_type.TYPES, "TQ1_0", "TQ2_0")
-OTHERS = ("F32", "F16", "BF16", "Q8_0")  # that may hold ternary weights
+OTHERS = ("F32", "F16", "BF16", "Q8_0")  # types that may hold ternary weights
 FILE_TYPES = {"tq2_0": 37, "q8_0": 7, "f16": 1}  # general.file_type; the sparse types have their own
-_ROWS = 1 << 20  # weights handled at a time, about
-_COPY = 1 << 24  # bytes
+_CHUNK = 1 << 20  # weights encoded at a time, about
+_COPY = 1 << 24  # bytes copied at a time
 
 
 @dataclasses.dataclass
-class Moved:
-    """A tensor of the new file, in the terms of `atomic.reread`."""
+class Transcoded:
+    """A tensor of the new file."""
 
     name: str
-    old: Any  # gguf.GGMLQuantizationType
-    type: Any
     shape: tuple[int, ...]  # NumPy's order
+    type: Any  # gguf.GGMLQuantizationType
     nbytes: int
     source: Stored
-    blocks: int = 0  # of the target's, where the type changed
-    exact: int = 0
+    why: str = ""  # a ternary tensor keeps its type
+    # Of a tensor whose type changes, once it is written:
+    blocks: int = 0  # of the new type
+    exact: int = 0  # of the blocks
     squared_error: float = 0.0
     squares: float = 0.0
-    why: str = ""  # it stayed as it is, where one might have thought otherwise
     sha256: bytes = b""
+
+    @property
+    def changes(self) -> bool:
+        return self.type != self.source.type
 
     @property
     def relative_error(self) -> float:
@@ -55,12 +60,32 @@ class Moved:
         return math.sqrt(self.squared_error / self.squares) if self.squares else 0.0
 
 
-def transcode(source: Path, target: Path, to: str, require_exact: bool = False, progress: bool = False) -> tuple[list[Moved], int]:
-    """Write `source` with its ternary tensors as `to`, one of `TARGETS`; what became of each tensor, and how many there are of other
-    files that no longer count as exact: the first file of a split says of all its tensors which are, and knows of its own alone.
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Change the type of a GGUF file's ternary tensors, exactly where the new type can hold the values, and list the tensors that lose "
+        "precision. Everything else is copied."
+    )
+    parser.add_argument("gguf", type=Path, help="the file to read; for a split, run the command once for each file")
+    parser.add_argument("output", type=Path, help="the file to write")
+    parser.add_argument("--to", required=True, choices=TARGETS, help="the new type")
+    parser.add_argument("--require-exact", action="store_true", help="fail if any value would change")
 
-    Of a split one file is handled, not all. The target is there whole, or as it was before. Raises ConvertError, also where
-    there is nothing to transcode, and with `require_exact` where a block's values cannot be held.
+
+def run(args: argparse.Namespace) -> int:
+    for line in summary(*transcode(args.gguf, args.output, args.to, args.require_exact, progress=True)):
+        print(line)
+    print(f"wrote {args.output} ({args.output.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def transcode(source: Path, target: Path, to: str, require_exact: bool = False, progress: bool = False) -> tuple[list[Transcoded], int]:
+    """Write `source` with its ternary tensors as `to`, one of `TARGETS`.
+
+    Handles one file; of a split, only the one given. Returns its tensors, and how many tensors of the split's other files lost their
+    exactness flag: the first file has the flags of all tensors, but only its own can be checked.
+
+    Raises ConvertError; then the target is as it was. Having nothing to transcode is an error, and so are values that the type cannot
+    hold, and with `require_exact` those that it cannot hold exactly.
     """
     gguf = gguf_type.register()
     if to not in TARGETS:
@@ -70,61 +95,66 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
     target = atomic.writable(target)
     wanted = gguf.GGMLQuantizationType[to.upper()]
     reader = open_gguf(source)
-    plan = [_plan(t, source, wanted, gguf) for t in reader.tensors]
-    if not any(m.type != m.old for m in plan) and not is_shard(source):  # of a split, one without any goes along
-        held = sorted({m.old.name for m in plan})
-        raise ConvertError(f"{source} has no tensor that could be {wanted.name} instead, of {', '.join(held)}")
+    plan = [_planned(Stored.of(t, source), wanted, gguf) for t in reader.tensors]
+    if not any(t.changes for t in plan) and not is_shard(source):  # a split's file is copied without any, so that the split stays whole
+        types = sorted({t.source.type.name for t in plan})
+        raise ConvertError(f"{source} has no tensor that could be {wanted.name} instead, of {', '.join(types)}")
     if target.exists() and target.samefile(source):
-        raise ConvertError(f"{target} is the file itself: name another one to write")
+        raise ConvertError(f"{target} is the input file: name another one to write")
     head = _head(reader, plan, to)
-    start = padded(len(head), int(reader.alignment)) if plan else len(head)
-    needed = start + sum(padded(m.nbytes, int(reader.alignment)) for m in plan)
+    alignment = int(reader.alignment)
+    start = padded(len(head), alignment) if plan else len(head)
+    needed = start + sum(padded(t.nbytes, alignment) for t in plan)
     holes = max(0, source.stat().st_size - 512 * getattr(source.stat(), "st_blocks", math.inf))  # most of them stay
     with atomic.staging(target, needed, holes) as staging:
         new = staging / target.name
         with open(new, "wb") as out, progress_bar(progress, total=needed, unit="B", unit_scale=True) as bar:
             out.write(head)
-            out.seek(start)  # padding is zeros, as a hole
+            out.seek(start)  # padding is a hole, which reads as zeros
             bar.update(start)
-            for m in plan:
-                digest = hashlib.sha256()
-                for data in _data(m, gguf):
-                    digest.update(data)
-                    if len(data) == _COPY and not np.frombuffer(data, np.uint64).any():
-                        out.seek(_COPY, os.SEEK_CUR)  # a hole stays one
-                    else:
-                        out.write(data)
-                    bar.update(len(data))
-                m.sha256 = digest.digest()
-                out.seek(padded(m.nbytes, int(reader.alignment)) - m.nbytes, os.SEEK_CUR)
+            for t in plan:
+                _write(out, t, alignment, bar, gguf)
             out.truncate()
-            unknown = _correct(reader, plan, out, is_shard(source) and wanted.name in TERNARY)
-        if require_exact and (inexact := [m for m in plan if m.exact < m.blocks]):
+            others = _clear_flags(reader, plan, out, is_shard(source) and wanted.name in TERNARY)
+        if require_exact and (inexact := [t for t in plan if t.exact < t.blocks]):
+            first = inexact[0]
             raise ConvertError(
-                f"--require-exact: {len(inexact)} tensors have blocks that {wanted.name} cannot hold, {inexact[0].name} "
-                f"{inexact[0].blocks - inexact[0].exact} of {inexact[0].blocks}. Nothing was written"
+                f"--require-exact: {len(inexact)} tensors have blocks that {wanted.name} cannot hold, such as {first.name} with "
+                f"{first.blocks - first.exact} of {first.blocks}. Nothing was written"
             )
         atomic.reread(new, plan)
         atomic.commit([new], [target])
-    return plan, unknown
+    return plan, others
 
 
-def _plan(t, path: Path, wanted, gguf) -> Moved:
-    stored = Stored.of(t, path)
-    m = Moved(t.name, t.tensor_type, t.tensor_type, stored.shape, stored.nbytes, stored)
-    ternary = t.tensor_type.name in TERNARY
-    if t.tensor_type == wanted or not (ternary or t.tensor_type.name in OTHERS) or not stored.weights:
-        return m
+def _planned(stored: Stored, wanted, gguf) -> Transcoded:
+    t = Transcoded(stored.name, stored.shape, stored.type, stored.nbytes, stored)
+    ternary = stored.type.name in TERNARY
+    if stored.type == wanted or not (ternary or stored.type.name in OTHERS) or not stored.weights:
+        return t
     if len(stored.shape) < 2 and not ternary:
-        return m
+        return t
     size, nbytes = gguf.GGML_QUANT_SIZES[wanted]
     if stored.shape[-1] % size:
-        m.why = f"rows of {stored.shape[-1]} are not whole blocks of {size}" if ternary else ""
-        return m
+        t.why = f"rows of {stored.shape[-1]} weights are not a multiple of {size}" if ternary else ""
+        return t
     if not ternary and (wanted.name in ("F16", "Q8_0") or not _fits(stored, wanted, gguf)):
-        return m
-    m.type, m.nbytes = wanted, stored.weights // size * nbytes
-    return m
+        return t
+    t.type, t.nbytes = wanted, stored.weights // size * nbytes
+    return t
+
+
+def _write(out: BinaryIO, t: Transcoded, alignment: int, bar, gguf) -> None:
+    digest = hashlib.sha256()
+    for data in _data(t, gguf):
+        digest.update(data)
+        if len(data) == _COPY and not np.frombuffer(data, np.uint64).any():
+            out.seek(_COPY, os.SEEK_CUR)  # zeros stay a hole
+        else:
+            out.write(data)
+        bar.update(len(data))
+    t.sha256 = digest.digest()
+    out.seek(padded(t.nbytes, alignment) - t.nbytes, os.SEEK_CUR)
 
 
 def _fits(stored: Stored, wanted, gguf) -> bool:
@@ -134,21 +164,21 @@ def _fits(stored: Stored, wanted, gguf) -> bool:
             if not exact.all():
                 return False
             zero = zero and not x.any()
-        return not zero  # which is no ternary matrix, but one that is not used, or a bias
+        return not zero  # all zeros is an unused matrix or a bias, not a ternary matrix
     except ConvertError:  # NaN, or too large
         return False
 
 
 def _encoded(stored: Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Of some rows at a time: values, bytes, which blocks are exact, what they decode to."""
+    """Chunk by chunk of rows: float32 values, encoded bytes, which blocks are exact, decoded values."""
     size = gguf.GGML_QUANT_SIZES[wanted][0]
     n, rows = stored.shape[-1], math.prod(stored.shape[:-1])
-    step = max(1, _ROWS // n)
+    step = max(1, _CHUNK // n)
     for start in range(0, rows, step):
         raw = stored.read(start, step)
         if stored.type.name in gguf_type.TYPES:
             _check_scales(stored, start, raw, gguf_type.TYPES[stored.type.name])
-        with np.errstate(all="ignore"):  # what is no number is looked for below
+        with np.errstate(all="ignore"):  # NaN and infinities are found below
             x = gguf.quants.dequantize(raw, stored.type).reshape(-1, n)
         if not (finite := np.isfinite(x).all(axis=1)).all():
             raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + int(finite.argmin())}: {NOT_FINITE}")
@@ -188,7 +218,7 @@ def _encode(x: np.ndarray, wanted, gguf) -> np.ndarray:
 
 
 def _q8_0(x: np.ndarray, gguf) -> np.ndarray:
-    """As usual, but where a block is ternary: the usual scale, a 127th of the largest value, would round it."""
+    """ggml's Q8_0, except for ternary blocks: its scale, a 127th of the largest value, would round them."""
     data = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
     blocks, out = x.reshape(-1, 32), data.reshape(-1, 34)
     d = np.abs(blocks).max(axis=1, keepdims=True)
@@ -200,92 +230,90 @@ def _q8_0(x: np.ndarray, gguf) -> np.ndarray:
     return data
 
 
-def _data(m: Moved, gguf) -> Iterator[bytes | memoryview]:
-    """The tensor's bytes in the new file; counts what is exact."""
-    if m.type == m.old:
-        with open(m.source.path, "rb") as f:
-            f.seek(m.source.offset)
-            left = m.nbytes
+def _data(t: Transcoded, gguf) -> Iterator[bytes | memoryview]:
+    """The tensor's bytes in the new file; counts its exact blocks."""
+    if not t.changes:
+        with open(t.source.path, "rb") as f:
+            f.seek(t.source.offset)
+            left = t.nbytes
             while left:
                 data = f.read(min(left, _COPY))
                 if not data:
-                    raise ConvertError(f"{m.source.path} ends within the tensor {m.name}")
+                    raise ConvertError(f"{t.source.path} ends within the tensor {t.name}")
                 left -= len(data)
                 yield data
         return
-    for x, data, exact, back in _encoded(m.source, m.type, gguf):
-        m.blocks += exact.size
-        m.exact += int(exact.sum())
-        m.squared_error += float(np.square(back.astype(np.float64) - x).sum())
-        m.squares += float(np.square(x, dtype=np.float64).sum())
-        yield memoryview(np.ascontiguousarray(data)).cast("B")
+    for x, encoded, exact, back in _encoded(t.source, t.type, gguf):
+        t.blocks += exact.size
+        t.exact += int(exact.sum())
+        t.squared_error += float(np.square(back.astype(np.float64) - x).sum())
+        t.squares += float(np.square(x, dtype=np.float64).sum())
+        yield np.ascontiguousarray(encoded).data.cast("B")
 
 
-def _head(reader, plan: list[Moved], to: str) -> bytes:
-    """All before the tensors' data: the metadata as it is, but for the file type; the table anew."""
+def _head(reader, plan: list[Transcoded], to: str) -> bytes:
+    """The file up to the tensors' data: the old metadata with the new file type, and a new table."""
     first = min((int(t.field.offset) for t in reader.tensors), default=len(reader.data))
     head = bytearray(reader.data[:first].tobytes())
     if (at := reader.file_type_at()) is not None:
-        head[at : at + 4] = struct.pack("<I", gguf_type.TYPES[to.upper()].file_type if to.upper() in gguf_type.TYPES else FILE_TYPES[to])
-    offset, alignment = 0, int(reader.alignment)
-    for t, m in zip(reader.tensors, plan):
-        for part in t.field.parts[:4]:  # name and shape
+        kind = gguf_type.TYPES.get(to.upper())
+        head[at : at + 4] = struct.pack("<I", kind.file_type if kind else FILE_TYPES[to])
+    offset = 0
+    for old, new in zip(reader.tensors, plan):
+        for part in old.field.parts[:4]:  # name and shape
             head += part.tobytes()
-        head += struct.pack("<IQ", int(m.type), offset)
-        offset += padded(m.nbytes, alignment)
+        head += struct.pack("<IQ", int(new.type), offset)
+        offset += padded(new.nbytes, int(reader.alignment))
     return bytes(head)
 
 
-def _correct(reader, plan: list[Moved], out: BinaryIO, doubt: bool) -> int:
-    """What the converter wrote of its tensors' exactness, where it is so no more; with `doubt` also of tensors that are not in this
-    file, with a relative error that is no number. How many these are.
+def _clear_flags(reader, plan: list[Transcoded], out: BinaryIO, others: bool) -> int:
+    """Clear the converter's exactness flags that this transcode invalidates, and update the relative errors.
+
+    With `others`, flags of tensors that are not in this file are cleared too, and their errors become NaN. Returns how many these are.
     """
     names, exact, errors, every = (
         reader.fields.get(f"sherry.{k}") for k in ("tensor.names", "tensor.exact", "tensor.relative_error", "exact")
     )
-    here = {m.name for m in plan}
-    of_name = {m.name: m.relative_error for m in plan if m.exact < m.blocks}
     if names is None or exact is None or exact.parts[-1].dtype != np.bool_:
         return 0
     try:
         listed = list(names.contents())
-    except (TypeError, ValueError):  # no list, or no text: none of the converter's
+    except (TypeError, ValueError):  # not a list, or not UTF-8: not the converter's
         return 0
-    unknown = [name for name, flag in zip(listed, exact.parts[-1]) if doubt and flag and name not in here]
-    of_name |= dict.fromkeys(unknown, math.nan)
+    here = {t.name for t in plan}
+    unknown = [name for name, flag in zip(listed, exact.parts[-1]) if others and flag and name not in here]
+    error_of = {t.name: t.relative_error for t in plan if t.exact < t.blocks} | dict.fromkeys(unknown, math.nan)
 
     def last_part(field) -> int:
         return int(field.offset) + sum(int(p.nbytes) for p in field.parts[:-1])
 
     for i, name in enumerate(listed[: len(exact.parts[-1])]):
-        if name in of_name:
+        if name in error_of:
             out.seek(last_part(exact) + i)
             out.write(b"\0")
             if errors is not None and errors.parts[-1].dtype == np.float32 and i < len(errors.parts[-1]):
-                out.seek(last_part(errors) + 4 * i)  # as if they were independent, if there was one before
-                out.write(struct.pack("<f", math.hypot(errors.parts[-1][i], of_name[name])))
+                out.seek(last_part(errors) + 4 * i)
+                out.write(struct.pack("<f", math.hypot(errors.parts[-1][i], error_of[name])))  # as if the errors were independent
             if every is not None and every.parts[-1].dtype == np.bool_:
                 out.seek(last_part(every))
                 out.write(b"\0")
     return len(unknown)
 
 
-def summary(plan: list[Moved], unknown: int = 0) -> Iterator[str]:
-    """The lines that say what became of the tensors: `transcode`'s results."""
-    moved = [m for m in plan if m.type != m.old]
-    exact = [m for m in moved if m.exact == m.blocks]
-    if moved:
-        yield (
-            f"{len(moved)} of {len(plan)} tensors are {moved[0].type.name} now, {len(exact)} of them exact: each value as it was; the "
-            "others' bytes are the same"
-        )
+def summary(plan: list[Transcoded], others: int = 0) -> Iterator[str]:
+    """Lines that describe what `transcode` returned."""
+    changed = [t for t in plan if t.changes]
+    if changed:
+        exact = sum(t.exact == t.blocks for t in changed)
+        yield f"Converted {len(changed)} of {len(plan)} tensors to {changed[0].type.name}, {exact} exactly; copied the rest unchanged."
     else:
-        yield f"none of {len(plan)} tensors is another type now: a copy, that goes with the other files of its split"
-    for m in moved:
-        if m.exact < m.blocks:
-            yield f"not exact: {m.name}, {m.blocks - m.exact} of {m.blocks} blocks, relative error {m.relative_error:.4f}"
-    if unknown:
-        yield f"{unknown} tensors of the split's other files no longer count as exact in sherry.tensor.exact; their files' calls say what they are"
-    for m in plan:
-        if m.why:
-            yield f"left as it is: {m.name}, {m.old.name}: {m.why}"
+        yield f"Converted none of {len(plan)} tensors; copied the file to go with the others of its split."
+    for t in changed:
+        if t.exact < t.blocks:
+            yield f"not exact: {t.name}, {t.blocks - t.exact} of {t.blocks} blocks, relative error {t.relative_error:.4f}"
+    if others:
+        yield f"Cleared the exactness flags of {others} tensors in the split's other files; transcoding those files shows what they lose."
+    for t in plan:
+        if t.why:
+            yield f"kept as {t.type.name}: {t.name}, {t.why}"

@@ -1,12 +1,13 @@
-"""Reads a TQ1_25 GGUF back: shows what is in it, and proves it against the checkpoint that it was made from.
+"""Proves that a TQ1_25 GGUF holds what the checkpoint holds that it was made from.
 
-The proof takes from the conversion which tensor gets which type, and upstream's classes: they make the tensors as for
-an F32 file, whole, and the NumPy reference decodes the file's blocks, or quantizes the tensor and gives the bytes that
-must be there. Nothing that the file says of itself is believed.
+The conversion code says which type each tensor must have, and upstream's classes make the tensors, whole, as for an F32 file. The NumPy
+reference decodes the file's blocks, or quantizes the tensor and gives the bytes that must be there. Nothing that the file says about
+itself is trusted.
 """
 
 from __future__ import annotations
 
+import argparse
 import collections
 import dataclasses
 import enum
@@ -17,34 +18,63 @@ from typing import Any
 
 import numpy as np
 
-from . import convert, llama_cpp, ternary, tq1_25
+from . import convert, convert_command, llama_cpp, ternary, tq1_25
 from .convert import Grouping, Options, Tensor
 from .errors import QuantizeError
 from .gguf_file import Gguf, Stored, read_gguf
 from .provenance import Checkpoint
-from .report import progress_bar
+from .report import progress_bar, starred
 
 
 @dataclasses.dataclass
 class Verdict:
-    """What the comparison found; `problems` is empty where the file holds what the checkpoint holds."""
+    """What the comparison found. The file holds what the checkpoint holds if `problems` is empty."""
 
-    exact: int = 0
+    exact: int = 0  # TQ1_25 tensors
     quantized: int = 0
-    kept: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # by type
-    changed: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)  # kept ones that upstream changed, by how
+    kept: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # other tensors by type
+    changed: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)  # kept tensors that upstream changed, by how
     problems: list[str] = dataclasses.field(default_factory=list)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [options] GGUF MODEL_DIR"
+    parser.description = (
+        "Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Give the flags below that the conversion had."
+    )
+    parser.add_argument("gguf", type=Path, metavar="GGUF", help="the GGUF; of a split, any of its files")
+    parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="the model directory that it was made from")
+    convert_command.add_checkpoint_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    verdict = verify(args.gguf, args.model, convert_command.options(args))
+    for problem in verdict.problems:
+        print(f"differs: {problem}")
+    for change, tensors in verdict.changed.items():
+        print(f"note: {change}, as llama.cpp stores it: {starred(tensors)}")
+    by_type = ", ".join(f"{n} {qtype}" for qtype, n in sorted(verdict.kept.items()))
+    kept = f"{verdict.kept.total()} kept in another type{f' ({by_type})' * bool(by_type)}"
+    differences = f"{len(verdict.problems) or 'no'} difference{'s' * (len(verdict.problems) != 1)}"
+    print(
+        f"{verdict.exact} {tq1_25.NAME} tensors bit for bit as in the checkpoint, {verdict.quantized} as the reference quantizes them, "
+        f"{kept}; {differences}"
+    )
+    return 1 if verdict.problems else 0
 
 
 def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdict:
     """Compare a TQ1_25 GGUF with its checkpoint, tensor by tensor and key by key.
 
-    Each tensor must have the type that conversion with these options gives it. TQ1_25 tensors must decode to the
-    checkpoint's values, or else be the bytes of the reference quantization of them; kept ones must be the values
-    rounded to their type. The values must be those in the checkpoint's files, moved at most; of kept tensors upstream's
-    classes may change them (`Verdict.changed`). The sherry.* keys must be what is found here, all others what upstream makes of the
-    checkpoint, but for names and authorship (general.*), which flags can set. `options`: what conversion was given,
-    as far as it changes tensors or tokenizer. Raises ConvertError, NotBuilt.
+    options: those of the conversion that change tensors or the tokenizer.
+
+    Each tensor must have the type that conversion gives it. TQ1_25 tensors must decode to the checkpoint's values or be the reference
+    quantization of them, byte for byte; kept tensors must be the values rounded to their type. The values must be those in the
+    checkpoint's files. Upstream's classes may move them, and may change those of kept tensors (`Verdict.changed`). The sherry.* keys must
+    match what is found here, and all others what upstream makes of the checkpoint, except for names and authorship (general.*), which
+    flags can set.
+
+    Raises ConvertError, NotBuilt.
     """
     options = options or Options()
     convert.upstream()  # before gguf is imported from elsewhere
@@ -57,8 +87,7 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
     verdict = Verdict()
     with torch.inference_mode():
         convert.check_checkpoint(model_dir)
-        model = convert.instantiate(model_dir, options, "MOSTLY_F16", convert._Recorder)
-        plan = convert.make_plan(model, options, grouping)
+        plan = convert.make_plan(convert.instantiate(model_dir, options, "MOSTLY_F16", convert._Recorder), options, grouping)
         model = convert.instantiate(model_dir, options, "ALL_F32", convert._Recorder)
         expected = convert.collect(model)
         checkpoint = Checkpoint(model)
@@ -68,26 +97,17 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
         convert.check_token_count(model, plan)
         for name in stored.tensors.keys() - expected.keys():
             verdict.problems.append(f"{name} is in the file and not in the checkpoint")
-        sound = True
+        sound = True  # all TQ1_25 tensors are as they must be
         with progress_bar(options.progress, iterable=plan, unit=" tensors") as bar:
             for t in bar:
+                info, found = expected.pop(t.name), stored.tensors.get(t.name)
                 if not t.raw:
-                    info = expected[t.name]
                     info.tensor = vars(model).get("wide", {}).pop(t.name, info.tensor)
-                    t.changed = checkpoint.change(sources[t.name], lambda: (x for _, x in _rows(info.tensor, t)))
-                if t.name not in stored.tensors:
-                    problem = " is missing from the file"
-                elif problem := _compare(model, expected[t.name], t, stored.tensors[t.name], grouping, verdict):
-                    problem = f": {problem}"
-                elif t.changed and t.type.name == tq1_25.NAME:
-                    problem = f": llama.cpp's {type(model).__name__} changes the checkpoint's values: {t.changed}"
-                elif t.changed:
-                    verdict.changed.setdefault(t.changed, []).append(t)
-                if problem:
+                    t.changed = checkpoint.change(sources[t.name], lambda info=info, t=t: (x for _, x in _rows(info.tensor, t)))
+                if problem := _compare(model, info.tensor, t, found, grouping, verdict):
                     verdict.problems.append(t.name + problem)
-                    found = stored.tensors.get(t.name, t)
-                    sound = sound and tq1_25.NAME not in (t.type.name, found.type.name)
-                t.data = expected.pop(t.name).tensor = None
+                    sound = sound and tq1_25.NAME not in (t.type.name, (found or t).type.name)
+                t.data = info.tensor = None
         wanted = {key: (v.value, v.type, v.sub_type) for key, v in model.gguf_writer.kv_data[0].items()}
         wanted |= convert.sherry_metadata([t for t in plan if t.type.name == tq1_25.NAME], grouping)
         _compare_metadata(wanted, stored, sound, verdict)
@@ -97,18 +117,18 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
 
 
 _FIXED = tuple(f"general.{k}" for k in ("architecture", "type", "file_type", "alignment", "quantization_version"))
-# What is known only when every TQ1_25 tensor is as it must be.
+# Known only if every TQ1_25 tensor is as it must be.
 _FOUND = ("sherry.exact", *(f"sherry.tensor.{k}" for k in ("names", "exact", "relative_error")))
 
 
 def _compare_metadata(wanted: dict[str, tuple], stored: Gguf, sound: bool, verdict: Verdict):
-    """wanted: key to value, type and, of an array, perhaps type of the elements."""
+    """wanted: key to value, type and, for arrays, type of the elements or None."""
     for key in dict.fromkeys([*wanted, *stored.fields]):
         if key.startswith("split.") or (key.startswith("general.") and key not in _FIXED):
             continue
         if key in _FOUND and not sound:
             continue
-        # Sums of the same numbers in another order may round to the next float32.
+        # Summing the same numbers in another order may give the next float32.
         close = 2e-7 if key == "sherry.tensor.relative_error" else 0.0
         if key not in stored.fields:
             verdict.problems.append(f"{key} is missing from the file's metadata")
@@ -118,8 +138,8 @@ def _compare_metadata(wanted: dict[str, tuple], stored: Gguf, sound: bool, verdi
             verdict.problems.append(key + difference)
 
 
-def _difference(stored: Any, types: tuple, wanted: Any, kind, element=None, close: float = 0.0) -> str:
-    """How a value differs from the wanted one, or ""."""
+def _difference(stored: Any, types: tuple, wanted: Any, kind, element=None, *, close: float) -> str:
+    """How a value differs from the wanted one, or ""; `close`: the relative difference that a float may have."""
     from gguf import GGUFValueType as V
 
     if kind == V.ARRAY:
@@ -144,25 +164,37 @@ def _quoted(value: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _compare(model, info, planned: Tensor, t: Stored, grouping: Grouping, verdict: Verdict) -> str:
-    """What is wrong with a tensor, or ""; counts it in the verdict, and its blocks in `planned`."""
+def _compare(model, tensor, t: Tensor, found: Stored | None, grouping: Grouping, verdict: Verdict) -> str:
+    """What is wrong with a tensor, or ""; counts it in the verdict, and its blocks in `t`."""
+    if found is None:
+        return " is missing from the file"
+    if problem := _compare_data(tensor, t, found, grouping, verdict):
+        return f": {problem}"
+    if t.changed and t.type.name == tq1_25.NAME:
+        return f": llama.cpp's {type(model).__name__} changes the checkpoint's values: {t.changed}"
+    if t.changed:
+        verdict.changed.setdefault(t.changed, []).append(t)
+    return ""
+
+
+def _compare_data(tensor, planned: Tensor, t: Stored, grouping: Grouping, verdict: Verdict) -> str:
     import gguf
 
     if t.shape != planned.shape:
         return f"shape {t.shape}, the checkpoint has {planned.shape}"
     if t.type != planned.type:
         return (
-            f"it is stored as {t.type.name}, conversion with these flags stores {planned.type.name} (flags that it was "
-            "given, such as --keep, --output-tensor-type or --fallback-type, must be given again)"
+            f"stored as {t.type.name}, but conversion with these flags stores {planned.type.name}. Give the flags that the conversion was "
+            "given, such as --keep, --output-tensor-type or --fallback-type"
         )
-    if planned.raw:  # what upstream packs itself
+    if planned.raw:  # upstream packs it
         verdict.kept[t.type.name] += 1
-        wanted = np.ascontiguousarray(gguf.LazyNumpyTensor.to_eager(info.tensor)).reshape(-1).view(np.uint8)
+        wanted = np.ascontiguousarray(gguf.LazyNumpyTensor.to_eager(tensor)).reshape(-1).view(np.uint8)
         return "" if np.array_equal(t.read().reshape(-1), wanted) else f"not the {t.type.name} data of llama.cpp"
     if t.type.name == tq1_25.NAME:
-        return _compare_blocks(info.tensor, planned, t, grouping, verdict)
+        return _compare_blocks(tensor, planned, t, grouping, verdict)
     verdict.kept[t.type.name] += 1
-    for start, x in _rows(info.tensor, planned):
+    for start, x in _rows(tensor, planned):
         if (stored := t.read(start, len(x))).tobytes() != _round(x.astype(np.float32), t.type).tobytes():
             return f"rows {start} to {start + len(stored) - 1} are not the checkpoint's values as {t.type.name}"
     return ""
@@ -208,7 +240,7 @@ def _matrix_scales(tensor, t: Tensor) -> np.ndarray:
 
 
 def _rows(tensor, t: Tensor) -> Iterator[tuple[int, np.ndarray]]:
-    """(first row, (rows, width)) of what upstream makes of a tensor: float32, or the float64 that it is made from."""
+    """(first row, array (rows, width)) of each chunk of upstream's tensor: float32, or float64 if it is made from that."""
     import gguf
 
     width = t.shape[-1] if t.shape else 1

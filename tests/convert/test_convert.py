@@ -13,7 +13,7 @@ import small_models
 import torch
 from conftest import sherry
 
-from sherry_gguf import cli, convert, gguf_file, gguf_type, llama_cpp, ternary, tq1_25
+from sherry_gguf import convert, convert_command, gguf_file, gguf_type, llama_cpp, ternary, tq1_25
 from sherry_gguf.errors import ConvertError
 
 gguf = gguf_type.register()
@@ -566,10 +566,10 @@ def test_split_beside_others(zoo, tmp_path):
 
 
 def test_sizes():
-    assert [cli._size(text) for text in ("7", "2K", "3M", "4G")] == [7, 2000, 3_000_000, 4_000_000_000]
+    assert [convert_command.size(text) for text in ("7", "2K", "3M", "4G")] == [7, 2000, 3_000_000, 4_000_000_000]
     for text in ("", "K", "-1", "1.5M", "1T", "\u0663M"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a number"):
-            cli._size(text)
+            convert_command.size(text)
 
 
 def test_dry_run(zoo, tmp_path):
@@ -621,4 +621,4 @@ def test_script_and_supported_models():
     assert len(done.stdout.split()) > 100
     done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 2
-    assert f"{script.name}: error: the following arguments are required: model" in done.stderr
+    assert f"{script.name}: error: the following arguments are required: MODEL_DIR" in done.stderr

@@ -349,7 +349,7 @@ def test_flags(model, fails, tmp_path):
     fails(model, "--keep", "(", told=["--keep (: not a regular expression"])
     fails(model, "--metadata", tmp_path / "none.json", told=["cannot read", "none.json: "])
     fails(model, "--mtp", told=["--mtp and --no-nextn are not for LlamaForCausalLM"])
-    fails(model, "--mtp", "--no-nextn", code=2, told=["exclude each other"])
+    fails(model, "--mtp", "--no-nextn", code=2, told=["argument --no-nextn/--no-mtp: not allowed with argument --mtp"])
     fails(model, "--split-max-size", "1T", code=2, told=["not a number"])
     fails(model, "--split-max-tensors", "-1", code=2, told=["not a number"])
     for text, told in ('{"general.author": 5}', "general.author cannot be 5: "), ("[1]", "holds no JSON object"):

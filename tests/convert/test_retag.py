@@ -76,7 +76,7 @@ def test_a_copy(tmp_path, alignment, capsys):
     old = write(tmp_path / "old.gguf", OLD, alignment)
     before = old.read_bytes()
     assert cli.main(["retag", str(old), str(tmp_path / "new.gguf")]) == 0
-    assert "3 tensors are STQ1_0 by number 43 now, and so is general.file_type\n" in capsys.readouterr().out
+    assert "3 tensors now have STQ1_0's number, 43, and so has general.file_type\n" in capsys.readouterr().out
     assert old.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["new.gguf", "old.gguf"]
     assert numbers(tmp_path / "new.gguf") == {name: 43 if real == 43 else real for name, (real, _, _) in OLD.items()}
     new = (tmp_path / "new.gguf").read_bytes()
@@ -103,7 +103,7 @@ def test_the_file_type(tmp_path, capsys, file_type, wanted, in_place):
     file = write(tmp_path / "x.gguf", OLD, file_type=file_type)
     new = file if in_place else tmp_path / "new.gguf"
     assert cli.main(["retag", str(file), "--in-place" if in_place else str(new)]) == 0
-    assert ("so is general.file_type" in capsys.readouterr().out) == (file_type != wanted)
+    assert ("so has general.file_type" in capsys.readouterr().out) == (file_type != wanted)
     field = open_gguf(new).fields.get("general.file_type")
     assert (field and field.contents()) == wanted
 
@@ -113,7 +113,7 @@ def test_a_file_that_an_earlier_retag_left_with_the_old_file_type(tmp_path, caps
     file = write(tmp_path / "x.gguf", {name: (real, real, shape) for name, (real, _, shape) in OLD.items()})
     before, new = file.read_bytes(), file if in_place else tmp_path / "new.gguf"
     assert cli.main(["retag", str(file), "--in-place" if in_place else str(new)]) == 0
-    assert "0 tensors are STQ1_0 by number 43 now, and so is general.file_type" in capsys.readouterr().out
+    assert "0 tensors now have STQ1_0's number, 43, and so has general.file_type" in capsys.readouterr().out
     assert changes(before, new.read_bytes()) == [(41, 43)]
     other = write(tmp_path / "y.gguf", {"norm": (0, 0, (7,))}, file_type=41)  # of which no tensor says that it is STQ1_0
     assert cli.main(["retag", str(other), str(tmp_path / "z.gguf")]) == 1 and "nothing to change" in capsys.readouterr().err
@@ -163,15 +163,13 @@ def test_rooms_that_tell_nothing(tmp_path, capsys, alignment, real):
     for type_id in 42, 43:
         file = write(tmp_path / "x.gguf", {"a": (type_id, 42, real), "z": (0, 0, (1, 32))}, alignment)
         assert cli.main(["retag", str(file), str(tmp_path / "new.gguf")]) == 1
-        assert (
-            "tensor a, and each other one of type 42, is so small that" in capsys.readouterr().err and not (tmp_path / "new.gguf").exists()
-        )
+        assert "tensor a and all others of type 42 are so small that" in capsys.readouterr().err and not (tmp_path / "new.gguf").exists()
         larger = {"a": (type_id, 42, real), "b": (type_id, 42, (300, 256)), "z": (0, 0, (1, 32))}
         file = write(tmp_path / "x.gguf", larger, alignment)
         assert cli.main(["retag", str(file), str(tmp_path / "new.gguf")]) == (0 if type_id == 43 else 1)
         told = capsys.readouterr()
         assert (
-            "2 tensors are STQ1_0" in told.out
+            "2 tensors now have STQ1_0's number" in told.out
             if type_id == 43
             else "tensor b, 256 x 300, has 21632 bytes" in told.err or "it is upstream's Q2_0" in told.err
         )
@@ -181,7 +179,7 @@ def test_what_else_is_wrong_is_told(old, tmp_path, capsys):
     """Damage that is not of a tensor of 42 is no reason to write a copy of it."""
     data = old.read_bytes()
     first, e = (next(e for e in open_gguf(old, types=False).table if e.name == name) for name in ("token_embd.weight", "norm"))
-    for at, value, says in ((e.type_at, 99, "tensor norm (7) is of type 99"), (e.type_at - 8, 1 << 40, "tensor norm (1099511627776) would end at byte"),
+    for at, value, says in ((e.type_at, 99, "tensor norm (7) has the unknown type 99"), (e.type_at - 8, 1 << 40, "tensor norm (1099511627776) would end at byte"),
                             (first.type_at + 4, e.start - first.start, "tensors norm and token_embd.weight overlap")):  # fmt: skip
         wrong = bytearray(data)
         width = 4 if at == e.type_at else 8
@@ -273,7 +271,7 @@ def test_a_split_goes_file_by_file(old, tmp_path, capsys):
     before = first.read_bytes()
     for i, source in (1, first), (2, shard):
         assert cli.main(["retag", str(source), str(tmp_path / f"n-0000{i}-of-00002.gguf")]) == 0
-    assert "0 tensors are STQ1_0" in capsys.readouterr().out
+    assert "0 tensors now have STQ1_0's number" in capsys.readouterr().out
     assert changes(before, (tmp_path / "n-00001-of-00002.gguf").read_bytes()) == [(42, 43)]  # its file type, for the other one
     # in place, in either order
     for i, source in (2, shard), (1, first):
@@ -363,4 +361,4 @@ def test_a_retag_in_place_that_was_cut_off_is_undone(old, capsys):
     backup.write_bytes(b"x" * 100)
     after = old.read_bytes()
     assert cli.main(["retag", str(old), "--in-place"]) == 1
-    assert "of a retag that was cut off, but not of the old.gguf" in capsys.readouterr().err and old.read_bytes() == after
+    assert "belongs to a retag that was cut off, but not to this old.gguf" in capsys.readouterr().err and old.read_bytes() == after

@@ -68,7 +68,7 @@ def test_exact_in_types_with_a_scale_for_less(model, tmp_path, capsys):
     for to in "f16", "q8_0":
         out = tmp_path / f"{to}.gguf"
         assert cli.main(["transcode", str(model), str(out), "--to", to, "--require-exact"]) == 0
-        assert f"3 of 6 tensors are {to.upper()} now, 3 of them exact" in capsys.readouterr().out
+        assert f"Converted 3 of 6 tensors to {to.upper()}, 3 exactly; copied the rest unchanged" in capsys.readouterr().out
         for name, x in values(model).items():
             assert (values(out)[name] == x).all(), name
         assert [types(out)[f"blk.0.{n}.weight"] for n in ("attn_q", "ffn_up", "odd")] == [to.upper()] * 3
@@ -82,12 +82,12 @@ def test_exact_in_types_with_a_scale_for_less(model, tmp_path, capsys):
 def test_what_a_larger_block_cannot_hold_is_told(model, tmp_path, capsys):
     out = tmp_path / "tq2_0.gguf"
     assert cli.main(["transcode", str(model), str(out), "--to", "tq2_0", "--require-exact"]) == 1
-    assert "blk.0.attn_q.weight 10 of 10. Nothing was written" in capsys.readouterr().err and not out.exists()
+    assert "such as blk.0.attn_q.weight with 10 of 10. Nothing was written" in capsys.readouterr().err and not out.exists()
     assert cli.main(["transcode", str(model), str(out), "--to", "tq2_0"]) == 0
     said = capsys.readouterr().out
-    assert "2 of 6 tensors are TQ2_0 now, 1 of them exact" in said
+    assert "Converted 2 of 6 tensors to TQ2_0, 1 exactly" in said
     assert "not exact: blk.0.attn_q.weight, 10 of 10 blocks, relative error 0." in said
-    assert "left as it is: blk.0.odd.weight, TQ1_25: rows of 384 are not whole blocks of 256" in said
+    assert "kept as TQ1_25: blk.0.odd.weight, rows of 384 weights are not a multiple of 256" in said
     found, wanted = values(out), values(model)
     assert (found["blk.0.ffn_up.weight"] == wanted["blk.0.ffn_up.weight"]).all()
     error = np.linalg.norm(found["blk.0.attn_q.weight"] - wanted["blk.0.attn_q.weight"]) / np.linalg.norm(wanted["blk.0.attn_q.weight"])
@@ -104,7 +104,7 @@ def test_stq1_0_to_others_and_back(tmp_path, capsys):
     capsys.readouterr()
     # its groups are not those of TQ1_25
     assert cli.main(["transcode", str(model), str(tmp_path / "z.gguf"), "--to", "tq1_25"]) == 0
-    assert "0 of them exact" in (said := capsys.readouterr().out) and "not exact: a, 16 of 16 blocks" in said
+    assert "to TQ1_25, 0 exactly" in (said := capsys.readouterr().out) and "not exact: a, 16 of 16 blocks" in said
 
 
 @pytest.mark.parametrize("to", transcode.TARGETS)
@@ -153,7 +153,7 @@ def test_what_cannot_be_transcoded(model, tmp_path, capsys):
     assert cli.main(["transcode", str(model), str(tmp_path / "x.gguf"), "--to", "tq1_25"]) == 1
     assert "has no tensor that could be TQ1_25 instead" in capsys.readouterr().err
     for target, says in (
-        (model, "is the file itself"),
+        (model, "is the input file: name another one"),
         (tmp_path / "no/x.gguf", "no does not exist. Create it first"),
         (tmp_path, "not an ordinary file"),
     ):
@@ -262,7 +262,7 @@ def test_a_split_goes_file_by_file(model, tmp_path, capsys):
         shard = write(tmp_path / f"m-0000{i}-of-00003.gguf", tensors)
         out = tmp_path / f"n-0000{i}-of-00003.gguf"
         assert cli.main(["transcode", str(shard), str(out), "--to", "f16"]) == 0
-        assert f"none of {len(tensors)} tensors is another type now" in capsys.readouterr().out
+        assert f"Converted none of {len(tensors)} tensors" in capsys.readouterr().out
         assert len(out.read_bytes()) == len(shard.read_bytes()) and len(gguf.GGUFReader(out).tensors) == len(tensors)
         assert gguf.GGUFReader(out).fields["general.file_type"].contents() == 1
 
@@ -297,7 +297,7 @@ def test_what_was_said_of_exactness_is_corrected(tmp_path, capsys):
 
 @pytest.mark.parametrize("to", ["tq2_0", "f16"])
 def test_the_first_file_of_a_split_says_what_it_knows(tmp_path, capsys, to):
-    """It lists the tensors of all files; where another type may have cost something, those of others no longer count as exact."""
+    """It has the flags of all files' tensors. If the new type may lose precision, those of the other files are cleared."""
     kind = tq1_25.TYPE
     for i, (name, same) in enumerate({"a": True, "b": False}.items(), 1):
         writer = gguf.GGUFWriter(tmp_path / f"m-0000{i}-of-00002.gguf", "llama")
@@ -321,7 +321,7 @@ def test_the_first_file_of_a_split_says_what_it_knows(tmp_path, capsys, to):
     else:
         assert fields["sherry.tensor.exact"] == [True, False] and fields["sherry.exact"] is False
         assert fields["sherry.tensor.relative_error"][0] == 0 and np.isnan(fields["sherry.tensor.relative_error"][1])
-    assert told.count("1 tensors of the split's other files no longer count as exact in sherry.tensor.exact") == 1
+    assert told.count("Cleared the exactness flags of 1 tensors in the split's other files") == 1
     lines = list(inspect.inspect(tmp_path / "back-00002-of-00002.gguf"))
     assert any("1 of 2 TQ1_25 tensors are marked exact" in line for line in lines), lines
 

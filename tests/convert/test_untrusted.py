@@ -112,22 +112,22 @@ LIES = {
     ),
     "rows beyond 64 bits": (
         lambda d, e, n: put(d, e.type_at - 8, u64((1 << 63) - 1)),
-        rf"tensor {NAME} .*has more weights than 64 bits count",
+        rf"tensor {NAME} .*has more weights than 64 bits can count",
         rf"incorrect shape for a tensor '{NAME}' may cause overflow",
     ),
     "just 2^63 weights": (
         lambda d, e, n: put(d, e.type_at - 16, u64(1 << 31) + u64(1 << 32)),
-        rf"tensor {NAME} .*more weights than 64 bits count",
+        rf"tensor {NAME} .*more weights than 64 bits can count",
         rf"incorrect shape for a tensor '{NAME}' may cause overflow",
     ),
     "negative rows": (
         lambda d, e, n: put(d, e.type_at - 8, u64((1 << 64) - 1)),
-        rf"tensor {NAME} .*more weights than 64 bits count",
+        rf"tensor {NAME} .*more weights than 64 bits can count",
         rf"tensor '{NAME}' dimension 1 has invalid number of elements: -1 < 0",
     ),
     "rows of no whole blocks": (
         lambda d, e, n: put(d, e.type_at - 16, u64(130)),
-        rf"tensor {NAME} .*its rows are not whole blocks",
+        rf"tensor {NAME} .*its rows are not a multiple of \d+, the block of",
         rf"tensor '{NAME}' of type \d+ \(s?tq1_\w+\) has 130 elements per row, not a multiple of block size",
     ),
     "wrong count of dimensions": (
@@ -137,7 +137,7 @@ LIES = {
     ),
     "unused type": (
         lambda d, e, n: put(d, e.type_at, u32(99)),
-        rf"tensor {NAME} .*is of type 99, which is not known",
+        rf"tensor {NAME} .*has the unknown type 99",
         rf"tensor '{NAME}' has ggml type 99, which is not in use",
     ),
     "another type's size": (
@@ -147,7 +147,7 @@ LIES = {
     ),
     "another type's number, for fewer bytes": (
         lambda d, e, n: put(d, e.type_at, u32(41)),
-        rf"tensor {NAME} takes \d+ bytes as Q1_0, and has \d+ up to the next tensor",
+        rf"tensor {NAME} takes \d+ bytes as Q1_0, but there are \d+ up to the next tensor",
         r"tensor 'blk.0.attn_v.weight' has offset \d+, expected \d+",
     ),
     "more tensors than there are": (
@@ -167,7 +167,7 @@ LIES = {
     ),
     "a name twice": (
         lambda d, e, n: put(d, n.type_at - 20 - len(n.name), NAME.encode()),
-        rf"tensor {NAME} .*is there twice",
+        rf"tensor {NAME} .*appears twice",
         rf"duplicate tensor name '{NAME}'",
     ),
 }
@@ -201,7 +201,7 @@ def test_a_number_that_another_type_has_now(tmp_path, which):
         put(data, e.type_at, u32(Q.Q1_0))
     path.write_bytes(data)
     name, rows = ("blk.0.attn_q.weight", 256) if which == "all" else (NAME, 64)
-    says = f"error: {path}: tensor {name} takes {36 * rows} bytes as Q1_0, and has {66 * rows} up to the next tensor: it was written as another type of this number"
+    says = f"error: {path}: tensor {name} takes {36 * rows} bytes as Q1_0, but there are {66 * rows} up to the next tensor: it was written as another type with this number"
     for command in (
         ["inspect", path],
         ["verify", path, tmp_path],
@@ -240,7 +240,7 @@ def test_the_end_of_a_file(ends_unpadded):
     for junk in bytes(1), b"junk", bytes(32):
         path.write_bytes(data + junk)
         with pytest.raises(
-            ConvertError, match=rf"x\.gguf: tensor last takes 28 bytes as F32, and has {32 + len(junk)} up to the end of the file"
+            ConvertError, match=rf"x\.gguf: tensor last takes 28 bytes as F32, but there are {32 + len(junk)} up to the end of the file"
         ):
             open_gguf(path)
     path.write_bytes(data[: end - 1])
@@ -260,12 +260,12 @@ def test_tensors_in_another_order_and_gaps(ends_unpadded):
     gap = data[: two.start] + bytes(32) + data[two.start :]
     put(gap, two.type_at + 4, u64(160))
     path.write_bytes(gap)
-    with pytest.raises(ConvertError, match="tensor first takes 128 bytes as F32, and has 160 up to the next tensor"):
+    with pytest.raises(ConvertError, match="tensor first takes 128 bytes as F32, but there are 160 up to the next tensor"):
         open_gguf(path)
     put(gap, one.type_at + 4, u64(32))
     path.write_bytes(gap)
     with pytest.raises(
-        ConvertError, match=rf"the tensors' data begins at byte {one.start}, but the first of them, first, at byte {one.start + 32}"
+        ConvertError, match=rf"the tensors' data begins at byte {one.start}, but the first tensor, first, at byte {one.start + 32}"
     ):
         open_gguf(path)
 
@@ -336,7 +336,7 @@ def test_many_texts(tmp_path):
     for length in (1 << 62, (1 << 64) - 1):
         data[at : at + 8] = u64(length)
         path.write_bytes(data)
-        with pytest.raises(ConvertError, match="is not a GGUF file, or is truncated or damaged: EOFError: what begins at byte"):
+        with pytest.raises(ConvertError, match="is not a GGUF file, or is truncated or damaged: EOFError: data from byte"):
             open_gguf(path)
 
 

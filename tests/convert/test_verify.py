@@ -270,7 +270,7 @@ def test_types(zoo, tmp_path, name, types, planned):
     for qtype in types:
         change = retyped(name, gguf.GGMLQuantizationType[qtype])
         rewrite(zoo[0] / "llama.gguf", tmp_path / "x.gguf", tensors=change)
-        told = f"{name}: it is stored as {qtype}, conversion with these flags stores {planned}"
+        told = f"{name}: stored as {qtype}, but conversion with these flags stores {planned}"
         differs(zoo, tmp_path / "x.gguf", told)
 
 

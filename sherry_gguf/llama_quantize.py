@@ -1,0 +1,99 @@
+"""`sherry-gguf quantize`: llama-quantize, with checks before and a target that is whole or as it was."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+from . import atomic, llama_cpp, tq1_25
+from .errors import ConvertError
+from .gguf_file import split_files
+
+# llama-quantize's flags: (flag, metavar of its value or None, help, repeatable).
+FLAGS: tuple[tuple[str, str | None, str, bool], ...] = (
+    ("--imatrix", "FILE", "importance matrix, from llama-imatrix", False),
+    ("--include-weights", "NAME", "use the importance matrix for this tensor only", True),
+    ("--exclude-weights", "NAME", "do not use the importance matrix for this tensor", True),
+    ("--pure", None, "give all matrices the same type", False),
+    ("--leave-output-tensor", None, "do not quantize output.weight", False),
+    ("--output-tensor-type", "TYPE", "type of output.weight", False),
+    ("--token-embedding-type", "TYPE", "type of the token embeddings", False),
+    ("--tensor-type", "NAME=TYPE", "type of the tensors whose name matches", True),
+    ("--tensor-type-file", "FILE", "file with such pairs", False),
+    ("--prune-layers", "LIST", "remove these layers, such as 3,4", False),
+    ("--override-kv", "KEY=TYPE:VALUE", "change the metadata", True),
+    ("--keep-split", None, "write a split if the input is one; OUTPUT is then its prefix", False),
+    ("--allow-requantize", None, "quantize tensors again that are already quantized, with loss", False),
+    ("--max-buffer-size", "MIB", "rows of a tensor kept in memory", False),
+    ("--dry-run", None, "show the size, and write nothing", False),
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [options] INPUT OUTPUT [TYPE] [THREADS]"
+    parser.description = (
+        "Quantize the GGUF of any model with llama-quantize. A model that was not trained for TQ1_25 or STQ1_0 loses much in them: "
+        "train it first, or convert a Sherry checkpoint with `sherry-gguf convert`."
+    )
+    add = parser.add_argument
+    add("input", type=Path, metavar="INPUT", help="the GGUF to read; of a split, its first file")
+    add("output", type=Path, metavar="OUTPUT", help="the GGUF to write; it replaces an older one once it is whole")
+    add("type", metavar="TYPE", nargs="?", default=tq1_25.NAME, help="the type, by llama-quantize's name (default: %(default)s)")
+    add("threads", metavar="THREADS", nargs="?", type=int, help="number of threads (default: all)")
+    passed = parser.add_argument_group("llama-quantize's options")
+    for flag, metavar, text, repeatable in FLAGS:
+        if metavar is None:
+            passed.add_argument(flag, action="store_true", help=text)
+        else:
+            passed.add_argument(flag, metavar=metavar, action="append" if repeatable else "store", help=text + "; repeatable" * repeatable)
+
+
+def run(args: argparse.Namespace) -> int:
+    flags: list[str] = []
+    for flag, metavar, _, repeatable in FLAGS:
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if metavar is None:
+            flags += [flag] * value
+        elif value is not None:
+            for v in value if repeatable else [value]:
+                flags += [flag, v]
+    for file in quantize(args.input, args.output, args.type, flags, args.threads):
+        print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+def quantize(source: Path, target: Path, kind: str = tq1_25.NAME, flags: Sequence[str] = (), threads: int | None = None) -> list[Path]:
+    """Run llama-quantize; its output goes to stdout and stderr. Returns the files that were written.
+
+    kind: a type's name there, such as "TQ1_25"; flags: its own. With --dry-run among them nothing is written.
+    Raises ConvertError, also if llama-quantize fails, and NotBuilt; then the target is as it was.
+    """
+    if not source.is_file():
+        raise ConvertError(f"{source}: {'not an ordinary file' if source.exists() else 'no such file'}")
+    end = [kind, *([str(threads)] if threads is not None else [])]
+    target = _checked(target, source)
+    if "--dry-run" in flags:
+        _run([*flags, str(source), str(target), *end])
+        return []
+    with atomic.staging(target, 0) as staging:
+        _run([*flags, str(source), str(staging / target.name), *end])
+        staged = sorted(staging.iterdir())  # several with --keep-split
+        files = [_checked(target.with_name(file.name), source) for file in staged]
+        atomic.commit(staged, files)
+    return files
+
+
+def _checked(target: Path, source: Path) -> Path:
+    """The path to write, which may not be an input file. Raises ConvertError."""
+    target = atomic.writable(target)
+    if target.exists() and any(file.exists() and file.samefile(target) for file in split_files(source)):
+        raise ConvertError(f"{target} is an input file: name another one to write")
+    return target
+
+
+def _run(arguments: list[str]) -> None:
+    done = llama_cpp.run("llama-quantize", *arguments, stdin=subprocess.DEVNULL)
+    if done.returncode:
+        raise ConvertError(f"llama-quantize failed with exit code {done.returncode}: its messages are above. Nothing was written")
