@@ -6,7 +6,7 @@
 #    include <unistd.h>
 #endif
 
-#include "tq1_25.h"
+#include "internal.h"
 
 #include <assert.h>
 #include <math.h>
@@ -43,12 +43,6 @@ static uint16_t fp16_from_double(double value) {
 // ---- quantize ----
 
 // In what follows the weights of a block are in the order of its groups, and their number is known where it is compiled.
-#if defined(_MSC_VER) && !defined(__clang__)
-#    define INLINE static __forceinline
-#else
-#    define INLINE static inline __attribute__((always_inline))
-#endif
-
 enum { MOST_GROUPS = STQ1_0_GROUPS };
 
 typedef struct {
@@ -236,15 +230,13 @@ enum tq1_25_status stq1_0_quantize(const float * x, block_stq1_0 * y, int64_t n,
 
 // ---- dequantize ----
 
-static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
-
 void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n) {
     for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
         const float d = tq1_25_fp16_to_float(x->d);
         for (int g = 0; g < TQ1_25_GROUPS; ++g) {
             const int slot = tq1_25_slot(x, g), sign = tq1_25_negative(x, g) ? -1 : 1;
             for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-                *y++ = d * (float) (sign * lanes[lane][slot]);
+                *y++ = d * (float) (sign * tq1_25_lanes[lane][slot]);
             }
         }
     }
@@ -256,7 +248,7 @@ void stq1_0_dequantize(const block_stq1_0 * x, float * y, int64_t n) {
         for (int g = 0; g < STQ1_0_GROUPS; ++g) {
             const int slot = stq1_0_slot(x, g), sign = stq1_0_negative(x, g) ? -1 : 1;
             for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-                y[STQ1_0_FIRST(g) + STQ1_0_LANE * lane] = d * (float) (sign * lanes[lane][slot]);
+                y[STQ1_0_FIRST(g) + STQ1_0_LANE * lane] = d * (float) (sign * tq1_25_lanes[lane][slot]);
             }
         }
     }

@@ -1,8 +1,8 @@
 // Repacked TQ1_25, matrix by matrix, for AVX-512 with VNNI.
 
-#include "tq1_25-x86.h"
+#include "x86.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef TQ1_25_X86
 
 #define BROADCAST(p) _mm512_set1_epi32(*(const int32_t *) (p))
 
@@ -47,14 +47,8 @@ TARGET(AVX512VNNI) INLINE void half_tile(int64_t nb, int nc, float * s, const tq
 
 TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
     for (int half = 0; half < 2; ++half) {
-        switch (nc) { // a constant in each
-            case 1:  half_tile(nb, 1, s, w, half, panel); break;
-            case 2:  half_tile(nb, 2, s, w, half, panel); break;
-            case 3:  half_tile(nb, 3, s, w, half, panel); break;
-            case 4:  half_tile(nb, 4, s, w, half, panel); break;
-            case 5:  half_tile(nb, 5, s, w, half, panel); break;
-            default: half_tile(nb, TQ1_25_COLUMNS, s, w, half, panel);
-        }
+#define PRODUCT(nc) half_tile(nb, nc, s, w, half, panel)
+        CONSTANT_COLUMNS(nc, PRODUCT)
     }
 }
 
@@ -65,7 +59,7 @@ TARGET(AVX512) void tq1_25_decode_avx512vnni(tq1_25_rows x, tq1_25_decoded * w) 
     const __m512i one = _mm512_set1_epi8(1), slot = _mm512_set1_epi32(15);
     __m512i positive = _mm512_setzero_si512();
     for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-        const __m512i of_lane = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) lanes[lane]));
+        const __m512i of_lane = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) tq1_25_lanes[lane]));
         positive = _mm512_or_si512(positive, _mm512_sllv_epi32(of_lane, _mm512_set1_epi32(8 * lane)));
     }
     const __m512i codes0 = _mm512_add_epi8(one, positive), codes1 = _mm512_sub_epi8(one, positive);

@@ -1,6 +1,6 @@
 // Repacked TQ1_25, matrix by vectors, for NEON: lookups of bytes by code, high and low parts apart.
 
-#include "tq1_25-arm.h"
+#include "arm.h"
 
 #ifdef TQ1_25_ARM
 
@@ -16,7 +16,7 @@ TQ1_25_ASSERT(TQ1_25_GROUPS * ENTRIES == TQ1_25_TABLE, "the size of a table");
 void tq1_25_table_neon(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride) {
     int8x16_t of_slot[TQ1_25_GROUP];
     UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-        of_slot[lane] = vld1q_s8(lanes[lane]);
+        of_slot[lane] = vld1q_s8(tq1_25_lanes[lane]);
         LOADED(of_slot[lane]);
     }
     for (int64_t i = 0; i < nb; ++i, table += table_stride, d += d_stride) {
@@ -88,10 +88,10 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
                 UNROLL for (int u = 0; u < GROUPS; ++u) {
                     const int8x16x2_t h = vld1q_s8_x2(entries);
                     entries += ENTRIES / 2;
-                    MOVED(entries);
+                    ADVANCED(entries);
                     const int8x16x2_t l = vld1q_s8_x2(entries);
                     entries += ENTRIES / 2;
-                    MOVED(entries);
+                    ADVANCED(entries);
                     UNROLL for (int r = 0; r < AT_ONCE; ++r) {
                         if (u % 2 == 0) {
                             two_codes(u / 2, vld1q_u8(part[j].qs[u / 2] + at + 16 * r), signs[r], code[r]);

@@ -1,6 +1,6 @@
 // Repacked TQ1_25, matrix by matrix, for NEON with i8mm.
 
-#include "tq1_25-arm.h"
+#include "arm.h"
 
 #ifdef TQ1_25_I8MM
 
@@ -85,14 +85,8 @@ I8MM INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded 
 
 I8MM void tq1_25_gemm_i8mm(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
     for (int at = 0; at < TQ1_25_TILE; at += 8) {
-        switch (nc) { // a constant in each
-            case 1:  eight_rows(nb, 1, s, w, at, panel); break;
-            case 2:  eight_rows(nb, 2, s, w, at, panel); break;
-            case 3:  eight_rows(nb, 3, s, w, at, panel); break;
-            case 4:  eight_rows(nb, 4, s, w, at, panel); break;
-            case 5:  eight_rows(nb, 5, s, w, at, panel); break;
-            default: eight_rows(nb, TQ1_25_COLUMNS, s, w, at, panel);
-        }
+#define PRODUCT(nc) eight_rows(nb, nc, s, w, at, panel)
+        CONSTANT_COLUMNS(nc, PRODUCT)
     }
 }
 

@@ -1,8 +1,8 @@
 // Repacked TQ1_25, matrix by vectors, for AVX-512 (F, DQ, BW, VL): lookups of int16 by code.
 
-#include "tq1_25-x86.h"
+#include "x86.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef TQ1_25_X86
 
 #define LOAD(p) _mm512_loadu_si512(p)
 

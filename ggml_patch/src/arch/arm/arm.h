@@ -2,29 +2,26 @@
 
 #pragma once
 
-#include "tq1_25.h"
+#include "../../internal.h"
+#include "kernels.h"
 
 #ifdef TQ1_25_ARM
 
-#include <arm_neon.h>
+#    include <arm_neon.h>
 
-#ifdef __clang__
-#    define TARGET(isa) __attribute__((target(isa)))
-#    define UNROLL _Pragma("unroll")
-#    define LOADED_PAIR(v) // it takes no pair there, and keeps them without
-#else // as arm_neon.h has it; "+isa" alone is less than what it wants
-#    define TARGET(isa) __attribute__((target("arch=armv8.2-a+" isa)))
-#    define UNROLL _Pragma("GCC unroll 16")
-#    define LOADED_PAIR(v) LOADED(v)
-#endif
-#define INLINE static inline __attribute__((always_inline))
-// GCC would load constants anew in each round of a loop.
-#define LOADED(v) __asm__("" : "+w"(v))
-// It would take one sum after the other, with everything that they have in common in more registers than there are.
-#define IN_ORDER(v) __asm__ volatile("" : "+w"(v))
-// Or it would compute an address for each load of an unrolled loop that moves along, where the load can move it.
-#define MOVED(p) __asm__("" : "+r"(p))
-#define PREFETCH(p) __builtin_prefetch(p, 0, 2)
+#    ifdef __clang__
+#        define TARGET(isa) __attribute__((target(isa)))
+#        define LOADED_PAIR(v) // Clang accepts no pair there and needs no help to keep one
+#    else // as in arm_neon.h: "+isa" alone is less than its functions need
+#        define TARGET(isa) __attribute__((target("arch=armv8.2-a+" isa)))
+#        define LOADED_PAIR(v) LOADED(v)
+#    endif
+// Without this, GCC loads constants anew in each iteration.
+#    define LOADED(v) __asm__("" : "+w"(v))
+// Without this, GCC computes one sum after the other and keeps what they share in more registers than there are.
+#    define IN_ORDER(v) __asm__ volatile("" : "+w"(v))
+// Without this, GCC computes an address for each load of an unrolled loop, although a load can advance it.
+#    define ADVANCED(p) __asm__("" : "+r"(p))
 
 // Nothing where the whole build has it: its -march may be more than the attribute's.
 #ifdef __ARM_FEATURE_DOTPROD
@@ -38,18 +35,11 @@
 #    define I8MM TARGET("i8mm")
 #endif
 
-enum {
-    PARTS  = QK_TQ1_25 / TQ1_25_QK8_0,    // Q8_0 blocks that meet a block of weights
-    GROUPS = TQ1_25_QK8_0 / TQ1_25_GROUP, // groups that meet a Q8_0 block
-};
-
-static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
-
 // A lane of each code, sign << 4 | slot, plus a number.
 INLINE int8x16x2_t lane_of_codes(int lane, int8_t plus) {
     int8_t codes[32]; // GCC keeps a pair that one load has brought in its two registers; of another one it makes copies
-    vst1q_s8(codes, vaddq_s8(vdupq_n_s8(plus), vld1q_s8(lanes[lane])));
-    vst1q_s8(codes + 16, vsubq_s8(vdupq_n_s8(plus), vld1q_s8(lanes[lane])));
+    vst1q_s8(codes, vaddq_s8(vdupq_n_s8(plus), vld1q_s8(tq1_25_lanes[lane])));
+    vst1q_s8(codes + 16, vsubq_s8(vdupq_n_s8(plus), vld1q_s8(tq1_25_lanes[lane])));
     int8x16x2_t both = vld1q_s8_x2(codes);
     LOADED_PAIR(both);
     return both;
@@ -102,17 +92,6 @@ INLINE void sixteen_rows(const int8x16x2_t of_lane[TQ1_25_GROUP], uint8x16_t cod
     weights[1] = vreinterpretq_s8_s16(vzip2q_s16(a0, b0));
     weights[2] = vreinterpretq_s8_s16(vzip1q_s16(a1, b1));
     weights[3] = vreinterpretq_s8_s16(vzip2q_s16(a1, b1));
-}
-
-// What of a tile comes 24 tiles (33 KB) further, as on x86; not measured on ARM.
-INLINE void prefetch_part(const tq1_25_part * x, int part, const uint16_t * d) {
-    enum { AHEAD = 24 * sizeof(tq1_25_tile) };
-    for (size_t i = 0; i < sizeof(*x); i += 64) {
-        PREFETCH((const char *) x + AHEAD + i);
-    }
-    if (part < 2) {
-        PREFETCH((const char *) d + AHEAD + 64 * part);
-    }
 }
 
 #endif

@@ -1,8 +1,8 @@
 // Dot products of TQ1_25 and STQ1_0 for AVX-512: F, DQ, BW, VL; and with VNNI.
 
-#include "tq1_25-x86.h"
+#include "x86.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef TQ1_25_X86
 
 #include <string.h>
 
@@ -77,7 +77,7 @@ TARGET(AVX512VNNI) INLINE __m512i dot_avx512vnni(__m512i w0, __m512i y0, __m512i
 // A chunk's 64 weights plus one in their order, a lane of its sixteen groups in each quarter, and two Q8_0 blocks.
 #define BODY_STQ1_0(DOT)                                                                                               \
     const __m512i one = _mm512_set1_epi8(1), two = _mm512_set1_epi8(2);                                                \
-    const __m512i table = _mm512_add_epi8(_mm512_loadu_si512(lanes), one);                                             \
+    const __m512i table = _mm512_add_epi8(_mm512_loadu_si512(tq1_25_lanes), one);                                             \
     const __m128i nibble = _mm_set1_epi8(15);                                                                          \
     __m512 total = _mm512_setzero_ps();                                                                                \
     for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x) {                                                                 \

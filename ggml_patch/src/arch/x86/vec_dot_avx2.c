@@ -1,12 +1,12 @@
 // Dot products of TQ1_25 and STQ1_0 for AVX2 with FMA and F16C.
 
-#include "tq1_25-x86.h"
+#include "x86.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef TQ1_25_X86
 
 #include <string.h>
 
-#define TABLE(lane) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) lanes[lane]))
+#define TABLE(lane) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) tq1_25_lanes[lane]))
 #define BY_LANE(y) _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *) (y).qs), by_lane)
 // Products of the magnitude of y with w under y's sign, neighbours added: right for y = -128 as well.
 #define DOT(y, w) _mm256_maddubs_epi16(_mm256_abs_epi8(y), _mm256_sign_epi8(w, y))
@@ -70,8 +70,8 @@ TARGET(AVX2) void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 *
 // A lane of a chunk's sixteen groups is sixteen weights that follow one another, so two lookups in the halves of a register give
 // 32 weights in the order of a Q8_0 block.
 TARGET(AVX2) void stq1_0_vec_dot_avx2(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
-    const __m256i table01 = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) lanes[1]), _mm_loadu_si128((const __m128i *) lanes[0]));
-    const __m256i table23 = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) lanes[3]), _mm_loadu_si128((const __m128i *) lanes[2]));
+    const __m256i table01 = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) tq1_25_lanes[1]), _mm_loadu_si128((const __m128i *) tq1_25_lanes[0]));
+    const __m256i table23 = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) tq1_25_lanes[3]), _mm_loadu_si128((const __m128i *) tq1_25_lanes[2]));
     const __m128i nibble = _mm_set1_epi8(15);
     const __m256i one8 = _mm256_set1_epi8(1), one16 = _mm256_set1_epi16(1), bit = _mm256_set1_epi64x((int64_t) 0x8040201008040201);
     const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);

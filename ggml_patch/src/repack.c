@@ -1,6 +1,8 @@
 // Repacked TQ1_25 and STQ1_0: the layout, the activations of the block product, and products of many rows and columns.
 
-#include "tq1_25.h"
+#include "repack.h"
+
+#include "internal.h"
 
 #include <string.h>
 
@@ -22,35 +24,25 @@ typedef uint8x16_t bytes;
 #    define ZIP_UPPER(a, b) vzip2q_u8(a, b)
 #endif
 
-#ifdef _MSC_VER
-#    define PREFETCH(p)       ((void) (p))
-#    define PREFETCH_WRITE(p) ((void) (p))
-#else
-#    define PREFETCH(p)       __builtin_prefetch(p, 0, 2)
-#    define PREFETCH_WRITE(p) __builtin_prefetch(p, 1)
-#endif
-
-enum { PARTS = QK_TQ1_25 / TQ1_25_QK8_0 }; // Q8_0 blocks that meet a block of weights
-
 // ---- layout ----
 
-// What the kinds differ by, for code that meets both. A tile is 64 rows of blocks, so its size is theirs.
+// The sizes of a kind.
 typedef struct {
-    int64_t weights;
-    size_t  block, tile; // bytes
-    int     halves;      // of 128 weights
-} layout;
+    int64_t weights;    // in a block
+    size_t block, tile; // bytes
+    int halves;         // of 128 weights, in a block
+} sizes;
 
-static inline layout layout_of(enum tq1_25_kind kind) {
-    static const layout layouts[TQ1_25_KINDS] = {
+static inline sizes sizes_of(enum tq1_25_kind kind) {
+    static const sizes of_kinds[TQ1_25_KINDS] = {
         { QK_TQ1_25, sizeof(block_tq1_25), sizeof(tq1_25_tile), 1 },
         { QK_STQ1_0, sizeof(block_stq1_0), sizeof(stq1_0_tile), 2 },
     };
-    return layouts[kind];
+    return of_kinds[kind];
 }
 
 // 128 weights of the rows of a tile.
-static inline tq1_25_rows half_of(layout of, const void * tile, int64_t half) {
+static inline tq1_25_rows half_of(sizes of, const void * tile, int64_t half) {
     const tq1_25_part * part = (const tq1_25_part *) tile;
     const tq1_25_rows rows = { part + PARTS * half, (const uint16_t *) (part + PARTS * of.halves) };
     return rows;
@@ -66,7 +58,7 @@ static inline void prefetch(const void * x, size_t size) {
 // A block to the row of a tile.
 static void put_row(enum tq1_25_kind kind, const void * x, void * y, int row) {
     tq1_25_part * part = (tq1_25_part *) y;
-    const layout  of = layout_of(kind);
+    const sizes of = sizes_of(kind);
     uint16_t *    d  = (uint16_t *) (part + PARTS * of.halves) + TQ1_25_PLACE(row);
     if (kind == KIND_TQ1_25) {
         const block_tq1_25 * block = (const block_tq1_25 *) x;
@@ -151,7 +143,7 @@ static inline void put_scales(bytes eight, uint16_t * even, uint16_t * odd) {
 // Sixteen rows, the first a multiple of sixteen, `stride` bytes from one's block to the next one's.
 static inline void put_sixteen(enum tq1_25_kind kind, const char * x, size_t stride, void * y, int row) {
 #ifdef LOAD
-    const layout  of = layout_of(kind);
+    const sizes of = sizes_of(kind);
     tq1_25_part * part = (tq1_25_part *) y;
     uint16_t *    d = (uint16_t *) (part + PARTS * of.halves);
     bytes a[16];
@@ -193,7 +185,7 @@ static void put_tile(const void * x, void * y, size_t size) {
 }
 
 void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y) {
-    const layout  of = layout_of(kind);
+    const sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights;
     const char *  from = (const char *) x;
     char *        to   = (char *) y;
@@ -266,7 +258,7 @@ void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, 
 
 // Block i of the rows that are left over, as a tile whose other rows are zero.
 static void leftover_tile(enum tq1_25_kind kind, int64_t rows, int64_t nb, const void * x, int64_t i, stq1_0_tile * tile) {
-    const layout of = layout_of(kind);
+    const sizes of = sizes_of(kind);
     memset(tile, 0, of.tile);
     for (int64_t r = 0; r < rows; ++r) {
         put_row(kind, (const char *) x + of.block * (size_t) (r * nb + i), tile, (int) r);
@@ -275,7 +267,7 @@ static void leftover_tile(enum tq1_25_kind kind, int64_t rows, int64_t nb, const
 
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s) {
-    const layout  of = layout_of(kind);
+    const sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights, whole = rows / TQ1_25_TILE, left = rows % TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
         const char * tiles = (const char *) x + of.tile * (size_t) (t * nb);
@@ -308,7 +300,7 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
 
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                       int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch) {
-    const layout  of = layout_of(kind);
+    const sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights, halves = nb * of.halves; // of a row
     const int64_t whole = rows / TQ1_25_TILE, size = isa->table_size, tiles = isa->code_tiles;
     const int64_t depth = TQ1_25_CODE_PAIRS / nc / of.halves * of.halves; // 128 weights of a row at a time
@@ -413,7 +405,7 @@ void tq1_25_decode_scales(const uint16_t * d, tq1_25_decoded * w) {
 
 void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
                        int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_panel_scratch * scratch) {
-    const layout  of = layout_of(kind);
+    const sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights, halves = nb * of.halves, whole = rows / TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
         const char * tiles = (const char *) x + of.tile * (size_t) (t * nb);

@@ -1,8 +1,8 @@
 // Repacked TQ1_25, matrix by vectors, for AVX2 with FMA and F16C: lookups of bytes by slot, then the sign.
 
-#include "tq1_25-x86.h"
+#include "x86.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef TQ1_25_X86
 
 #define LOAD(p)     _mm256_loadu_si256((const __m256i *) (p))
 #define STORE(p, v) _mm256_storeu_si256((__m256i *) (p), v)

@@ -1,6 +1,6 @@
-// Dot products of TQ1_25 and STQ1_0 for NEON. tq1_25-dotprod.c has this file again, with products by sdot.
+// Dot products of TQ1_25 and STQ1_0 for NEON. vec_dot_dotprod.c has this file again, with products by sdot.
 
-#include "tq1_25-arm.h"
+#include "arm.h"
 
 #ifdef TQ1_25_ARM
 

@@ -3,7 +3,7 @@
 
 #pragma once
 
-#include "tq1_25.h"
+#include "../repack.h"
 
 #include <algorithm>
 #include <atomic>
@@ -29,7 +29,7 @@ namespace {
 // matrix, MUL_MAT_ID one an expert. One column is multiplied through tables, several through codes or panels.
 class tq1_25_traits : public tensor_traits_base {
     // The work buffer.
-    struct layout {
+    struct work_buffer {
         bool    ids;
         int64_t n, rows, columns, experts, units; // rows: of src1; units: rows of tiles of a matrix
         bool    all_tables;                       // through tables; else each matrix through codes or panels
@@ -40,7 +40,7 @@ class tq1_25_traits : public tensor_traits_base {
         size_t  first, cursor;                    // the first column of each expert, and the first after the last; where to add one
         size_t  size = 0;
 
-        layout(const ggml_tensor * op, int n_threads) {
+        work_buffer(const ggml_tensor * op, int n_threads) {
             const ggml_tensor * src0 = op->src[0], * src1 = op->src[1];
             const tq1_25_isa *  isa  = tq1_25_best_isa();
             ids        = op->op == GGML_OP_MUL_MAT_ID;
@@ -74,14 +74,14 @@ class tq1_25_traits : public tensor_traits_base {
         }
     };
 
-    struct job : layout {
+    struct job : work_buffer {
         ggml_compute_params * params;
         ggml_tensor *         op;
         const tq1_25_isa *    isa = tq1_25_best_isa();
         const tq1_25_kind     kind;
         char *                base;
 
-        job(ggml_compute_params * params, ggml_tensor * op) : layout(op, params->nth), params(params), op(op), kind(kind_of(op->src[0])) {
+        job(ggml_compute_params * params, ggml_tensor * op) : work_buffer(op, params->nth), params(params), op(op), kind(kind_of(op->src[0])) {
             base = (char *) GGML_PAD((uintptr_t) params->wdata, 64);
             GGML_ASSERT(base + size <= (char *) params->wdata + params->wsize);
         }
@@ -309,7 +309,7 @@ class tq1_25_traits : public tensor_traits_base {
         if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
             return false;
         }
-        size = layout(op, n_threads).size + 64; // for the alignment
+        size = work_buffer(op, n_threads).size + 64; // for the alignment
         return true;
     }
 

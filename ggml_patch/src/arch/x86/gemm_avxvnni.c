@@ -1,8 +1,8 @@
 // Repacked TQ1_25, matrix by matrix, for AVX-VNNI.
 
-#include "tq1_25-x86.h"
+#include "x86.h"
 
-#if (defined(__x86_64__) || defined(_M_X64)) && defined(TQ1_25_AVXVNNI)
+#ifdef TQ1_25_AVXVNNI
 
 #define LOAD(p)      _mm256_loadu_si256((const __m256i *) (p))
 #ifndef DPBUSD // a test has AVX-512's, for want of a CPU
@@ -49,18 +49,16 @@ TARGET(AVXVNNI) INLINE void quarter_tile(int64_t nb, int nc, int first, int widt
     }
 }
 
-// The numbers of columns are constants in each: with strides that are not, the registers for addresses run out.
 TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
-#define PASS(nc, first, width) quarter_tile(nb, nc, first, width, s, w, quarter, panel)
+// In one pass or two. Were the numbers of columns not constant, addresses would take all registers.
+#define FIRST(nc) ((nc) <= WIDTH ? (nc) : ((nc) + 1) / 2)
+#define PRODUCT(nc)                                                              \
+    quarter_tile(nb, nc, 0, FIRST(nc), s, w, quarter, panel);                    \
+    if (FIRST(nc) < (nc)) {                                                      \
+        quarter_tile(nb, nc, FIRST(nc), (nc) / 2, s, w, quarter, panel);         \
+    }
     for (int quarter = 0; quarter < TQ1_25_TILE / 16; ++quarter) {
-        switch (nc) {
-            case 1:  PASS(1, 0, 1); break;
-            case 2:  PASS(2, 0, 2); break;
-            case 3:  PASS(3, 0, 3); break;
-            case 4:  PASS(4, 0, 2); PASS(4, 2, 2); break;
-            case 5:  PASS(5, 0, 3); PASS(5, 3, 2); break;
-            default: PASS(TQ1_25_COLUMNS, 0, 3); PASS(TQ1_25_COLUMNS, 3, 3);
-        }
+        CONSTANT_COLUMNS(nc, PRODUCT)
     }
 }
 
@@ -70,7 +68,7 @@ TARGET(AVX2) void tq1_25_decode_avxvnni(tq1_25_rows x, tq1_25_decoded * w) {
     const __m256i one = _mm256_set1_epi8(1), nibble = _mm256_set1_epi8(15);
     __m256i table[TQ1_25_GROUP];
     for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-        table[lane] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) lanes[lane]));
+        table[lane] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) tq1_25_lanes[lane]));
     }
     for (int at = 0; at < TQ1_25_TILE; at += 32) {
         for (int j = 0; j < PARTS; ++j) {

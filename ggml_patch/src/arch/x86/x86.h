@@ -2,33 +2,24 @@
 
 #pragma once
 
-#include "tq1_25.h"
+#include "../../internal.h"
+#include "kernels.h"
 
-#if defined(__x86_64__) || defined(_M_X64)
+#ifdef TQ1_25_X86
 
-#include <immintrin.h>
+#    include <immintrin.h>
 
-#if defined(_MSC_VER) && !defined(__clang__)
-#    define TARGET(isa)
-#    define INLINE static __forceinline
-#    define APART static __declspec(noinline)
-#    define UNROLL
-#    define IN_ORDER(v)
-#    define LOADED(v)
-#else
-#    define TARGET(isa) __attribute__((target(isa)))
-#    define INLINE static inline __attribute__((always_inline))
-#    define APART static __attribute__((noinline))
-#    ifdef __clang__
-#        define UNROLL _Pragma("unroll")
+#    if defined(_MSC_VER) && !defined(__clang__)
+#        define TARGET(isa)
+#        define IN_ORDER(v)
+#        define LOADED(v)
 #    else
-#        define UNROLL _Pragma("GCC unroll 16")
+#        define TARGET(isa) __attribute__((target(isa)))
+// Without this, GCC adds integers as a tree, with more live terms than registers: two thirds of the rate.
+#        define IN_ORDER(v) __asm__("" : "+v"(v))
+// Without this, -march=native repeats a load for each use: three quarters of the rate.
+#        define LOADED(v) __asm__("" : "+v"(v))
 #    endif
-// GCC would add up integers as a tree, with more terms alive than there are registers: a third of the rate is lost.
-#    define IN_ORDER(v) __asm__("" : "+v"(v))
-// With -march=native it would load anew for each use what one load has brought: a quarter.
-#    define LOADED(v)   __asm__("" : "+v"(v))
-#endif
 
 #define AVX2       "avx2,fma,f16c"
 #ifndef AVXVNNI
@@ -37,19 +28,12 @@
 #define AVX512     AVX2 ",avx512f,avx512dq,avx512bw,avx512vl"
 #define AVX512VNNI AVX512 ",avx512vnni"
 
-enum {
-    PARTS  = QK_TQ1_25 / TQ1_25_QK8_0,     // Q8_0 blocks that meet a block of weights
-    GROUPS = TQ1_25_QK8_0 / TQ1_25_GROUP,  // groups that meet a Q8_0 block
-};
-
-static const int8_t lanes[TQ1_25_GROUP][16] = { TQ1_25_LANE0, TQ1_25_LANE1, TQ1_25_LANE2, TQ1_25_LANE3 };
-
 // Two lanes of each slot, plus one, since maddubs wants one factor unsigned. A group's four activations come as dwords: even
 // words of these meet lanes 0 and 1 and odd ones lanes 2 and 3 (patterns[0]); turned by half a dword the other way round.
 TARGET(AVX2) INLINE void slot_patterns(__m256i patterns[2]) {
     const __m256i one = _mm256_set1_epi8(1);
-    const __m128i l0 = _mm_loadu_si128((const __m128i *) lanes[0]), l1 = _mm_loadu_si128((const __m128i *) lanes[1]);
-    const __m128i l2 = _mm_loadu_si128((const __m128i *) lanes[2]), l3 = _mm_loadu_si128((const __m128i *) lanes[3]);
+    const __m128i l0 = _mm_loadu_si128((const __m128i *) tq1_25_lanes[0]), l1 = _mm_loadu_si128((const __m128i *) tq1_25_lanes[1]);
+    const __m128i l2 = _mm_loadu_si128((const __m128i *) tq1_25_lanes[2]), l3 = _mm_loadu_si128((const __m128i *) tq1_25_lanes[3]);
     const __m256i l01 = _mm256_add_epi8(one, _mm256_set_m128i(_mm_unpackhi_epi8(l0, l1), _mm_unpacklo_epi8(l0, l1)));
     const __m256i l23 = _mm256_add_epi8(one, _mm256_set_m128i(_mm_unpackhi_epi8(l2, l3), _mm_unpacklo_epi8(l2, l3)));
     patterns[0] = _mm256_blend_epi16(l01, l23, 0xaa);
@@ -74,18 +58,6 @@ TARGET(AVX2) INLINE void order_rows(const __m256 t[4], __m256 rows[4]) {
     rows[1] = _mm256_permute2f128_ps(r2, r3, 0x20);
     rows[2] = _mm256_permute2f128_ps(r0, r1, 0x31);
     rows[3] = _mm256_permute2f128_ps(r2, r3, 0x31);
-}
-
-// Weights stream by once: they are fetched into the L2 cache, 24 tiles (33 KB) ahead. The L1 cache is for the tables; what
-// is fetched into it that early drives them out (half the rate), 4 to 8 tiles ahead come too late on Zen 4 (two thirds).
-INLINE void prefetch_part(const tq1_25_part * x, int part, const uint16_t * d) {
-    enum { AHEAD = 24 * sizeof(tq1_25_tile) };
-    for (size_t i = 0; i < sizeof(*x); i += 64) {
-        _mm_prefetch((const char *) x + AHEAD + i, _MM_HINT_T1);
-    }
-    if (part < 2) {
-        _mm_prefetch((const char *) d + AHEAD + 64 * part, _MM_HINT_T1);
-    }
 }
 
 #endif

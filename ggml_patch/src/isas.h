@@ -1,0 +1,76 @@
+// The kernels of each instruction set, and the choice among the sets.
+
+#pragma once
+
+#include "tile.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+#    define TQ1_25_X86
+#elif defined(__aarch64__) && !defined(__AARCH64EB__)
+#    define TQ1_25_ARM // 64-bit, little-endian, GCC or Clang (MSVC names it differently)
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Function types, by which arch/*/kernels.h declares kernels.
+
+// *s = sum over blocks i of d_w[i] * sum over j of d_y[4i+j] * (integer sum of 32 products), for rows of n weights
+typedef void tq1_25_vec_dot_t(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
+typedef void stq1_0_vec_dot_t(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
+// Makes the tables of nb times 128 activations and stores their scales, one per Q8_0 block. Strides are in bytes and floats.
+typedef void tq1_25_table_t(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
+// s[64]: the dot products of a row of tiles, of one kind and n weights per row, with a vector's consecutive tables and scales.
+typedef void tq1_25_gemv_t(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
+// Spreads code_tiles tiles to codes.
+typedef void tq1_25_expand_t(const tq1_25_rows x[2], tq1_25_codes * codes);
+// Adds to sums[nc][64 * code_tiles] the products of these codes with 128 activations of nc columns, in an order of the kernel's own.
+typedef void tq1_25_lookup_t(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
+// Moves, or adds, 64 of those sums to s in the order of the rows.
+typedef void tq1_25_store_t(float * s, const float * sums, bool add);
+typedef void tq1_25_decode_t(tq1_25_rows x, tq1_25_decoded * w);
+// s[64 * c + r]: the dot products of 64 rows, nb decoded tiles, with the nc columns of a panel. s is aligned to 64 bytes.
+typedef void tq1_25_gemm_t(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
+// Does this CPU have the instruction set?
+typedef int tq1_25_has_t(void);
+
+struct tq1_25_isa {
+    const char * name;
+    tq1_25_vec_dot_t * vec_dot;
+    stq1_0_vec_dot_t * vec_dot_stq1_0;
+    tq1_25_has_t * supported; // NULL: by every CPU
+
+    // The rest is 0 without kernels for repacked rows; weights then stay as they are in the file.
+
+    // Use tables up to max_tables columns, codes up to max_codes, panels beyond. scripts/bench/kernels.py measures the limits; max_codes
+    // with panels, and max_tables on ARM, are estimated from instruction counts (ggml_patch/README.md, scripts/bench/count_arm.py).
+    int max_tables, max_codes;
+
+    int64_t table_size; // bytes per 128 activations
+    tq1_25_table_t * table;
+    tq1_25_gemv_t * gemv[TQ1_25_KINDS];
+
+    int code_tiles; // 1 or 2 at a time
+    tq1_25_expand_t * expand;
+    tq1_25_lookup_t * lookup;
+    tq1_25_store_t * store;
+
+    tq1_25_decode_t * decode; // NULL without panels
+    tq1_25_gemm_t * gemm;     // NULL without panels
+};
+
+// The sets compiled in, best first. "scalar" is the last; then comes a NULL name.
+extern const struct tq1_25_isa tq1_25_isas[];
+
+// The best set that this CPU has, or the one that the environment variable SHERRY_ISA names; chosen once. Ends the process with a message
+// if the named set is unknown or this CPU lacks it.
+const struct tq1_25_isa * tq1_25_best_isa(void);
+
+// The best set's dot products of one row (nrc = 1), with the signature of ggml's table.
+void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
+void ggml_vec_dot_stq1_0_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,90 @@
+// Products of repacked matrices, split into ranges that threads can share.
+
+#pragma once
+
+#include "isas.h"
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Repacks blocks of rows into tiles, as many bytes. x and y must not overlap.
+void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y);
+
+// Puts n activations into the order of STQ1_0's groups. x and y must not overlap.
+void stq1_0_order(const float * x, float * y, int64_t n);
+
+// The functions below work on tile rows begin .. end - 1 out of the (rows + 63) / 64 of a repacked matrix x, and on vectors of n Q8_0
+// activations. Different ranges write different parts of a result.
+
+// ---- tables ----
+
+// Makes the tables, tq1_25_table_size bytes aligned to 64, of activations begin .. end - 1, multiples of 128.
+int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n);
+void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
+
+// s[c][row] for columns c < nc, from their activations y[c] and tables[c].
+void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
+                       int64_t end, int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s);
+
+// ---- codes ----
+
+#define TQ1_25_CODE_COLUMNS 16 // vectors at a time
+#define TQ1_25_CODE_PAIRS 128  // pairs of a vector and a block whose tables exist at a time: 256 KB of the L2 cache
+
+// Columns are spread over groups of at most TQ1_25_CODE_COLUMNS, evenly and in pairs: the least number of groups, and a group's first
+// column.
+static inline int64_t tq1_25_code_groups(int64_t nc) { return (nc + TQ1_25_CODE_COLUMNS - 1) / TQ1_25_CODE_COLUMNS; }
+static inline int64_t tq1_25_first_of_group(int64_t nc, int64_t groups, int64_t group) {
+    const int64_t first = (nc * group / groups + 1) / 2 * 2;
+    return first < nc ? first : nc;
+}
+
+// One per thread, aligned to 64 bytes.
+struct tq1_25_code_scratch {
+    int8_t tables[TQ1_25_CODE_PAIRS * TQ1_25_TABLE];
+    float d[TQ1_25_CODE_PAIRS * (QK_TQ1_25 / TQ1_25_QK8_0)];
+    float sums[TQ1_25_CODE_COLUMNS * 2 * TQ1_25_TILE];
+    float rows[TQ1_25_TILE];
+    tq1_25_codes codes;
+    stq1_0_tile tile; // the leftover rows, of either type
+};
+
+// s[c][row] for columns c < nc, 0 < nc <= TQ1_25_CODE_COLUMNS, from their activations y[c].
+void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
+                      int64_t end, int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch);
+
+// ---- panels ----
+
+// Columns are spread evenly over as few panels as possible, on ARM in pairs: the number of panels, and a panel's first column.
+static inline int64_t tq1_25_panels(int64_t nc) { return (nc + TQ1_25_COLUMNS - 1) / TQ1_25_COLUMNS; }
+static inline int64_t tq1_25_first_column(int64_t nc, int64_t panel) {
+#ifdef TQ1_25_ARM // five columns take as many instructions there as six
+    return tq1_25_first_of_group(nc, tq1_25_panels(nc), panel);
+#else
+    return nc * panel / tq1_25_panels(nc);
+#endif
+}
+
+// Makes a panel, tq1_25_panel_size bytes aligned to 4, of nc <= TQ1_25_COLUMNS columns, from activations begin .. end - 1, multiples of 32.
+int64_t tq1_25_panel_size(int64_t n, int64_t nc);
+void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
+
+#define TQ1_25_DEPTH 16 // blocks of a row that are decoded at once, for all columns: 132 KB
+TQ1_25_ASSERT(TQ1_25_DEPTH % 2 == 0, "both halves of an STQ1_0 block are decoded from one tile");
+
+// One per thread, aligned to 64 bytes.
+struct tq1_25_panel_scratch {
+    tq1_25_decoded decoded[TQ1_25_DEPTH];
+    stq1_0_tile tile; // the leftover rows, of either type
+    float sums[TQ1_25_COLUMNS][TQ1_25_TILE];
+};
+
+// s[c][row] for the columns c of panels first .. last - 1 among the consecutive panels of all nc columns.
+void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
+                       int64_t end, int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s,
+                       struct tq1_25_panel_scratch * scratch);
+
+#ifdef __cplusplus
+}
+#endif
