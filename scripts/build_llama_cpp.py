@@ -184,8 +184,8 @@ def state_of(tree: Path) -> str:
 def patched_source() -> None:
     pin = upstream()
     wanted = hashlib.sha256()
-    for file in PATCH / "UPSTREAM", PATCH / "hooks.patch", *sorted((PATCH / "src").iterdir()):
-        wanted.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    for file in PATCH / "UPSTREAM", PATCH / "hooks.patch", *sorted(path for path in (PATCH / "src").rglob("*") if path.is_file()):
+        wanted.update(str(file.relative_to(PATCH)).encode() + b"\0" + file.read_bytes() + b"\0")
     own = os.environ.get("LLAMA_CPP_SRC", "")
     stamp = BUILD / "llama.cpp.stamp"
     # one's own checkout is looked at anew each time: it may have changed

@@ -44,7 +44,7 @@ if [ "$(cat .venv/requirements.stamp 2>/dev/null)" != "$wanted" ]; then
   printf '%s\n' "$wanted" >.venv/requirements.stamp
 fi
 
-wanted=$(cat setup.py pyproject.toml sherry_gguf/_kernels_build.py ggml_patch/src/* | cksum; echo "${CC-} ${CFLAGS-} ${LDFLAGS-}")
+wanted=$(find setup.py pyproject.toml sherry_gguf/_kernels_build.py ggml_patch/src -type f | LC_ALL=C sort | xargs cksum; echo "${CC-} ${CFLAGS-} ${LDFLAGS-}")
 if [ "$(cat .venv/package.stamp 2>/dev/null)" != "$wanted" ] || ! ls sherry_gguf/_kernels.*so >/dev/null 2>&1; then
   say "compiling the kernels and installing sherry-gguf"
   log=$(.venv/bin/python -m pip install --disable-pip-version-check --no-build-isolation --no-deps -e . 2>&1) ||

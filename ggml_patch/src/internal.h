@@ -32,7 +32,7 @@
 #endif
 
 enum {
-    PARTS  = QK_TQ1_25 / TQ1_25_QK8_0,    // Q8_0 blocks per 128 weights
+    PARTS = QK_TQ1_25 / TQ1_25_QK8_0,    // Q8_0 blocks per 128 weights
     GROUPS = TQ1_25_QK8_0 / TQ1_25_GROUP, // groups per Q8_0 block
 };
 
@@ -43,7 +43,7 @@ static inline float tq1_25_fp16_to_float(uint16_t h) {
         float f;
     } out, magic = { (254 - 15) << 23 };
     const uint32_t sign = (uint32_t) (h & 0x8000) << 16;
-    out.u               = (uint32_t) (h & 0x7fff) << 13;
+    out.u = (uint32_t) (h & 0x7fff) << 13;
     out.f *= magic.f; // moves the exponent's bias, also of subnormals
     if ((h & 0x7c00) == 0x7c00) {
         out.u |= 0xffu << 23;
@@ -65,14 +65,14 @@ INLINE void prefetch_part(const tq1_25_part * x, int part, const uint16_t * d) {
 }
 
 // PRODUCT(nc) with a constant in place of nc, since kernels are unrolled over columns.
-#define CONSTANT_COLUMNS(nc, PRODUCT)         \
-    switch (nc) {                             \
-        case 1:  PRODUCT(1); break;           \
-        case 2:  PRODUCT(2); break;           \
-        case 3:  PRODUCT(3); break;           \
-        case 4:  PRODUCT(4); break;           \
-        case 5:  PRODUCT(5); break;           \
-        default: PRODUCT(TQ1_25_COLUMNS);     \
+#define CONSTANT_COLUMNS(nc, PRODUCT)     \
+    switch (nc) {                         \
+        case 1:  PRODUCT(1); break;       \
+        case 2:  PRODUCT(2); break;       \
+        case 3:  PRODUCT(3); break;       \
+        case 4:  PRODUCT(4); break;       \
+        case 5:  PRODUCT(5); break;       \
+        default: PRODUCT(TQ1_25_COLUMNS); \
     }
 
 // Converts a tile's scales and puts them into the order of the rows.

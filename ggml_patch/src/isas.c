@@ -3,7 +3,6 @@
 #include "isas.h"
 
 #include "arch/arm/kernels.h"
-#include "arch/scalar/kernels.h"
 #include "arch/x86/kernels.h"
 
 #include <assert.h>
@@ -13,9 +12,9 @@
 #include <string.h>
 
 #define VEC_DOT(isa) tq1_25_vec_dot_##isa, stq1_0_vec_dot_##isa
-#define LOOKUP(isa, tables, codes, size, tiles)                                                                                   \
-    .max_tables = tables, .max_codes = codes, .table_size = size, .code_tiles = tiles, .table = tq1_25_table_##isa,               \
-    .gemv = { tq1_25_gemv_##isa, stq1_0_gemv_##isa }, .expand = tq1_25_expand_##isa, .lookup = tq1_25_lookup_##isa,               \
+#define LOOKUP(isa, tables, codes, size, tiles)                                                                     \
+    .max_tables = tables, .max_codes = codes, .table_size = size, .code_tiles = tiles, .table = tq1_25_table_##isa, \
+    .gemv = { tq1_25_gemv_##isa, stq1_0_gemv_##isa }, .expand = tq1_25_expand_##isa, .lookup = tq1_25_lookup_##isa, \
     .store = tq1_25_store_##isa
 #define LOOKUP_AVX2(tables, codes) LOOKUP(avx2, tables, codes, TQ1_25_TABLE_AVX2, 1)
 #define LOOKUP_AVX512(tables, codes) LOOKUP(avx512, tables, codes, TQ1_25_TABLE, 2)
@@ -47,11 +46,11 @@ const struct tq1_25_isa tq1_25_isas[] = {
 };
 // clang-format on
 
-#ifdef _MSC_VER // aligned pointers are read and written whole
-#    define LOAD(p)     (*(void * volatile *) (p))
+#ifdef _MSC_VER // reads and writes of aligned pointers are atomic
+#    define LOAD(p) (*(void * volatile *) (p))
 #    define STORE(p, v) (*(void * volatile *) (p) = (void *) (v))
 #else
-#    define LOAD(p)     __atomic_load_n(p, __ATOMIC_RELAXED)
+#    define LOAD(p) __atomic_load_n(p, __ATOMIC_RELAXED)
 #    define STORE(p, v) __atomic_store_n(p, v, __ATOMIC_RELAXED)
 #endif
 
@@ -70,7 +69,7 @@ static const struct tq1_25_isa * choose(void) {
     if (isa->name && (!isa->supported || isa->supported())) {
         return isa;
     }
-    char message[640]; // written in one piece, whatever other threads have to say
+    char message[640]; // written in one piece, so that other threads' output cannot interrupt it
     int length = snprintf(message, sizeof(message), "SHERRY_ISA=%.64s: %s; this CPU runs", forced,
                           isa->name ? "this CPU lacks it" : "there is no such instruction set in this build");
     for (isa = tq1_25_isas; isa->name; ++isa) {
@@ -80,12 +79,11 @@ static const struct tq1_25_isa * choose(void) {
     }
     fprintf(stderr, "%s\n", message);
     fflush(stderr);
-    _Exit(1); // not exit: other threads may be at work
+    _Exit(1); // not exit, since other threads may be running
 }
 
 const struct tq1_25_isa * tq1_25_best_isa(void) {
-    // ggml_cpu_init calls this before there are threads, so that they only read. Without it, threads that meet here
-    // store the same pointer.
+    // ggml_cpu_init calls this before there are other threads. Without it, threads that meet here store the same pointer.
     static const struct tq1_25_isa * best = NULL;
     const struct tq1_25_isa * isa = LOAD(&best);
     if (!isa) {
@@ -97,12 +95,18 @@ const struct tq1_25_isa * tq1_25_best_isa(void) {
 
 void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc) {
     assert(n % QK_TQ1_25 == 0 && nrc == 1);
-    (void) bs; (void) bx; (void) by; (void) nrc; // strides of a second row
+    (void) bs;
+    (void) bx;
+    (void) by;
+    (void) nrc; // bs, bx and by are the strides to a second row
     tq1_25_best_isa()->vec_dot(n, s, (const block_tq1_25 *) x, (const tq1_25_q8_0 *) y);
 }
 
 void ggml_vec_dot_stq1_0_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc) {
     assert(n % QK_STQ1_0 == 0 && nrc == 1);
-    (void) bs; (void) bx; (void) by; (void) nrc;
+    (void) bs;
+    (void) bx;
+    (void) by;
+    (void) nrc;
     tq1_25_best_isa()->vec_dot_stq1_0(n, s, (const block_stq1_0 *) x, (const tq1_25_q8_0 *) y);
 }

@@ -57,7 +57,7 @@ struct tq1_25_isa {
     tq1_25_store_t * store;
 
     tq1_25_decode_t * decode; // NULL without panels
-    tq1_25_gemm_t * gemm;     // NULL without panels
+    tq1_25_gemm_t * gemm; // NULL without panels
 };
 
 // The sets compiled in, best first. "scalar" is the last; then comes a NULL name.
@@ -66,6 +66,10 @@ extern const struct tq1_25_isa tq1_25_isas[];
 // The best set that this CPU has, or the one that the environment variable SHERRY_ISA names; chosen once. Ends the process with a message
 // if the named set is unknown or this CPU lacks it.
 const struct tq1_25_isa * tq1_25_best_isa(void);
+
+// Every build has these.
+tq1_25_vec_dot_t tq1_25_vec_dot_scalar;
+stq1_0_vec_dot_t stq1_0_vec_dot_scalar;
 
 // The best set's dot products of one row (nrc = 1), with the signature of ggml's table.
 void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);

@@ -1,4 +1,4 @@
-// Repacked TQ1_25 and STQ1_0: the layout, the activations of the block product, and products of many rows and columns.
+// Repacks TQ1_25 and STQ1_0, prepares activations, and multiplies many rows by many columns with an instruction set's kernels.
 
 #include "repack.h"
 
@@ -6,25 +6,25 @@
 
 #include <string.h>
 
-// Sixteen bytes at a time, which every x86-64 and every 64-bit ARM CPU has.
+// Vectors of sixteen bytes, which every x86-64 and 64-bit ARM CPU has.
 #if defined(__SSE2__) || defined(_M_X64)
 #    define SSE2
 #    include <immintrin.h>
 typedef __m128i bytes;
-#    define LOAD(p)         _mm_loadu_si128((const __m128i *) (p))
-#    define STORE(p, v)     _mm_storeu_si128((__m128i *) (p), v)
+#    define LOAD(p) _mm_loadu_si128((const __m128i *) (p))
+#    define STORE(p, v) _mm_storeu_si128((__m128i *) (p), v)
 #    define ZIP_LOWER(a, b) _mm_unpacklo_epi8(a, b)
 #    define ZIP_UPPER(a, b) _mm_unpackhi_epi8(a, b)
 #elif defined(TQ1_25_ARM)
 #    include <arm_neon.h>
 typedef uint8x16_t bytes;
-#    define LOAD(p)         vld1q_u8((const uint8_t *) (p))
-#    define STORE(p, v)     vst1q_u8((uint8_t *) (p), v)
+#    define LOAD(p) vld1q_u8((const uint8_t *) (p))
+#    define STORE(p, v) vst1q_u8((uint8_t *) (p), v)
 #    define ZIP_LOWER(a, b) vzip1q_u8(a, b)
 #    define ZIP_UPPER(a, b) vzip2q_u8(a, b)
 #endif
 
-// ---- layout ----
+// ---- repacking ----
 
 // The sizes of a kind.
 typedef struct {
@@ -41,25 +41,25 @@ static inline sizes sizes_of(enum tq1_25_kind kind) {
     return of_kinds[kind];
 }
 
-// 128 weights of the rows of a tile.
+// 128 weights of each row of a tile.
 static inline tq1_25_rows half_of(sizes of, const void * tile, int64_t half) {
     const tq1_25_part * part = (const tq1_25_part *) tile;
     const tq1_25_rows rows = { part + PARTS * half, (const uint16_t *) (part + PARTS * of.halves) };
     return rows;
 }
 
-// To the L2 cache: what comes next is further than hardware looks. An address behind the matrix does no harm.
+// Hardware does not prefetch this far ahead. Addresses past the end of the matrix do no harm.
 static inline void prefetch(const void * x, size_t size) {
     for (size_t i = 0; i < size; i += 64) {
         PREFETCH((const char *) x + i);
     }
 }
 
-// A block to the row of a tile.
+// Writes a block into a row of a tile.
 static void put_row(enum tq1_25_kind kind, const void * x, void * y, int row) {
     tq1_25_part * part = (tq1_25_part *) y;
     const sizes of = sizes_of(kind);
-    uint16_t *    d  = (uint16_t *) (part + PARTS * of.halves) + TQ1_25_PLACE(row);
+    uint16_t * d = (uint16_t *) (part + PARTS * of.halves) + TQ1_25_PLACE(row);
     if (kind == KIND_TQ1_25) {
         const block_tq1_25 * block = (const block_tq1_25 *) x;
         for (int j = 0; j < PARTS; ++j) {
@@ -82,23 +82,22 @@ static void put_row(enum tq1_25_kind kind, const void * x, void * y, int row) {
 }
 
 #ifdef LOAD
-// Sixteen rows of sixteen bytes to rows of bytes at the same place: each round doubles the rows
-// whose bytes are neighbours.
+// Transposes sixteen rows of sixteen bytes. Each half round doubles the number of rows whose bytes are neighbours.
 static inline void transpose(bytes a[16]) {
     bytes b[16];
     for (int round = 0; round < 2; ++round) {
         for (int r = 0; r < 8; ++r) {
-            b[2 * r]     = ZIP_LOWER(a[r], a[r + 8]);
+            b[2 * r] = ZIP_LOWER(a[r], a[r + 8]);
             b[2 * r + 1] = ZIP_UPPER(a[r], a[r + 8]);
         }
         for (int r = 0; r < 8; ++r) {
-            a[2 * r]     = ZIP_LOWER(b[r], b[r + 8]);
+            a[2 * r] = ZIP_LOWER(b[r], b[r + 8]);
             a[2 * r + 1] = ZIP_UPPER(b[r], b[r + 8]);
         }
     }
 }
 
-// Sixteen bytes of each of sixteen rows, transposed. What isn't used of it isn't computed: the compiler sees to it.
+// Loads and transposes sixteen bytes of each of sixteen rows. The compiler drops results that the caller does not use.
 static inline void load_transposed(const char * x, size_t stride, bytes a[16]) {
     for (int r = 0; r < 16; ++r) {
         a[r] = LOAD(x + stride * (size_t) r);
@@ -106,7 +105,7 @@ static inline void load_transposed(const char * x, size_t stride, bytes a[16]) {
     transpose(a);
 }
 
-// STQ1_0 has two groups that follow each other in a byte; those of a tile are four apart. Both low or both high nibbles of two rows.
+// STQ1_0 has two consecutive groups in a byte, a tile two groups that are four apart. These join the low or the high nibbles of two bytes.
 static inline bytes low_nibbles(bytes first, bytes second) {
 #    ifdef SSE2
     const bytes low = _mm_set1_epi8(15);
@@ -125,7 +124,7 @@ static inline bytes high_nibbles(bytes first, bytes second) {
 #    endif
 }
 
-// The scales of eight rows, even ones to a place and odd ones to another.
+// Stores the scales of eight rows, even and odd rows separately.
 static inline void put_scales(bytes eight, uint16_t * even, uint16_t * odd) {
 #    ifdef SSE2
     eight = _mm_shufflehi_epi16(_mm_shufflelo_epi16(eight, 0xd8), 0xd8);
@@ -140,24 +139,26 @@ static inline void put_scales(bytes eight, uint16_t * even, uint16_t * odd) {
 }
 #endif
 
-// Sixteen rows, the first a multiple of sixteen, `stride` bytes from one's block to the next one's.
+// Writes the blocks of sixteen rows, which are `stride` bytes apart, into a tile. The first row is a multiple of sixteen.
 static inline void put_sixteen(enum tq1_25_kind kind, const char * x, size_t stride, void * y, int row) {
 #ifdef LOAD
     const sizes of = sizes_of(kind);
     tq1_25_part * part = (tq1_25_part *) y;
-    uint16_t *    d = (uint16_t *) (part + PARTS * of.halves);
+    uint16_t * d = (uint16_t *) (part + PARTS * of.halves);
     bytes a[16];
     for (int h = 0; h < of.halves; ++h) {
         load_transposed(x + 16 * h, stride, a);
         for (int j = 0; j < PARTS; ++j) {
             const bytes * b = a + 4 * j;
             for (int k = 0; k < 4; ++k) {
-                const bytes slots = kind == KIND_TQ1_25 ? b[k] : k % 2 ? high_nibbles(b[k / 2], b[2 + k / 2]) : low_nibbles(b[k / 2], b[2 + k / 2]);
+                const bytes slots = kind == KIND_TQ1_25 ? b[k]
+                                    : k % 2             ? high_nibbles(b[k / 2], b[2 + k / 2])
+                                                        : low_nibbles(b[k / 2], b[2 + k / 2]);
                 STORE(part[PARTS * h + j].qs[k] + row, slots);
             }
         }
     }
-    load_transposed(x + of.block - 16, stride, a); // ends with sign and d
+    load_transposed(x + of.block - 16, stride, a); // the end: sign and d
     for (int j = 0; j < PARTS * of.halves; ++j) {
         STORE(part[j].sign + row, a[14 - PARTS * of.halves + j]);
     }
@@ -170,8 +171,8 @@ static inline void put_sixteen(enum tq1_25_kind kind, const char * x, size_t str
 #endif
 }
 
-// Past the caches where it can be: what is written is not read soon, and lines need not be fetched to be written (two thirds
-// of the time).
+// Bypasses the caches where possible. Tiles are not read soon, and lines need not be fetched before they are written: two thirds of the
+// time.
 static void put_tile(const void * x, void * y, size_t size) {
 #ifdef SSE2
     if ((uintptr_t) y % 16 == 0) {
@@ -187,15 +188,15 @@ static void put_tile(const void * x, void * y, size_t size) {
 void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y) {
     const sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights;
-    const char *  from = (const char *) x;
-    char *        to   = (char *) y;
+    const char * from = (const char *) x;
+    char * to = (char *) y;
     for (; rows >= TQ1_25_TILE; rows -= TQ1_25_TILE, from += of.tile * (size_t) nb) {
         for (int64_t i = 0; i < nb; ++i, to += of.tile) {
-            prefetch(from + of.tile * (size_t) (nb + i), of.tile); // as many bytes of the next 64 rows
-            stq1_0_tile tile; // of either
+            prefetch(from + of.tile * (size_t) (nb + i), of.tile); // the same part of the next 64 rows
+            stq1_0_tile tile; // of either type
             for (int row = 0; row < TQ1_25_TILE; row += 16) {
                 const char * sixteen = from + of.block * (size_t) (nb * row + i);
-                if (kind == KIND_TQ1_25) { // a constant each
+                if (kind == KIND_TQ1_25) { // constant kinds
                     put_sixteen(KIND_TQ1_25, sixteen, of.block * (size_t) nb, &tile, row);
                 } else {
                     put_sixteen(KIND_STQ1_0, sixteen, of.block * (size_t) nb, &tile, row);
@@ -205,14 +206,14 @@ void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * 
         }
     }
 #ifdef SSE2
-    _mm_sfence(); // others are to see what was streamed
+    _mm_sfence(); // makes the streamed tiles visible to other threads
 #endif
     memcpy(to, from, (size_t) (rows * nb) * of.block);
 }
 
 void stq1_0_order(const float * x, float * y, int64_t n) {
     for (int64_t i = 0; i < n; i += STQ1_0_CHUNK, x += STQ1_0_CHUNK, y += STQ1_0_CHUNK) {
-#ifdef SSE2 // the loop takes 5 % of a prompt
+#ifdef SSE2 // the plain loop takes 5 % of a prompt's time
         for (int g = 0; g < STQ1_0_LANE; g += 4) {
             __m128 a = _mm_loadu_ps(x + g), b = _mm_loadu_ps(x + STQ1_0_LANE + g);
             __m128 c = _mm_loadu_ps(x + 2 * STQ1_0_LANE + g), d = _mm_loadu_ps(x + 3 * STQ1_0_LANE + g);
@@ -239,24 +240,25 @@ void stq1_0_order(const float * x, float * y, int64_t n) {
     }
 }
 
-// ---- matrix by vectors ----
+// ---- tables ----
 
 int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n) {
     const int64_t size = n / QK_TQ1_25 * (isa->table_size + PARTS * (int64_t) sizeof(float));
     return (size + 63) / 64 * 64;
 }
 
-// They follow the tables.
+// The scales follow the tables.
 static float * scales(const struct tq1_25_isa * isa, int64_t n, void * table) {
     return (float *) ((int8_t *) table + n / QK_TQ1_25 * isa->table_size);
 }
 
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table) {
     const int64_t from = begin / QK_TQ1_25, nb = end / QK_TQ1_25 - from;
-    isa->table(nb, y + PARTS * from, (int8_t *) table + from * isa->table_size, isa->table_size, scales(isa, n, table) + PARTS * from, PARTS);
+    isa->table(nb, y + PARTS * from, (int8_t *) table + from * isa->table_size, isa->table_size, scales(isa, n, table) + PARTS * from,
+               PARTS);
 }
 
-// Block i of the rows that are left over, as a tile whose other rows are zero.
+// Block i of the leftover rows as a tile whose other rows are zero.
 static void leftover_tile(enum tq1_25_kind kind, int64_t rows, int64_t nb, const void * x, int64_t i, stq1_0_tile * tile) {
     const sizes of = sizes_of(kind);
     memset(tile, 0, of.tile);
@@ -265,23 +267,23 @@ static void leftover_tile(enum tq1_25_kind kind, int64_t rows, int64_t nb, const
     }
 }
 
-void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s) {
+void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
+                       int64_t end, int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s) {
     const sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights, whole = rows / TQ1_25_TILE, left = rows % TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
         const char * tiles = (const char *) x + of.tile * (size_t) (t * nb);
         for (int c = 0; c < nc; ++c) {
-            float *        to = s[c] + t * TQ1_25_TILE;
+            float * to = s[c] + t * TQ1_25_TILE;
             const int8_t * table = (const int8_t *) tables[c];
-            const float *  d = scales(isa, n, tables[c]);
+            const float * d = scales(isa, n, tables[c]);
             if (t < whole) {
                 isa->gemv[kind](n, to, tiles, table, d);
             } else if (kind == KIND_TQ1_25) {
                 for (int64_t r = 0; r < left; ++r) {
                     isa->vec_dot(n, to + r, (const block_tq1_25 *) tiles + r * nb, y[c]);
                 }
-            } else { // its plain dot product wants activations in their own order
+            } else { // STQ1_0's plain dot product needs activations in their original order
                 float sums[TQ1_25_TILE];
                 stq1_0_tile tile;
                 for (int64_t i = 0; i < nb; ++i) {
@@ -296,14 +298,14 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
     }
 }
 
-// ---- matrix by several vectors ----
+// ---- codes ----
 
-void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                      int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch) {
+void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
+                      int64_t end, int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch) {
     const sizes of = sizes_of(kind);
-    const int64_t nb = n / of.weights, halves = nb * of.halves; // of a row
+    const int64_t nb = n / of.weights, halves = nb * of.halves; // in a row
     const int64_t whole = rows / TQ1_25_TILE, size = isa->table_size, tiles = isa->code_tiles;
-    const int64_t depth = TQ1_25_CODE_PAIRS / nc / of.halves * of.halves; // 128 weights of a row at a time
+    const int64_t depth = TQ1_25_CODE_PAIRS / nc / of.halves * of.halves; // units of 128 weights at a time
     for (int64_t i = 0; i < halves; i += depth) {
         const int64_t blocks = halves - i < depth ? halves - i : depth;
         for (int c = 0; c < nc; ++c) {
@@ -314,15 +316,15 @@ void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int6
             memset(scratch->sums, 0, sizeof(float) * (size_t) (nc * tiles * TQ1_25_TILE));
             for (int c = 0; c < nc; ++c) {
                 for (int64_t r = t * TQ1_25_TILE; r < (t + count) * TQ1_25_TILE && r < rows; r += 16) {
-                    PREFETCH(s[c] + r); // else the stores wait for each of these lines; to L2, since L1 is for tables
+                    PREFETCH(s[c] + r); // else the stores wait for these lines; to L2, since L1 is for tables
                 }
             }
             for (int64_t k = 0; k < blocks; ++k) {
                 const int64_t block = (i + k) / of.halves, half = (i + k) % of.halves;
-                tq1_25_rows   rows_of[2];
-                for (int64_t u = 0; u < tiles; ++u) { // without a second one, the first one twice
+                tq1_25_rows rows_of[2];
+                for (int64_t u = 0; u < tiles; ++u) { // the first one twice if there is no second
                     const int64_t row = u < count ? t + u : t;
-                    const char *  tile = (const char *) x + of.tile * (size_t) (row * nb);
+                    const char * tile = (const char *) x + of.tile * (size_t) (row * nb);
                     if (row < whole) {
                         rows_of[u] = half_of(of, tile + of.tile * (size_t) block, half);
                         prefetch((const char *) rows_of[u].part + of.tile * (size_t) (tiles * nb), of.tile / (size_t) of.halves);
@@ -339,7 +341,7 @@ void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int6
             for (int c = 0; c < nc; ++c) {
                 for (int64_t u = 0; u < count; ++u) {
                     const float * sums = scratch->sums + (c * tiles + u) * TQ1_25_TILE;
-                    float *       to   = s[c] + (t + u) * TQ1_25_TILE;
+                    float * to = s[c] + (t + u) * TQ1_25_TILE;
                     if (t + u < whole) {
                         isa->store(to, sums, i > 0);
                         continue;
@@ -354,14 +356,14 @@ void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int6
     }
 }
 
-// ---- matrix by matrix ----
+// ---- panels ----
 
 int64_t tq1_25_panel_size(int64_t n, int64_t nc) {
     return n / TQ1_25_QK8_0 * nc * (int64_t) (TQ1_25_QK8_0 + sizeof(int32_t) + sizeof(float));
 }
 
 static int32_t sum_of(const int8_t q[TQ1_25_QK8_0]) {
-#ifdef SSE2 // a panel takes a quarter less than with the loop
+#ifdef SSE2 // makes a panel in three quarters of the plain loop's time
     const __m128i top = _mm_set1_epi8(-128), zero = _mm_setzero_si128(); // q + 128, unsigned
     const __m128i a = _mm_xor_si128(_mm_loadu_si128((const __m128i *) q), top);
     const __m128i b = _mm_xor_si128(_mm_loadu_si128((const __m128i *) (q + 16)), top);
@@ -389,7 +391,7 @@ void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * c
                 memcpy(column, block->qs + TQ1_25_GROUP * g, TQ1_25_GROUP);
             }
             const int32_t bias = -sum;
-            const float    d    = tq1_25_fp16_to_float(block->d);
+            const float d = tq1_25_fp16_to_float(block->d);
             memcpy(column, &bias, sizeof(bias));
             memcpy(column + sizeof(bias) * (size_t) nc, &d, sizeof(d));
         }
@@ -403,8 +405,9 @@ void tq1_25_decode_scales(const uint16_t * d, tq1_25_decoded * w) {
     }
 }
 
-void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end,
-                       int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s, struct tq1_25_panel_scratch * scratch) {
+void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
+                       int64_t end, int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s,
+                       struct tq1_25_panel_scratch * scratch) {
     const sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights, halves = nb * of.halves, whole = rows / TQ1_25_TILE;
     for (int64_t t = begin; t < end; ++t) {
@@ -414,7 +417,7 @@ void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
             const int64_t depth = halves - i < TQ1_25_DEPTH ? halves - i : TQ1_25_DEPTH;
             for (int64_t k = 0; k < depth; ++k) {
                 const int64_t block = (i + k) / of.halves, half = (i + k) % of.halves;
-                const void *  tile = tiles + of.tile * (size_t) block;
+                const void * tile = tiles + of.tile * (size_t) block;
                 if (left < TQ1_25_TILE) {
                     if (half == 0) {
                         leftover_tile(kind, left, nb, tiles, block, &scratch->tile);
@@ -429,7 +432,7 @@ void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
                 const int8_t * panel = (const int8_t *) panels + tq1_25_panel_size(n, c) + tq1_25_panel_size(i * QK_TQ1_25, columns);
                 for (int k = 0; k < columns; ++k) {
                     for (int r = 0; r < left; r += 16) {
-                        PREFETCH_WRITE(s[c + k] + t * TQ1_25_TILE + r); // else the sums wait for each of these lines
+                        PREFETCH_WRITE(s[c + k] + t * TQ1_25_TILE + r); // else the stores wait for these lines
                     }
                 }
                 isa->gemm(depth, columns, scratch->sums[0], scratch->decoded, panel);

@@ -1,4 +1,4 @@
-// The codecs of TQ1_25 and STQ1_0: quantize, dequantize. Plain C11, the same bytes as sherry_gguf/blocks.py.
+// The codecs of TQ1_25 and STQ1_0 in plain C11. They give the same bytes as sherry_gguf/blocks.py.
 
 #ifdef __linux__
 #    define _DEFAULT_SOURCE // madvise
@@ -18,11 +18,11 @@
 #define FP16_NAN 0x7e00
 #define FP16_INF 0x7c00
 
-// A double >= 0 to fp16, rounded once: nearest, ties to even. Going by way of float would round twice.
+// Rounds a double >= 0 to the nearest fp16, ties to even. Going by way of float would round twice.
 static uint16_t fp16_from_double(double value) {
     uint64_t bits;
     memcpy(&bits, &value, sizeof(bits));
-    const int      exponent = (int) (bits >> 52) - 1023; // of a double >= 0: no sign bit
+    const int exponent = (int) (bits >> 52) - 1023; // there is no sign bit
     const uint64_t mantissa = (bits & ((1ull << 52) - 1)) | 1ull << 52;
     if (exponent >= 16) {
         return FP16_INF;
@@ -30,30 +30,30 @@ static uint16_t fp16_from_double(double value) {
     if (exponent < -25) {
         return 0; // less than half the smallest subnormal
     }
-    // Subnormals are multiples of 2^-24, a normal's last bit is 2^(exponent - 10).
-    const int      shift = exponent < -14 ? 52 - exponent - 24 : 42;
-    const uint64_t kept  = mantissa >> shift;
-    const uint64_t rest  = mantissa & ((1ull << shift) - 1);
-    const uint64_t half  = 1ull << (shift - 1);
+    // Subnormals are multiples of 2^-24; the last bit of a normal is 2^(exponent - 10).
+    const int shift = exponent < -14 ? 52 - exponent - 24 : 42;
+    const uint64_t kept = mantissa >> shift;
+    const uint64_t rest = mantissa & ((1ull << shift) - 1);
+    const uint64_t half = 1ull << (shift - 1);
     const uint64_t round = kept + (rest > half || (rest == half && (kept & 1)));
-    // A normal's leading bit adds one to the exponent field; so does a carry, up to infinity.
+    // The leading bit of a normal adds one to the exponent field. So does a carry, up to infinity.
     return (uint16_t) (exponent < -14 ? round : ((uint64_t) (exponent + 14) << 10) + round);
 }
 
 // ---- quantize ----
 
-// In what follows the weights of a block are in the order of its groups, and their number is known where it is compiled.
+// The functions below take a block's weights in the order of its groups. They are inlined with a constant number of groups.
 enum { MOST_GROUPS = STQ1_0_GROUPS };
 
 typedef struct {
-    uint8_t  slot[MOST_GROUPS];
-    uint8_t  sign[MOST_GROUPS / 8];
+    uint8_t slot[MOST_GROUPS];
+    uint8_t sign[MOST_GROUPS / 8];
     uint16_t d;
-} content; // of a block
+} content; // of a block of either type
 
-// The zero lane of each group: smallest magnitude, among equals the lowest lane. False if a weight is NaN or infinite.
+// Finds the zero lane of each group: the smallest magnitude, the lowest lane among equals. False if a weight is NaN or infinite.
 INLINE bool choose_zeros(const float * x, int groups, uint8_t * zero) {
-    uint32_t a[TQ1_25_GROUP * MOST_GROUPS]; // magnitudes; the bits of floats >= 0 are in the floats' order
+    uint32_t a[TQ1_25_GROUP * MOST_GROUPS]; // magnitudes, as bits, which floats >= 0 have in the same order
     memcpy(a, x, sizeof(*a) * TQ1_25_GROUP * (size_t) groups);
     uint32_t most = 0;
     for (int i = 0; i < TQ1_25_GROUP * groups; ++i) {
@@ -62,8 +62,8 @@ INLINE bool choose_zeros(const float * x, int groups, uint8_t * zero) {
     }
     for (int g = 0; g < groups; ++g) {
         const uint32_t * m = a + TQ1_25_GROUP * g;
-        // a tournament without branches, which would be mispredicted; the left of a pair wins a tie
-        const uint32_t r01 = m[1] < m[0],              r23 = m[3] < m[2];
+        // a tournament without branches, which would be mispredicted; the left one wins a tie
+        const uint32_t r01 = m[1] < m[0], r23 = m[3] < m[2];
         const uint32_t m01 = m[1] < m[0] ? m[1] : m[0], m23 = m[3] < m[2] ? m[3] : m[2];
         const uint32_t right = m23 < m01;
         zero[g] = (uint8_t) (right << 1 | (r01 ^ ((r01 ^ r23) & (0u - right))));
@@ -110,9 +110,9 @@ INLINE enum tq1_25_status quantize_plain(const float * x, int groups, content * 
     return d == FP16_INF ? TQ1_25_OVERFLOW : TQ1_25_OK;
 }
 
-// Minimises sum w * (x - d*t)^2 over the scale and the zeros by turns, each best for the other, so the error only falls.
+// Minimizes sum w * (x - d*t)^2 over the scale d and the zeros in turn. Each is the best for the other, so the error only falls.
 INLINE enum tq1_25_status quantize_groups(const float * x, const float * w, int groups, content * y) {
-    enum { TURNS = 8 }; // most blocks stand still after three
+    enum { TURNS = 8 }; // most blocks settle after three
     if (!w) {
         return quantize_plain(x, groups, y);
     }
@@ -122,30 +122,30 @@ INLINE enum tq1_25_status quantize_groups(const float * x, const float * w, int 
     }
     uint8_t zero[MOST_GROUPS];
     if (!choose_zeros(x, groups, zero) || !(most > 0.0f && most <= 3.0e38f)) {
-        return quantize_plain(x, groups, y); // nothing to weigh by, or nothing to weigh
+        return quantize_plain(x, groups, y); // useless importance, or weights that are not finite
     }
-    // Inputs that the importance matrix never saw still count a little: else their zero would be a toss-up.
+    // Inputs that the importance matrix never saw still count a little. Their zeros would be arbitrary otherwise.
     const double least = 1e-6 * most;
     double d = 0.0;
     for (int turn = 0; turn < TURNS; ++turn) {
         double sum_wx = 0.0, sum_w = 0.0;
         for (int i = 0; i < TQ1_25_GROUP * groups; ++i) {
             if (i % TQ1_25_GROUP != zero[i / TQ1_25_GROUP]) {
-                const double wi = w[i] > least ? w[i] : least; // also of a NaN
+                const double wi = w[i] > least ? w[i] : least; // also if w[i] is NaN
                 sum_wx += wi * fabs((double) x[i]);
-                sum_w  += wi;
+                sum_w += wi;
             }
         }
         d = sum_wx / sum_w;
         int moved = 0;
         for (int g = 0; g < groups; ++g) {
             double best = 0.0;
-            int    z = 0;
+            int z = 0;
             for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-                const int    i  = TQ1_25_GROUP * g + lane;
+                const int i = TQ1_25_GROUP * g + lane;
                 const double wi = w[i] > least ? w[i] : least;
                 const double xi = fabs((double) x[i]);
-                const double cost = wi * d * (2.0 * xi - d); // of a zero here: w * (x^2 - (|x| - d)^2)
+                const double cost = wi * d * (2.0 * xi - d); // of a zero in this lane: w * (x^2 - (|x| - d)^2)
                 if (lane == 0 || cost < best) {
                     best = cost;
                     z = lane;
@@ -183,7 +183,7 @@ static void by_groups(const float * x, float * y) {
 }
 
 static enum tq1_25_status quantize_stq1_0_block(const float * x, const float * w, block_stq1_0 * y) {
-    float   grouped[QK_STQ1_0], weights[QK_STQ1_0];
+    float grouped[QK_STQ1_0], weights[QK_STQ1_0];
     content c;
     by_groups(x, grouped);
     if (w) {
@@ -198,7 +198,7 @@ static enum tq1_25_status quantize_stq1_0_block(const float * x, const float * w
     return status;
 }
 
-// All blocks of n weights; the first status that is not OK, and its block.
+// Quantizes all blocks of n weights. Returns the first status that is not OK and stores its block in *bad.
 #define QUANTIZE_ALL(quantize_block, size)                                                                  \
     enum tq1_25_status first = TQ1_25_OK;                                                                   \
     for (int64_t i = 0; i < n / (size); ++i) {                                                              \
@@ -254,7 +254,7 @@ void stq1_0_dequantize(const block_stq1_0 * x, float * y, int64_t n) {
     }
 }
 
-// d: the scale of the first block, each `size` bytes from the one before.
+// d is the scale of the first block; blocks are `size` bytes apart.
 static bool validate(const char * type, const uint16_t * d, size_t size, size_t nb) {
     for (size_t i = 0; i < nb; ++i) {
         const uint16_t di = *(const uint16_t *) ((const char *) d + i * size);
@@ -282,31 +282,31 @@ void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n) {
         const float inverse = d ? 1.0f / d : 0.0f;
         y->d = fp16_from_double(d);
         for (int j = 0; j < TQ1_25_QK8_0; ++j) {
-            // subnormal scales make products beyond int8 (or NaN)
+            // with a subnormal scale the product may exceed int8 or be NaN
             const float q = roundf(x[j] * inverse);
             y->qs[j] = (int8_t) (q >= 127.0f ? 127 : q <= -127.0f ? -127 : q == q ? (int) q : 0);
         }
     }
 }
 
-// ---- in the shapes of ggml's tables ----
+// ---- with the signatures of ggml's tables ----
 
-#define TABLES(type, QK)                                                                                                            \
-    void quantize_row_##type##_ref(const float * x, void * y, int64_t n) {                                                          \
-        assert(n % QK == 0);                                                                                                        \
-        type##_quantize(x, (block_##type *) y, n, NULL);                                                                            \
-    }                                                                                                                               \
-    void dequantize_row_##type(const void * x, float * y, int64_t n) {                                                              \
-        assert(n % QK == 0);                                                                                                        \
-        type##_dequantize((const block_##type *) x, y, n);                                                                          \
-    }                                                                                                                               \
-    size_t quantize_##type(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix) {                    \
-        assert(n_per_row % QK == 0);                                                                                                \
-        const int64_t blocks = n_per_row / QK;                                                                                      \
-        for (int64_t row = 0; row < nrows; ++row) {                                                                                 \
-            type##_quantize_weighted(x + row * n_per_row, imatrix, (block_##type *) y + row * blocks, n_per_row, NULL);             \
-        }                                                                                                                           \
-        return (size_t) (nrows * blocks) * sizeof(block_##type);                                                                    \
+#define TABLES(type, QK)                                                                                                \
+    void quantize_row_##type##_ref(const float * x, void * y, int64_t n) {                                              \
+        assert(n % QK == 0);                                                                                            \
+        type##_quantize(x, (block_##type *) y, n, NULL);                                                                \
+    }                                                                                                                   \
+    void dequantize_row_##type(const void * x, float * y, int64_t n) {                                                  \
+        assert(n % QK == 0);                                                                                            \
+        type##_dequantize((const block_##type *) x, y, n);                                                              \
+    }                                                                                                                   \
+    size_t quantize_##type(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix) {        \
+        assert(n_per_row % QK == 0);                                                                                    \
+        const int64_t blocks = n_per_row / QK;                                                                          \
+        for (int64_t row = 0; row < nrows; ++row) {                                                                     \
+            type##_quantize_weighted(x + row * n_per_row, imatrix, (block_##type *) y + row * blocks, n_per_row, NULL); \
+        }                                                                                                               \
+        return (size_t) (nrows * blocks) * sizeof(block_##type);                                                        \
     }
 
 TABLES(tq1_25, QK_TQ1_25)
@@ -315,13 +315,14 @@ TABLES(stq1_0, QK_STQ1_0)
 // ---- memory ----
 
 void tq1_25_release(const void * x, size_t size) {
-#ifdef __linux__ // elsewhere MADV_DONTNEED means less, or something else
+#ifdef __linux__ // MADV_DONTNEED means less elsewhere, or something else
     const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE);
     const uintptr_t begin = ((uintptr_t) x + page - 1) / page * page, end = ((uintptr_t) x + size) / page * page;
     if (begin < end) {
-        madvise((void *) begin, end - begin, MADV_DONTNEED); // advice: that it fails does no harm
+        madvise((void *) begin, end - begin, MADV_DONTNEED); // advice, so failure does no harm
     }
 #else
-    (void) x; (void) size;
+    (void) x;
+    (void) size;
 #endif
 }

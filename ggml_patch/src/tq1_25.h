@@ -88,9 +88,9 @@ TQ1_25_ASSERT(sizeof(tq1_25_q8_0) == sizeof(uint16_t) + TQ1_25_QK8_0, "tq1_25_q8
 // ---- codec (tq1_25.c) ----
 
 enum tq1_25_status {
-    TQ1_25_OK         = 0,
+    TQ1_25_OK = 0,
     TQ1_25_NOT_FINITE = 1, // a weight is NaN or infinite
-    TQ1_25_OVERFLOW   = 2, // a block's mean magnitude rounds to infinity in fp16
+    TQ1_25_OVERFLOW = 2, // a block's mean magnitude rounds to infinity in fp16
 };
 
 // Quantizes n weights with Sparse-AbsMean into n/128 blocks. Returns the status of the first block that the type cannot hold and stores

@@ -6,7 +6,7 @@
 
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "sherry/tq1_25.h"
+#include "sherry/repack.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,11 +16,11 @@
 enum { ROWS = 4, MAX_KERNELS = 64 }; // rows of 4096 weights of any type fit an L1 cache of 32 KiB with the activations
 
 struct kernel {
-    const char *     name;
-    enum ggml_type   type;
-    tq1_25_vec_dot_t tq1_25; // an instruction set's of TQ1_25; NULL: what ggml has registered
-    void *           rows;
-    void *           y;
+    const char * name;
+    enum ggml_type type;
+    tq1_25_vec_dot_t * tq1_25; // an instruction set's of TQ1_25; NULL: what ggml has registered
+    void * rows;
+    void * y;
 };
 
 static double now(void) {
@@ -69,7 +69,7 @@ int main(int argc, char ** argv) {
         fprintf(stderr, "rows of %d weights and %d rounds: both are at least 1, rows at most %d\n", n, rounds, 1 << 20);
         return 1;
     }
-    float * x = noise((size_t) n * ROWS), * activations = noise((size_t) n), * importance = noise((size_t) n);
+    float *x = noise((size_t) n * ROWS), *activations = noise((size_t) n), *importance = noise((size_t) n);
     for (int i = 0; i < n; ++i) {
         importance[i] += 1.0f;
     }

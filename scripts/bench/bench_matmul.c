@@ -8,7 +8,7 @@
 
 #include "ggml-cpu.h"
 #include "ggml.h"
-#include "sherry/tq1_25.h"
+#include "sherry/repack.h"
 
 #include <stdbool.h>
 #include <stdio.h>
@@ -22,13 +22,13 @@
 #endif
 
 enum {
-    N           = 2048, // weights of a row
-    DIFFERENT   = 256,  // rows that are not repeated
-    MOST        = 512,  // columns
-    FEW         = 64,   // columns up to which all of the matrix is used, so that weights come from memory
-    SOME_ROWS   = 2048, // beyond
-    HUGE_PAGE   = 2 << 20,
-    MAX_TYPES   = 64,
+    N = 2048, // weights of a row
+    DIFFERENT = 256,  // rows that are not repeated
+    MOST = 512,  // columns
+    FEW = 64,   // columns up to which all of the matrix is used, so that weights come from memory
+    SOME_ROWS = 2048, // beyond
+    HUGE_PAGE = 2 << 20,
+    MAX_TYPES = 64,
     PEAK_CHAINS = 12,   // sums that do not wait for one another
 };
 
@@ -65,23 +65,21 @@ static float * noise(size_t n, float above) {
 #else
 #    define UNROLL _Pragma("GCC unroll 16") // else the sums are in memory
 #endif
-#define PEAK(name, isa, bytes, type, set1, multiply)                                          \
-    __attribute__((target(isa))) static double name(void) {                                   \
-        type sum[PEAK_CHAINS];                                                                \
-        type x = set1(1);                                                                     \
-        UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) {                                        \
-            sum[c] = set1((char) c);                                                          \
-        }                                                                                     \
-        enum { TIMES = 1 << 20 };                                                             \
-        const double start = now();                                                           \
-        for (int i = 0; i < TIMES; ++i) {                                                     \
-            UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) {                                    \
-                __asm__ volatile("" : "+v"(x)); /* not the same as before */                  \
-                multiply;                                                                     \
-                __asm__ volatile("" : "+v"(sum[c]));                                          \
-            }                                                                                 \
-        }                                                                                     \
-        return (double) bytes * PEAK_CHAINS * TIMES / (now() - start) * 1e-9;                 \
+#define PEAK(name, isa, bytes, type, set1, multiply)                              \
+    __attribute__((target(isa))) static double name(void) {                       \
+        type sum[PEAK_CHAINS];                                                    \
+        type x = set1(1);                                                         \
+        UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) { sum[c] = set1((char) c); } \
+        enum { TIMES = 1 << 20 };                                                 \
+        const double start = now();                                               \
+        for (int i = 0; i < TIMES; ++i) {                                         \
+            UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) {                        \
+                __asm__ volatile("" : "+v"(x)); /* not the same as before */      \
+                multiply;                                                         \
+                __asm__ volatile("" : "+v"(sum[c]));                              \
+            }                                                                     \
+        }                                                                         \
+        return (double) bytes * PEAK_CHAINS * TIMES / (now() - start) * 1e-9;     \
     }
 PEAK(peak_avx512vnni, "avx512f,avx512bw,avx512vnni", 64, __m512i, _mm512_set1_epi8, sum[c] = _mm512_dpbusd_epi32(sum[c], x, x))
 PEAK(peak_avx512, "avx512f,avx512bw", 64, __m512i, _mm512_set1_epi8, sum[c] = _mm512_add_epi16(sum[c], _mm512_maddubs_epi16(x, x)))
@@ -105,10 +103,10 @@ static double peak(const char * isa) {
 
 struct matrix {
     enum ggml_type type;
-    int64_t        rows;
-    char *         data;
-    char *         y; // MOST activation rows
-    size_t         row_size, y_size;
+    int64_t rows;
+    char * data;
+    char * y; // MOST activation rows
+    size_t row_size, y_size;
 };
 
 static struct matrix make(enum ggml_type type, size_t bytes, const float * x, const float * y, const float * importance) {
@@ -138,11 +136,11 @@ static void by_vec_dot(const struct matrix * m, float * s) {
 
 struct columns {
     const tq1_25_q8_0 * y[MOST];
-    float *             s[MOST];
-    void *              tables[MOST];
-    void *              panels;
+    float * s[MOST];
+    void * tables[MOST];
+    void * panels;
     struct tq1_25_panel_scratch * panel_scratch;
-    struct tq1_25_code_scratch *  code_scratch;
+    struct tq1_25_code_scratch * code_scratch;
 };
 
 static double by_tables(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
@@ -181,7 +179,7 @@ int main(int argc, char ** argv) {
         return 2;
     }
     ggml_cpu_init();
-    const float * x = noise((size_t) N * DIFFERENT, 0.5f), * y = noise((size_t) N * MOST, 0.5f), * importance = noise(N, -0.5f);
+    const float *x = noise((size_t) N * DIFFERENT, 0.5f), *y = noise((size_t) N * MOST, 0.5f), *importance = noise(N, -0.5f);
     struct matrix types[MAX_TYPES];
     int count = 0;
     for (int a = 2; a < argc; ++a) {
@@ -201,7 +199,7 @@ int main(int argc, char ** argv) {
     float * s = allocate(sizeof(float) * ((size_t) ours.rows + 64) * FEW + sizeof(float) * (size_t) SOME_ROWS * MOST);
     struct columns c = { .panels = allocate((size_t) tq1_25_panel_size(N, MOST)) };
     c.panel_scratch = allocate(sizeof(*c.panel_scratch));
-    c.code_scratch  = allocate(sizeof(*c.code_scratch));
+    c.code_scratch = allocate(sizeof(*c.code_scratch));
     for (int k = 0; k < MOST; ++k) {
         c.y[k] = (const tq1_25_q8_0 *) (ours.y + (size_t) k * ours.y_size);
         if (k < FEW) {
@@ -226,7 +224,7 @@ int main(int argc, char ** argv) {
                 continue;
             }
             for (size_t i = 0; i < sizeof(some) / sizeof(some[0]); ++i) {
-                const int     nc   = some[i];
+                const int nc = some[i];
                 const int64_t rows = nc <= FEW ? ours.rows : SOME_ROWS < ours.rows ? SOME_ROWS : ours.rows;
                 for (int k = 0; k < nc; ++k) {
                     c.s[k] = s + (size_t) k * (size_t) rows;

@@ -18,12 +18,12 @@
 #endif
 
 enum {
-    HUGE_PAGE   = 2 << 20,
-    BUFFER      = 512 << 20, // larger than most last-level caches
-    PASSES      = 4,         // over the buffer in a round, about 0.1 s: starting the threads does not show
-    STEP        = 256,       // bytes of four of the widest loads
+    HUGE_PAGE = 2 << 20,
+    BUFFER = 512 << 20, // larger than most last-level caches
+    PASSES = 4,         // over the buffer in a round, about 0.1 s: starting the threads does not show
+    STEP = 256,       // bytes of four of the widest loads
     MAX_THREADS = 1024,
-    MAX_ROUNDS  = 1000000,
+    MAX_ROUNDS = 1000000,
 };
 
 typedef uint64_t (*reader_t)(const char * p, size_t n); // n: a multiple of STEP; what is returned depends on every byte
@@ -83,10 +83,10 @@ static reader_t best_reader(void) {
 
 struct share {
     pthread_t thread;
-    char *    start;
-    size_t    size;
-    reader_t  reader; // NULL: fill the share, which puts its pages on the node of the thread
-    uint64_t  sum;
+    char * start;
+    size_t size;
+    reader_t reader; // NULL: fill the share, which puts its pages on the node of the thread
+    uint64_t sum;
 };
 
 static void * work(void * argument) {

@@ -1,6 +1,6 @@
 // One call of a kernel on zeros, for scripts/bench/count_arm.py, which counts the instructions: KERNEL, weights of a row, vectors.
 
-#include "tq1_25.h"
+#include "repack.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -10,26 +10,37 @@
 typedef void vec_dot(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 typedef void matmul(int n, float * s, size_t bs, const void * x, const void * y, int nr, int nc);
 __attribute__((weak)) vec_dot ggml_vec_dot_tq2_0_q8_K, ggml_vec_dot_tq1_0_q8_K, ggml_vec_dot_q4_0_q8_0, ggml_vec_dot_q2_K_q8_K;
-__attribute__((weak)) matmul  ggml_gemv_q4_0_4x4_q8_0, ggml_gemv_q4_0_4x8_q8_0, ggml_gemm_q4_0_4x4_q8_0, ggml_gemm_q4_0_4x8_q8_0;
+__attribute__((weak)) matmul ggml_gemv_q4_0_4x4_q8_0, ggml_gemv_q4_0_4x8_q8_0, ggml_gemm_q4_0_4x4_q8_0, ggml_gemm_q4_0_4x8_q8_0;
 float ggml_table_f32_f16[1 << 16], ggml_table_f32_ue4m3[256]; // theirs, for some types
 
 enum { MOST = 8192, ROWS = TQ1_25_TILE };
 
-static char   x[MOST * ROWS] __attribute__((aligned(64))), y[MOST * 64] __attribute__((aligned(64)));
+static char x[MOST * ROWS] __attribute__((aligned(64))), y[MOST * 64] __attribute__((aligned(64)));
 static int8_t table[MOST / QK_TQ1_25 * TQ1_25_TABLE * TQ1_25_CODE_COLUMNS] __attribute__((aligned(64)));
-static float  d[MOST / TQ1_25_QK8_0 * TQ1_25_CODE_COLUMNS], s[ROWS * 64] __attribute__((aligned(64)));
-static tq1_25_codes   codes;
+static float d[MOST / TQ1_25_QK8_0 * TQ1_25_CODE_COLUMNS], s[ROWS * 64] __attribute__((aligned(64)));
+static tq1_25_codes codes;
 static tq1_25_decoded decoded[MOST / QK_TQ1_25];
 
 #define IS(name) (strcmp(what, name) == 0)
 
 static int upstream(const char * what, int n, int nc) {
-    static const struct { const char * name; vec_dot * f; } dots[] = {
-        { "TQ2_0", ggml_vec_dot_tq2_0_q8_K }, { "TQ1_0", ggml_vec_dot_tq1_0_q8_K }, { "Q4_0", ggml_vec_dot_q4_0_q8_0 }, { "Q2_K", ggml_vec_dot_q2_K_q8_K },
+    static const struct {
+        const char * name;
+        vec_dot * f;
+    } dots[] = {
+        { "TQ2_0", ggml_vec_dot_tq2_0_q8_K },
+        { "TQ1_0", ggml_vec_dot_tq1_0_q8_K },
+        { "Q4_0", ggml_vec_dot_q4_0_q8_0 },
+        { "Q2_K", ggml_vec_dot_q2_K_q8_K },
     };
-    static const struct { const char * name; matmul * f; } products[] = {
-        { "Q4_0 4x4 gemv", ggml_gemv_q4_0_4x4_q8_0 }, { "Q4_0 4x8 gemv", ggml_gemv_q4_0_4x8_q8_0 },
-        { "Q4_0 4x4 gemm", ggml_gemm_q4_0_4x4_q8_0 }, { "Q4_0 4x8 gemm", ggml_gemm_q4_0_4x8_q8_0 },
+    static const struct {
+        const char * name;
+        matmul * f;
+    } products[] = {
+        { "Q4_0 4x4 gemv", ggml_gemv_q4_0_4x4_q8_0 },
+        { "Q4_0 4x8 gemv", ggml_gemv_q4_0_4x8_q8_0 },
+        { "Q4_0 4x4 gemm", ggml_gemm_q4_0_4x4_q8_0 },
+        { "Q4_0 4x8 gemm", ggml_gemm_q4_0_4x8_q8_0 },
     };
     for (size_t i = 0; i < sizeof(dots) / sizeof(*dots); ++i) {
         if (IS(dots[i].name) && dots[i].f) {
@@ -48,7 +59,7 @@ static int upstream(const char * what, int n, int nc) {
 
 static int ours(const struct tq1_25_isa * isa, const char * what, int n, int nc) {
     const tq1_25_part * part = (const tq1_25_part *) x;
-    const tq1_25_rows   rows[2] = { { part, (const uint16_t *) (part + 4) }, { part, (const uint16_t *) (part + 4) } };
+    const tq1_25_rows rows[2] = { { part, (const uint16_t *) (part + 4) }, { part, (const uint16_t *) (part + 4) } };
     if (IS("vec_dot")) {
         isa->vec_dot(n, s, (const block_tq1_25 *) x, (const tq1_25_q8_0 *) y);
     } else if (IS("vec_dot STQ1_0")) {
@@ -79,7 +90,7 @@ static int ours(const struct tq1_25_isa * isa, const char * what, int n, int nc)
 
 int main(int argc, char ** argv) {
     const char * what = argc == 4 ? argv[1] : "";
-    const int    n = argc == 4 ? atoi(argv[2]) : 0, nc = argc == 4 ? atoi(argv[3]) : 0;
+    const int n = argc == 4 ? atoi(argv[2]) : 0, nc = argc == 4 ? atoi(argv[3]) : 0;
     if (n <= 0 || n > MOST || nc <= 0 || nc > 64) {
         fprintf(stderr, "count_arm: KERNEL WEIGHTS VECTORS, at most %d and 64\n", MOST);
         return 2;

@@ -40,17 +40,8 @@ def build(work: Path) -> None:
     gcc, gxx = COMPILERS
     ggml = llama_cpp.source_dir() / "ggml"
     include = [f"-I{ggml / d}" for d in ("include", "src", "src/ggml-cpu")]
-    call(
-        gcc,
-        "-std=c11",
-        "-O3",
-        f"-I{SOURCES}",
-        "-r",
-        *sorted(SOURCES.glob("*.c")),
-        REPO / "scripts" / "bench" / "count_arm.c",
-        "-o",
-        work / "ours.o",
-    )
+    program = Path(__file__).with_suffix(".c")
+    call(gcc, "-std=c11", "-O3", f"-I{SOURCES}", "-r", *sorted(SOURCES.rglob("*.c")), program, "-o", work / "ours.o")
     for level, march in LEVELS.items():
         arm = ggml / "src/ggml-cpu/arch/arm"
         flags = ["-O3", "-D_GNU_SOURCE", f"-march={march}", *include, "-c"]

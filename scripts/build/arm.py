@@ -66,7 +66,7 @@ def python(work: Path) -> None:
              "--python-version", version, *platforms, *pins)  # fmt: skip
         stamp.write_text(wanted)
     include = next((root / "usr/include").glob("python3.*"))
-    sources = sorted([*(REPO / "sherry_gguf").rglob("*.py"), *_kernels_build.SOURCES.iterdir()])
+    sources = sorted([*(REPO / "sherry_gguf").rglob("*.py"), *_kernels_build.SOURCES.rglob("*.[ch]")])
     stamp, wanted = (
         work / "package.stamp",
         hashlib.sha256(b"\0".join(path.name.encode() + path.read_bytes() for path in sources)).hexdigest(),
@@ -79,7 +79,7 @@ def python(work: Path) -> None:
             source = Path(scratch, "_kernels.c")
             _kernels_build.ffibuilder.emit_c_code(str(source))
             call(COMPILERS[0], *_kernels_build.FLAGS, "-fPIC", "-shared", f"-I{_kernels_build.SOURCES}", f"-I{include}", f"-I{include.parent}",
-                 source, *sorted(_kernels_build.SOURCES.glob("*.c")), "-o", fresh / "_kernels.abi3.so")  # fmt: skip
+                 source, *sorted(_kernels_build.SOURCES.rglob("*.c")), "-o", fresh / "_kernels.abi3.so")  # fmt: skip
         stamp.unlink(missing_ok=True)
         shutil.rmtree(package, ignore_errors=True)
         fresh.rename(package)

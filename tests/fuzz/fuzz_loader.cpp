@@ -30,13 +30,14 @@
 
 extern "C" size_t LLVMFuzzerMutate(uint8_t * data, size_t size, size_t max_size);
 
-static std::string    path;
-static int            file = -1;
+static std::string path;
+static int file = -1;
 static ggml_backend_t backend;
-static bool           decoding;
+static bool decoding;
 
 static void on_abort(const char * message) {
-    const bool of_model = (strstr(message, "/src/llama-") && !strstr(message, "/src/llama-model-loader.cpp")) || strstr(message, "/src/models/");
+    const bool of_model =
+        (strstr(message, "/src/llama-") && !strstr(message, "/src/llama-model-loader.cpp")) || strstr(message, "/src/models/");
     const bool ours = strstr(message, "/sherry/");
     if (ours || (!of_model && !decoding)) {
         fprintf(stderr, "%s\n", message);
@@ -56,11 +57,13 @@ static void on_abort(const char * message) {
 extern "C" int LLVMFuzzerInitialize(int *, char ***) {
     llama_backend_init();
     ggml_set_abort_callback(on_abort);
-    llama_log_set([](ggml_log_level, const char * text, void *) {
-        if (getenv("FUZZ_LOG")) {
-            fputs(text, stderr);
-        }
-    }, nullptr);
+    llama_log_set(
+        [](ggml_log_level, const char * text, void *) {
+            if (getenv("FUZZ_LOG")) {
+                fputs(text, stderr);
+            }
+        },
+        nullptr);
     backend = ggml_backend_cpu_init();
     ggml_backend_cpu_set_n_threads(backend, 1);
     file = memfd_create("fuzz", 0);
@@ -71,8 +74,8 @@ extern "C" int LLVMFuzzerInitialize(int *, char ***) {
 static void multiply(ggml_tensor * weights, int64_t columns) {
     const ggml_init_params params = { 16 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true };
     ggml_context * context = ggml_init(params);
-    ggml_tensor *  x = ggml_new_tensor_3d(context, GGML_TYPE_F32, weights->ne[0], columns, weights->ne[2]);
-    ggml_cgraph *  graph = ggml_new_graph(context);
+    ggml_tensor * x = ggml_new_tensor_3d(context, GGML_TYPE_F32, weights->ne[0], columns, weights->ne[2]);
+    ggml_cgraph * graph = ggml_new_graph(context);
     ggml_build_forward_expand(graph, ggml_mul_mat(context, weights, x));
     ggml_backend_buffer_t buffer = ggml_backend_alloc_ctx_tensors(context, backend);
     const std::vector<float> ones((size_t) ggml_nelements(x), 1.0f);

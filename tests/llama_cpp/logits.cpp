@@ -44,11 +44,11 @@ int main(int argc, char ** argv) {
         llama_batch b = llama_batch_init(n, 0, 1);
         b.n_tokens = n;
         for (int i = 0; i < n; ++i) {
-            b.token[i]     = tokens[(size_t) (at + i)];
-            b.pos[i]       = at + i;
-            b.n_seq_id[i]  = 1;
+            b.token[i] = tokens[(size_t) (at + i)];
+            b.pos[i] = at + i;
+            b.n_seq_id[i] = 1;
             b.seq_id[i][0] = 0;
-            b.logits[i]    = 1;
+            b.logits[i] = 1;
         }
         if (llama_decode(context, b)) {
             return 1;

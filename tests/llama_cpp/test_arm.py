@@ -101,7 +101,7 @@ def test_operations_of_ggml(python, tools, cpu, kind, tmp_path):
 )  # fmt: skip
 def test_compiles_for_any_cpu(flags, tmp_path):
     """As a build on that machine does it: its instruction set is neither a part of a kernel's nor contains it."""
-    sources = sorted((REPO / "ggml_patch" / "src").glob("*.c"))
+    sources = sorted((REPO / "ggml_patch" / "src").rglob("*.c"))
     done = subprocess.run([COMPILERS[0], "-std=c11", "-O1", "-Wall", "-Wextra", "-Werror", flags, "-shared", "-fPIC", *sources, "-o", tmp_path / "x.so"],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -56,10 +56,10 @@ def test_fallbacks_of_mixed_types(odd, tmp_path, kind):
 
 
 @pytest.mark.parametrize("flags, tensor, block", [
-    (["--token-embedding-type", "tq1_25"], "token_embd.weight", "128, the block of tq1_25"),
-    (["--token-embedding-type", "q4_K"], "token_embd.weight", "256, the block of q4_K"),
-    (["--output-tensor-type", "stq1_0"], "output.weight", "256, the block of stq1_0"),
-    (["--dry-run", "--output-tensor-type", "tq1_25"], "output.weight", "128, the block of tq1_25"),
+    (["--token-embedding-type", "tq1_25"], "token_embd.weight", "128, the block size of tq1_25"),
+    (["--token-embedding-type", "q4_K"], "token_embd.weight", "256, the block size of q4_K"),
+    (["--output-tensor-type", "stq1_0"], "output.weight", "256, the block size of stq1_0"),
+    (["--dry-run", "--output-tensor-type", "tq1_25"], "output.weight", "128, the block size of tq1_25"),
 ])  # fmt: skip
 @pytest.mark.parametrize("to", ["TQ1_25", "Q8_0", "F16"])
 def test_quantize_refuses_a_type_that_rows_do_not_fit(odd, tmp_path, flags, tensor, block, to):

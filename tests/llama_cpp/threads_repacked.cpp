@@ -33,15 +33,15 @@ struct tensor_traits_base : public ggml::cpu::tensor_traits {
 }  // namespace repack
 }  // namespace ggml::cpu
 
-#include "tq1_25-ggml.hpp"
+#include "ggml/mul_mat.hpp"
 
 // ---- of ggml ----
 
 struct ggml_threadpool {
-    int                     n_threads = 1, waiting = 0, passed = 0;
-    std::mutex              mutex;
+    int n_threads = 1, waiting = 0, passed = 0;
+    std::mutex mutex;
     std::condition_variable all_there;
-    std::atomic<int>        current_chunk{ 0 };
+    std::atomic<int> current_chunk{ 0 };
 };
 
 static bool numa;
@@ -62,9 +62,7 @@ void ggml_barrier(ggml_threadpool * tp) { // sleeps, where ggml spins
 
 void ggml_threadpool_chunk_set(ggml_threadpool * tp, int value) { tp->current_chunk.store(value, std::memory_order_relaxed); }
 
-int ggml_threadpool_chunk_add(ggml_threadpool * tp, int value) {
-    return tp->current_chunk.fetch_add(value, std::memory_order_relaxed);
-}
+int ggml_threadpool_chunk_add(ggml_threadpool * tp, int value) { return tp->current_chunk.fetch_add(value, std::memory_order_relaxed); }
 
 void ggml_abort(const char * file, int line, const char * fmt, ...) {
     fprintf(stderr, "%s:%d: %s\n", file, line, fmt);
@@ -114,7 +112,12 @@ static ggml_tensor tensor(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2,
     return t;
 }
 
-#define CHECK(condition, ...) if (!(condition)) { fprintf(stderr, #condition " does not hold: " __VA_ARGS__); exit(1); } else (void) 0
+#define CHECK(condition, ...)                                       \
+    if (!(condition)) {                                             \
+        fprintf(stderr, #condition " does not hold: " __VA_ARGS__); \
+        exit(1);                                                    \
+    } else                                                          \
+        (void) 0
 
 // One operation by every number of threads. used = 0: MUL_MAT of columns; else MUL_MAT_ID of tokens with that many experts.
 static void run(int64_t n, int64_t rows, int64_t columns, int64_t experts, int64_t used, bool one_row, bool skewed) {
@@ -127,8 +130,12 @@ static void run(int64_t n, int64_t rows, int64_t columns, int64_t experts, int64
 
     std::vector<block_tq1_25> blocks((size_t) (nb * rows * experts)), repacked(blocks.size());
     for (block_tq1_25 & b : blocks) {
-        for (uint8_t & q : b.qs)   { q = (uint8_t) generator(); }
-        for (uint8_t & s : b.sign) { s = (uint8_t) generator(); }
+        for (uint8_t & q : b.qs) {
+            q = (uint8_t) generator();
+        }
+        for (uint8_t & s : b.sign) {
+            s = (uint8_t) generator();
+        }
         b.d = (uint16_t) (0x3c00 + 0x400 * below(2)); // 1 or 2
     }
     std::vector<float> activations((size_t) ggml_nrows(&y) * n), result((size_t) ggml_nrows(&op) * rows);
@@ -141,7 +148,7 @@ static void run(int64_t n, int64_t rows, int64_t columns, int64_t experts, int64
     }
     ggml_backend_buffer buffer = {};
     buffer.context = repacked.data();
-    buffer.size    = repacked.size() * sizeof(block_tq1_25);
+    buffer.size = repacked.size() * sizeof(block_tq1_25);
     w.buffer = &buffer;
     w.data = repacked.data();
     y.data = activations.data();
@@ -160,7 +167,7 @@ static void run(int64_t n, int64_t rows, int64_t columns, int64_t experts, int64
     std::vector<float> expected(result.size());
     for (int64_t c = 0; c < ggml_nrows(&op); ++c) {
         const int64_t row = used && one_row ? c / used : c;
-        const int64_t e   = used ? chosen[(size_t) c] : 0;
+        const int64_t e = used ? chosen[(size_t) c] : 0;
         for (int64_t r = 0; r < rows; ++r) {
             tq1_25_vec_dot_scalar(n, &expected[(size_t) (c * rows + r)], &blocks[(size_t) ((e * rows + r) * nb)],
                                   &quantized[(size_t) (row * n / TQ1_25_QK8_0)]);
@@ -176,7 +183,7 @@ static void run(int64_t n, int64_t rows, int64_t columns, int64_t experts, int64
 #else
         enum { GUARD = 64 };
 #endif
-        uint8_t * work = (uint8_t *) malloc(skew + size + GUARD), * end = work + skew + size;
+        uint8_t *work = (uint8_t *) malloc(skew + size + GUARD), *end = work + skew + size;
         memset(work, 0xa5, skew + size + GUARD);
         std::fill(result.begin(), result.end(), NAN);
         ggml_threadpool pool;
@@ -185,10 +192,10 @@ static void run(int64_t n, int64_t rows, int64_t columns, int64_t experts, int64
         for (int ith = 0; ith < threads; ++ith) {
             team.emplace_back([&, ith] {
                 ggml_compute_params params = {};
-                params.ith        = ith;
-                params.nth        = threads;
-                params.wsize      = size;
-                params.wdata      = work + skew;
+                params.ith = ith;
+                params.nth = threads;
+                params.wsize = size;
+                params.wdata = work + skew;
                 params.threadpool = &pool;
                 for (int again = 0; again < 2; ++again) { // one operation after another, a barrier between them
                     CHECK(traits->compute_forward(&params, &op), "\n");

@@ -1,7 +1,7 @@
 // The kernels for AVX-VNNI, compiled for a CPU that has the same multiplication among its AVX-512 instead: panels must give the
 // very sums of the scalar dot product. Inputs are such that sums are exact. usage: avxvnni SEED
 
-#include "tq1_25.h"
+#include "repack.h"
 
 #include <stdio.h>
 #include <stdlib.h>
@@ -26,8 +26,8 @@ int main(int argc, char ** argv) {
     long compared = 0;
     for (int round = 0; round < 60; ++round) {
         const int64_t nb = 1 + next() % 40, n = nb * QK_TQ1_25, rows = 1 + next() % 200, nc = 1 + next() % 20;
-        block_tq1_25 * x     = malloc((size_t) (rows * nb) * sizeof(*x));
-        void *         tiles = malloc((size_t) (rows * nb) * sizeof(*x));
+        block_tq1_25 * x = malloc((size_t) (rows * nb) * sizeof(*x));
+        void * tiles = malloc((size_t) (rows * nb) * sizeof(*x));
         for (int64_t i = 0; i < rows * nb; ++i) {
             for (size_t k = 0; k < sizeof(x[i].qs) + sizeof(x[i].sign); ++k) {
                 ((uint8_t *) &x[i])[k] = (uint8_t) next();
@@ -43,10 +43,10 @@ int main(int argc, char ** argv) {
             y[i].d = (uint16_t) (0x3c00 + 0x400 * (next() % 2));
         }
         const tq1_25_q8_0 * of[20];
-        float * s[20], * sums = malloc((size_t) (rows * nc) * sizeof(float));
+        float *s[20], *sums = malloc((size_t) (rows * nc) * sizeof(float));
         for (int64_t c = 0; c < nc; ++c) {
             of[c] = y + c * n / TQ1_25_QK8_0;
-            s[c]  = sums + c * rows;
+            s[c] = sums + c * rows;
         }
         uint8_t * panels = malloc((size_t) tq1_25_panel_size(n, nc));
         const int64_t count = tq1_25_panels(nc);

@@ -1,7 +1,7 @@
 // Random bytes through every decoder, encoder and product of ggml_patch/src, plain and repacked, in allocations of exactly
 // the size that they may touch, for a run under AddressSanitizer and UBSan. usage: fuzz_kernels SEED ROUNDS
 
-#include "tq1_25.h"
+#include "repack.h"
 
 #include <math.h>
 #include <stdio.h>
@@ -28,24 +28,24 @@ static void * bytes(size_t n, size_t skew) { // random, skew bytes off an aligne
 // Repacked rows by every product: exact sizes everywhere but for prefetches, which do not count.
 static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
     const int64_t size = kind == KIND_TQ1_25 ? QK_TQ1_25 : QK_STQ1_0, n = nb * size;
-    const size_t  block = kind == KIND_TQ1_25 ? sizeof(block_tq1_25) : sizeof(block_stq1_0);
+    const size_t block = kind == KIND_TQ1_25 ? sizeof(block_tq1_25) : sizeof(block_stq1_0);
     const int64_t units_of_64 = next() % 4 == 0 ? 1 + next() % 2 : 0;
     const int64_t rows = units_of_64 * TQ1_25_TILE + next() % 4, nc = 1 + next() % 20, units = (rows + TQ1_25_TILE - 1) / TQ1_25_TILE;
     uint8_t * blocks = bytes((size_t) (rows * nb) * block, skew);
-    uint8_t * x      = bytes((size_t) (rows * nb) * block, skew);
+    uint8_t * x = bytes((size_t) (rows * nb) * block, skew);
     tq1_25_repack(kind, rows, n, blocks + skew, x + skew);
-    uint8_t *           activations[20];
+    uint8_t * activations[20];
     const tq1_25_q8_0 * y[20];
-    void *              tables[20];
-    float *             s[20];
+    void * tables[20];
+    float * s[20];
     for (int64_t c = 0; c < nc; ++c) {
         activations[c] = bytes((size_t) (n / TQ1_25_QK8_0) * sizeof(tq1_25_q8_0), skew);
-        y[c]      = (const tq1_25_q8_0 *) (activations[c] + skew);
-        s[c]      = bytes((size_t) rows * sizeof(float), 0);
+        y[c] = (const tq1_25_q8_0 *) (activations[c] + skew);
+        s[c] = bytes((size_t) rows * sizeof(float), 0);
     }
     void * panels = bytes((size_t) tq1_25_panel_size(n, nc), 0);
     struct tq1_25_panel_scratch * panel_scratch = aligned_alloc(64, (sizeof(*panel_scratch) + 63) / 64 * 64);
-    struct tq1_25_code_scratch *  code_scratch  = aligned_alloc(64, (sizeof(*code_scratch) + 63) / 64 * 64);
+    struct tq1_25_code_scratch * code_scratch = aligned_alloc(64, (sizeof(*code_scratch) + 63) / 64 * 64);
     long calls = 0;
     for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
         if (!isa->gemv[kind] || !isa->supported()) {
@@ -64,7 +64,7 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
         const int64_t groups = tq1_25_code_groups(nc);
         for (int64_t g = 0; g < groups; ++g) {
             const int64_t c = tq1_25_first_of_group(nc, groups, g);
-            const int     columns = (int) (tq1_25_first_of_group(nc, groups, g + 1) - c);
+            const int columns = (int) (tq1_25_first_of_group(nc, groups, g + 1) - c);
             tq1_25_mul_codes(isa, kind, rows, n, x + skew, middle, units, columns, y + c, s + c, code_scratch);
             tq1_25_mul_codes(isa, kind, rows, n, x + skew, 0, middle, columns, y + c, s + c, code_scratch);
         }
@@ -72,8 +72,8 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
         const int64_t count = tq1_25_panels(nc), between = next() % (uint32_t) (count + 1), narrow = cut + next() % 4 * TQ1_25_QK8_0;
         for (int64_t p = 0; isa->gemm && p < count; ++p) {
             const int64_t c = tq1_25_first_column(nc, p), middle_ = narrow < n ? narrow : n;
-            const int     columns = (int) (tq1_25_first_column(nc, p + 1) - c);
-            uint8_t *     panel = (uint8_t *) panels + tq1_25_panel_size(n, c);
+            const int columns = (int) (tq1_25_first_column(nc, p + 1) - c);
+            uint8_t * panel = (uint8_t *) panels + tq1_25_panel_size(n, c);
             tq1_25_make_panel(0, middle_, columns, y + c, panel);
             tq1_25_make_panel(middle_, n, columns, y + c, panel);
         }
@@ -99,47 +99,47 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
 }
 
 // The codec and the plain dot products of a type.
-#define PLAIN(type, QK, dot)                                                                                                 \
-    static long plain_##type(long round, int64_t nb, size_t skew) {                                                          \
-        const int64_t n = nb * QK;                                                                                           \
-        uint8_t * blocks = bytes((size_t) nb * sizeof(block_##type), skew);                                                  \
-        uint8_t * q8_0   = bytes((size_t) (n / TQ1_25_QK8_0) * sizeof(tq1_25_q8_0), skew);                                   \
-        float *   x = bytes((size_t) n * sizeof(float), 0), * y = bytes((size_t) n * sizeof(float), 0);                      \
-        float *   importance = bytes((size_t) n * sizeof(float), 0);                                                         \
-        block_##type *      b = (block_##type *) (blocks + skew);                                                            \
-        const tq1_25_q8_0 * q = (const tq1_25_q8_0 *) (q8_0 + skew);                                                         \
-        long calls = 0;                                                                                                      \
-        type##_dequantize(b, y, n);                                                                                          \
-        type##_validate(b, (size_t) nb);                                                                                     \
-        for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {                                                \
-            if (!isa->supported || isa->supported()) {                                                                       \
-                float s;                                                                                                     \
-                isa->dot(n, &s, b, q);                                                                                       \
-                ++calls;                                                                                                     \
-            }                                                                                                                \
-        }                                                                                                                    \
-        /* floats of any bits, then finite ones: the first are mostly refused */                                             \
-        for (int finite = 0; finite < 2; ++finite) {                                                                         \
-            for (int64_t i = 0; finite && i < n; ++i) {                                                                      \
-                x[i] = ((float) (int32_t) next()) * 1e-8f;                                                                   \
-            }                                                                                                                \
-            int64_t bad = -1;                                                                                                \
-            const enum tq1_25_status status = type##_quantize(x, b, n, &bad);                                                \
-            if ((status == TQ1_25_OK) != (bad == -1) || bad >= nb || (finite && status != TQ1_25_OK)) {                      \
+#define PLAIN(type, QK, dot)                                                                                                       \
+    static long plain_##type(long round, int64_t nb, size_t skew) {                                                                \
+        const int64_t n = nb * QK;                                                                                                 \
+        uint8_t * blocks = bytes((size_t) nb * sizeof(block_##type), skew);                                                        \
+        uint8_t * q8_0 = bytes((size_t) (n / TQ1_25_QK8_0) * sizeof(tq1_25_q8_0), skew);                                           \
+        float *x = bytes((size_t) n * sizeof(float), 0), *y = bytes((size_t) n * sizeof(float), 0);                                \
+        float * importance = bytes((size_t) n * sizeof(float), 0);                                                                 \
+        block_##type * b = (block_##type *) (blocks + skew);                                                                       \
+        const tq1_25_q8_0 * q = (const tq1_25_q8_0 *) (q8_0 + skew);                                                               \
+        long calls = 0;                                                                                                            \
+        type##_dequantize(b, y, n);                                                                                                \
+        type##_validate(b, (size_t) nb);                                                                                           \
+        for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {                                                      \
+            if (!isa->supported || isa->supported()) {                                                                             \
+                float s;                                                                                                           \
+                isa->dot(n, &s, b, q);                                                                                             \
+                ++calls;                                                                                                           \
+            }                                                                                                                      \
+        }                                                                                                                          \
+        /* floats of any bits, then finite ones: the first are mostly refused */                                                   \
+        for (int finite = 0; finite < 2; ++finite) {                                                                               \
+            for (int64_t i = 0; finite && i < n; ++i) {                                                                            \
+                x[i] = ((float) (int32_t) next()) * 1e-8f;                                                                         \
+            }                                                                                                                      \
+            int64_t bad = -1;                                                                                                      \
+            const enum tq1_25_status status = type##_quantize(x, b, n, &bad);                                                      \
+            if ((status == TQ1_25_OK) != (bad == -1) || bad >= nb || (finite && status != TQ1_25_OK)) {                            \
                 fprintf(stderr, "round %ld: status %d with block %lld of %lld\n", round, status, (long long) bad, (long long) nb); \
-                exit(1);                                                                                                     \
-            }                                                                                                                \
-            type##_quantize_weighted(x, importance, b, n, NULL);                                                             \
-            quantize_##type(x, b, 1, n, importance);                                                                         \
-            tq1_25_quantize_q8_0(x, (tq1_25_q8_0 *) (q8_0 + skew), n);                                                       \
-            calls += 4;                                                                                                      \
-        }                                                                                                                    \
-        free(blocks);                                                                                                        \
-        free(q8_0);                                                                                                          \
-        free(x);                                                                                                             \
-        free(y);                                                                                                             \
-        free(importance);                                                                                                    \
-        return calls;                                                                                                        \
+                exit(1);                                                                                                           \
+            }                                                                                                                      \
+            type##_quantize_weighted(x, importance, b, n, NULL);                                                                   \
+            quantize_##type(x, b, 1, n, importance);                                                                               \
+            tq1_25_quantize_q8_0(x, (tq1_25_q8_0 *) (q8_0 + skew), n);                                                             \
+            calls += 4;                                                                                                            \
+        }                                                                                                                          \
+        free(blocks);                                                                                                              \
+        free(q8_0);                                                                                                                \
+        free(x);                                                                                                                   \
+        free(y);                                                                                                                   \
+        free(importance);                                                                                                          \
+        return calls;                                                                                                              \
     }
 
 PLAIN(tq1_25, QK_TQ1_25, vec_dot)
@@ -147,7 +147,7 @@ PLAIN(stq1_0, QK_STQ1_0, vec_dot_stq1_0)
 
 static long ordered(int64_t nb) {
     const int64_t n = nb * QK_STQ1_0;
-    float *       x = bytes((size_t) n * sizeof(float), 0), * y = bytes((size_t) n * sizeof(float), 0);
+    float *x = bytes((size_t) n * sizeof(float), 0), *y = bytes((size_t) n * sizeof(float), 0);
     stq1_0_order(x, y, n);
     free(x);
     free(y);
@@ -163,7 +163,7 @@ int main(int argc, char ** argv) {
     long calls = 0;
     for (long round = 0; round < rounds; ++round) {
         const int64_t nb = next() % 9;
-        const size_t  skew = next() % 2 * 2; // blocks are aligned to two bytes and no more
+        const size_t skew = next() % 2 * 2; // blocks are aligned to two bytes and no more
         calls += plain_tq1_25(round, nb, skew) + plain_stq1_0(round, nb, skew) + ordered(nb);
         if (round % 5 == 0) {
             calls += repacked(round % 2 ? KIND_STQ1_0 : KIND_TQ1_25, 1 + next() % 20, skew);

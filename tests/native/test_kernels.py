@@ -19,7 +19,6 @@ from sherry_gguf import gguf_type, kernels, ternary, tq1_25
 from sherry_gguf.errors import QuantizeError
 
 SOURCES = Path(__file__).parents[2] / "ggml_patch" / "src"
-HEADER = (SOURCES / "tq1_25.h").read_text()
 ISAS = kernels.available()
 
 floats = st.floats(-(2.0**15), 2.0**15, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0**-149])
@@ -51,9 +50,7 @@ def test_constants_of_c_and_python_are_equal():
     assert (block_types.Q8_0, block_types.Q8_0_BYTES) == (lib.TQ1_25_QK8_0, kernels.Q8_0_BYTES)
     sizes = {q: (n, size) for q, (n, size) in quants.GGML_QUANT_SIZES.items()}
     assert sizes[GGMLQuantizationType.Q8_0] == (lib.TQ1_25_QK8_0, kernels.Q8_0_BYTES)
-    for lane in range(4):
-        table = re.search(rf"TQ1_25_LANE{lane} \{{(.*?)\}}", HEADER)[1]
-        assert [int(v) for v in table.split(",")] == ternary.PATTERNS[:16, lane].tolist()
+    assert [list(lane) for lane in lib.tq1_25_lanes] == ternary.PATTERNS[:16].T.tolist()
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -325,8 +322,8 @@ def test_q8_0_gives_the_bytes_of_gguf(x):
 def test_available_lists_what_the_machine_has():
     best_first = ["zen4", "avx512vnni", "avx512", "avxvnni", "avx2", "i8mm", "dotprod", "neon", "scalar"]
     assert [isa for isa in best_first if isa in ISAS] == ISAS and ISAS[-1] == "scalar"
-    table = (SOURCES / "tq1_25-dot.c").read_text().split("tq1_25_isas[] = {")[1].split("};")[0]
-    checks = re.findall(r'\{ "(\w+)", +VEC_DOT\((\w+)\), +(?:has_(\w+)|NULL),', table)
+    table = (SOURCES / "isas.c").read_text().split("tq1_25_isas[] = {")[1].split("};")[0]
+    checks = re.findall(r'\{ "(\w+)", +VEC_DOT\((\w+)\), +(?:tq1_25_has_(\w+)|NULL),', table)
     assert [name for name, _, _ in checks] == best_first[:-1]
     plain = {"zen4": "avx512vnni", "avxvnni": "avx2", "i8mm": "dotprod"}  # the dot product of another, that has all it needs
     for name, kernel, check in checks:

@@ -1,9 +1,10 @@
-// TQ1_25 and STQ1_0 in ggml's repack buffer: included by ggml-cpu/repack.cpp. Finds the rows and shares the work among the threads;
-// the arithmetic is in tq1_25-repack.c and the kernels that it calls.
+// TQ1_25 and STQ1_0 in ggml's repack buffer; ggml-cpu/repack.cpp includes this file. It finds rows and columns and shares the work among
+// the threads. repack.c and the kernels do the arithmetic.
 
 #pragma once
 
 #include "../repack.h"
+#include "types.h"
 
 #include <algorithm>
 #include <atomic>
@@ -15,56 +16,56 @@
 #ifdef __linux__
 #    include <sys/mman.h>
 #    include <unistd.h>
-#    ifndef MADV_POPULATE_WRITE // Linux 5.14; older ones refuse it
+#    ifndef MADV_POPULATE_WRITE // since Linux 5.14; older kernels refuse it
 #        define MADV_POPULATE_WRITE 23
 #    endif
 #endif
 
 namespace ggml::cpu::repack {
-// Of this library alone: where several variants of ggml-cpu are loaded, all of them would share the one instance of an inline function's
-// static, and through it the code of the first, which this CPU may not run.
+// Private to this library. If several variants of ggml-cpu are loaded, they would otherwise share the statics of inline functions, and
+// through them the code of the first variant, which this CPU may not run.
 namespace {
 
-// MUL_MAT and MUL_MAT_ID of a repacked TQ1_25 or STQ1_0 tensor. The vectors that meet one matrix are its columns: MUL_MAT has one
-// matrix, MUL_MAT_ID one an expert. One column is multiplied through tables, several through codes or panels.
+// MUL_MAT and MUL_MAT_ID of a repacked TQ1_25 or STQ1_0 tensor. The columns of a matrix are the vectors that it multiplies. MUL_MAT has one
+// matrix, MUL_MAT_ID one per expert. One column is multiplied by tables, several by codes or panels.
 class tq1_25_traits : public tensor_traits_base {
-    // The work buffer.
     struct work_buffer {
-        bool    ids;
-        int64_t n, rows, columns, experts, units; // rows: of src1; units: rows of tiles of a matrix
-        bool    all_tables;                       // through tables; else each matrix through codes or panels
-        size_t  row_size, table_size;
-        size_t  q8_0, tables, panels;             // offsets
-        size_t  code_scratch, panel_scratch;      // of what is for each thread
-        size_t  y, s, table;                      // of each column, by expert: pointers to activations, result and table
-        size_t  first, cursor;                    // the first column of each expert, and the first after the last; where to add one
-        size_t  size = 0;
+        bool ids;
+        int64_t n, rows, columns, experts, units; // rows of src1; units: tile rows in a matrix
+        bool all_tables;                       // by tables; else each matrix by codes or panels
+        size_t row_size, table_size;
+        size_t q8_0, tables, panels;             // offsets
+        size_t code_scratch, panel_scratch;      // offsets, one per thread
+        size_t y, s, table;                      // offsets of each column's pointers, by expert: activations, result, table
+        size_t first, cursor;                    // offsets: each expert's first column, then the end; where to add a column
+        size_t size = 0;
 
         work_buffer(const ggml_tensor * op, int n_threads) {
-            const ggml_tensor * src0 = op->src[0], * src1 = op->src[1];
-            const tq1_25_isa *  isa  = tq1_25_best_isa();
-            ids        = op->op == GGML_OP_MUL_MAT_ID;
-            n          = src0->ne[0];
-            rows       = ggml_nrows(src1);
-            columns    = ggml_nrows(op);
-            experts    = ids ? src0->ne[2] : 1;
-            units      = (src0->ne[1] + TQ1_25_TILE - 1) / TQ1_25_TILE;
-            // With few tokens an expert has one column mostly, and experts share the tables of a token.
+            const ggml_tensor *src0 = op->src[0], *src1 = op->src[1];
+            const tq1_25_isa * isa = tq1_25_best_isa();
+            ids = op->op == GGML_OP_MUL_MAT_ID;
+            n = src0->ne[0];
+            rows = ggml_nrows(src1);
+            columns = ggml_nrows(op);
+            experts = ids ? src0->ne[2] : 1;
+            units = (src0->ne[1] + TQ1_25_TILE - 1) / TQ1_25_TILE;
+            // With few tokens most experts have one column, and experts share the tables of a token.
             const int64_t tokens = op->ne[2];
-            all_tables = ids ? tokens <= isa->max_tables || (tokens <= TQ1_25_CODE_COLUMNS && columns <= experts) : columns <= isa->max_tables;
-            row_size   = ggml_row_size(GGML_TYPE_Q8_0, n);
+            all_tables =
+                ids ? tokens <= isa->max_tables || (tokens <= TQ1_25_CODE_COLUMNS && columns <= experts) : columns <= isa->max_tables;
+            row_size = ggml_row_size(GGML_TYPE_Q8_0, n);
             table_size = (size_t) tq1_25_table_size(isa, n);
-            const bool any_panels = !all_tables && columns > isa->max_codes; // of experts maybe none
-            q8_0    = take(row_size, rows);
-            tables  = take(table_size, all_tables ? rows : 0);
-            panels  = take((size_t) tq1_25_panel_size(n, 1), any_panels ? columns : 0);
-            code_scratch  = take(sizeof(tq1_25_code_scratch), all_tables || (any_panels && !ids) ? 0 : n_threads);
+            const bool any_panels = !all_tables && columns > isa->max_codes; // perhaps no single expert has enough
+            q8_0 = take(row_size, rows);
+            tables = take(table_size, all_tables ? rows : 0);
+            panels = take((size_t) tq1_25_panel_size(n, 1), any_panels ? columns : 0);
+            code_scratch = take(sizeof(tq1_25_code_scratch), all_tables || (any_panels && !ids) ? 0 : n_threads);
             panel_scratch = take(sizeof(tq1_25_panel_scratch), any_panels ? n_threads : 0);
-            y       = take(sizeof(void *), columns);
-            s       = take(sizeof(void *), columns);
-            table   = take(sizeof(void *), columns);
-            first   = take(sizeof(int64_t), experts + 1);
-            cursor  = take(sizeof(int64_t), experts);
+            y = take(sizeof(void *), columns);
+            s = take(sizeof(void *), columns);
+            table = take(sizeof(void *), columns);
+            first = take(sizeof(int64_t), experts + 1);
+            cursor = take(sizeof(int64_t), experts);
         }
 
         size_t take(size_t bytes, int64_t count) {
@@ -76,34 +77,34 @@ class tq1_25_traits : public tensor_traits_base {
 
     struct job : work_buffer {
         ggml_compute_params * params;
-        ggml_tensor *         op;
-        const tq1_25_isa *    isa = tq1_25_best_isa();
-        const tq1_25_kind     kind;
-        char *                base;
+        ggml_tensor * op;
+        const tq1_25_isa * isa = tq1_25_best_isa();
+        const tq1_25_kind kind;
+        char * base;
 
-        job(ggml_compute_params * params, ggml_tensor * op) : work_buffer(op, params->nth), params(params), op(op), kind(kind_of(op->src[0])) {
+        job(ggml_compute_params * params, ggml_tensor * op)
+            : work_buffer(op, params->nth), params(params), op(op), kind(kind_of(op->src[0])) {
             base = (char *) GGML_PAD((uintptr_t) params->wdata, 64);
             GGML_ASSERT(base + size <= (char *) params->wdata + params->wsize);
         }
 
         template <typename T> T * at(size_t offset) const { return (T *) (base + offset); }
 
-        const tq1_25_q8_0 ** columns_y() const     { return at<const tq1_25_q8_0 *>(y); }
-        float **             columns_s() const     { return at<float *>(s); }
-        void **              columns_table() const { return at<void *>(table); }
-        int64_t *            firsts() const        { return at<int64_t>(first); }
+        const tq1_25_q8_0 ** columns_y() const { return at<const tq1_25_q8_0 *>(y); }
+        float ** columns_s() const { return at<float *>(s); }
+        void ** columns_table() const { return at<void *>(table); }
+        int64_t * firsts() const { return at<int64_t>(first); }
 
         tq1_25_q8_0 * activations(int64_t row_) const { return at<tq1_25_q8_0>(q8_0 + row_size * (size_t) row_); }
-        void *        table_of(int64_t row_) const    { return base + tables + table_size * (size_t) row_; }
-        // Panels of an expert follow one another, each as large as its columns ask for.
-        void *        panel_at(int64_t column) const  { return base + panels + tq1_25_panel_size(n, 1) * column; }
-        bool          by_panels(int64_t count) const  { return !all_tables && count > isa->max_codes; }
+        void * table_of(int64_t row_) const { return base + tables + table_size * (size_t) row_; }
+        // The panels of an expert are consecutive, each as large as its columns need.
+        void * panel_at(int64_t column) const { return base + panels + tq1_25_panel_size(n, 1) * column; }
+        bool by_panels(int64_t count) const { return !all_tables && count > isa->max_codes; }
 
-        // f(item, begin, end) for this thread's part of the items. Where there are fewer of them than threads, each is
-        // cut along the vector.
+        // Calls f(item, begin, end) for this thread's share of the items. If they are fewer than the threads, cuts each along the vector.
         template <typename F> void share(int64_t count, F f) const {
             const int64_t blocks = n / QK_TQ1_25;
-            const int64_t cuts   = count < params->nth ? std::min((params->nth + count - 1) / std::max<int64_t>(count, 1), blocks) : 1;
+            const int64_t cuts = count < params->nth ? std::min((params->nth + count - 1) / std::max<int64_t>(count, 1), blocks) : 1;
             for (int64_t i = params->ith; i < count * cuts; i += params->nth) {
                 const int64_t cut = i % cuts;
                 f(i / cuts, blocks * cut / cuts * QK_TQ1_25, blocks * (cut + 1) / cuts * QK_TQ1_25);
@@ -113,7 +114,7 @@ class tq1_25_traits : public tensor_traits_base {
         void quantize(int64_t row_, int64_t begin, int64_t end) const {
             const ggml_tensor * src1 = op->src[1];
             const int64_t i1 = row_ % src1->ne[1], i2 = row_ / src1->ne[1] % src1->ne[2], i3 = row_ / src1->ne[1] / src1->ne[2];
-            const char *  x  = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
+            const char * x = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
             const auto to_q8_0 = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float;
             if (kind == KIND_TQ1_25) {
                 to_q8_0((const float *) x + begin, activations(row_) + begin / TQ1_25_QK8_0, end - begin);
@@ -139,7 +140,7 @@ class tq1_25_traits : public tensor_traits_base {
         }
 
         void find_columns_of_experts() const {
-            const ggml_tensor * src1 = op->src[1], * id = op->src[2];
+            const ggml_tensor *src1 = op->src[1], *id = op->src[2];
             const auto expert = [&](int64_t token, int64_t k) {
                 const int32_t e = *(const int32_t *) ((const char *) id->data + token * id->nb[1] + k * id->nb[0]);
                 GGML_ASSERT(e >= 0 && e < experts);
@@ -157,8 +158,8 @@ class tq1_25_traits : public tensor_traits_base {
                 for (int64_t k = 0; k < id->ne[0]; ++k) {
                     const int64_t e = expert(token, k), row_ = k % src1->ne[1] + token * src1->ne[1];
                     const int64_t c = at<int64_t>(cursor)[e]++;
-                    columns_y()[c]     = activations(row_);
-                    columns_s()[c]     = (float *) ((char *) op->data + k * op->nb[1] + token * op->nb[2]);
+                    columns_y()[c] = activations(row_);
+                    columns_s()[c] = (float *) ((char *) op->data + k * op->nb[1] + token * op->nb[2]);
                     columns_table()[c] = all_tables ? table_of(row_) : nullptr;
                 }
             }
@@ -177,7 +178,7 @@ class tq1_25_traits : public tensor_traits_base {
             }
         }
 
-        // Activations to Q8_0, and on to tables or panels.
+        // Quantizes the activations to Q8_0 and makes tables or panels of them.
         void prepare() const {
             if (params->ith == 0) {
                 if (ids) {
@@ -185,7 +186,7 @@ class tq1_25_traits : public tensor_traits_base {
                 } else {
                     find_columns();
                 }
-                ggml_threadpool_chunk_set(params->threadpool, params->nth); // of multiply
+                ggml_threadpool_chunk_set(params->threadpool, params->nth); // for multiply()
             }
             if (all_tables) {
                 share(rows, [&](int64_t row_, int64_t begin, int64_t end) {
@@ -195,7 +196,7 @@ class tq1_25_traits : public tensor_traits_base {
             } else if (!ids && by_panels(columns)) {
                 share(tq1_25_panels(columns), [&](int64_t panel, int64_t begin, int64_t end) {
                     const int64_t c = tq1_25_first_column(columns, panel);
-                    const int     count = (int) (tq1_25_first_column(columns, panel + 1) - c);
+                    const int count = (int) (tq1_25_first_column(columns, panel + 1) - c);
                     const tq1_25_q8_0 * of[TQ1_25_COLUMNS];
                     for (int k = 0; k < count; ++k) {
                         quantize(c + k, begin, end);
@@ -205,25 +206,25 @@ class tq1_25_traits : public tensor_traits_base {
                 });
             } else {
                 share(rows, [&](int64_t row_, int64_t begin, int64_t end) { quantize(row_, begin, end); });
-                if (by_panels(columns)) { // maybe those of an expert, too
-                    ggml_barrier(params->threadpool); // for the activations and the columns
+                if (by_panels(columns)) { // perhaps an expert's columns too
+                    ggml_barrier(params->threadpool); // until activations and columns are there
                     make_panels_of_experts();
                 }
             }
             ggml_barrier(params->threadpool);
         }
 
-        // What threads take in turn; with NUMA it is settled which. By tables: first a share of the units to each thread, three
-        // quarters in all, since fetching ahead likes long runs; then one by one, so that all end together. By codes: groups
-        // of columns, and parts of the units where there are few, no smaller than makes up for the tables that each makes.
-        // By panels: unit by unit, and where these are few, the panels in groups.
+        // Threads take items in turn; with NUMA, each has fixed ones. Tables: first each thread gets a share of three quarters of the units,
+        // since prefetching likes long runs, then threads take unit by unit, so that all end together. Codes: items are groups of columns,
+        // times parts of the units if the groups are few; a part must be worth the tables that it makes. Panels: items are units, times
+        // groups of panels if the units are few.
         void multiply() const {
-            const bool    numa = ggml_is_numa();
-            const int64_t nth  = params->nth, each = numa ? units / nth : units * 3 / 4 / nth;
+            const bool numa = ggml_is_numa();
+            const int64_t nth = params->nth, each = numa ? units / nth : units * 3 / 4 / nth;
             int64_t next = params->ith, before = 0;
-            enum { FEWEST_UNITS = 16, FEWEST_PANELS = 8 }; // that are worth tables, decoding
-            const int64_t tiles = std::max(isa->code_tiles, 1), pairs = (units + tiles - 1) / tiles; // rows of tiles that go together
-            const auto    code_groups = [&](int64_t times) {
+            enum { FEWEST_UNITS = 16, FEWEST_PANELS = 8 }; // worth making tables for, worth decoding for
+            const int64_t tiles = std::max(isa->code_tiles, 1), pairs = (units + tiles - 1) / tiles; // units that are multiplied together
+            const auto code_groups = [&](int64_t times) {
                 int64_t sum = 0;
                 for (int64_t e = 0; e < experts; ++e) {
                     const int64_t count = firsts()[e + 1] - firsts()[e];
@@ -231,10 +232,11 @@ class tq1_25_traits : public tensor_traits_base {
                 }
                 return std::max<int64_t>(sum, 1);
             };
-            const int64_t times = (nth - 1) / (code_groups(1) * pairs) + 1; // so that there is something for each thread
-            const int64_t sum   = code_groups(times);
-            int64_t parts = std::clamp<int64_t>(std::min((4 * nth - 1) / sum + 1, units / FEWEST_UNITS), std::min((nth - 1) / sum + 1, pairs), pairs);
-            while (parts < pairs && parts * sum < 4 * nth && parts * sum % nth) { // few items: as many for each thread
+            const int64_t times = (nth - 1) / (code_groups(1) * pairs) + 1; // enough for each thread
+            const int64_t sum = code_groups(times);
+            int64_t parts =
+                std::clamp<int64_t>(std::min((4 * nth - 1) / sum + 1, units / FEWEST_UNITS), std::min((nth - 1) / sum + 1, pairs), pairs);
+            while (parts < pairs && parts * sum < 4 * nth && parts * sum % nth) { // if items are few, as many for each thread
                 ++parts;
             }
             for (int64_t e = 0; e < experts; ++e) {
@@ -243,9 +245,9 @@ class tq1_25_traits : public tensor_traits_base {
                     continue;
                 }
                 const int64_t panels_ = tq1_25_panels(count);
-                const int64_t groups  = std::clamp<int64_t>(4 * nth / units, 1, (panels_ + FEWEST_PANELS - 1) / FEWEST_PANELS);
-                const int64_t shares  = each > 0 ? nth : 0;
-                const int64_t items   = all_tables       ? shares + units - shares * each
+                const int64_t groups = std::clamp<int64_t>(4 * nth / units, 1, (panels_ + FEWEST_PANELS - 1) / FEWEST_PANELS);
+                const int64_t shares = each > 0 ? nth : 0;
+                const int64_t items = all_tables         ? shares + units - shares * each
                                       : by_panels(count) ? units * groups
                                                          : parts * groups_of(count, times);
                 for (; next < before + items; next = numa ? next + nth : ggml_threadpool_chunk_add(params->threadpool, 1)) {
@@ -258,7 +260,8 @@ class tq1_25_traits : public tensor_traits_base {
                         by_panel(e, unit, unit + 1, panels_ * group / groups, panels_ * (group + 1) / groups);
                     } else {
                         const int64_t group = item / parts, part = item % parts;
-                        by_code(e, groups_of(count, times), group, pairs * part / parts * tiles, std::min(pairs * (part + 1) / parts * tiles, units));
+                        by_code(e, groups_of(count, times), group, pairs * part / parts * tiles,
+                                std::min(pairs * (part + 1) / parts * tiles, units));
                     }
                 }
                 before += items;
@@ -269,38 +272,39 @@ class tq1_25_traits : public tensor_traits_base {
 
         void by_table(int64_t e, int64_t unit, int64_t end) const {
             const int64_t c = firsts()[e];
-            tq1_25_mul_tables(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (firsts()[e + 1] - c), columns_y() + c, columns_table() + c,
-                              columns_s() + c);
+            tq1_25_mul_tables(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (firsts()[e + 1] - c), columns_y() + c,
+                              columns_table() + c, columns_s() + c);
         }
 
-        // Groups of columns by codes: the least number, or some times as many, of two columns at least.
+        // The number of column groups for codes: the least, or `times` as many, of at least two columns each.
         static int64_t groups_of(int64_t count, int64_t times) { return std::min(tq1_25_code_groups(count) * times, (count + 1) / 2); }
 
         void by_code(int64_t e, int64_t groups, int64_t group, int64_t unit, int64_t end) const {
             const int64_t count = firsts()[e + 1] - firsts()[e], begin = tq1_25_first_of_group(count, groups, group);
             const int64_t c = firsts()[e] + begin;
-            tq1_25_mul_codes(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (tq1_25_first_of_group(count, groups, group + 1) - begin),
-                             columns_y() + c, columns_s() + c, at<tq1_25_code_scratch>(code_scratch) + params->ith);
+            tq1_25_mul_codes(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end,
+                             (int) (tq1_25_first_of_group(count, groups, group + 1) - begin), columns_y() + c, columns_s() + c,
+                             at<tq1_25_code_scratch>(code_scratch) + params->ith);
         }
 
         void by_panel(int64_t e, int64_t unit, int64_t end, int64_t panel, int64_t last) const {
             const int64_t c = firsts()[e];
-            tq1_25_mul_panels(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, firsts()[e + 1] - c, panel, last, panel_at(c), columns_s() + c,
-                              at<tq1_25_panel_scratch>(panel_scratch) + params->ith);
+            tq1_25_mul_panels(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, firsts()[e + 1] - c, panel, last, panel_at(c),
+                              columns_s() + c, at<tq1_25_panel_scratch>(panel_scratch) + params->ith);
         }
     };
 
   public:
     static tq1_25_kind kind_of(const ggml_tensor * t) { return t->type == GGML_TYPE_STQ1_0 ? KIND_STQ1_0 : KIND_TQ1_25; }
 
-    // Where the CPU has kernels for it and there is a tile to fill.
+    // NULL, that is, no repacking, if the CPU has no kernels for it or the tensor does not fill a tile.
     static const ggml::cpu::tensor_traits * choose(const ggml_tensor * t) {
         static const tq1_25_traits traits;
         if (!tq1_25_best_isa()->gemv[kind_of(t)] || t->ne[1] < TQ1_25_TILE) {
             return nullptr;
         }
         if (t->buffer) {
-            advise(t, false); // graphs come here for each operation, too
+            advise(t, false); // operations of a graph come here too
         }
         return &traits;
     }
@@ -317,9 +321,9 @@ class tq1_25_traits : public tensor_traits_base {
         if (op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) {
             return false;
         }
-        const ggml_tensor * src0 = op->src[0], * src1 = op->src[1];
+        const ggml_tensor *src0 = op->src[0], *src1 = op->src[1];
         GGML_ASSERT(src1->type == GGML_TYPE_F32 && src1->nb[0] == sizeof(float) && op->nb[0] == sizeof(float));
-        GGML_ASSERT(!src0->view_src); // some rows of tiles are no rows
+        GGML_ASSERT(!src0->view_src); // a slice of tiles is not a slice of rows
         GGML_ASSERT(src0->ne[3] == 1 && (op->op == GGML_OP_MUL_MAT_ID ? src1->ne[3] : src0->ne[2]) == 1);
         const job job_(params, op);
         job_.prepare();
@@ -327,9 +331,9 @@ class tq1_25_traits : public tensor_traits_base {
         return true;
     }
 
-    // f(i) for i < count, shared by some threads.
+    // Calls f(i) for all i < count on up to eight threads.
     template <typename F> static void share(int64_t count, F f) {
-        static const int64_t most = std::min(std::thread::hardware_concurrency(), 8u); // asked once: it reads a file
+        static const int64_t most = std::min(std::thread::hardware_concurrency(), 8u); // asked once, since it reads a file
         std::atomic<int64_t> next = 0;
         const auto work = [&] {
             for (int64_t i = next++; i < count; i = next++) {
@@ -342,7 +346,7 @@ class tq1_25_traits : public tensor_traits_base {
             for (int64_t i = 1; i < std::min(count, most); ++i) {
                 helpers.emplace_back(work);
             }
-        } catch (const std::exception &) { // no more threads or memory: those there are do it
+        } catch (const std::exception &) { // no more threads or memory; go on with those there are
         }
         work();
         for (std::thread & helper : helpers) {
@@ -359,41 +363,42 @@ class tq1_25_traits : public tensor_traits_base {
         return { base, base + ggml_backend_buffer_get_size(t->buffer) };
     }
 
-    // Advises large pages for the whole buffer, since they span tensors, and before anything is in it, also of other types: they
-    // are faster to get, and 6 % faster to read, since addresses are looked up less often.
+    // Advises large pages, which are faster to get and, with fewer TLB misses, 6 % faster to read. They span tensors, so this covers the
+    // whole buffer, before anything is in it.
     static void advise(const ggml_tensor * t, bool again) {
 #ifdef __linux__
-        thread_local span advised; // may be of a buffer that was there before: where it matters, again
-        const span        buffer = buffer_of(t);
-        const uintptr_t   page   = (uintptr_t) sysconf(_SC_PAGESIZE), begin = buffer.begin / page * page;
+        thread_local span advised; // perhaps a freed buffer at the same address; `again` is for cases where that matters
+        const span buffer = buffer_of(t);
+        const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE), begin = buffer.begin / page * page;
         if (buffer.begin < buffer.end && (again || buffer.begin != advised.begin || buffer.end != advised.end)) {
             madvise((void *) begin, buffer.end - begin, MADV_HUGEPAGE); // may fail
             advised = buffer;
         }
 #else
-        (void) t; (void) again;
+        (void) t;
+        (void) again;
 #endif
     }
 
-    // Asks the system for the memory of a tensor and of what follows it in its buffer. By some threads, and not as it is written,
-    // since threads that meet in a page would each clear one; not all at once, since the file's pages are given back meanwhile.
+    // Asks the system for the memory of a tensor and of what follows it in its buffer: ahead of writing, since threads that meet in a page
+    // would each clear one, and not all at once, since the file's pages are released meanwhile.
     static void get_memory(const ggml_tensor * t) {
 #ifdef __linux__
         constexpr uintptr_t large = 2 << 20, ahead = 32 << 20;
-        thread_local span   of, got;
-        const span          buffer = buffer_of(t);
-        const uintptr_t     data = (uintptr_t) t->data, size = ggml_nbytes(t), page = (uintptr_t) sysconf(_SC_PAGESIZE);
+        thread_local span of, got;
+        const span buffer = buffer_of(t);
+        const uintptr_t data = (uintptr_t) t->data, size = ggml_nbytes(t), page = (uintptr_t) sysconf(_SC_PAGESIZE);
         if (of.begin == buffer.begin && of.end == buffer.end && got.begin <= data && data + size <= got.end) {
             return;
         }
         const uintptr_t begin = std::max(data / large * large, buffer.begin / page * page);
-        const uintptr_t end   = std::min((std::max(data + size, begin + ahead) / large + 1) * large, buffer.end);
+        const uintptr_t end = std::min((std::max(data + size, begin + ahead) / large + 1) * large, buffer.end);
         share((int64_t) ((end - 1) / large - begin / large + 1), [&](int64_t i) {
             const uintptr_t from = std::max((begin / large + (uintptr_t) i) * large, begin);
-            const uintptr_t to   = std::min((from / large + 1) * large, end);
+            const uintptr_t to = std::min((from / large + 1) * large, end);
             madvise((void *) from, to - from, MADV_POPULATE_WRITE); // may fail
         });
-        of  = buffer;
+        of = buffer;
         got = { begin, end };
 #else
         (void) t;
@@ -405,11 +410,11 @@ class tq1_25_traits : public tensor_traits_base {
         advise(t, true);
         get_memory(t);
         const int64_t n = t->ne[0], matrix = t->ne[1];
-        const int64_t run  = ((1 << 19) / (int64_t) t->nb[1] / TQ1_25_TILE + 1) * TQ1_25_TILE; // rows of about half a MiB
+        const int64_t run = ((1 << 19) / (int64_t) t->nb[1] / TQ1_25_TILE + 1) * TQ1_25_TILE; // about half a MiB
         const int64_t runs = (matrix + run - 1) / run;
         share(runs * t->ne[2] * t->ne[3], [&](int64_t i) {
             const int64_t begin = i % runs * run, rows = std::min(matrix - begin, run);
-            const size_t  at = (size_t) (i / runs) * t->nb[2] + (size_t) begin * t->nb[1];
+            const size_t at = (size_t) (i / runs) * t->nb[2] + (size_t) begin * t->nb[1];
             tq1_25_repack(kind_of(t), rows, n, (const char *) data + at, (char *) t->data + at);
         });
         return 0;

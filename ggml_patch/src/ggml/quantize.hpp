@@ -1,16 +1,17 @@
-// What llama-quantize does about TQ1_25 and STQ1_0: included by src/llama-quant.cpp, after its tensor categories.
+// What llama-quantize does for TQ1_25 and STQ1_0. src/llama-quant.cpp includes this file after its tensor categories.
 
 #pragma once
+
+#include "types.h"
 
 #include <filesystem>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-// Weights are quantized after training where there is an importance matrix: attn_v and the first eighth of ffn_down get more
-// bits then. `state` is llama-quant.cpp's, `type` the tensor's to be. False: the choice is upstream's.
-template <typename State>
-static bool tq1_25_mixed_type(State & state, llama_ftype ftype, tensor_category category, ggml_type & type) {
+// With an importance matrix, weights were not trained for the type, so attn_v and the first eighth of ffn_down get more bits. Sets `type`,
+// the tensor's new type, and llama-quant.cpp's `state`; returns false to leave the choice to upstream.
+template <typename State> static bool tq1_25_mixed_type(State & state, llama_ftype ftype, tensor_category category, ggml_type & type) {
     if ((ftype != LLAMA_FTYPE_MOSTLY_TQ1_25 && ftype != LLAMA_FTYPE_MOSTLY_STQ1_0) || !state.has_imatrix) {
         return false;
     }
@@ -26,17 +27,17 @@ static bool tq1_25_mixed_type(State & state, llama_ftype ftype, tensor_category 
     return true;
 }
 
-// One run of llama-quantize, of any type. Its output files are removed unless it comes to its end.
+// One run of llama-quantize, for any type. Removes its output files unless it finishes.
 class tq1_25_quantize_run {
     struct loss {
         const ggml_tensor * tensor;
-        double squared_error, squares; // of the rows that are looked at
+        double squared_error, squares; // of the rows that were measured
     };
-    std::vector<loss>                  losses; // of the tensors that became TQ1_25 or STQ1_0
-    std::vector<float>                 row;
+    std::vector<loss> losses; // of the tensors that became TQ1_25 or STQ1_0
+    std::vector<float> row;
     std::vector<std::filesystem::path> unfinished;
 
-public:
+  public:
     tq1_25_quantize_run() = default;
     tq1_25_quantize_run(const tq1_25_quantize_run &) = delete;
     tq1_25_quantize_run & operator=(const tq1_25_quantize_run &) = delete;
@@ -50,56 +51,57 @@ public:
         }
     }
 
-    // A type that a flag names for embeddings or output has no fallback, and the process would abort in the middle of the file.
+    // Types that flags choose have no fallback. Without this check the process would abort in the middle of the file.
     static void check_rows(const ggml_tensor * tensor, ggml_type type) {
         if (tensor->ne[0] % ggml_blck_size(type) != 0) {
-            throw std::runtime_error(format(
-                "tensor '%s' has rows of %lld weights, not a multiple of %lld, the block of %s: choose another type for it "
-                "(--token-embedding-type, --output-tensor-type, --tensor-type)",
-                tensor->name, (long long) tensor->ne[0], (long long) ggml_blck_size(type), ggml_type_name(type)));
+            throw std::runtime_error(
+                format("tensor '%s' has rows of %lld weights, not a multiple of %lld, the block size of %s: choose another type for it "
+                       "(--token-embedding-type, --output-tensor-type, --tensor-type)",
+                       tensor->name, (long long) tensor->ne[0], (long long) ggml_blck_size(type), ggml_type_name(type)));
         }
     }
 
-    // `file` is open for writing, and empty.
+    // Call when `file` is open for writing and empty.
     void opened(const std::string & file) { unfinished.emplace_back(file); }
 
-    // Some of `rows` rows of a tensor, x, became q.
+    // Compares some of the `rows` rows x of a tensor with their quantized form q.
     void measure(const ggml_tensor * tensor, ggml_type type, const float * x, const void * q, int64_t rows) {
-        if (type != GGML_TYPE_TQ1_25 && type != GGML_TYPE_STQ1_0) {
+        if (!sherry_has_type(type)) {
             return;
         }
         if (losses.empty() || losses.back().tensor != tensor) {
-            losses.push_back({tensor, 0.0, 0.0});
+            losses.push_back({ tensor, 0.0, 0.0 });
         }
-        const int64_t n    = tensor->ne[0];
+        const int64_t n = tensor->ne[0];
         const int64_t step = std::max<int64_t>(1, rows / 16); // a trained matrix is ternary in every row
         row.resize(n);
         for (int64_t i = 0; i < rows; i += step) {
             ggml_get_type_traits(type)->to_float((const char *) q + i * ggml_row_size(type, n), row.data(), n);
             for (int64_t k = 0; k < n; ++k) {
                 const double value = x[i * n + k], error = row[k] - value;
-                losses.back().squares       += value * value;
+                losses.back().squares += value * value;
                 losses.back().squared_error += error * error;
             }
         }
     }
 
-    // All is written.
+    // Call when everything is written.
     void finished() {
         unfinished.clear();
         const loss * first = nullptr;
         size_t count = 0;
         for (const loss & l : losses) {
-            // Where weights were ternary this is a scale's rounding to fp16, less than a millionth; else it is a tenth and more.
+            // If the weights were ternary, only the scale's rounding to fp16 is lost, less than a millionth; otherwise a tenth or more.
             if (l.squared_error > 0.01 * l.squares) {
                 first = first ? first : &l;
                 ++count;
             }
         }
         if (first) {
-            LLAMA_LOG_WARN("WARNING: %zu of %zu tensors were not 3:4 sparse ternary in the groups of their new type, such as %s "
-                           "(relative error %.2f): an importance matrix (--imatrix) helps, but what works is training the model for it\n",
-                           count, losses.size(), first->tensor->name, std::sqrt(first->squared_error / first->squares));
+            LLAMA_LOG_WARN(
+                "WARNING: %zu of %zu tensors were not 3:4 sparse ternary in the groups of their new type, such as %s "
+                "(relative error %.2f): an importance matrix (--imatrix) helps, but training the model for the type works best\n",
+                count, losses.size(), first->tensor->name, std::sqrt(first->squared_error / first->squares));
         }
     }
 };

@@ -21,7 +21,7 @@ int tq1_25_has_i8mm(void) { return tq1_25_has_dotprod() && has("hw.optional.arm.
 #    include <windows.h>
 int tq1_25_has_dotprod(void) { return IsProcessorFeaturePresent(43); } // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE
 int tq1_25_has_i8mm(void) { return tq1_25_has_dotprod() && IsProcessorFeaturePresent(66); } // PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE
-#else // what the build was told
+#else // as the compiler was told
 int tq1_25_has_dotprod(void) {
 #    ifdef __ARM_FEATURE_DOTPROD
     return 1;

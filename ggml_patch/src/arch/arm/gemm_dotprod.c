@@ -1,4 +1,4 @@
-// Repacked TQ1_25, matrix by matrix, for NEON with dotprod.
+// Panels for NEON with dotprod.
 
 #include "arm.h"
 
@@ -15,7 +15,7 @@ DOTPROD INLINE int32x4_t dwords(const int8_t * p, int count) {
     }
 }
 
-DOTPROD INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int32x4_t y, int lane) { // of a constant lane
+DOTPROD INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int32x4_t y, int lane) { // lane is constant
     const int8x16_t q = vreinterpretq_s8_s32(y);
     switch (lane) {
         case 0:  return vdotq_laneq_s32(sum, w, q, 0);
@@ -25,13 +25,11 @@ DOTPROD INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int32x4_t y, int lane) 
     }
 }
 
-// Eight rows, from row `at` on, by all columns of a panel: the sums of a Q8_0 block and of a block of weights fill 24 registers.
+// Eight rows from row `at` on by all columns of a panel: sums over a Q8_0 block and over a block of weights fill 24 registers.
 DOTPROD INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded * w, int at, const int8_t * panel) {
     for (int64_t i = 0; i < nb; ++i, ++w) {
         float32x4_t block[TQ1_25_COLUMNS][2];
-        UNROLL for (int c = 0; c < nc; ++c) {
-            block[c][0] = block[c][1] = vdupq_n_f32(0.0f);
-        }
+        UNROLL for (int c = 0; c < nc; ++c) { block[c][0] = block[c][1] = vdupq_n_f32(0.0f); }
         const int8_t * rows = (const int8_t *) w->w[at / 16][0][at % 16];
         for (int j = 0; j < PARTS; ++j) {
             int32x4_t sum[TQ1_25_COLUMNS][2];
@@ -74,9 +72,7 @@ DOTPROD void tq1_25_gemm_dotprod(int64_t nb, int nc, float * s, const tq1_25_dec
 
 void tq1_25_decode_dotprod(tq1_25_rows x, tq1_25_decoded * w) {
     int8x16x2_t of_lane[TQ1_25_GROUP];
-    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-        of_lane[lane] = lane_of_codes(lane, 1);
-    }
+    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) { of_lane[lane] = lane_of_codes(lane, 1); }
     for (int at = 0; at < TQ1_25_TILE; at += 16) {
         for (int j = 0; j < PARTS; ++j) {
             const tq1_25_part * part = x.part + j;
@@ -88,9 +84,7 @@ void tq1_25_decode_dotprod(tq1_25_rows x, tq1_25_decoded * w) {
                     int8x16_t weights[4];
                     sixteen_rows(of_lane, code[h], weights);
                     int8_t * to = (int8_t *) w->w[at / 16][GROUPS * j + 4 * h + g][0];
-                    UNROLL for (int k = 0; k < 4; ++k) {
-                        vst1q_s8(to + 16 * k, weights[k]);
-                    }
+                    UNROLL for (int k = 0; k < 4; ++k) { vst1q_s8(to + 16 * k, weights[k]); }
                 }
             }
         }

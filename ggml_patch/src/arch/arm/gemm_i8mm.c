@@ -1,4 +1,4 @@
-// Repacked TQ1_25, matrix by matrix, for NEON with i8mm.
+// Panels for NEON with i8mm.
 
 #include "arm.h"
 
@@ -6,12 +6,12 @@
 
 #include <string.h>
 
-// An instruction multiplies two rows by two columns, eight weights of each: groups 2k and 2k + 1 of a row follow one another in
-// the decoded weights, 16 rows of eight bytes.
+// smmla multiplies eight weights of two rows by two columns. The decoded weights therefore keep groups 2k and 2k + 1 of a row together,
+// as 16 rows of eight bytes.
 
-// Groups g and g + 1 of columns c and c + 1, c even; where there is but one column, twice. Four columns share their loads.
+// Groups g and g + 1 of columns c and c + 1, c even, or of a last column c twice. Four columns share their loads.
 I8MM INLINE int8x16_t two_columns(const int8_t * panel, int nc, int g, int c) {
-    const int32_t * lower = (const int32_t *) panel + g * nc + c, * upper = lower + nc;
+    const int32_t *lower = (const int32_t *) panel + g * nc + c, *upper = lower + nc;
     if (c % 4 == 0 && c + 4 <= nc) {
         return vreinterpretq_s8_s32(vzip1q_s32(vld1q_s32(lower), vld1q_s32(upper)));
     }
@@ -22,10 +22,10 @@ I8MM INLINE int8x16_t two_columns(const int8_t * panel, int nc, int g, int c) {
     return vreinterpretq_s8_s32(vzip1q_s32(vcombine_s32(a, vdup_n_s32(0)), vcombine_s32(b, vdup_n_s32(0))));
 }
 
-// What the panel holds for columns c and c + 1, for a pair of rows.
+// The panel's value for columns c and c + 1, for each of two rows.
 I8MM INLINE int32x4_t of_two(const int8_t * panel, int nc, int c) {
     const int32_t * p = (const int32_t *) panel + c;
-    int64_t both = 0; // two sums, of which the first is aligned as one
+    int64_t both = 0; // aligned like int32_t
     if (c + 1 < nc) {
         memcpy(&both, p, sizeof(both));
     }
@@ -34,15 +34,13 @@ I8MM INLINE int32x4_t of_two(const int8_t * panel, int nc, int c) {
 
 enum { PAIRS = TQ1_25_COLUMNS / 2 };
 
-// Eight rows, from row `at` on, by all columns of a panel.
+// Eight rows from row `at` on by all columns of a panel.
 I8MM INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded * w, int at, const int8_t * panel) {
     const int pairs = (nc + 1) / 2;
     for (int64_t i = 0; i < nb; ++i, ++w) {
         float32x4_t block[PAIRS][4];
         UNROLL for (int c = 0; c < pairs; ++c) {
-            UNROLL for (int r = 0; r < 4; ++r) {
-                block[c][r] = vdupq_n_f32(0.0f);
-            }
+            UNROLL for (int r = 0; r < 4; ++r) { block[c][r] = vdupq_n_f32(0.0f); }
         }
         const int8_t * rows = (const int8_t *) w->w[at / 16][0][0] + 8 * (at % 16);
         for (int j = 0; j < PARTS; ++j) {
@@ -52,9 +50,7 @@ I8MM INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded 
             }
             UNROLL for (int g = 0; g < GROUPS; g += 2, rows += 128) {
                 int8x16_t y[PAIRS];
-                UNROLL for (int c = 0; c < pairs; ++c) {
-                    y[c] = two_columns(panel, nc, g, 2 * c);
-                }
+                UNROLL for (int c = 0; c < pairs; ++c) { y[c] = two_columns(panel, nc, g, 2 * c); }
                 UNROLL for (int r = 0; r < 4; ++r) {
                     const int8x16_t two_rows = vld1q_s8(rows + 16 * r);
                     UNROLL for (int c = 0; c < pairs; ++c) {
@@ -65,9 +61,7 @@ I8MM INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded 
             }
             UNROLL for (int c = 0; c < pairs; ++c) {
                 const float32x4_t d = vreinterpretq_f32_s32(of_two(panel + 4 * (GROUPS + 1) * nc, nc, 2 * c));
-                UNROLL for (int r = 0; r < 4; ++r) {
-                    block[c][r] = vfmaq_f32(block[c][r], vcvtq_f32_s32(sum[c][r]), d);
-                }
+                UNROLL for (int r = 0; r < 4; ++r) { block[c][r] = vfmaq_f32(block[c][r], vcvtq_f32_s32(sum[c][r]), d); }
             }
             panel += 4 * (GROUPS + 2) * nc;
         }
@@ -92,9 +86,7 @@ I8MM void tq1_25_gemm_i8mm(int64_t nb, int nc, float * s, const tq1_25_decoded *
 
 void tq1_25_decode_i8mm(tq1_25_rows x, tq1_25_decoded * w) {
     int8x16x2_t of_lane[TQ1_25_GROUP];
-    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-        of_lane[lane] = lane_of_codes(lane, 1);
-    }
+    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) { of_lane[lane] = lane_of_codes(lane, 1); }
     for (int at = 0; at < TQ1_25_TILE; at += 16) {
         for (int j = 0; j < PARTS; ++j) {
             const tq1_25_part * part = x.part + j;

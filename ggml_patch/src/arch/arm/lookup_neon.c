@@ -1,11 +1,11 @@
-// Repacked TQ1_25, matrix by vectors, for NEON: lookups of bytes by code, high and low parts apart.
+// Tables and codes for NEON: look up bytes by code, high and low parts separately.
 
 #include "arm.h"
 
 #ifdef TQ1_25_ARM
 
-// A group's entries by sign << 4 | slot: 32 high parts, 32 low ones (TQ1_25_SPLIT). Groups come in the order in which they are
-// looked up, both of a byte of slots one after the other: then an address that grows is all that the loads need.
+// Entries of a group by code: 32 high parts, then 32 low ones (TQ1_25_SPLIT). Groups are in the order of the lookups, the two groups of a
+// byte of slots one after the other, so that loads need only a growing address.
 enum { ENTRIES = 64 };
 #define GROUP_AT(u) ((u) / 2 + (u) % 2 * 4)
 
@@ -35,7 +35,7 @@ void tq1_25_table_neon(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_
                 UNROLL for (int k = 0; k < 2; ++k) {
                     const int16x8_t part = vqrdmulhq_n_s16(t[k], (32768 + TQ1_25_SPLIT / 2) / TQ1_25_SPLIT);
                     high[k] = vmovn_s16(part);
-                    low[k]  = vmovn_s16(vmlsq_n_s16(t[k], part, TQ1_25_SPLIT));
+                    low[k] = vmovn_s16(vmlsq_n_s16(t[k], part, TQ1_25_SPLIT));
                 }
                 const int8x16_t h = vcombine_s8(high[0], high[1]), l = vcombine_s8(low[0], low[1]);
                 vst1q_s8(to, h);
@@ -47,21 +47,19 @@ void tq1_25_table_neon(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_
     }
 }
 
-// Sums of eight groups, high and low parts, of sixteen rows, times a scale; added to block[4].
+// Joins the high and low parts of sixteen rows' sums and adds them, scaled, to block[4].
 INLINE void flush(int8x16_t high, int8x16_t low, float d, float32x4_t * block) {
     const int8x16_t split = vdupq_n_s8(TQ1_25_SPLIT);
     const int16x8_t lower = vaddw_s8(vmull_s8(vget_low_s8(high), vget_low_s8(split)), vget_low_s8(low));
     const int16x8_t upper = vaddw_high_s8(vmull_high_s8(high, split), low);
     const float32x4_t f[4] = { vcvtq_f32_s32(vmovl_s16(vget_low_s16(lower))), vcvtq_f32_s32(vmovl_high_s16(lower)),
                                vcvtq_f32_s32(vmovl_s16(vget_low_s16(upper))), vcvtq_f32_s32(vmovl_high_s16(upper)) };
-    UNROLL for (int k = 0; k < 4; ++k) {
-        block[k] = vfmaq_n_f32(block[k], f[k], d);
-    }
+    UNROLL for (int k = 0; k < 4; ++k) { block[k] = vfmaq_n_f32(block[k], f[k], d); }
 }
 
 // ---- one vector ----
 
-enum { AT_ONCE = 2 }; // times sixteen rows: their sums and those of a block fill sixteen of the registers
+enum { AT_ONCE = 2 }; // times sixteen rows: these sums and the block's fill sixteen registers
 
 INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
     const tq1_25_part * part = (const tq1_25_part *) x;
@@ -72,9 +70,7 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
         const uint16_t * of_rows = (const uint16_t *) (part + parts);
         for (int at = 0; at < TQ1_25_TILE; at += 16 * AT_ONCE) {
             float32x4_t block[4 * AT_ONCE];
-            UNROLL for (int k = 0; k < 4 * AT_ONCE; ++k) {
-                block[k] = vdupq_n_f32(0.0f);
-            }
+            UNROLL for (int k = 0; k < 4 * AT_ONCE; ++k) { block[k] = vdupq_n_f32(0.0f); }
             const int8_t * entries = table;
             for (int j = 0; j < parts; ++j) {
                 if (at == 0) {
@@ -82,9 +78,7 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
                 }
                 int8x16_t high[AT_ONCE], low[AT_ONCE];
                 uint8x16_t signs[AT_ONCE], code[AT_ONCE][2];
-                UNROLL for (int r = 0; r < AT_ONCE; ++r) {
-                    signs[r] = vld1q_u8(part[j].sign + at + 16 * r);
-                }
+                UNROLL for (int r = 0; r < AT_ONCE; ++r) { signs[r] = vld1q_u8(part[j].sign + at + 16 * r); }
                 UNROLL for (int u = 0; u < GROUPS; ++u) {
                     const int8x16x2_t h = vld1q_s8_x2(entries);
                     entries += ENTRIES / 2;
@@ -98,14 +92,12 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
                         }
                         const int8x16_t of_high = vqtbl2q_s8(h, code[r][u % 2]), of_low = vqtbl2q_s8(l, code[r][u % 2]);
                         high[r] = u == 0 ? of_high : vaddq_s8(high[r], of_high);
-                        low[r]  = u == 0 ? of_low : vaddq_s8(low[r], of_low);
+                        low[r] = u == 0 ? of_low : vaddq_s8(low[r], of_low);
                         IN_ORDER(high[r]);
                         IN_ORDER(low[r]);
                     }
                 }
-                UNROLL for (int r = 0; r < AT_ONCE; ++r) {
-                    flush(high[r], low[r], d[j], block + 4 * r);
-                }
+                UNROLL for (int r = 0; r < AT_ONCE; ++r) { flush(high[r], low[r], d[j], block + 4 * r); }
             }
             UNROLL for (int r = 0; r < 2 * AT_ONCE; ++r) {
                 float32x4_t scale[2];
@@ -145,33 +137,27 @@ void tq1_25_expand_neon(const tq1_25_rows x[2], tq1_25_codes * codes) {
 INLINE void columns(const tq1_25_codes * codes, int at, int nc, const int8_t * table, const float * d, float * sums) {
     float32x4_t block[2][4 * AT_ONCE];
     UNROLL for (int c = 0; c < nc; ++c) {
-        UNROLL for (int k = 0; k < 4 * AT_ONCE; ++k) {
-            block[c][k] = vdupq_n_f32(0.0f);
-        }
+        UNROLL for (int k = 0; k < 4 * AT_ONCE; ++k) { block[c][k] = vdupq_n_f32(0.0f); }
     }
     for (int j = 0; j < PARTS; ++j) {
         int8x16_t high[2][AT_ONCE], low[2][AT_ONCE];
         UNROLL for (int u = 0; u < GROUPS; ++u) {
             uint8x16_t code[AT_ONCE];
-            UNROLL for (int r = 0; r < AT_ONCE; ++r) {
-                code[r] = vld1q_u8(codes->neon.code[GROUPS * j + GROUP_AT(u)] + at + 16 * r);
-            }
+            UNROLL for (int r = 0; r < AT_ONCE; ++r) { code[r] = vld1q_u8(codes->neon.code[GROUPS * j + GROUP_AT(u)] + at + 16 * r); }
             UNROLL for (int c = 0; c < nc; ++c) {
                 const int8_t * entries = table + TQ1_25_TABLE * c + ENTRIES * (GROUPS * j + u);
                 const int8x16x2_t h = vld1q_s8_x2(entries), l = vld1q_s8_x2(entries + 32);
                 UNROLL for (int r = 0; r < AT_ONCE; ++r) {
                     const int8x16_t of_high = vqtbl2q_s8(h, code[r]), of_low = vqtbl2q_s8(l, code[r]);
                     high[c][r] = u == 0 ? of_high : vaddq_s8(high[c][r], of_high);
-                    low[c][r]  = u == 0 ? of_low : vaddq_s8(low[c][r], of_low);
+                    low[c][r] = u == 0 ? of_low : vaddq_s8(low[c][r], of_low);
                     IN_ORDER(high[c][r]);
                     IN_ORDER(low[c][r]);
                 }
             }
         }
         UNROLL for (int c = 0; c < nc; ++c) {
-            UNROLL for (int r = 0; r < AT_ONCE; ++r) {
-                flush(high[c][r], low[c][r], d[PARTS * c + j], block[c] + 4 * r);
-            }
+            UNROLL for (int r = 0; r < AT_ONCE; ++r) { flush(high[c][r], low[c][r], d[PARTS * c + j], block[c] + 4 * r); }
         }
     }
     UNROLL for (int c = 0; c < nc; ++c) {
@@ -194,7 +180,7 @@ void tq1_25_lookup_neon(const tq1_25_codes * codes, int nc, const int8_t * table
     }
 }
 
-// Sums are in the order of the rows.
+// The sums are in the order of the rows already.
 void tq1_25_store_neon(float * s, const float * sums, bool add) {
     for (int r = 0; r < TQ1_25_TILE; r += 4) {
         const float32x4_t v = vld1q_f32(sums + r);

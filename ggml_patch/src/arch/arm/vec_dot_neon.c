@@ -1,4 +1,4 @@
-// Dot products of TQ1_25 and STQ1_0 for NEON. vec_dot_dotprod.c has this file again, with products by sdot.
+// Dot products of TQ1_25 and STQ1_0 for NEON. vec_dot_dotprod.c includes this file to multiply with sdot instead.
 
 #include "arm.h"
 
@@ -8,7 +8,7 @@
 
 #ifdef NEON_DOTPROD
 #    define NAME(name) name##_dotprod
-#    define FOR        DOTPROD
+#    define FOR DOTPROD
 typedef int32x4_t sums;
 
 FOR INLINE sums no_sums(void) { return vdupq_n_s32(0); }
@@ -17,7 +17,9 @@ FOR INLINE int32x4_t fours(sums s) { return s; }
 #else
 #    define NAME(name) name##_neon
 #    define FOR
-typedef struct { int16x8_t lower, upper; } sums; // of up to 255 products each
+typedef struct {
+    int16x8_t lower, upper;
+} sums; // of up to 255 products
 
 FOR INLINE sums no_sums(void) {
     const sums none = { vdupq_n_s16(0), vdupq_n_s16(0) };
@@ -28,11 +30,11 @@ FOR INLINE sums add(sums s, int8x16_t w, int8x16_t y) {
     s.upper = vmlal_high_s8(s.upper, w, y);
     return s;
 }
-// What bytes 4k .. 4k + 3 have brought, in dword k.
+// Dword k: the sums of bytes 4k .. 4k + 3.
 FOR INLINE int32x4_t fours(sums s) { return vpaddq_s32(vpaddlq_s16(s.lower), vpaddlq_s16(s.upper)); }
 #endif
 
-// Sixteen weights of a lane, by code. Their signs: of each byte the bit that it has in `bit`.
+// Sixteen codes. The sign of byte i is the bit of signs[i] that is set in bit[i].
 FOR INLINE uint8x16_t codes(uint8x16_t slots, uint8x16_t signs, uint8x16_t bit) { return with_sign(slots, vtstq_u8(signs, bit)); }
 
 // The scales of four Q8_0 blocks.
@@ -41,15 +43,15 @@ FOR INLINE float32x4_t four_scales(const tq1_25_q8_0 * y) {
     return vcvt_f32_f16(vreinterpret_f16_u16(d));
 }
 
-// The signs of 32 groups, of each byte one of four bytes of them.
+// Spreads the four bytes with the signs of 32 groups: byte i becomes sign[to[i]].
 FOR INLINE uint8x16_t spread_signs(const uint8_t sign[4], uint8x16_t to) {
     uint32_t word;
     memcpy(&word, sign, sizeof(word));
     return vqtbl1q_u8(vreinterpretq_u8_u32(vdupq_n_u32(word)), to);
 }
 
-// The weights come out of the lookup by lane; the activations are taken apart to meet them, so that each dword collects the sums
-// of one Q8_0 block and four scales apply at once.
+// The lookup yields weights by lane. The activations are deinterleaved to match, so that each dword collects the sums of one Q8_0 block
+// and four scales apply at once.
 FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
     static const uint8_t spread_to[16] = { 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3 };
     uint8x16_t spread = vld1q_u8(spread_to);
@@ -58,9 +60,7 @@ FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, cons
     LOADED(lower_bit);
     LOADED(upper_bit);
     int8x16x2_t of_lane[TQ1_25_GROUP];
-    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-        of_lane[lane] = lane_of_codes(lane, 0);
-    }
+    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) { of_lane[lane] = lane_of_codes(lane, 0); }
     float32x4_t total = vdupq_n_f32(0.0f);
     for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, y += PARTS) {
         const uint8x16_t qs = vld1q_u8(x->qs);
@@ -68,7 +68,7 @@ FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, cons
         // byte 4k + i: group 8k + i, and 8k + 4 + i
         const uint8x16_t code[2] = { codes(vandq_u8(qs, vdupq_n_u8(15)), signs, lower_bit), codes(vshrq_n_u8(qs, 4), signs, upper_bit) };
         sums sum = no_sums();
-        UNROLL for (int h = 0; h < 2; ++h) { // a half of each Q8_0 block: its bytes by lane, in the order of the codes
+        UNROLL for (int h = 0; h < 2; ++h) { // half of each Q8_0 block, by lane, in the order of the codes
             const int8x16_t y0 = vld1q_s8(y[0].qs + 16 * h), y1 = vld1q_s8(y[1].qs + 16 * h);
             const int8x16_t y2 = vld1q_s8(y[2].qs + 16 * h), y3 = vld1q_s8(y[3].qs + 16 * h);
             const int8x16_t even01 = vuzp1q_s8(y0, y1), even23 = vuzp1q_s8(y2, y3), odd01 = vuzp2q_s8(y0, y1), odd23 = vuzp2q_s8(y2, y3);
@@ -82,18 +82,17 @@ FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, cons
     *s = vaddvq_f32(total);
 }
 
-// A lane of a chunk's sixteen groups is sixteen weights that follow one another. Two chunks at a time meet four Q8_0 blocks.
+// A lane of a chunk's sixteen groups is sixteen consecutive weights. Two chunks at a time meet four Q8_0 blocks.
 FOR void NAME(stq1_0_vec_dot)(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
-    static const uint8_t spread_to[2][16] = { { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 }, { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 } };
+    static const uint8_t spread_to[2][16] = { { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 },
+                                              { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 } };
     uint8x16_t spread[2] = { vld1q_u8(spread_to[0]), vld1q_u8(spread_to[1]) };
     uint8x16_t bit = vreinterpretq_u8_u64(vdupq_n_u64(0x8040201008040201));
     LOADED(spread[0]);
     LOADED(spread[1]);
     LOADED(bit);
     int8x16x2_t of_lane[TQ1_25_GROUP];
-    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-        of_lane[lane] = lane_of_codes(lane, 0);
-    }
+    UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) { of_lane[lane] = lane_of_codes(lane, 0); }
     float32x4_t total = vdupq_n_f32(0.0f);
     for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x) {
         float32x4_t block = vdupq_n_f32(0.0f);

@@ -2,8 +2,6 @@
 
 #include "../../internal.h"
 
-#include "kernels.h"
-
 void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
     float total = 0.0f;
     for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
@@ -11,9 +9,10 @@ void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const t
         for (int j = 0; j < PARTS; ++j, ++y) {
             int sum = 0;
             for (int g = 0; g < GROUPS; ++g) {
-                const int8_t * q    = y->qs + TQ1_25_GROUP * g;
-                const int      slot = tq1_25_slot(x, GROUPS * j + g);
-                const int of_group  = tq1_25_lanes[0][slot] * q[0] + tq1_25_lanes[1][slot] * q[1] + tq1_25_lanes[2][slot] * q[2] + tq1_25_lanes[3][slot] * q[3];
+                const int8_t * q = y->qs + TQ1_25_GROUP * g;
+                const int slot = tq1_25_slot(x, GROUPS * j + g);
+                const int of_group = tq1_25_lanes[0][slot] * q[0] + tq1_25_lanes[1][slot] * q[1] + tq1_25_lanes[2][slot] * q[2] +
+                                     tq1_25_lanes[3][slot] * q[3];
                 sum += tq1_25_negative(x, GROUPS * j + g) ? -of_group : of_group;
             }
             of_block += tq1_25_fp16_to_float(y->d) * (float) sum;

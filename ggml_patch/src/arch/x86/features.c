@@ -46,9 +46,9 @@ int tq1_25_has_avx512vnni(void) {
     return tq1_25_has_avx512() && ALL(seven[2], 1u << 11);
 }
 
-// AMD's four vector pipes: shuffles and additions run beside multiplications, so that looking up exceeds what vpdpbusd could do
-// alone (tq1_25-lookup-avx512.c). Intel's two do all of it.
-int tq1_25_has_zen4(void) { // and later
+// Zen 4 and later. AMD has four vector pipes, where shuffles and additions run beside multiplications, so that lookups beat vpdpbusd
+// (lookup_avx512.c). Intel has two pipes for all of them.
+int tq1_25_has_zen4(void) {
     unsigned zero[4];
     cpuid(0, zero);
     const unsigned auth = 0x68747541, enti = 0x69746e65, camd = 0x444d4163;

@@ -1,4 +1,4 @@
-// Repacked TQ1_25, matrix by matrix, for AVX-512 with VNNI.
+// Panels for AVX-512 with VNNI.
 
 #include "x86.h"
 
@@ -6,18 +6,16 @@
 
 #define BROADCAST(p) _mm512_set1_epi32(*(const int32_t *) (p))
 
-// 32 rows by nc columns in registers, sums of a Q8_0 block and of a block of weights: two loads of weights and six of
-// activations feed twelve products. 16 by 12 in as many registers loads more than it multiplies (0.9 of this rate),
-// 32 by 12 with the sums of blocks in the L1 cache 0.8.
+// 32 rows by nc columns, whose sums over a Q8_0 block and over a block of weights stay in registers: two loads of weights and six of
+// activations feed twelve products. 16 by 12 in as many registers loads more than it multiplies (0.9 of this rate); 32 by 12 with the
+// block sums in the L1 cache gave 0.8.
 TARGET(AVX512VNNI) INLINE void half_tile(int64_t nb, int nc, float * s, const tq1_25_decoded * w, int half, const int8_t * panel) {
     for (int64_t i = 0; i < nb; ++i, ++w) {
         __m512 block[TQ1_25_COLUMNS][2];
-        const uint8_t * rows0 = w->w[2 * half][0][0], * rows1 = w->w[2 * half + 1][0][0];
+        const uint8_t *rows0 = w->w[2 * half][0][0], *rows1 = w->w[2 * half + 1][0][0];
         for (int j = 0; j < PARTS; ++j) {
             __m512i sum[TQ1_25_COLUMNS][2];
-            UNROLL for (int c = 0; c < nc; ++c) {
-                sum[c][0] = sum[c][1] = BROADCAST(panel + 4 * (GROUPS * nc + c));
-            }
+            UNROLL for (int c = 0; c < nc; ++c) { sum[c][0] = sum[c][1] = BROADCAST(panel + 4 * (GROUPS * nc + c)); }
             UNROLL for (int g = 0; g < GROUPS; ++g, rows0 += 64, rows1 += 64) {
                 const __m512i w0 = _mm512_loadu_si512(rows0), w1 = _mm512_loadu_si512(rows1);
                 UNROLL for (int c = 0; c < nc; ++c) {
@@ -39,7 +37,7 @@ TARGET(AVX512VNNI) INLINE void half_tile(int64_t nb, int nc, float * s, const tq
             float * to = s + TQ1_25_TILE * c + 32 * half;
             const __m512 t0 = i == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to);
             const __m512 t1 = i == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to + 16);
-            _mm512_store_ps(to,      _mm512_fmadd_ps(block[c][0], d0, t0));
+            _mm512_store_ps(to, _mm512_fmadd_ps(block[c][0], d0, t0));
             _mm512_store_ps(to + 16, _mm512_fmadd_ps(block[c][1], d1, t1));
         }
     }
@@ -52,10 +50,10 @@ TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, co
     }
 }
 
-// ---- weights to bytes ----
+// ---- decoding ----
 
 TARGET(AVX512) void tq1_25_decode_avx512vnni(tq1_25_rows x, tq1_25_decoded * w) {
-    // Each code's four weights plus one: the dwords of two registers, slots with a positive and with a negative sign.
+    // The four weights of each code plus one, as dwords: one register for positive signs, one for negative signs.
     const __m512i one = _mm512_set1_epi8(1), slot = _mm512_set1_epi32(15);
     __m512i positive = _mm512_setzero_si512();
     for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
@@ -68,8 +66,9 @@ TARGET(AVX512) void tq1_25_decode_avx512vnni(tq1_25_rows x, tq1_25_decoded * w) 
         uint8_t * out = w->w[at][0][0];
         for (int j = 0; j < PARTS; ++j, out += 64 * GROUPS) {
             const __m512i sign = _mm512_slli_epi32(SIXTEEN(x.part[j].sign), 4); // bit 4 + g
-#define WEIGHTS(g, bits) _mm512_storeu_si512(out + 64 * (g), _mm512_permutex2var_epi32( \
-    codes0, _mm512_ternarylogic_epi32(slot, bits, _mm512_srli_epi32(sign, g), 0xca), codes1));
+#define WEIGHTS(g, bits)                                           \
+    _mm512_storeu_si512(out + 64 * (g), _mm512_permutex2var_epi32( \
+                                            codes0, _mm512_ternarylogic_epi32(slot, bits, _mm512_srli_epi32(sign, g), 0xca), codes1));
             for (int g = 0; g < GROUPS / 2; ++g) {
                 const __m512i bits = SIXTEEN(x.part[j].qs[g]);
                 WEIGHTS(g, bits)

@@ -1,10 +1,10 @@
-// Repacked TQ1_25, matrix by vectors, for AVX2 with FMA and F16C: lookups of bytes by slot, then the sign.
+// Tables and codes for AVX2 with FMA and F16C: look up bytes by slot, then apply the sign.
 
 #include "x86.h"
 
 #ifdef TQ1_25_X86
 
-#define LOAD(p)     _mm256_loadu_si256((const __m256i *) (p))
+#define LOAD(p) _mm256_loadu_si256((const __m256i *) (p))
 #define STORE(p, v) _mm256_storeu_si256((__m256i *) (p), v)
 #define SLOTS(at) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) (at)))
 
@@ -25,7 +25,7 @@ TARGET(AVX2) void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * 
                 const __m256i b = _mm256_maddubs_epi16(patterns[1], _mm256_set1_epi32(q[1][g]));
                 const __m256i t = _mm256_sub_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi32(q[2][g]));
                 const __m256i high = _mm256_mulhrs_epi16(t, reciprocal);
-                const __m256i low  = _mm256_sub_epi16(t, _mm256_mullo_epi16(high, split));
+                const __m256i low = _mm256_sub_epi16(t, _mm256_mullo_epi16(high, split));
                 const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(high, low), 0xd8);
                 _mm256_storeu_si256((__m256i *) (table + 32 * (GROUPS * j + g)), packed);
             }
@@ -33,7 +33,7 @@ TARGET(AVX2) void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * 
     }
 }
 
-// Sums of eight groups, high and low parts, of 32 rows to floats in the order of tq1_25_tile.d.
+// Joins the high and low parts of 32 rows' sums into floats, in the order of tq1_25_tile.d.
 TARGET(AVX2) INLINE void flush(__m256i high, __m256i low, __m256 f[4]) {
     const __m256i both = _mm256_set1_epi16(TQ1_25_SPLIT << 8 | 1), first = _mm256_set1_epi32(1);
     const __m256i lower = _mm256_maddubs_epi16(both, _mm256_unpacklo_epi8(low, high));
@@ -46,18 +46,19 @@ TARGET(AVX2) INLINE void flush(__m256i high, __m256i low, __m256 f[4]) {
 
 // ---- one vector ----
 
-#define SHUFFLE(g, slots, turned) {                                                                       \
-        const __m256i signed_one = _mm256_or_si256(turned, one); /* the sign's bit is on top */           \
+#define SHUFFLE(g, slots, turned)                                                                                 \
+    {                                                                                                             \
+        const __m256i signed_one = _mm256_or_si256(turned, one); /* the sign is the top bit */                    \
         const __m256i h = _mm256_sign_epi8(_mm256_shuffle_epi8(SLOTS(table + 32 * (g)), slots), signed_one);      \
         const __m256i l = _mm256_sign_epi8(_mm256_shuffle_epi8(SLOTS(table + 32 * (g) + 16), slots), signed_one); \
-        high = (g) == 0 ? h : _mm256_add_epi8(high, h);                                                   \
-        low  = (g) == 0 ? l : _mm256_add_epi8(low, l);                                                    \
-        IN_ORDER(high);                                                                                   \
-        IN_ORDER(low);                                                                                    \
+        high = (g) == 0 ? h : _mm256_add_epi8(high, h);                                                           \
+        low = (g) == 0 ? l : _mm256_add_epi8(low, l);                                                             \
+        IN_ORDER(high);                                                                                           \
+        IN_ORDER(low);                                                                                            \
     }
 
-// Rows at .. at + 31 of a tile: adds to total[4], in the order of its d.
-TARGET(AVX2) INLINE void half(int parts, __m256 * total, const tq1_25_part * x, int at, const int8_t * table, const float * d) {
+// Adds rows at .. at + 31 of a tile to total[4], in the order of its d.
+TARGET(AVX2) INLINE void half_tile(int parts, __m256 * total, const tq1_25_part * x, int at, const int8_t * table, const float * d) {
     const uint16_t * of_rows = (const uint16_t *) (x + parts);
     const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
     __m256 block[4];
@@ -106,17 +107,21 @@ TARGET(AVX2) INLINE void gemv(int parts, int64_t n, float * s, const void * x, c
     }
     const tq1_25_part * part = (const tq1_25_part *) x;
     for (int64_t i = 0; i < n / (parts * TQ1_25_QK8_0); ++i, table += 32 * GROUPS * parts, d += parts) {
-        half(parts, total, part, 0, table, d);
-        half(parts, total + 4, part, 32, table, d);
+        half_tile(parts, total, part, 0, table, d);
+        half_tile(parts, total + 4, part, 32, table, d);
         part = (const tq1_25_part *) ((const uint16_t *) (part + parts) + TQ1_25_TILE);
     }
     store(s, total);
     store(s + 32, total + 4);
 }
 
-TARGET(AVX2) void tq1_25_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(PARTS, n, s, x, table, d); }
+TARGET(AVX2) void tq1_25_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    gemv(PARTS, n, s, x, table, d);
+}
 
-TARGET(AVX2) void stq1_0_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(2 * PARTS, n, s, x, table, d); }
+TARGET(AVX2) void stq1_0_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    gemv(2 * PARTS, n, s, x, table, d);
+}
 
 // ---- several vectors ----
 
@@ -128,7 +133,7 @@ TARGET(AVX2) void tq1_25_expand_avx2(const tq1_25_rows x[2], tq1_25_codes * code
             __m256i negative = _mm256_setzero_si256();
             UNROLL for (int g = 0; g < GROUPS; ++g) {
                 const __m256i bits = LOAD(x[0].part[j].qs[g % 4] + at);
-                const __m256i bit  = _mm256_set1_epi8((char) (1 << g)), mask = _mm256_cmpeq_epi8(_mm256_and_si256(sign, bit), bit);
+                const __m256i bit = _mm256_set1_epi8((char) (1 << g)), mask = _mm256_cmpeq_epi8(_mm256_and_si256(sign, bit), bit);
                 STORE(codes->one.slot[GROUPS * j + g] + at, _mm256_and_si256(g < 4 ? bits : _mm256_srli_epi16(bits, 4), nibble));
                 STORE(codes->one.mask[GROUPS * j + g] + at, mask);
                 negative = _mm256_sub_epi8(negative, mask);
@@ -141,16 +146,14 @@ TARGET(AVX2) void tq1_25_expand_avx2(const tq1_25_rows x[2], tq1_25_codes * code
     }
 }
 
-// 64 rows by nc columns. -t = (t ^ -1) + 1: the ones are added up beforehand, and the xor runs on any pipe, where vpsignb
-// would vie with the shuffles. Rows in two halves, each with its sums of blocks in registers, gave 0.94 of this rate.
+// 64 rows by nc columns. Since -t = (t ^ -1) + 1, sums start at the number of negative groups. The xor runs on any pipe, while vpsignb
+// would compete with the shuffles. Two halves of the rows, each with its block sums in registers, gave 0.94 of this rate.
 TARGET(AVX2) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
     float block[2][TQ1_25_TILE];
     for (int j = 0; j < PARTS; ++j) {
         __m256i high[2][2], low[2][2];
         UNROLL for (int r = 0; r < 2; ++r) {
-            UNROLL for (int c = 0; c < nc; ++c) {
-                high[c][r] = low[c][r] = LOAD(codes->one.negative[j] + 32 * r);
-            }
+            UNROLL for (int c = 0; c < nc; ++c) { high[c][r] = low[c][r] = LOAD(codes->one.negative[j] + 32 * r); }
         }
         UNROLL for (int g = 0; g < GROUPS; ++g) {
             UNROLL for (int r = 0; r < 2; ++r) {
@@ -160,7 +163,7 @@ TARGET(AVX2) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_
                 UNROLL for (int c = 0; c < nc; ++c) {
                     const int8_t * entries = table + TQ1_25_TABLE_AVX2 * c + 32 * (GROUPS * j + g);
                     high[c][r] = _mm256_add_epi8(high[c][r], _mm256_xor_si256(_mm256_shuffle_epi8(SLOTS(entries), slot), mask));
-                    low[c][r]  = _mm256_add_epi8(low[c][r], _mm256_xor_si256(_mm256_shuffle_epi8(SLOTS(entries + 16), slot), mask));
+                    low[c][r] = _mm256_add_epi8(low[c][r], _mm256_xor_si256(_mm256_shuffle_epi8(SLOTS(entries + 16), slot), mask));
                     IN_ORDER(high[c][r]);
                     IN_ORDER(low[c][r]);
                 }
@@ -186,9 +189,9 @@ TARGET(AVX2) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_
     }
 }
 
-// Apart, since GCC keeps what does not belong to the loop in memory otherwise: 7 % of the rate.
-#define PARAMETERS const tq1_25_codes * codes, const int8_t * table, const float * d, float * sums
-TARGET(AVX2) APART void one_column(PARAMETERS)  { columns(codes, 1, table, d, sums); }
+// Not inlined, since GCC would keep the loop's constants in memory: 7 % of the rate.
+#define PARAMETERS const tq1_25_codes *codes, const int8_t *table, const float *d, float *sums
+TARGET(AVX2) APART void one_column(PARAMETERS) { columns(codes, 1, table, d, sums); }
 TARGET(AVX2) APART void two_columns(PARAMETERS) { columns(codes, 2, table, d, sums); }
 
 TARGET(AVX2) void tq1_25_lookup_avx2(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {

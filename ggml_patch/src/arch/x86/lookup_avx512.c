@@ -1,4 +1,4 @@
-// Repacked TQ1_25, matrix by vectors, for AVX-512 (F, DQ, BW, VL): lookups of int16 by code.
+// Tables and codes for AVX-512 (F, DQ, BW, VL): look up int16 by code.
 
 #include "x86.h"
 
@@ -8,13 +8,14 @@
 
 // ---- tables ----
 
-TARGET(AVX512) void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride) {
+TARGET(AVX512) void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d,
+                                        int64_t d_stride) {
     const __m256i two = _mm256_set1_epi8(2);
     __m256i patterns[2];
     slot_patterns(patterns);
-    // Codes with a positive and with a negative sign: 1 + lane and 1 - lane, unsigned as maddubs wants one factor.
+    // Lanes plus one for codes with a positive sign, one minus lanes for a negative sign, since maddubs wants one factor unsigned.
     const __m512i straight = _mm512_inserti64x4(_mm512_castsi256_si512(patterns[0]), _mm256_sub_epi8(two, patterns[0]), 1);
-    const __m512i turned   = _mm512_inserti64x4(_mm512_castsi256_si512(patterns[1]), _mm256_sub_epi8(two, patterns[1]), 1);
+    const __m512i turned = _mm512_inserti64x4(_mm512_castsi256_si512(patterns[1]), _mm256_sub_epi8(two, patterns[1]), 1);
     for (int64_t i = 0; i < nb; ++i, table += table_stride, d += d_stride) {
         for (int j = 0; j < PARTS; ++j, ++y) {
             int32_t q[3][GROUPS];
@@ -30,10 +31,10 @@ TARGET(AVX512) void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_
     }
 }
 
-// ---- what both products share ----
+// ---- shared by both ----
 
-// Rows of tq1_25_tile.d's places in the order of the sums: rows 4m, 4m + 2, 4m + 1, 4m + 3, m = 0 .. 15.
-#define FOUR(row)     TQ1_25_PLACE(row), TQ1_25_PLACE((row) + 4), TQ1_25_PLACE((row) + 8), TQ1_25_PLACE((row) + 12)
+// Places in tq1_25_tile.d in the order of the sums: rows 4m, 4m + 2, 4m + 1, 4m + 3, each for m = 0 .. 15.
+#define FOUR(row) TQ1_25_PLACE(row), TQ1_25_PLACE((row) + 4), TQ1_25_PLACE((row) + 8), TQ1_25_PLACE((row) + 12)
 #define SIXTEEN(from) FOUR(from), FOUR((from) + 16), FOUR((from) + 32), FOUR((from) + 48)
 
 TARGET(AVX512) INLINE void scales(const uint16_t * x, __m512 d[4]) {
@@ -45,8 +46,7 @@ TARGET(AVX512) INLINE void scales(const uint16_t * x, __m512 d[4]) {
     }
 }
 
-// Sign << 4 | slot of the eight groups of a part. The lookup minds five bits of an index: what shifts leave in the others needs
-// no mask.
+// Codes, sign << 4 | slot, of the eight groups of a part. The upper bits stay arbitrary, since the lookup reads only five bits.
 TARGET(AVX512) INLINE void eight_codes(const tq1_25_part * x, __m512i codes[GROUPS]) {
     const __m512i slot = _mm512_set1_epi8(15);
     __m512i sign = LOAD(x->sign), qs[4];
@@ -56,15 +56,16 @@ TARGET(AVX512) INLINE void eight_codes(const tq1_25_part * x, __m512i codes[GROU
             qs[g] = LOAD(x->qs[g]);
             LOADED(qs[g]);
         }
-        const __m512i bits   = g < 4 ? qs[g] : _mm512_srli_epi16(qs[g - 4], 4);
+        const __m512i bits = g < 4 ? qs[g] : _mm512_srli_epi16(qs[g - 4], 4);
         const __m512i turned = g < 4 ? _mm512_slli_epi16(sign, 4 - g) : _mm512_srli_epi16(sign, g - 4);
         codes[g] = _mm512_ternarylogic_epi32(turned, slot, bits, 0xb8); // slot ? bits : turned
     }
 }
 
 TARGET(AVX512) void tq1_25_store_avx512(float * s, const float * sums, bool add) {
-    const __m512 f0 = _mm512_loadu_ps(sums), f2 = _mm512_loadu_ps(sums + 16), f1 = _mm512_loadu_ps(sums + 32), f3 = _mm512_loadu_ps(sums + 48);
-    const __m512 a0 = _mm512_unpacklo_ps(f0, f1), a1 = _mm512_unpackhi_ps(f0, f1); // lane l: rows 16l, +1, +4, +5; 8 further
+    const __m512 f0 = _mm512_loadu_ps(sums), f2 = _mm512_loadu_ps(sums + 16), f1 = _mm512_loadu_ps(sums + 32),
+                 f3 = _mm512_loadu_ps(sums + 48);
+    const __m512 a0 = _mm512_unpacklo_ps(f0, f1), a1 = _mm512_unpackhi_ps(f0, f1); // lane l: rows 16l, +1, +4, +5; +8 ..
     const __m512 b0 = _mm512_unpacklo_ps(f2, f3), b1 = _mm512_unpackhi_ps(f2, f3); // +2, +3, +6, +7
 #define PAIRS(unpack, a, b) _mm512_castpd_ps(unpack(_mm512_castps_pd(a), _mm512_castps_pd(b)))
     const __m512 q0 = PAIRS(_mm512_unpacklo_pd, a0, b0), q1 = PAIRS(_mm512_unpackhi_pd, a0, b0); // lane l: rows 16l .. +3; +4 .. +7
@@ -72,8 +73,10 @@ TARGET(AVX512) void tq1_25_store_avx512(float * s, const float * sums, bool add)
     const __m512 a = _mm512_shuffle_f32x4(q0, q1, 0x44), b = _mm512_shuffle_f32x4(q2, q3, 0x44); // lanes 0, 1
     const __m512 c = _mm512_shuffle_f32x4(q0, q1, 0xee), d = _mm512_shuffle_f32x4(q2, q3, 0xee); // lanes 2, 3
     const __m512 rows[4] = {
-        _mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd),
-        _mm512_shuffle_f32x4(c, d, 0x88), _mm512_shuffle_f32x4(c, d, 0xdd),
+        _mm512_shuffle_f32x4(a, b, 0x88),
+        _mm512_shuffle_f32x4(a, b, 0xdd),
+        _mm512_shuffle_f32x4(c, d, 0x88),
+        _mm512_shuffle_f32x4(c, d, 0xdd),
     };
     for (int k = 0; k < 4; ++k) {
         _mm512_storeu_ps(s + 16 * k, add ? _mm512_add_ps(rows[k], _mm512_loadu_ps(s + 16 * k)) : rows[k]);
@@ -82,9 +85,9 @@ TARGET(AVX512) void tq1_25_store_avx512(float * s, const float * sums, bool add)
 
 // ---- one vector ----
 
-// 64 rows. A word of 64 codes looks up an even row by its lower byte and an odd one by its upper, which a multiplication by 256
-// brings down: shifts take the pipes of the lookup (0.97 of this rate). A lookup of bytes by vpermb (high and low parts, as AVX2
-// has them) needs none, but its tables of 32 bytes want to be spread to 64, which takes those pipes as well: 0.87.
+// 64 rows. Each word holds the codes of two rows, the even row in the low byte. A multiplication by 256 moves the odd row's code down;
+// shifts would compete with the lookups (0.97 of this rate). Looking up bytes with vpermb, in parts as on AVX2, needs no shifts, but its
+// 32-byte tables must be spread to 64 bytes on the same pipes: 0.87.
 TARGET(AVX512) INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
     const __m512i first = _mm512_set1_epi32(1), upper = _mm512_set1_epi16(1 << 8);
     __m512 total[4] = { _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps(), _mm512_setzero_ps() };
@@ -102,13 +105,15 @@ TARGET(AVX512) INLINE void gemv(int parts, int64_t n, float * s, const void * x,
                 const __m512i e = _mm512_permutexvar_epi16(codes[g], entries);
                 const __m512i o = _mm512_permutexvar_epi16(_mm512_mulhi_epu16(codes[g], upper), entries);
                 even = g == 0 ? e : _mm512_add_epi16(even, e);
-                odd  = g == 0 ? o : _mm512_add_epi16(odd, o);
+                odd = g == 0 ? o : _mm512_add_epi16(odd, o);
                 IN_ORDER(even);
                 IN_ORDER(odd);
             }
             const __m512 f[4] = {
-                _mm512_cvtepi32_ps(_mm512_madd_epi16(even, first)), _mm512_cvtepi32_ps(_mm512_srai_epi32(even, 16)),
-                _mm512_cvtepi32_ps(_mm512_madd_epi16(odd, first)),  _mm512_cvtepi32_ps(_mm512_srai_epi32(odd, 16)),
+                _mm512_cvtepi32_ps(_mm512_madd_epi16(even, first)),
+                _mm512_cvtepi32_ps(_mm512_srai_epi32(even, 16)),
+                _mm512_cvtepi32_ps(_mm512_madd_epi16(odd, first)),
+                _mm512_cvtepi32_ps(_mm512_srai_epi32(odd, 16)),
             };
             const __m512 dy = _mm512_set1_ps(*d++);
             for (int k = 0; k < 4; ++k) {
@@ -129,9 +134,13 @@ TARGET(AVX512) INLINE void gemv(int parts, int64_t n, float * s, const void * x,
     tq1_25_store_avx512(s, sums, false);
 }
 
-TARGET(AVX512) void tq1_25_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(PARTS, n, s, x, table, d); }
+TARGET(AVX512) void tq1_25_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    gemv(PARTS, n, s, x, table, d);
+}
 
-TARGET(AVX512) void stq1_0_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(2 * PARTS, n, s, x, table, d); }
+TARGET(AVX512) void stq1_0_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    gemv(2 * PARTS, n, s, x, table, d);
+}
 
 // ---- several vectors ----
 
@@ -140,9 +149,7 @@ TARGET(AVX512) void tq1_25_expand_avx512(const tq1_25_rows x[2], tq1_25_codes * 
         for (int j = 0; j < PARTS; ++j) {
             __m512i code[GROUPS];
             eight_codes(x[r].part + j, code);
-            UNROLL for (int g = 0; g < GROUPS; ++g) {
-                _mm512_storeu_si512(codes->two.code[GROUPS * j + g][r], code[g]);
-            }
+            UNROLL for (int g = 0; g < GROUPS; ++g) { _mm512_storeu_si512(codes->two.code[GROUPS * j + g][r], code[g]); }
         }
         __m512 d[4];
         scales(x[r].d, d);
@@ -152,14 +159,13 @@ TARGET(AVX512) void tq1_25_expand_avx512(const tq1_25_rows x[2], tq1_25_codes * 
     }
 }
 
-// 128 rows by nc columns. From one byte further on, the lower bytes of words are the codes of odd rows. Two loads of tables and
-// four of codes (one of two over the edge of a line) feed eight lookups and additions, so that shuffles, additions and flushes
-// keep all vector pipes busy: 23.5 cycles for 64 rows by 32 weights at best on Zen 4, where vpdpbusd alone would take 32. Words of
-// their own for the odd rows, so that no load crosses a line, gain 0.05 here and lose them where they are written. Fetching
-// tables ahead gave 0.75.
+// 128 rows by nc columns. Loading codes from one byte further on puts those of the odd rows into the low bytes of the words. Two loads of
+// tables and four of codes (every other one crosses a cache line) feed eight lookups and additions, so that shuffles, additions and
+// conversions keep all vector pipes busy: at best 23.5 cycles for 64 rows by 32 weights on Zen 4, where vpdpbusd alone would take 32.
+// Separate words for odd rows, so that no load crosses a line, gain 5 % here and lose it in expand. Prefetching tables gave 0.75.
 TARGET(AVX512) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
     const __m512i first = _mm512_set1_epi32(1);
-    __m512 block[2][4][2]; // column; half of the rows of a tile, tile; word of a pair
+    __m512 block[2][4][2]; // [column][half of a tile's rows, tile][word of a pair]
     for (int j = 0; j < PARTS; ++j) {
         __m512i sum[2][4];
         UNROLL for (int g = 0; g < GROUPS; ++g) {
@@ -182,7 +188,7 @@ TARGET(AVX512) INLINE void columns(const tq1_25_codes * codes, int nc, const int
             const __m512 dy = _mm512_set1_ps(d[PARTS * c + j]);
             UNROLL for (int r = 0; r < 4; ++r) {
                 const __m512 even = _mm512_cvtepi32_ps(_mm512_madd_epi16(sum[c][r], first));
-                const __m512 odd  = _mm512_cvtepi32_ps(_mm512_srai_epi32(sum[c][r], 16));
+                const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(sum[c][r], 16));
                 block[c][r][0] = j == 0 ? _mm512_mul_ps(even, dy) : _mm512_fmadd_ps(even, dy, block[c][r][0]);
                 block[c][r][1] = j == 0 ? _mm512_mul_ps(odd, dy) : _mm512_fmadd_ps(odd, dy, block[c][r][1]);
             }
@@ -192,15 +198,16 @@ TARGET(AVX512) INLINE void columns(const tq1_25_codes * codes, int nc, const int
         UNROLL for (int r = 0; r < 4; ++r) {
             UNROLL for (int k = 0; k < 2; ++k) {
                 float * to = sums + 2 * TQ1_25_TILE * c + 32 * r + 16 * k;
-                _mm512_storeu_ps(to, _mm512_fmadd_ps(block[c][r][k], _mm512_loadu_ps(codes->two.d[r / 2] + 32 * (r % 2) + 16 * k), _mm512_loadu_ps(to)));
+                _mm512_storeu_ps(
+                    to, _mm512_fmadd_ps(block[c][r][k], _mm512_loadu_ps(codes->two.d[r / 2] + 32 * (r % 2) + 16 * k), _mm512_loadu_ps(to)));
             }
         }
     }
 }
 
-// Apart, since GCC keeps what does not belong to the loop in memory otherwise: 7 % of the rate.
-#define PARAMETERS const tq1_25_codes * codes, const int8_t * table, const float * d, float * sums
-TARGET(AVX512) APART void one_column(PARAMETERS)  { columns(codes, 1, table, d, sums); }
+// Not inlined, since GCC would keep the loop's constants in memory: 7 % of the rate.
+#define PARAMETERS const tq1_25_codes *codes, const int8_t *table, const float *d, float *sums
+TARGET(AVX512) APART void one_column(PARAMETERS) { columns(codes, 1, table, d, sums); }
 TARGET(AVX512) APART void two_columns(PARAMETERS) { columns(codes, 2, table, d, sums); }
 
 TARGET(AVX512) void tq1_25_lookup_avx512(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {

@@ -8,7 +8,7 @@
 
 #define TABLE(lane) _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) tq1_25_lanes[lane]))
 #define BY_LANE(y) _mm256_shuffle_epi8(_mm256_loadu_si256((const __m256i *) (y).qs), by_lane)
-// Products of the magnitude of y with w under y's sign, neighbours added: right for y = -128 as well.
+// Multiplies |y| by w with y's sign and adds neighbours, which is right for y = -128 too.
 #define DOT(y, w) _mm256_maddubs_epi16(_mm256_abs_epi8(y), _mm256_sign_epi8(w, y))
 
 TARGET(AVX2) INLINE float sum_of(__m256 v) {
@@ -17,61 +17,62 @@ TARGET(AVX2) INLINE float sum_of(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
 }
 
-// The weights come out of the lookup by lane; the activations are transposed to meet them, so that each dword collects
-// the sums of one Q8_0 block and four scales apply to the block's sums at once. The other way round, interleaving the
-// weights to meet the activations in order, has fewer shuffles but must add up and scale four vectors: 0.85 of this
-// rate. Weights plus one, corrected by the activations' sum, instead of signs: 0.8.
+// The lookup yields weights by lane. The activations are transposed to match, so that each dword collects the sums of one Q8_0 block and
+// four scales apply at once. Interleaving the weights instead takes fewer shuffles, but adds and scales four vectors: 0.85 of this rate.
+// Weights plus one, corrected by the activations' sum, instead of signs: 0.8.
 TARGET(AVX2) void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
     const __m256i table0 = TABLE(0), table1 = TABLE(1), table2 = TABLE(2), table3 = TABLE(3);
     const __m256i nibble = _mm256_set1_epi8(15), one8 = _mm256_set1_epi8(1), one16 = _mm256_set1_epi16(1);
     const __m256i shift = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
+    // clang-format off
     const __m256i by_lane = _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,
                                              0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-    // The sign word's byte for each group, and the group's bit in it.
+    // For each group, its byte in the sign word and its bit in that byte.
     const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3,
                                             0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
     const __m256i bit = _mm256_setr_epi32(0x08040201, 0x08040201, 0x08040201, 0x08040201,
                                           (int) 0x80402010, (int) 0x80402010, (int) 0x80402010, (int) 0x80402010);
+    // clang-format on
     __m256 total = _mm256_setzero_ps();
     for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, y += QK_TQ1_25 / TQ1_25_QK8_0) {
-        // Byte 4k+i is group 8k+i in the low half, from the low nibbles, and 8k+4+i in the high one.
+        // Byte 4k+i is group 8k+i in the low half, from low nibbles, and group 8k+4+i in the high half.
         const __m256i qs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) x->qs));
         const __m256i slots = _mm256_and_si256(_mm256_srlv_epi32(qs, shift), nibble);
         int32_t signs;
         memcpy(&signs, x->sign, sizeof(signs));
-        const __m256i set  = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(signs), spread), bit);
+        const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(signs), spread), bit);
         const __m256i sign = _mm256_or_si256(_mm256_cmpeq_epi8(set, bit), one8); // -1 or 1
         const __m256i w0 = _mm256_sign_epi8(_mm256_shuffle_epi8(table0, slots), sign);
         const __m256i w1 = _mm256_sign_epi8(_mm256_shuffle_epi8(table1, slots), sign);
         const __m256i w2 = _mm256_sign_epi8(_mm256_shuffle_epi8(table2, slots), sign);
         const __m256i w3 = _mm256_sign_epi8(_mm256_shuffle_epi8(table3, slots), sign);
 
-        // Dword l of t[k]'s halves: lane l of groups 8k..8k+3 and of 8k+4..8k+7. Four by four dwords transposed,
-        // dword k of y[l] is that.
+        // In each half of t[k], dword l holds lane l of groups 8k..8k+3 or 8k+4..8k+7. The transpose moves it to dword k of y[l].
         const __m256i t0 = BY_LANE(y[0]), t1 = BY_LANE(y[1]), t2 = BY_LANE(y[2]), t3 = BY_LANE(y[3]);
         const __m256i t01l = _mm256_unpacklo_epi32(t0, t1), t01h = _mm256_unpackhi_epi32(t0, t1);
         const __m256i t23l = _mm256_unpacklo_epi32(t2, t3), t23h = _mm256_unpackhi_epi32(t2, t3);
         const __m256i y0 = _mm256_unpacklo_epi64(t01l, t23l), y1 = _mm256_unpackhi_epi64(t01l, t23l);
         const __m256i y2 = _mm256_unpacklo_epi64(t01h, t23h), y3 = _mm256_unpackhi_epi64(t01h, t23h);
 
-        // int16 holds the sum of four such: 8 * 128. Dword k of both halves ends with sums of Q8_0 block k.
-        const __m256i sum = _mm256_add_epi16(_mm256_add_epi16(DOT(y0, w0), DOT(y1, w1)),
-                                             _mm256_add_epi16(DOT(y2, w2), DOT(y3, w3)));
+        // int16 holds the sum of four of these, at most 8 * 128. Dword k of both halves gets the sums of Q8_0 block k.
+        const __m256i sum = _mm256_add_epi16(_mm256_add_epi16(DOT(y0, w0), DOT(y1, w1)), _mm256_add_epi16(DOT(y2, w2), DOT(y3, w3)));
         const __m256 sums = _mm256_cvtepi32_ps(_mm256_madd_epi16(sum, one16));
 
-        const __m128i dy = _mm_setr_epi16((short) y[0].d, (short) y[1].d, (short) y[2].d, (short) y[3].d,
-                                          (short) y[0].d, (short) y[1].d, (short) y[2].d, (short) y[3].d);
+        const __m128i dy = _mm_setr_epi16((short) y[0].d, (short) y[1].d, (short) y[2].d, (short) y[3].d, (short) y[0].d, (short) y[1].d,
+                                          (short) y[2].d, (short) y[3].d);
         const __m256 d = _mm256_mul_ps(_mm256_cvtph_ps(dy), _mm256_cvtph_ps(_mm_set1_epi16((short) x->d)));
         total = _mm256_fmadd_ps(sums, d, total);
     }
     *s = sum_of(total);
 }
 
-// A lane of a chunk's sixteen groups is sixteen weights that follow one another, so two lookups in the halves of a register give
-// 32 weights in the order of a Q8_0 block.
+// A lane of a chunk's sixteen groups is sixteen consecutive weights, so that lookups in both halves of a register give 32 weights in the
+// order of a Q8_0 block.
 TARGET(AVX2) void stq1_0_vec_dot_avx2(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
-    const __m256i table01 = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) tq1_25_lanes[1]), _mm_loadu_si128((const __m128i *) tq1_25_lanes[0]));
-    const __m256i table23 = _mm256_set_m128i(_mm_loadu_si128((const __m128i *) tq1_25_lanes[3]), _mm_loadu_si128((const __m128i *) tq1_25_lanes[2]));
+    const __m256i table01 =
+        _mm256_set_m128i(_mm_loadu_si128((const __m128i *) tq1_25_lanes[1]), _mm_loadu_si128((const __m128i *) tq1_25_lanes[0]));
+    const __m256i table23 =
+        _mm256_set_m128i(_mm_loadu_si128((const __m128i *) tq1_25_lanes[3]), _mm_loadu_si128((const __m128i *) tq1_25_lanes[2]));
     const __m128i nibble = _mm_set1_epi8(15);
     const __m256i one8 = _mm256_set1_epi8(1), one16 = _mm256_set1_epi16(1), bit = _mm256_set1_epi64x((int64_t) 0x8040201008040201);
     const __m256i spread = _mm256_setr_epi8(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
@@ -83,7 +84,7 @@ TARGET(AVX2) void stq1_0_vec_dot_avx2(int64_t n, float * s, const block_stq1_0 *
             const __m256i slots = _mm256_broadcastsi128_si256(_mm_and_si128(_mm_unpacklo_epi8(qs, _mm_srli_epi16(qs, 4)), nibble));
             int16_t signs;
             memcpy(&signs, x->sign + STQ1_0_LANE / 8 * c, sizeof(signs));
-            const __m256i set  = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi16(signs), spread), bit);
+            const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi16(signs), spread), bit);
             const __m256i sign = _mm256_or_si256(_mm256_cmpeq_epi8(set, bit), one8); // -1 or 1
             const __m256i w0 = _mm256_sign_epi8(_mm256_shuffle_epi8(table01, slots), sign);
             const __m256i w1 = _mm256_sign_epi8(_mm256_shuffle_epi8(table23, slots), sign);

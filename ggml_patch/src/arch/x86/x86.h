@@ -1,4 +1,4 @@
-// What the x86 files share.
+// What the x86 kernels share.
 
 #pragma once
 
@@ -21,15 +21,15 @@
 #        define LOADED(v) __asm__("" : "+v"(v))
 #    endif
 
-#define AVX2       "avx2,fma,f16c"
+#define AVX2 "avx2,fma,f16c"
 #ifndef AVXVNNI
 #    define AVXVNNI AVX2 ",avxvnni"
 #endif
-#define AVX512     AVX2 ",avx512f,avx512dq,avx512bw,avx512vl"
+#define AVX512 AVX2 ",avx512f,avx512dq,avx512bw,avx512vl"
 #define AVX512VNNI AVX512 ",avx512vnni"
 
-// Two lanes of each slot, plus one, since maddubs wants one factor unsigned. A group's four activations come as dwords: even
-// words of these meet lanes 0 and 1 and odd ones lanes 2 and 3 (patterns[0]); turned by half a dword the other way round.
+// Two lanes of each slot, plus one, since maddubs wants one factor unsigned. A group's four activations are a dword. Its low word meets
+// lanes 0 and 1 in even words of patterns[0], its high word lanes 2 and 3 in odd ones; patterns[1] is for the words swapped.
 TARGET(AVX2) INLINE void slot_patterns(__m256i patterns[2]) {
     const __m256i one = _mm256_set1_epi8(1);
     const __m128i l0 = _mm_loadu_si128((const __m128i *) tq1_25_lanes[0]), l1 = _mm_loadu_si128((const __m128i *) tq1_25_lanes[1]);
@@ -40,17 +40,18 @@ TARGET(AVX2) INLINE void slot_patterns(__m256i patterns[2]) {
     patterns[1] = _mm256_blend_epi16(l23, l01, 0xaa);
 }
 
-TARGET(AVX2) INLINE __m256i turn_words(__m256i v) { return _mm256_or_si256(_mm256_slli_epi32(v, 16), _mm256_srli_epi32(v, 16)); }
+TARGET(AVX2) INLINE __m256i swap_words(__m256i v) { return _mm256_or_si256(_mm256_slli_epi32(v, 16), _mm256_srli_epi32(v, 16)); }
 
-// What meets them of a Q8_0 block, a dword a group: activations; turned; their sum in both words, to take the one away again.
+// A Q8_0 block for these patterns, one dword per group: the activations; with words swapped; their sum in both words, which takes the
+// one off again.
 TARGET(AVX2) INLINE void group_dwords(const tq1_25_q8_0 * y, int32_t q[3][GROUPS]) {
     const __m256i y0 = _mm256_loadu_si256((const __m256i *) y->qs), pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), y0);
     _mm256_storeu_si256((__m256i *) q[0], y0);
-    _mm256_storeu_si256((__m256i *) q[1], turn_words(y0));
-    _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, turn_words(pairs)));
+    _mm256_storeu_si256((__m256i *) q[1], swap_words(y0));
+    _mm256_storeu_si256((__m256i *) q[2], _mm256_add_epi16(pairs, swap_words(pairs)));
 }
 
-// 32 sums from the order of tq1_25_tile.d to that of the rows.
+// Moves 32 sums from the order of tq1_25_tile.d to the order of the rows.
 TARGET(AVX2) INLINE void order_rows(const __m256 t[4], __m256 rows[4]) {
     const __m256 r0 = _mm256_unpacklo_ps(t[0], t[1]), r1 = _mm256_unpackhi_ps(t[0], t[1]);
     const __m256 r2 = _mm256_unpacklo_ps(t[2], t[3]), r3 = _mm256_unpackhi_ps(t[2], t[3]);
