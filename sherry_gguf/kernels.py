@@ -194,7 +194,7 @@ def order(y: np.ndarray) -> np.ndarray:
 def repack(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
     """Packed rows of `kind`, uint8 (rows, nb), to as many bytes, uint8 (rows * nb,), interleaved as llama.cpp does when it loads.
 
-    64 rows at a time become tiles; rows that are left over stay as they are (tq1_25.h, "repacked").
+    64 rows at a time become tiles; leftover rows stay as they are (tile.h).
     Raises ValueError for another dtype, shape, or a length that is no whole number of blocks.
     """
     b = kind.check_blocks(b)

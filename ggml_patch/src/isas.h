@@ -41,7 +41,7 @@ struct tq1_25_isa {
     stq1_0_vec_dot_t * vec_dot_stq1_0;
     tq1_25_has_t * supported; // NULL: by every CPU
 
-    // The rest is 0 without kernels for repacked rows; weights then stay as they are in the file.
+    // "scalar" has no kernels for repacked rows: the rest is 0, and weights stay as they are in the file.
 
     // Use tables up to max_tables columns, codes up to max_codes, panels beyond. scripts/bench/kernels.py measures the limits; max_codes
     // with panels, and max_tables on ARM, are estimated from instruction counts (ggml_patch/README.md, scripts/bench/count_arm.py).

@@ -12,7 +12,7 @@ ffi, lib = kernels.ffi, kernels.lib
 ISAS = kernels.available_repacked()
 PRODUCTS = {"tables": kernels.mul_tables, "codes": kernels.mul_codes, "panels": kernels.mul_panels}
 HAS = {"tables": ISAS, "codes": ISAS, "panels": kernels.available_panels()}
-TILE, COLUMNS, DEPTH = 64, 6, 16  # of tq1_25.h
+TILE, COLUMNS, DEPTH = 64, 6, 16  # of tile.h and repack.h
 IN_PAIRS = platform.machine() == "aarch64"  # panels: five columns cost what six do there
 CODE_COLUMNS, CODE_PAIRS = 16, 128
 
