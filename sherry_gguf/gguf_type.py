@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from . import stq1_0, tq1_25
 from .blocks import BlockType
 
@@ -11,11 +13,10 @@ TYPES: dict[str, BlockType] = {kind.name: kind for kind in (tq1_25.TYPE, stq1_0.
 def register():
     """Add TQ1_25 and STQ1_0 to the `gguf` package that this process imports, and return that package. Idempotent.
 
-    The published package gets all of it; the pinned llama.cpp's own gguf-py already has the enum members and sizes.
-    Afterwards `gguf.GGUFReader` reads such files, and `gguf.quants.quantize` and `dequantize` take the types; a row
-    that is no whole number of blocks raises `gguf.QuantError`, a NaN `errors.QuantizeError`.
+    Afterwards `gguf.GGUFReader` reads such files, and `gguf.quants.quantize` and `dequantize` take the types. They raise
+    `gguf.QuantError` for a row that is not a multiple of the block size, and `errors.QuantizeError` for a NaN.
     """
-    import gguf  # here: a converting process first chooses which gguf package there is
+    import gguf  # late: a converting process first chooses its gguf package
 
     for kind in TYPES.values():
         qtype = _member(gguf.GGMLQuantizationType, kind.name, kind.type_id)
@@ -26,8 +27,8 @@ def register():
     return gguf
 
 
-def _codec(base, qtype, kind: BlockType):
-    class Codec(base, qtype=qtype):  # being defined registers it
+def _codec(base: Any, qtype, kind: BlockType):
+    class Codec(base, qtype=qtype):  # its definition registers it
         @classmethod
         def quantize_blocks(cls, blocks):
             return kind.quantize(blocks)

@@ -105,7 +105,8 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
     alignment = int(reader.alignment)
     start = padded(len(head), alignment) if plan else len(head)
     needed = start + sum(padded(t.nbytes, alignment) for t in plan)
-    holes = max(0, source.stat().st_size - 512 * getattr(source.stat(), "st_blocks", math.inf))  # most of them stay
+    stat = source.stat()
+    holes = max(0, stat.st_size - 512 * getattr(stat, "st_blocks", stat.st_size))  # most of them stay
     with atomic.staging(target, needed, holes) as staging:
         new = staging / target.name
         with open(new, "wb") as out, progress_bar(progress, total=needed, unit="B", unit_scale=True) as bar:

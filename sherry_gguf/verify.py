@@ -11,6 +11,7 @@ import argparse
 import collections
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,7 +104,7 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
                 info, found = expected.pop(t.name), stored.tensors.get(t.name)
                 if not t.raw:
                     info.tensor = vars(model).get("wide", {}).pop(t.name, info.tensor)
-                    t.changed = checkpoint.change(sources[t.name], lambda info=info, t=t: (x for _, x in _rows(info.tensor, t)))
+                    t.changed = checkpoint.change(sources[t.name], functools.partial(_values, info.tensor, t))
                 if problem := _compare(model, info.tensor, t, found, grouping, verdict):
                     verdict.problems.append(t.name + problem)
                     sound = sound and tq1_25.NAME not in (t.type.name, (found or t).type.name)
@@ -237,6 +238,10 @@ def _compare_blocks(tensor, planned: Tensor, t: Stored, grouping: Grouping, verd
 def _matrix_scales(tensor, t: Tensor) -> np.ndarray:
     rows = [ternary.sparse_absmean(x.astype(np.float32), t.shape[-1])[1][:, 0] for _, x in _rows(tensor, t)]
     return np.concatenate(rows).reshape(-1, t.shape[-2]).mean(axis=1).repeat(t.shape[-2])
+
+
+def _values(tensor, t: Tensor) -> Iterator[np.ndarray]:
+    return (x for _, x in _rows(tensor, t))
 
 
 def _rows(tensor, t: Tensor) -> Iterator[tuple[int, np.ndarray]]:
