@@ -13,6 +13,7 @@ import pytest
 from conftest import ENV
 
 from sherry_gguf import llama_cpp
+from sherry_gguf.cli import VERBS
 
 REPO = Path(__file__).parents[2]
 PLACES = "*.md", "docs/**/*.md", "examples/**/*.md", "ggml_patch/*.md", ".github/**/*.md"
@@ -132,12 +133,6 @@ def missing(where: str, word: str) -> list[str]:
     return [] if there else [f"{where}: {word} is not there"]
 
 
-@functools.cache
-def verbs() -> frozenset[str]:
-    done = subprocess.run([sys.executable, "-m", "sherry_gguf.cli", "--help"], capture_output=True, text=True, env=ENV, check=True)
-    return frozenset(re.search(r"{([\w,]+)}", done.stdout)[1].split(","))
-
-
 def unknown(name: str, text: str) -> list[str]:
     """Programs of command blocks, and paths there and in code spans, that are not there: a line each."""
     found = []
@@ -147,7 +142,7 @@ def unknown(name: str, text: str) -> list[str]:
         program = words[0].rpartition("/")[2]
         if "/" not in words[0] and program not in FOREIGN:
             found.append(f"{where}: {words[0]} is not a program that the documents may name")
-        if program == "sherry-gguf" and words[1] not in verbs() | {"--help"}:
+        if program == "sherry-gguf" and words[1] not in {*VERBS, "--help"}:
             found.append(f"{where}: sherry-gguf has no {words[1]}")
         for word in words:
             found += missing(where, word)
@@ -190,7 +185,7 @@ def commands() -> dict[str, list]:
     return {
         **{p.name: [p] for p in llama_cpp.tool("llama-cli").parent.iterdir()},
         **{name: [p] if p.suffix == ".sh" else [*python, p] for name, p in scripts.items() if name not in FOREIGN},
-        **{f"sherry-gguf {verb}": [*python, "-m", "sherry_gguf.cli", verb] for verb in sorted(verbs())},
+        **{f"sherry-gguf {verb}": [*python, "-m", "sherry_gguf.cli", verb] for verb in VERBS},
         "convert_hf_to_gguf.py": [*python, llama_cpp.source_dir() / "convert_hf_to_gguf.py"],
         "torchrun": [*python, "-m", "torch.distributed.run"],
     }
