@@ -4,9 +4,8 @@
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-# Without this directory, since some tasks of lm-eval import another package named `evaluate`.
-sys.path[:] = [str(HERE.parent), *(p for p in sys.path if Path(p or ".").resolve() != HERE)]
+# Some of lm-eval's tasks import another package named `evaluate`, and must not find this file.
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != Path(__file__).resolve().parent]
 
 from sherry_gguf.evaluation.command import main
 

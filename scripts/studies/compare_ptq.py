@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What it costs to quantize a model after its training: held-out perplexity and size of GGUFs by llama-quantize, of one checkpoint.
+"""Measure what post-training quantization costs: size and held-out perplexity of one model in several types.
 
-The checkpoint is the demo's model trained in full precision (scripts/make_demo_checkpoint.py --method full, made on the first
-run). It becomes a BF16 GGUF, llama-imatrix weighs its inputs on text that it was trained on, and llama-quantize makes each of the
-types, with and without that matrix; embeddings and output are Q8_0 in all of them, so that only the blocks' weights differ.
+The model is the demo's, trained in full precision; the first run makes it with scripts/make_demo_checkpoint.py --method full.
+It becomes a BF16 GGUF. llama-imatrix measures the importance of its inputs on training text, and llama-quantize writes each
+type, with or without that matrix. Embeddings and output are always Q8_0, so that only the blocks' weights differ.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1] / d) for d in (".", "bench")]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "scripts"))  # python_corpus
 
 import numpy as np
 
 from sherry_gguf import llama_cpp
 from sherry_gguf.bench import cpu_name
-from sherry_gguf.errors import NotBuilt
+from sherry_gguf.errors import Stop
 from sherry_gguf.reader import open_gguf
 
-ROOT = Path(__file__).resolve().parents[2]
-# label: llama-quantize's type, weighed by the importance matrix, further flags
+# label: llama-quantize's type, whether it gets the importance matrix, further flags
 RUNS = {
     "Q8_0": ("Q8_0", False, []),
     "Q4_K_M": ("Q4_K_M", True, []),
@@ -40,10 +40,6 @@ RUNS = {
 }
 
 
-class Stop(Exception):
-    """What a person can mend; the message says how."""
-
-
 def call(*command: object) -> str:
     done = subprocess.run(
         list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
@@ -54,11 +50,11 @@ def call(*command: object) -> str:
 
 
 def prepare(a: argparse.Namespace) -> tuple[Path, Path]:
-    """The BF16 GGUF and the importance matrix, each made where it isn't there."""
+    """The BF16 GGUF and the importance matrix; makes what is missing."""
     if subprocess.run(
         [sys.executable, ROOT / "scripts/make_demo_checkpoint.py", "--method", "full", "--out", a.model, *a.training]
     ).returncode:
-        raise Stop("make_demo_checkpoint.py failed: its message is above")
+        raise Stop("make_demo_checkpoint.py failed; see its message above")
     bf16, matrix, text = a.work / "bf16.gguf", a.work / "imatrix.gguf", a.work / "calibration.txt"
     made, wanted = a.work / "made.json", [json.loads((a.model / "demo.json").read_text()), a.calibration, a.context]
     if not made.exists() or json.loads(made.read_text()) != wanted:
@@ -83,7 +79,7 @@ def prepare(a: argparse.Namespace) -> tuple[Path, Path]:
 
 
 def blocks_of(path: Path) -> tuple[float, dict[str, int]]:
-    """Bits a weight of the blocks' matrices, and how many are of which type."""
+    """Bits per weight of the blocks' matrices, and how many matrices have each type."""
     matrices = [t for t in open_gguf(path).tensors if t.name.startswith("blk.") and len(t.shape) > 1]
     types = [t.tensor_type.name for t in matrices]
     return 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices), {
@@ -102,7 +98,7 @@ def measure(a: argparse.Namespace) -> dict:
     call(sys.executable, ROOT / "scripts/evaluate.py", "--text", a.model / "held_out.txt", "--context", a.context, "--threads", a.threads,
          *(["--chunks", a.chunks] if a.chunks else []), "--output", found, *files.values())  # fmt: skip
     model = json.loads((a.model / "demo.json").read_text())
-    del model["settings"]["corpus"]  # where this machine has it
+    del model["settings"]["corpus"]  # a path of this machine
     results = {"machine": cpu_name(), "model": model, "context": a.context, "rows": []}
     for label, measured in zip(files, json.loads(found.read_text())["models"]):
         bits, types = blocks_of(files[label])
@@ -111,33 +107,31 @@ def measure(a: argparse.Namespace) -> dict:
 
 
 def table(results: dict) -> str:
-    rows = results["rows"]
-    exact = rows[0]["nats"]
-    settings = results["model"]["settings"]
+    rows, settings = results["rows"], results["model"]["settings"]
     lines = [
-        f"Llama of {settings['layers']} layers, hidden {settings['hidden']}, trained in full precision for {settings['steps']} steps; held-out "
-        f"text of the Python standard library, {rows[0]['scored']} tokens scored, context {results['context']}. {results['machine']}.",
+        f"Llama of {settings['layers']} layers, hidden {settings['hidden']}, trained in full precision for {settings['steps']} steps; "
+        f"held-out text of the Python standard library, {rows[0]['scored']} tokens scored, context {results['context']}. "
+        f"{results['machine']}.",
         "",
         "| blocks' weights | bits a weight | loss | against BF16 | perplexity | tensors |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
+        against = f"{100 * (row['nats'] / rows[0]['nats'] - 1):+.2f} %"
         types = ", ".join(f"{n} {name}" for name, n in row["types"].items())
-        lines.append(
-            f"| {row['label']} | {row['bits']:.3f} | {row['nats']:.4f} | {100 * (row['nats'] / exact - 1):+.2f} % | {row['perplexity']:.2f} | {types} |"
-        )
+        lines.append(f"| {row['label']} | {row['bits']:.3f} | {row['nats']:.4f} | {against} | {row['perplexity']:.2f} | {types} |")
     return "\n".join(lines) + "\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--work", type=Path, default=ROOT / "build/ptq", help="where the checkpoint and all files are made")
-    p.add_argument("--out", type=Path, default=ROOT / "build/ptq/ptq", help="written with .md and .json behind it")
+    p.add_argument("--work", type=Path, default=ROOT / "build/ptq", help="directory for the checkpoint and all files")
+    p.add_argument("--out", type=Path, default=ROOT / "build/ptq/ptq", help="output path, to which .md and .json are added")
     p.add_argument("--calibration", type=int, default=400_000, metavar="N", help="characters of text for the importance matrix")
-    p.add_argument("--context", type=int, default=256, metavar="N", help="tokens of a chunk")
-    p.add_argument("--chunks", type=int, metavar="N", help="only the first so many of the held-out text")
+    p.add_argument("--context", type=int, default=256, metavar="N", help="tokens in a chunk")
+    p.add_argument("--chunks", type=int, metavar="N", help="use only the first N chunks of the held-out text")
     p.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads")
-    p.add_argument("training", nargs="*", default=[], metavar="-- FLAG", help="flags of make_demo_checkpoint.py, behind --")
+    p.add_argument("training", nargs="*", default=[], metavar="-- FLAG", help="flags of make_demo_checkpoint.py, after --")
     a = p.parse_args(argv)
     a.model = a.work / "hf"
     try:
@@ -147,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         a.out.with_suffix(".md").write_text(table(results))
         print(table(results), end="")
         return 0
-    except (Stop, OSError, NotBuilt) as e:
+    except (Stop, OSError) as e:  # OSError includes NotBuilt
         print(f"compare_ptq: {e}", file=sys.stderr)
         return 1
 

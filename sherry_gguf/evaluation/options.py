@@ -20,9 +20,7 @@ PAPER = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     """The arguments. Exits with code 2 if they are wrong, as argparse does."""
     parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "models", nargs="+", metavar="MODEL", help="a Hugging Face directory or a GGUF; each is a column, compared with the first"
-    )
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face directories and GGUFs; each is compared with the first")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all results as JSON, updated after each task")
     _add_tasks(parser.add_argument_group("tasks"))
     _add_text(parser.add_argument_group("text"))
@@ -40,18 +38,12 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
 def _add_tasks(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--tasks", type=_names, help=f"lm-eval tasks, separated by commas (default: {','.join(PAPER)})")
-    add(
-        "--data",
-        type=Path,
-        metavar="DIR",
-        help="read the five tasks' data from files in DIR, as examples/tasks/README.md lists them, and download nothing",
-    )
+    add("--data", type=Path, metavar="DIR", help="read the five tasks' data from DIR (see examples/tasks/README.md), download nothing")
     add(
         "--include-path",
         type=Path,
         metavar="DIR",
-        help="a directory of lm-eval YAML files, which override lm-eval's own tasks; relative data_files are looked up in --data "
-        "if given, else in the current directory",
+        help="lm-eval YAML files that override its own tasks; relative data_files are looked up in --data, else in the current directory",
     )
     add("--limit", type=_positive, metavar="N", help="use only the first N documents of each task")
     add("--num-fewshot", type=int, default=0, metavar="N", help="examples before each question (0)")
@@ -71,7 +63,7 @@ def _add_text(group: argparse._ArgumentGroup) -> None:
         "--text",
         type=Path,
         metavar="FILE",
-        help="measure the loss on this text as llama-perplexity does; runs no tasks unless --tasks names some",
+        help="measure the loss on this text as llama-perplexity does; run only tasks that --tasks names",
     )
     add("--context", type=_positive, default=256, metavar="N", help="tokens in a chunk of the text (256)")
     add("--chunks", type=_positive, metavar="N", help="use only the first N chunks of the text")
@@ -82,12 +74,8 @@ def _add_machine(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--threads", type=_positive, default=cores, metavar="N", help=f"CPU threads ({cores})")
     add("--device", help="where PyTorch runs a directory: cpu, cuda, cuda:1, ... (cuda if available)")
-    add(
-        "--dtype",
-        choices=["float32", "float16", "bfloat16", "auto"],
-        default="float32",
-        help="PyTorch's dtype for a directory; auto: the checkpoint's (float32)",
-    )
+    dtypes = ["float32", "float16", "bfloat16", "auto"]
+    add("--dtype", choices=dtypes, default="float32", help="PyTorch's dtype for a directory; auto: the checkpoint's (float32)")
 
 
 def _positive(text: str) -> int:

@@ -1,4 +1,4 @@
-"""The comparison of types for a model that is quantized after its training."""
+"""The study of post-training quantization."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_table_of_a_small_model(tmp_path, monkeypatch, capfd):
     assert rows["TQ1_25, --pure"]["nats"] != rows["TQ1_25, no matrix"]["nats"]
 
 
-def test_failures_are_told(tmp_path, capsys):
+def test_failures_are_reported(tmp_path, capsys):
     (tmp_path / "w").write_text("a file")
     assert compare.main(["--work", str(tmp_path / "w")]) == 1
     assert "compare_ptq: " in capsys.readouterr().err

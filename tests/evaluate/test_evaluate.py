@@ -299,3 +299,19 @@ def test_help_and_wrong_arguments_come_at_once():
         result = subprocess.run(command, capture_output=True, text=True, env=ENV)
         imported = set(re.findall(r"\| +(\w+)$", result.stderr, re.M))
         assert result.returncode == code and "argparse" in imported and imported.isdisjoint({"torch", "lm_eval", "transformers"})
+
+
+def test_an_interruption_while_imports_run():
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", SCRIPT, "model"],
+        stderr=subprocess.PIPE,
+        env=ENV,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    err = b""
+    while b" torch._utils" not in err:
+        err += (part := os.read(process.stderr.fileno(), 1 << 16))
+        assert part, err.decode()
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=30)[1].decode()
+    assert process.returncode == 130 and err.endswith("evaluate: interrupted\n") and "Traceback" not in err

@@ -12,7 +12,6 @@ import pytest
 import small_models
 import tokenizers
 import torch
-import train_sherry
 import transformers
 from conftest import sherry
 from evaluation_support import TEXT, report_of, run
@@ -23,6 +22,7 @@ from sherry_gguf.evaluation.comparison import SUSPICIOUS_RATIO, doubts
 from sherry_gguf.evaluation.models import load
 from sherry_gguf.evaluation.text import held_out_loss
 from sherry_gguf.evaluation.tools import Tool
+from sherry_gguf.qat import command as train
 
 pytest_plugins = "evaluation_fixtures"
 pytestmark = pytest.mark.usefixtures("offline")
@@ -68,7 +68,7 @@ def test_the_loss_of_a_trained_model(tmp_path, capsys):
     flags = {"model": start, "train": tmp_path / "train.txt", "validation": text, "output_dir": tmp_path / "run", "context": 64,
              "max_steps": 60, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "use_cpu": True, "monitor_every": 0,
              "report_to": "none", "disable_tqdm": True}  # fmt: skip
-    assert train_sherry.main([x for k, v in flags.items() for x in (f"--{k}", str(v))]) == 0
+    assert train.main([x for k, v in flags.items() for x in (f"--{k}", str(v))]) == 0
     capsys.readouterr()  # the training may say so of the random weights that it starts from
     hf, gguf = tmp_path / "run/hf", tmp_path / "m.gguf"
     result = sherry("convert", hf, "--outfile", gguf, "--require-exact")
