@@ -1,4 +1,4 @@
-"""Builds sherry_gguf._kernels from ggml_patch/src, the very files that llama.cpp's build compiles."""
+"""Builds sherry_gguf._kernels from ggml_patch/src, the same files that llama.cpp's build compiles."""
 
 import os
 import re
@@ -15,7 +15,10 @@ HEADERS = ["tq1_25.h", "tile.h", "isas.h", "repack.h"]
 
 
 def declarations(header: str) -> str:
-    """What cffi needs of a header of ours, in the layout that clang-format gives it. The compiler fills in what `...` stands for."""
+    """The declarations in one of our headers, as cffi reads them; the compiler fills in each `...`.
+
+    Relies on clang-format's layout, such as closing braces at the start of a line.
+    """
     text = re.sub(r"//.*", "", header)
     constants = re.findall(r"^#define (\w+) +[(\d]", text, re.M)
     text = re.sub(r"^#ifdef __cplusplus\n(?:.*\n)*?#endif|^ *#.*(?:\\\n.*)*|TQ1_25_ASSERT.*;|TQ1_25_API", "", text, flags=re.M)

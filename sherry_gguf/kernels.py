@@ -1,4 +1,4 @@
-"""The C kernels of ggml_patch/src on NumPy arrays. No call reads or writes outside its arrays, whatever it is given."""
+"""The C kernels of ggml_patch/src on NumPy arrays. No call reads or writes outside its arrays, whatever the arguments."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Q8_0_BYTES = ffi.sizeof("tq1_25_q8_0")
 
 
 def _compiled() -> dict:
-    """Instruction sets compiled in, name to table entry, the best first."""
+    """The table entry of each instruction set that is compiled in, by name, best first."""
     entries, i = {}, 0
     while lib.tq1_25_isas[i].name != ffi.NULL:
         entries[ffi.string(lib.tq1_25_isas[i].name).decode()] = lib.tq1_25_isas[i]
@@ -33,12 +33,12 @@ def _supported(entry) -> bool:
 
 
 def available() -> list[str]:
-    """The instruction sets that were compiled in and that this CPU runs, the best first; the last is "scalar"."""
+    """The instruction sets that are compiled in and that this CPU supports, best first; "scalar" is the last."""
     return [name for name, entry in _compiled().items() if _supported(entry)]
 
 
 def available_repacked() -> list[str]:
-    """Those of `available()` with kernels for repacked rows, the best first; on a CPU without any it is empty."""
+    """The sets in `available()` that have kernels for repacked rows, best first; empty on a CPU with scalar kernels only."""
     return [name for name, entry in _compiled().items() if _supported(entry) and entry.gemv[0] != ffi.NULL]
 
 
@@ -61,32 +61,32 @@ def _repacked_entry(isa: str | None):
 
 
 def available_panels() -> list[str]:
-    """Those of `available_repacked()` that multiply many columns by panels, the best first."""
+    """The sets in `available_repacked()` that multiply many columns by panels, best first."""
     return [name for name in available_repacked() if _compiled()[name].gemm != ffi.NULL]
 
 
 def _floats(x: np.ndarray):
-    """float * to an array, or to a copy that is contiguous and aligned; the pointer keeps it alive."""
+    """A float * to an array, or to a contiguous and aligned copy. The pointer keeps it alive."""
     return ffi.from_buffer("float[]", np.require(x, np.float32, ["C", "ALIGNED"]))
 
 
 def _blocks(b: np.ndarray, ctype: str):
-    """The same for bytes that are blocks, which want an even address for their fp16."""
+    """The same for blocks, which need an even address for their fp16."""
     b = np.ascontiguousarray(b)
     return ffi.from_buffer(f"{ctype}[]", b.copy() if b.ctypes.data % 2 else b)
 
 
 def _function(kind: BlockType, name: str):
-    """A C function of a block type: name with "TYPE" for the type's."""
+    """A C function of a block type, whose name has "TYPE" in place of the type's."""
     return getattr(lib, name.replace("TYPE", kind.name.lower()))
 
 
 def quantize(x: np.ndarray, importance: np.ndarray | None = None, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
-    """Weights float32 (..., n), n whole blocks of `kind`, to uint8 (..., bytes of them), as its `quantize`.
+    """Quantize weights, float32 (..., n) with n a multiple of the block size, to blocks, uint8 (..., bytes), as `kind.quantize` does.
 
-    importance: float32 (n,), of each input; then the scale and the zeros are those of the least squared error weighted
-    by it (what llama-quantize does with an importance matrix). The GIL is released meanwhile.
-    Raises ValueError for another dtype or shape, QuantizeError for weights that a block cannot hold at all.
+    importance: float32 (n,), one per input. Scales and zeros then minimize the squared error weighted by it, as in llama-quantize with an
+    importance matrix. The GIL is released meanwhile.
+    Raises ValueError for another dtype or shape, QuantizeError for weights that no block can hold.
     """
     x = kind.check_weights(x)
     if x.dtype != np.float32:
@@ -120,9 +120,9 @@ def _error(kind: BlockType, n: int, block: int, status: int) -> QuantizeError:
 
 
 def dequantize(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
-    """uint8 (..., nb), nb whole blocks of `kind`, to float32 (..., weights of them), as its `dequantize`.
+    """Dequantize blocks, uint8 (..., bytes), to float32 (..., weights), as `kind.dequantize` does.
 
-    Raises ValueError for another dtype or a length that is no whole number of blocks.
+    Raises ValueError for another dtype or a length that is not a multiple of the block's bytes.
     """
     b = kind.check_blocks(b)
     out = np.empty((*b.shape[:-1], b.shape[-1] // kind.bytes * kind.size), np.float32)
@@ -131,7 +131,7 @@ def dequantize(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
 
 
 def quantize_q8_0(y: np.ndarray) -> np.ndarray:
-    """Activations float32 (n,), n a multiple of 32, to Q8_0 blocks, uint8 (n / 32 * 34,): the bytes of ggml's reference.
+    """Quantize activations, float32 (n,) with n a multiple of 32, to Q8_0, uint8 (n / 32 * 34,), with the bytes of ggml's reference.
 
     Raises ValueError for another dtype or shape.
     """
@@ -144,10 +144,10 @@ def quantize_q8_0(y: np.ndarray) -> np.ndarray:
 
 
 def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None, kind: BlockType = tq1_25.TYPE) -> float:
-    """The dot product of a packed row of `kind`, uint8 (nb,), with Q8_0 blocks, uint8 (weights / 32 * 34,).
+    """The dot product of a packed row, uint8 (bytes,), with Q8_0 activations, uint8 (weights / 32 * 34,).
 
-    isa: an instruction set of `available()`; by default the one that SHERRY_ISA names, else the best.
-    Raises ValueError for one that is missing, another dtype, shape or length.
+    isa: an instruction set in `available()`; by default the one that SHERRY_ISA names, else the best.
+    Raises ValueError for a missing set or another dtype, shape or length.
     """
     entry = _entry(isa)
     b_row, q8_0 = kind.check_blocks(b_row), np.asarray(q8_0)
@@ -164,10 +164,10 @@ def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None, ki
 
 
 def vec_dot(b_row: np.ndarray, y: np.ndarray, isa: str | None = None, kind: BlockType = tq1_25.TYPE) -> float:
-    """The dot product of a packed row of `kind`, uint8 (nb,), with activations, float32 (weights,), as its `vec_dot`.
+    """The dot product of a packed row, uint8 (bytes,), with activations, float32 (weights,), as `kind.vec_dot` computes it.
 
-    isa: an instruction set of `available()`; by default the one that SHERRY_ISA names, else the best.
-    Raises ValueError for one that is missing, another dtype, shape or length.
+    isa: an instruction set in `available()`; by default the one that SHERRY_ISA names, else the best.
+    Raises ValueError for a missing set or another dtype, shape or length.
     """
     b_row = kind.check_blocks(b_row)
     y = kind.check_activations(b_row, y)
@@ -182,7 +182,7 @@ def _kind(kind: BlockType) -> int:
 
 
 def order(y: np.ndarray) -> np.ndarray:
-    """Activations float32 (n,), n a multiple of 256, in the order of STQ1_0's groups, in which its repacked rows meet them."""
+    """Put activations, float32 (n,) with n a multiple of 256, into the order of STQ1_0's groups, as its repacked rows need them."""
     y = np.asarray(y)
     if y.dtype != np.float32 or y.ndim != 1 or y.size % lib.QK_STQ1_0:
         raise ValueError(f"activations are {y.dtype} {y.shape}, not float32 (n,), n a multiple of {lib.QK_STQ1_0}")
@@ -192,10 +192,10 @@ def order(y: np.ndarray) -> np.ndarray:
 
 
 def repack(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
-    """Packed rows of `kind`, uint8 (rows, nb), to as many bytes, uint8 (rows * nb,), interleaved as llama.cpp does when it loads.
+    """Interleave packed rows, uint8 (rows, nb), into as many bytes, uint8 (rows * nb,), as llama.cpp does when it loads a model.
 
-    64 rows at a time become tiles; leftover rows stay as they are (tile.h).
-    Raises ValueError for another dtype, shape, or a length that is no whole number of blocks.
+    Each 64 rows become tiles; leftover rows stay as they are (tile.h).
+    Raises ValueError for another dtype or shape, or a length that is not a multiple of the block's bytes.
     """
     b = kind.check_blocks(b)
     if b.ndim != 2:
@@ -209,7 +209,7 @@ def repack(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
 def _check_repacked(
     kind: BlockType, repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, pieces: int
 ) -> tuple[np.ndarray, int, int, np.ndarray, int]:
-    """The arguments as they are used: numbers are Python's, since NumPy's overflow."""
+    """The checked arguments, with Python's integers, since NumPy's overflow."""
     repacked, q8_0 = np.asarray(repacked), np.asarray(q8_0)
     rows, n, pieces = operator.index(rows), operator.index(n), operator.index(pieces)
     if n <= 0 or n % kind.size or rows < 0:
@@ -228,15 +228,14 @@ def _check_repacked(
 
 
 def _aligned(size: int) -> np.ndarray:
-    """size bytes from a multiple of 64."""
+    """`size` bytes at an address that is a multiple of 64."""
     out = np.empty(size + 64, np.uint8)
     skip = -out.ctypes.data % 64
     return out[skip : skip + size]
 
 
 def _pointers(ctype: str, arrays: np.ndarray):
-    """Pointers to the rows of an array that is contiguous and that the caller keeps alive; those to bytes that are
-    blocks want an even address."""
+    """Pointers to the rows of a contiguous array, which the caller keeps alive. Blocks need an even address."""
     return ffi.new(f"{ctype}[]", [ffi.cast(ctype, row.ctypes.data) for row in arrays])
 
 
@@ -246,7 +245,7 @@ def _columns(q8_0: np.ndarray) -> np.ndarray:
 
 
 def _pieces(count: int, pieces: int) -> list[tuple[int, int]]:
-    """0 .. count in `pieces` ranges, the last first: none may rely on one before it."""
+    """0 .. count in `pieces` ranges, last first, since none may rely on an earlier one."""
     cuts = [count * i // pieces for i in range(pieces + 1)]
     return list(zip(cuts, cuts[1:]))[::-1]
 
@@ -254,12 +253,12 @@ def _pieces(count: int, pieces: int) -> list[tuple[int, int]]:
 def mul_tables(
     repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
 ) -> np.ndarray:
-    """Repacked rows of `kind`, uint8 (bytes,) of `repack`, times Q8_0 activations, uint8 (columns, n / 32 * 34), by table
-    lookup: float32 (columns, rows). Those of STQ1_0 are quantized in its `order`.
+    """Multiply repacked rows, uint8 (bytes,) from `repack`, by Q8_0 activations, uint8 (columns, n / 32 * 34), with tables.
 
-    isa: an instruction set of `available_repacked()`; by default the one that SHERRY_ISA names, else the best.
-    pieces: into how many the tables and the rows of tiles are cut, as threads would; the result is the same, bit by bit.
-    Raises ValueError for one that is missing, another dtype, shape or length.
+    Returns float32 (columns, rows). STQ1_0 needs activations that were put into its `order` before they were quantized.
+    isa: an instruction set in `available_repacked()`; by default the one that SHERRY_ISA names, else the best.
+    pieces: cuts tables and tile rows into as many, as threads do; the result has the same bits.
+    Raises ValueError for a missing set or another dtype, shape or length.
     """
     isa = _repacked_entry(isa)
     repacked, rows, n, q8_0, pieces = _check_repacked(kind, repacked, rows, n, q8_0, pieces)
@@ -281,9 +280,9 @@ def mul_tables(
 def mul_codes(
     repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
 ) -> np.ndarray:
-    """The same by codes that are spread once for a group of columns, which is faster for several columns.
+    """The same with codes, which are spread once for a group of columns: faster for several columns.
 
-    pieces: into how many the rows of tiles are cut.
+    pieces: cuts the tile rows into as many.
     """
     isa = _repacked_entry(isa)
     repacked, rows, n, q8_0, pieces = _check_repacked(kind, repacked, rows, n, q8_0, pieces)
@@ -304,9 +303,9 @@ def mul_codes(
 def mul_panels(
     repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
 ) -> np.ndarray:
-    """The same by decoded weights and panels of columns, for instruction sets of `available_panels()`.
+    """The same with decoded weights and panels of columns, for instruction sets in `available_panels()`.
 
-    pieces: into how many the panels, the rows of tiles and the panels of the product are cut.
+    pieces: cuts the making of panels, the tile rows and the panels of the product into as many.
     """
     isa = _repacked_entry(isa)
     if isa.gemm == ffi.NULL:

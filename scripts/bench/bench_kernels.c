@@ -1,5 +1,5 @@
-// Times ggml's vec_dot of each type named, and each instruction set's of TQ1_25, on rows that stay in the L1 cache, in
-// one thread. Types take turns in each round, so that what disturbs one disturbs all.
+// Times vec_dot of the named types, and of TQ1_25 with each instruction set, in one thread on rows that stay in the L1 cache. Types take
+// turns in each round, so that disturbances hit all of them.
 // usage: bench_kernels N ROUNDS TYPE...     prints "name seconds" for each type and round; seconds per 1e9 weights
 
 #define _POSIX_C_SOURCE 199309L
@@ -18,7 +18,7 @@ enum { ROWS = 4, MAX_KERNELS = 64 }; // rows of 4096 weights of any type fit an 
 struct kernel {
     const char * name;
     enum ggml_type type;
-    tq1_25_vec_dot_t * tq1_25; // an instruction set's of TQ1_25; NULL: what ggml has registered
+    tq1_25_vec_dot_t * tq1_25; // TQ1_25 with an instruction set; NULL: the function that ggml has registered
     void * rows;
     void * y;
 };

@@ -1,7 +1,7 @@
-// How long llama.cpp takes to load a model, and how much memory it then holds. Linux.
-// usage: bench_load MODEL REPACK THREADS     REPACK: 1 lets weights be repacked, 0 leaves them as they are in the file
-// prints "what seconds anon file peak" after the load and after a token: what is "load" or "token", the seconds that it
-// took, then memory of this process in KiB: of its own (RssAnon), of files (RssFile), the highest sum so far (VmHWM)
+// Measures how long llama.cpp takes to load a model and how much memory it then holds, on Linux.
+// usage: bench_load MODEL REPACK THREADS     REPACK: 1 to repack weights, 0 to leave them as they are in the file
+// prints "what seconds anon file peak" after the load and after a token: "load" or "token", the seconds it took, and the memory of this
+// process in KiB: its own (RssAnon), from files (RssFile), the peak of their sum (VmHWM)
 
 #define _POSIX_C_SOURCE 199309L
 
@@ -32,7 +32,7 @@ static long status(const char * key) {
         fclose(f);
     }
     if (kib < 0) {
-        fprintf(stderr, "/proc/self/status does not tell %s\n", key);
+        fprintf(stderr, "/proc/self/status has no %s\n", key);
         exit(1);
     }
     return kib;

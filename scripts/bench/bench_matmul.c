@@ -1,8 +1,8 @@
-// Times products of matrices in one thread: with one vector, weights from memory, each type's vec_dot row by row and each
-// instruction set's repacked TQ1_25; with more vectors, TQ1_25 by tables, codes and panels; and what the CPU multiplies at most.
-// usage: bench_matmul MIB TYPE...     a round for each line of input, so that others can be measured between rounds
-// prints "vector NAME RATE", "columns ISA KERNEL COLUMNS RATE", "tables ISA COLUMNS" and "codes ISA COLUMNS" (used up to so
-// many), "peak ISA RATE" and "end"; rates in 1e9 weights times columns a second, which are multiply-adds
+// Times matrix products in one thread. One vector, weights from memory: each type's vec_dot row by row, and repacked TQ1_25 with each
+// instruction set. More vectors: TQ1_25 by tables, codes and panels. Also the CPU's peak rate of multiplications.
+// usage: bench_matmul MIB TYPE...     runs one round per line of input, so that other things can be measured between rounds
+// prints "vector NAME RATE", "columns ISA KERNEL COLUMNS RATE", "tables ISA COLUMNS" and "codes ISA COLUMNS" (the limits in use),
+// "peak ISA RATE" and "end"; rates are 1e9 multiply-adds per second
 
 #define _GNU_SOURCE // madvise
 
@@ -23,13 +23,13 @@
 
 enum {
     N = 2048, // weights of a row
-    DIFFERENT = 256,  // rows that are not repeated
+    DIFFERENT = 256,  // distinct rows
     MOST = 512,  // columns
-    FEW = 64,   // columns up to which all of the matrix is used, so that weights come from memory
+    FEW = 64,   // up to so many columns the whole matrix is used, so that weights come from memory
     SOME_ROWS = 2048, // beyond
     HUGE_PAGE = 2 << 20,
     MAX_TYPES = 64,
-    PEAK_CHAINS = 12,   // sums that do not wait for one another
+    PEAK_CHAINS = 12,   // independent sums
 };
 
 static double now(void) {
@@ -57,29 +57,29 @@ static float * noise(size_t n, float above) {
     return x;
 }
 
-// ---- what multiplies at most: nothing but multiplications, in registers ----
+// ---- peak rate: nothing but multiplications, in registers ----
 
 #if defined(__x86_64__)
 #ifdef __clang__
 #    define UNROLL _Pragma("unroll")
 #else
-#    define UNROLL _Pragma("GCC unroll 16") // else the sums are in memory
+#    define UNROLL _Pragma("GCC unroll 16") // without it the sums are in memory
 #endif
-#define PEAK(name, isa, bytes, type, set1, multiply)                              \
-    __attribute__((target(isa))) static double name(void) {                       \
-        type sum[PEAK_CHAINS];                                                    \
-        type x = set1(1);                                                         \
-        UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) { sum[c] = set1((char) c); } \
-        enum { TIMES = 1 << 20 };                                                 \
-        const double start = now();                                               \
-        for (int i = 0; i < TIMES; ++i) {                                         \
-            UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) {                        \
-                __asm__ volatile("" : "+v"(x)); /* not the same as before */      \
-                multiply;                                                         \
-                __asm__ volatile("" : "+v"(sum[c]));                              \
-            }                                                                     \
-        }                                                                         \
-        return (double) bytes * PEAK_CHAINS * TIMES / (now() - start) * 1e-9;     \
+#define PEAK(name, isa, bytes, type, set1, multiply)                                              \
+    __attribute__((target(isa))) static double name(void) {                                       \
+        type sum[PEAK_CHAINS];                                                                    \
+        type x = set1(1);                                                                         \
+        UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) { sum[c] = set1((char) c); }                 \
+        enum { TIMES = 1 << 20 };                                                                 \
+        const double start = now();                                                               \
+        for (int i = 0; i < TIMES; ++i) {                                                         \
+            UNROLL for (int c = 0; c < PEAK_CHAINS; ++c) {                                        \
+                __asm__ volatile("" : "+v"(x)); /* so that the compiler cannot reuse a product */ \
+                multiply;                                                                         \
+                __asm__ volatile("" : "+v"(sum[c]));                                              \
+            }                                                                                     \
+        }                                                                                         \
+        return (double) bytes * PEAK_CHAINS * TIMES / (now() - start) * 1e-9;                     \
     }
 PEAK(peak_avx512vnni, "avx512f,avx512bw,avx512vnni", 64, __m512i, _mm512_set1_epi8, sum[c] = _mm512_dpbusd_epi32(sum[c], x, x))
 PEAK(peak_avx512, "avx512f,avx512bw", 64, __m512i, _mm512_set1_epi8, sum[c] = _mm512_add_epi16(sum[c], _mm512_maddubs_epi16(x, x)))
@@ -203,10 +203,10 @@ int main(int argc, char ** argv) {
     for (int k = 0; k < MOST; ++k) {
         c.y[k] = (const tq1_25_q8_0 *) (ours.y + (size_t) k * ours.y_size);
         if (k < FEW) {
-            c.tables[k] = aligned_alloc(64, (size_t) N / QK_TQ1_25 * (TQ1_25_TABLE + 64)) /* of any instruction set */;
+            c.tables[k] = aligned_alloc(64, (size_t) N / QK_TQ1_25 * (TQ1_25_TABLE + 64)) /* for any instruction set */;
         }
     }
-    float * results = allocate(sizeof(float) * (size_t) (2 << 20)); // vec_dot's, of any type's rows
+    float * results = allocate(sizeof(float) * (size_t) (2 << 20)); // of vec_dot, for any type's rows
     static const int some[] = { 1, 2, 3, 4, 8, 12, 16, 24, 32, FEW, 128, MOST };
 
     int round = 0;
@@ -214,7 +214,7 @@ int main(int argc, char ** argv) {
         if (in != '\n') {
             continue;
         }
-        // Every other round begins with the others: what comes first meets a machine that was busy with something else.
+        // The order alternates, since whatever comes first meets a machine that was busy with something else.
         const bool types_first = round++ % 2 == 0;
         for (int t = 0; t < count && types_first; ++t) {
             by_vec_dot(&types[t], results);

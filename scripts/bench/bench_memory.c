@@ -1,7 +1,7 @@
-// How fast this machine reads memory: the limit of what streams its weights from there.
+// Measures how fast this machine reads memory, the limit for anything that streams its weights.
 // usage: bench_memory THREADS ROUNDS     prints "threads GB/s" for each round; 1 GB is 1e9 bytes
-// Each thread reads its share of 512 MiB in order with the widest loads that the CPU has, which hardware prefetchers know
-// best. Prefetching by hand and several streams at once were slower where they were tried (AMD Zen 4).
+// Each thread reads its share of 512 MiB in order with the CPU's widest loads, which suits hardware prefetchers best. Software prefetches and
+// several streams at once were slower on AMD Zen 4.
 
 #define _GNU_SOURCE // madvise
 
@@ -20,15 +20,15 @@
 enum {
     HUGE_PAGE = 2 << 20,
     BUFFER = 512 << 20, // larger than most last-level caches
-    PASSES = 4,         // over the buffer in a round, about 0.1 s: starting the threads does not show
-    STEP = 256,       // bytes of four of the widest loads
+    PASSES = 4, // over the buffer in a round, about 0.1 s: starting the threads does not show
+    STEP = 256, // bytes of four of the widest loads
     MAX_THREADS = 1024,
     MAX_ROUNDS = 1000000,
 };
 
-typedef uint64_t (*reader_t)(const char * p, size_t n); // n: a multiple of STEP; what is returned depends on every byte
+typedef uint64_t (*reader_t)(const char * p, size_t n); // n: a multiple of STEP; the result depends on every byte
 
-// Four sums that do not wait for one another, each in a register.
+// Four independent sums, each in a register.
 
 static uint64_t read_scalar(const char * p, size_t n) {
     const uint64_t * q = (const uint64_t *) p;
@@ -132,7 +132,7 @@ int main(int argc, char ** argv) {
         return 1;
     }
 #if defined(MADV_HUGEPAGE)
-    madvise(buffer, BUFFER, MADV_HUGEPAGE); // page walks are no part of the limit; without them it only reads lower
+    madvise(buffer, BUFFER, MADV_HUGEPAGE); // page walks are not part of the limit; without huge pages the result is only lower
 #endif
     static struct share shares[MAX_THREADS];
     const size_t steps = BUFFER / STEP;
@@ -145,7 +145,7 @@ int main(int argc, char ** argv) {
     for (int i = 0; i < threads; ++i) {
         shares[i].reader = best_reader();
     }
-    volatile uint64_t sink = 0; // so that no load can be left out
+    volatile uint64_t sink = 0; // so that the compiler keeps every load
     for (int round = 0; round < rounds; ++round) {
         const double start = now();
         in_parallel(shares, threads);

@@ -1,4 +1,4 @@
-// One call of a kernel on zeros, for scripts/bench/count_arm.py, which counts the instructions: KERNEL, weights of a row, vectors.
+// Calls a kernel once on zeros; scripts/bench/count_arm.py counts the instructions. usage: count_arm KERNEL WEIGHTS VECTORS
 
 #include "repack.h"
 
@@ -6,12 +6,12 @@
 #include <stdlib.h>
 #include <string.h>
 
-// upstream's; those that this build lacks are NULL
+// upstream's kernels; NULL if this build lacks them
 typedef void vec_dot(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 typedef void matmul(int n, float * s, size_t bs, const void * x, const void * y, int nr, int nc);
 __attribute__((weak)) vec_dot ggml_vec_dot_tq2_0_q8_K, ggml_vec_dot_tq1_0_q8_K, ggml_vec_dot_q4_0_q8_0, ggml_vec_dot_q2_K_q8_K;
 __attribute__((weak)) matmul ggml_gemv_q4_0_4x4_q8_0, ggml_gemv_q4_0_4x8_q8_0, ggml_gemm_q4_0_4x4_q8_0, ggml_gemm_q4_0_4x8_q8_0;
-float ggml_table_f32_f16[1 << 16], ggml_table_f32_ue4m3[256]; // theirs, for some types
+float ggml_table_f32_f16[1 << 16], ggml_table_f32_ue4m3[256]; // upstream's tables for some types
 
 enum { MOST = 8192, ROWS = TQ1_25_TILE };
 
@@ -101,5 +101,5 @@ int main(int argc, char ** argv) {
             return ours(isa, what + length + 1, n, nc) ? 0 : 3;
         }
     }
-    return upstream(what, n, nc) ? 0 : 3; // 3: there is no such kernel
+    return upstream(what, n, nc) ? 0 : 3; // 3: no such kernel
 }

@@ -1,7 +1,6 @@
-// The glue of ggml's repack buffer on threads, without ggml: for a run under ThreadSanitizer, or AddressSanitizer and UBSan.
-// What it calls of ggml is below, with atomics and barriers that order what ggml's do. Inputs are such that sums are
-// exact, so that results equal those of the plain scalar kernel. The work buffer has the very size that was asked for, at
-// any address, and holds the bytes of what came before. usage: threads_repacked SEED; an instruction set by SHERRY_ISA
+// Runs mul_mat.hpp on threads without ggml, under ThreadSanitizer or under AddressSanitizer and UBSan. The parts of ggml that it calls are
+// below, with atomics and barriers that order the same as ggml's. Sums are exact, so results must equal the plain scalar kernel's. The work
+// buffer has exactly the requested size, any address, and old contents. usage: threads_repacked SEED, with an instruction set in SHERRY_ISA
 
 #include "traits.h"
 
@@ -30,8 +29,8 @@ namespace repack {
 struct tensor_traits_base : public ggml::cpu::tensor_traits {
     virtual int repack(struct ggml_tensor * t, const void * data, size_t data_size) = 0;
 };
-}  // namespace repack
-}  // namespace ggml::cpu
+} // namespace repack
+} // namespace ggml::cpu
 
 #include "ggml/mul_mat.hpp"
 

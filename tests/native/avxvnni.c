@@ -1,5 +1,5 @@
-// The kernels for AVX-VNNI, compiled for a CPU that has the same multiplication among its AVX-512 instead: panels must give the
-// very sums of the scalar dot product. Inputs are such that sums are exact. usage: avxvnni SEED
+// Tests the AVX-VNNI kernels on a CPU that has the same multiplication in AVX-512: panels must give exactly the sums of the scalar dot
+// product, on inputs whose sums are exact. usage: avxvnni SEED
 
 #include "repack.h"
 

@@ -1,5 +1,5 @@
-// Random bytes through every decoder, encoder and product of ggml_patch/src, plain and repacked, in allocations of exactly
-// the size that they may touch, for a run under AddressSanitizer and UBSan. usage: fuzz_kernels SEED ROUNDS
+// Feeds random bytes to every decoder, encoder and product in ggml_patch/src, plain and repacked, in allocations of exactly the size that
+// they may touch. Run under AddressSanitizer and UBSan. usage: fuzz_kernels SEED ROUNDS
 
 #include "repack.h"
 
@@ -25,7 +25,7 @@ static void * bytes(size_t n, size_t skew) { // random, skew bytes off an aligne
     return p;
 }
 
-// Repacked rows by every product: exact sizes everywhere but for prefetches, which do not count.
+// Repacked rows by every product. All sizes are exact; prefetches beyond them do not count.
 static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
     const int64_t size = kind == KIND_TQ1_25 ? QK_TQ1_25 : QK_STQ1_0, n = nb * size;
     const size_t block = kind == KIND_TQ1_25 ? sizeof(block_tq1_25) : sizeof(block_stq1_0);
@@ -48,7 +48,7 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
     struct tq1_25_code_scratch * code_scratch = aligned_alloc(64, (sizeof(*code_scratch) + 63) / 64 * 64);
     long calls = 0;
     for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
-        if (!isa->gemv[kind] || !isa->supported()) {
+        if (!isa->gemv[kind] || (isa->supported && !isa->supported())) {
             continue;
         }
         for (int64_t c = 0; c < nc; ++c) {
