@@ -1,21 +1,17 @@
 #!/usr/bin/env python3
-"""Fetch the pinned llama.cpp, patch it with TQ1_25, configure it and build its tools.
+"""Fetch the pinned llama.cpp, patch it with TQ1_25, and build its tools and libraries.
 
-usage: scripts/build_llama_cpp.py [CMAKE_ARG ...]      such as -DGGML_NATIVE=OFF
-
-Fills build/llama.cpp (patched source), build/bin (tools) and build/lib (shared libraries). Every step is skipped where
-its result is there already, and an interrupted run goes on where it stopped.
-
-Compilations are kept by ccache or sccache where one is installed.
+Fills build/llama.cpp (patched source), build/bin (tools) and build/lib (shared libraries). Steps that are done are skipped,
+and an interrupted run continues where it stopped. Uses ccache or sccache if one is installed.
 
 environment:
-  LLAMA_CPP_SRC     a llama.cpp checkout to copy instead of fetching the pinned one; it is not changed
-  SHERRY_BUILD_DIR  the build directory, instead of build/
+  LLAMA_CPP_SRC     copy this llama.cpp checkout instead of fetching the pinned one; it stays unchanged
+  SHERRY_BUILD_DIR  the build directory (default: build)
 """
 
 from __future__ import annotations
 
-import fcntl
+import argparse
 import filecmp
 import hashlib
 import os
@@ -28,11 +24,13 @@ import time
 from pathlib import Path
 
 try:
+    from filelock import FileLock, Timeout
     from tqdm import tqdm
-except ImportError:
-    sys.exit(
-        "build_llama_cpp: the Python environment is not set up: run scripts/setup.sh, then .venv/bin/python scripts/build_llama_cpp.py"
-    )
+
+    from sherry_gguf.errors import Stop
+    from sherry_gguf.programs import compiler_cache, run
+except ImportError as error:
+    sys.exit(f"build_llama_cpp.py: {error}: run scripts/setup.sh, then .venv/bin/python scripts/build_llama_cpp.py")
 
 REPO = Path(__file__).resolve().parent.parent
 PATCH = REPO / "ggml_patch"
@@ -47,21 +45,17 @@ TOOLS = {  # in build/bin: upstream's CMake target
 } | {"rpc-server": "ggml-rpc-server"}
 
 
-class Failure(Exception):
-    """What stopped the build, for the user."""
-
-
 def say(message: str) -> None:
     print(f"llama.cpp: {message}", flush=True)
 
 
 def environment() -> dict[str, str]:
-    """For the tools that are run. Their cmake and ninja are this Python environment's, whether or not it is activated."""
+    """The environment of every tool we run; cmake and ninja are this Python environment's, activated or not."""
     env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}
     # Without the ceiling git would take the tree for a part of this repository: it would patch nothing, and llama.cpp
-    # would show this repository's commit as its own.
+    # would report this repository's commit.
     env["GIT_CEILING_DIRECTORIES"] = str(BUILD)
-    env.setdefault("CCACHE_BASEDIR", str(BUILD))  # so that a file is the same in any build directory
+    env.setdefault("CCACHE_BASEDIR", str(BUILD))  # cache hits in any build directory
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     return env
 
@@ -72,7 +66,7 @@ def upstream() -> dict[str, str]:
 
 
 def fetch(pin: dict[str, str]) -> Path:
-    """The source distribution, downloaded once and checked every time."""
+    """Download the source distribution once; check its hash every time. Raises Stop."""
     folder = BUILD / "download"
     archive = folder / f"{pin['package'].replace('-', '_')}-{pin['version']}.tar.gz"
     if not archive.exists():
@@ -80,40 +74,26 @@ def fetch(pin: dict[str, str]) -> Path:
         partial = folder / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        wanted = partial / "requirement.txt"  # with the hash, so that pip checks it before it runs any of it
+        wanted = partial / "requirement.txt"  # with the hash, which pip checks before it runs any of the package
         wanted.write_text(f"{pin['package']}=={pin['version']} --hash=sha256:{pin['sha256']}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "-qq",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--no-binary",
-            pin["package"],
-            "-d",
-            str(partial),
-            "--require-hashes",
-            "-r",
-            str(wanted),
-        ]
+        command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps",
+                   "--no-binary", pin["package"], "-d", str(partial), "--require-hashes", "-r", str(wanted)]  # fmt: skip
         if subprocess.run(command).returncode:
-            raise Failure(f"pip could not download {pin['package']} {pin['version']}: see its message above")
+            raise Stop(f"pip could not download {pin['package']} {pin['version']}: see its message above")
         (partial / archive.name).rename(archive)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
     if digest != pin["sha256"]:
         archive.unlink()
-        raise Failure(f"{archive.name} has sha256 {digest}, ggml_patch/UPSTREAM says {pin['sha256']}; removed it, run again")
+        raise Stop(f"{archive.name} has sha256 {digest}, ggml_patch/UPSTREAM says {pin['sha256']}; removed it, run again")
     return archive
 
 
 def unpack(pin: dict[str, str], target: Path) -> str:
-    """Put pristine llama.cpp into `target`; return where it came from."""
+    """Put pristine llama.cpp into `target` and return its origin. Raises Stop."""
     own = os.environ.get("LLAMA_CPP_SRC")
     if own:
         if not (Path(own) / "ggml" / "include" / "ggml.h").is_file():
-            raise Failure(f"LLAMA_CPP_SRC={own} is not a llama.cpp checkout: it has no ggml/include/ggml.h")
+            raise Stop(f"LLAMA_CPP_SRC={own} is not a llama.cpp checkout: it has no ggml/include/ggml.h")
         say(f"copying {own}")
 
         def not_source(folder: str, names: list[str]) -> set[str]:
@@ -128,10 +108,10 @@ def unpack(pin: dict[str, str], target: Path) -> str:
         members = [m for m in tar if m.name.startswith(prefix) and (m.isfile() or m.isdir())]
         for member in members:
             member.name = member.name.removeprefix(prefix)
-            if member.name == ".git":  # a submodule's pointer to a repository that is not there
+            if member.name == ".git":  # a submodule's pointer to a missing repository
                 continue
             if ".." in Path(member.name).parts or Path(member.name).is_absolute():
-                raise Failure(f"{archive.name} holds the path {member.name}")
+                raise Stop(f"{archive.name} holds the path {member.name}, which leads out of it")
             tar.extract(member, target, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return f"{pin['package']} {pin['version']}"
 
@@ -141,9 +121,9 @@ def apply_hooks(pin: dict[str, str], tree: Path, origin: str) -> None:
     if result.returncode == 0:
         return
     hunks = "".join(f"\n  {file}, the hunk at line {line}" for file, line in re.findall(r"patch failed: (.*):(\d+)", result.stderr))
-    raise Failure(
+    raise Stop(
         f"ggml_patch/hooks.patch does not apply to {origin}:{hunks or ' ' + result.stderr.strip()}\n"
-        f"  It is made for llama.cpp {pin['commit'][:9]} (ggml {pin['ggml']}). ggml_patch/README.md says how to move it."
+        f"  It was made for llama.cpp {pin['commit'][:9]} (ggml {pin['ggml']}). ggml_patch/README.md says how to move it."
     )
 
 
@@ -152,7 +132,7 @@ def kind(path: Path) -> str:
 
 
 def sync(source: Path, target: Path) -> None:
-    """Make `target` equal to `source`, leaving files that are equal already untouched, so that ninja rebuilds no more than it must."""
+    """Make `target` equal to `source` without touching equal files, so that ninja rebuilds only what changed."""
     target.mkdir(parents=True, exist_ok=True)
     for entry in target.iterdir():
         if kind(entry) != kind(source / entry.name):
@@ -172,7 +152,7 @@ def sync(source: Path, target: Path) -> None:
 
 
 def state_of(tree: Path) -> str:
-    """Every file of a tree with its size and time: what tells that somebody has been there."""
+    """A hash of every file's name, size and time, which changes when somebody edits the tree."""
     digest = hashlib.sha256()
     for path in sorted(tree.rglob("*")):
         if not path.is_dir() and "__pycache__" not in path.parts:
@@ -188,7 +168,7 @@ def patched_source() -> None:
         wanted.update(str(file.relative_to(PATCH)).encode() + b"\0" + file.read_bytes() + b"\0")
     own = os.environ.get("LLAMA_CPP_SRC", "")
     stamp = BUILD / "llama.cpp.stamp"
-    # one's own checkout is looked at anew each time: it may have changed
+    # a user's own checkout may have changed since
     if not own and stamp.exists() and stamp.read_text() == f"{wanted.hexdigest()} {state_of(SOURCE)}":
         say("the patched source is up to date")
         return
@@ -205,7 +185,8 @@ def patched_source() -> None:
         stamp.write_text(f"{wanted.hexdigest()} {state_of(SOURCE)}")
 
 
-def last_lines(log: Path, count: int = 25) -> str:
+def first_error(log: Path, count: int = 25) -> str:
+    """The lines from the first failure on, or else the last ones."""
     lines = log.read_text(errors="replace").splitlines()
     failed = next((i for i, line in enumerate(lines) if line.startswith(("FAILED:", "CMake Error"))), None)
     return "\n".join(lines[failed : failed + count] if failed is not None else lines[-count:])
@@ -218,25 +199,24 @@ def configure(arguments: list[str], env: dict[str, str]) -> None:
         "-DCMAKE_BUILD_RPATH_USE_ORIGIN=ON", "-DBUILD_SHARED_LIBS=ON", "-DGGML_RPC=ON", "-DGGML_CCACHE=OFF",
         "-DLLAMA_BUILD_EXAMPLES=OFF", "-DLLAMA_BUILD_APP=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF",
         f"-DLLAMA_BUILD_COMMIT={pin['commit'][:9]}", "-DLLAMA_BUILD_NUMBER=0",
-        *arguments,
+        *compiler_cache(env), *arguments,
     ]  # fmt: skip
     stamp = BUILD / "cmake.stamp"
-    if cache := next(filter(None, (shutil.which(name, path=env["PATH"]) for name in ("ccache", "sccache"))), ""):
-        command.append(f"-DCMAKE_C_COMPILER_LAUNCHER={cache}")
-        command.append(f"-DCMAKE_CXX_COMPILER_LAUNCHER={cache}")
-    heeded = [f"{k}={v}" for k, v in sorted(env.items()) if k.startswith("CMAKE_") or k in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")]
-    wanted = "\n".join([shutil.which("cmake", path=env["PATH"]) or "cmake", *command, *heeded])
+    variables = [
+        f"{k}={v}" for k, v in sorted(env.items()) if k.startswith("CMAKE_") or k in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")
+    ]
+    wanted = "\n".join([shutil.which("cmake", path=env["PATH"]) or "cmake", *command, *variables])
     if (BUILD / "cmake" / "build.ninja").exists() and stamp.exists() and stamp.read_text() == wanted:
         return
     say("configuring")
     stamp.unlink(missing_ok=True)
     (BUILD / "cmake" / "CMakeCache.txt").unlink(missing_ok=True)
-    for library in (BUILD / "cmake" / "bin").glob("libggml-*"):  # maybe of variants that are no longer asked for
+    for library in (BUILD / "cmake" / "bin").glob("libggml-*"):  # may be a variant nobody asks for any more
         library.unlink()
     log = BUILD / "configure.log"
     with log.open("w") as output:
         if subprocess.run(command, stdout=output, stderr=subprocess.STDOUT, env=env).returncode:
-            raise Failure(f"cmake failed ({log}):\n{last_lines(log)}")
+            raise Stop(f"cmake failed ({log}):\n{first_error(log)}")
     stamp.write_text(wanted)
 
 
@@ -247,23 +227,23 @@ def build(tools: dict[str, str], env: dict[str, str]) -> None:
     started = time.monotonic()
     with log.open("w") as output, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as ninja:
         bar = tqdm(desc="llama.cpp: building", unit="step", disable=None, mininterval=1)
-        told = 0
+        tenths = 0
         for line in ninja.stdout:
             output.write(line)
             done = re.match(r"\[(\d+)/(\d+)\]", line)
             if done:
                 bar.total = int(done[2])
                 bar.update(int(done[1]) - bar.n)
-                if bar.disable and int(done[1]) * 10 // bar.total > told:  # no terminal: a line each tenth
-                    told = int(done[1]) * 10 // bar.total
+                if bar.disable and int(done[1]) * 10 // bar.total > tenths:  # no terminal: a line for each tenth
+                    tenths = int(done[1]) * 10 // bar.total
                     say(f"building, {done[1]} of {done[2]} steps, {time.monotonic() - started:.0f} s")
         bar.close()
     if ninja.returncode:
-        raise Failure(f"the build failed ({log}):\n{last_lines(log)}")
+        raise Stop(f"the build failed ({log}):\n{first_error(log)}")
 
 
 def publish(tools: dict[str, str]) -> None:
-    """Give the tools and libraries their fixed places, as relative links."""
+    """Link the tools and libraries from build/bin and build/lib."""
     made = BUILD / "cmake" / "bin"
     libraries = [p.name for p in made.iterdir() if re.search(r"\.(so|dylib)(\.|$)", p.name)]
     for folder, names in ("bin", tools), ("lib", {name: name for name in libraries}):
@@ -279,26 +259,32 @@ def publish(tools: dict[str, str]) -> None:
 
 
 def main() -> None:
-    arguments = sys.argv[1:]
-    if {"-h", "--help"} & set(arguments):
-        print(__doc__.strip())
-        return
-    if any(not a.startswith("-") for a in arguments):
-        raise Failure(f"unexpected arguments {arguments}; CMake's begin with a dash, --help says more")
-    tools = dict(TOOLS)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s [-h] [--tools NAME,...] [CMAKE_ARG ...]")  # fmt: skip
+    parser.add_argument("--tools", default=",".join(TOOLS), metavar="NAME,...", help="build only these tools of build/bin (default: all)")
+    parser.add_argument("others", nargs="*", metavar="CMAKE_ARG", help="an argument for CMake, such as -DGGML_NATIVE=OFF")
+    ours = "-h", "--help", "--tools"
+    arguments = [a for a in sys.argv[1:] if a.startswith("-") and a.partition("=")[0] not in ours]
+    args = parser.parse_args([a for a in sys.argv[1:] if a not in arguments])
+    if args.others:
+        raise Stop(f"unexpected arguments {args.others}; CMake's begin with a dash, --help says more")
+    if unknown := [name for name in args.tools.split(",") if name not in TOOLS]:
+        raise Stop(f"--tools {','.join(unknown)}: no such tool; the tools are {', '.join(TOOLS)}")
+    tools = {name: TOOLS[name] for name in args.tools.split(",")}
     if "-DGGML_BACKEND_DL=ON" in arguments:
-        del tools["test-quantize-fns"]  # it links to ggml-cpu, which there is one of many that are loaded
+        tools.pop("test-quantize-fns", None)  # it links to the one ggml-cpu, and here there are several
     env = environment()
     for program in "git", "cmake", "ninja":
         if not shutil.which(program, path=env["PATH"]):
-            raise Failure(f"{program} is not there: {'install it' if program == 'git' else 'run scripts/setup.sh'}")
+            raise Stop(f"{program} is missing: {'install it' if program == 'git' else 'run scripts/setup.sh'}")
     BUILD.mkdir(parents=True, exist_ok=True)
-    with open(BUILD / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            say("waiting for another build in the same directory")
-            fcntl.flock(lock, fcntl.LOCK_EX)
+    lock = FileLock(BUILD / "lock")
+    try:
+        held = lock.acquire(blocking=False)
+    except Timeout:
+        say("waiting for another build in the same directory")
+        held = lock.acquire()
+    with held:
         patched_source()
         configure(arguments, env)
         build(tools, env)
@@ -307,11 +293,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failure as failure:
-        sys.exit(f"build_llama_cpp: {failure}")
-    except OSError as error:
-        sys.exit(f"build_llama_cpp: {error}")
-    except KeyboardInterrupt:
-        sys.exit("build_llama_cpp: interrupted; run it again to go on")
+    run(main, hint="; run it again to continue")

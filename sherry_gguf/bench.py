@@ -11,14 +11,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tabulate import tabulate
 from tqdm import tqdm
 
 from . import llama_cpp, signals
+from .report import markdown_table
 
 FIRST = 16  # tokens of the prompt that warms up
 
@@ -89,12 +89,6 @@ def plural(threads: int) -> str:
     return f"{threads} thread{'s' * (threads != 1)}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Strings as a Markdown table: the first column to the left, the others to the right."""
-    align = ["left", *["right"] * (len(head) - 1)]
-    return tabulate(rows, head, "github", disable_numparse=True, colalign=align)
-
-
 def compare(files: list[Path], threads: list[int], tests: list[Test], rounds: int, report: dict) -> Iterator[str]:
     """Measure every file, and fill `report` as it goes; yields what comes next.
 
@@ -141,7 +135,7 @@ def tables(report: dict) -> str:
                 row += [number(statistics.median(own) if own else None), "" if ratio is None else f"{ratio:.2f}"]
             rows.append(row)
         head = ["file", "model", "MiB", *itertools.chain.from_iterable((test, "x") for test in tests)]
-        lines += ["", f"{plural(threads)}:", "", table(head, rows)]
+        lines += ["", f"{plural(threads)}:", "", markdown_table(head, rows)]
     return "\n".join(lines) + "\n"
 
 

@@ -24,6 +24,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[int
     return [line.rstrip() for line in text.splitlines()]
 
 
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table in Markdown: the first column left-aligned, the others right-aligned."""
+    aligned = ["left", *["right"] * (len(head) - 1)]
+    return tabulate(rows, head, tablefmt="github", colalign=aligned, disable_numparse=True)
+
+
 def sizes(tensors: Iterable[Any]) -> tuple[str, str, str]:
     """Weights, bytes and bits per weight of tensors that have `weights` and `nbytes`, as cells of a table."""
     tensors = list(tensors)

@@ -178,9 +178,9 @@ LEAST = {"MUL_MAT": 40, "MUL_MAT_ID": 60, "GET_ROWS": 5, "CPY": 10}  # cases of 
 
 
 def portable(arch, directory):
-    """The archive of scripts/build/portable.py, unpacked in `directory`: where its files are."""
+    """Unpack the archive that scripts/build/portable.py makes for tests in `directory`; return where its files are."""
     script = TESTS.parent / "scripts" / "build" / "portable.py"
-    done = subprocess.run([sys.executable, script, arch], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, arch, "--tested"], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     archive = Path(re.search(r"packed (.*\.tar\.gz), \d+ MB", done.stdout)[1])
     with tarfile.open(archive) as tar:

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""How long a conversion takes and how much memory: a random bf16 checkpoint of Llama-3.2-1B's shape, 1.24 B parameters.
+"""Measure a conversion's time and memory: a random bf16 checkpoint of Llama-3.2-1B's shape, 1.24 B parameters.
 
-The checkpoint is made once (2.5 GB in several shards), half of its layers 3:4 sparse ternary already, the others latent
-weights. Needs scripts/build_llama_cpp. Linux or macOS.
+The checkpoint is made once (2.5 GB in several shards). Half of its layers are 3:4 sparse ternary, the others are latent
+weights. Needs scripts/build_llama_cpp.py, and scripts/demo.sh for a tokenizer. Linux or macOS.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ try:
     from tqdm import tqdm
 
     from sherry_gguf import llama_cpp, qat
+    from sherry_gguf.errors import Stop
+    from sherry_gguf.programs import run
 except ImportError as error:
-    sys.exit(f"bench/convert.py: {error}: run it as .venv/bin/python scripts/bench/convert.py, after scripts/setup.sh")
+    sys.exit(f"convert.py: {error}: run it as .venv/bin/python scripts/bench/convert.py, after scripts/setup.sh")
 
 HIDDEN, INTERMEDIATE, LAYERS, KV, VOCAB = 2048, 8192, 16, 512, 128256
 SHARD = 4  # layers
@@ -38,7 +40,7 @@ def make(directory: Path, tokenizer: Path) -> None:
 
     def weight(rows: int, columns: int, exact: bool) -> torch.Tensor:
         w = 0.02 * torch.randn(rows, columns, generator=generator)
-        # bfloat16 has fewer bits than an fp16 scale: powers of two fit both
+        # powers of two fit both bfloat16 and the fp16 scale
         return (qat.sparse_absmean(w).sign() * 2.0**-6 if exact else w).to(torch.bfloat16)
 
     shapes = {"self_attn.q_proj": (HIDDEN, HIDDEN), "self_attn.k_proj": (KV, HIDDEN), "self_attn.v_proj": (KV, HIDDEN),
@@ -72,13 +74,13 @@ def make(directory: Path, tokenizer: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dir", type=Path, default=llama_cpp.root() / "bench", help="where to work (default: build/bench)")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--dir", type=Path, default=llama_cpp.root() / "bench", help="working directory (default: build/bench)")
+    parser.add_argument("--rounds", type=int, default=3, metavar="N", help="conversions (default: 3)")
     args = parser.parse_args()
     model, out = args.dir / "llama-1b", args.dir / "llama-1b-TQ1_25.gguf"
     tokenizer = llama_cpp.root() / "demo" / "hf"
     if not (tokenizer / "tokenizer.model").exists():
-        sys.exit("bench/convert.py: needs the demo's tokenizer: run scripts/demo.sh first")
+        raise Stop("it needs the demo's tokenizer: run scripts/demo.sh first")
     if not model.exists():
         make(model, tokenizer)
     parameters = HIDDEN * (VOCAB + 1) + LAYERS * HIDDEN * (2 * HIDDEN + 2 * KV + 3 * INTERMEDIATE + 2)
@@ -95,7 +97,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"bench/convert.py: {error}")
+    run(main)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Count the instructions of kernels for 64-bit ARM, per 128 weights of a row and vector: those that run, one by one, under qemu-aarch64.
+"""Count the instructions that kernels for 64-bit ARM execute under qemu-aarch64, per 128 weights of a row and vector.
 
-Counted, not timed: an emulator does not know what takes long. The difference between rows of 4096 and of 2048 weights is taken, so
-that what a call costs once does not count; making tables of the activations, once for all rows, is a line of its own. Upstream's
-kernels are compiled from the patched llama.cpp's source for each level, with the same compiler and -O3.
+They are counted, not timed: an emulator doesn't know what takes long. The count is the difference between rows of 4096 and of
+2048 weights, so that the fixed cost of a call drops out. Making tables of the activations, once for all rows, has a line of
+its own. Upstream's kernels are compiled from the patched llama.cpp for each level, with the same compiler and -O3.
 
 Needs scripts/build_llama_cpp.py, and what scripts/build/arm.py needs.
 """
@@ -20,10 +20,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "build"))
 
-from cross_arm import COMPILERS, EMULATOR, Stop, call, missing
+from cross_arm import COMPILERS, EMULATOR, missing
 
 from sherry_gguf import llama_cpp
-from sherry_gguf.errors import NotBuilt
+from sherry_gguf.errors import Stop
+from sherry_gguf.programs import call, run
+from sherry_gguf.report import markdown_table
 
 REPO = Path(__file__).resolve().parents[2]
 SOURCES = REPO / "ggml_patch" / "src"
@@ -40,29 +42,29 @@ def build(work: Path) -> None:
     gcc, gxx = COMPILERS
     ggml = llama_cpp.source_dir() / "ggml"
     include = [f"-I{ggml / d}" for d in ("include", "src", "src/ggml-cpu")]
-    program = Path(__file__).with_suffix(".c")
-    call(gcc, "-std=c11", "-O3", f"-I{SOURCES}", "-r", *sorted(SOURCES.rglob("*.c")), program, "-o", work / "ours.o")
+    ours = [*sorted(SOURCES.rglob("*.c")), Path(__file__).with_suffix(".c")]
+    call(gcc, "-std=c11", "-O3", f"-I{SOURCES}", "-r", *ours, "-o", work / "ours.o")
     for level, march in LEVELS.items():
         arm = ggml / "src/ggml-cpu/arch/arm"
         flags = ["-O3", "-D_GNU_SOURCE", f"-march={march}", *include, "-c"]
         call(gcc, "-std=c11", *flags, arm / "quants.c", "-o", work / f"quants-{level}.o")
         call(gxx, "-std=c++17", *flags, arm / "repack.cpp", "-o", work / f"repack-{level}.o")
-        # what they refer to for other types is not called
+        # what they need for other types is never called
         call(gxx, "-static", work / "ours.o", work / f"quants-{level}.o", work / f"repack-{level}.o", "-lm",
              "-Wl,--unresolved-symbols=ignore-all", "-o", work / level)  # fmt: skip
 
 
 @functools.cache
 def single_steps() -> str:
-    """The option by which qemu translates one instruction at a time: QEMU 8.1 gave it another name."""
+    """The option that makes qemu translate one instruction at a time; QEMU 8.1 renamed it."""
     return "-one-insn-per-tb" if "-one-insn-per-tb" in call(EMULATOR, "-help") else "-singlestep"
 
 
 def instructions(program: Path, kernel: str, n: int, nc: int) -> int | None:
-    """How many a run has; None where the program has no such kernel."""
+    """How many instructions a run executes; None if the program has no such kernel. Raises Stop."""
     with tempfile.NamedTemporaryFile() as log:
-        done = subprocess.run([EMULATOR, "-cpu", "max", single_steps(), "-d", "nochain,exec", "-D", log.name, program, kernel, str(n), str(nc)],
-                              capture_output=True, text=True)  # fmt: skip
+        command = [EMULATOR, "-cpu", "max", single_steps(), "-d", "nochain,exec", "-D", log.name, program, kernel, str(n), str(nc)]
+        done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == NO_SUCH_KERNEL:
             return None
         count = sum(1 for line in log if line.startswith(b"Trace"))
@@ -79,11 +81,19 @@ def per_128(program: Path, kernel: str, rows: int, nc: int = 1) -> float | None:
 def count(work: Path) -> dict:
     one, many, making = {}, {}, {}
     for level in LEVELS:
-        plain = "dotprod" if level == "i8mm" else level  # the instruction set i8mm has dotprod's
-        lines = {"TQ1_25": (f"{level} gemv", ROWS), "STQ1_0": (f"{level} gemv STQ1_0", ROWS), "TQ1_25, --no-repack": (f"{plain} vec_dot", 1),
-                 "STQ1_0, --no-repack": (f"{plain} vec_dot STQ1_0", 1), "TQ2_0": ("TQ2_0", 1), "TQ1_0": ("TQ1_0", 1), "Q2_K": ("Q2_K", 1),
-                 "Q4_0": ({"dotprod": "Q4_0 4x4 gemv", "i8mm": "Q4_0 4x8 gemv"}.get(level, "Q4_0"), 1 if level == "neon" else ROWS),
-                 "Q4_0, --no-repack": ("Q4_0", 1)}  # fmt: skip
+        plain = "dotprod" if level == "i8mm" else level  # i8mm uses dotprod's
+        repacked = {"dotprod": "Q4_0 4x4 gemv", "i8mm": "Q4_0 4x8 gemv"}.get(level)
+        lines = {
+            "TQ1_25": (f"{level} gemv", ROWS),
+            "STQ1_0": (f"{level} gemv STQ1_0", ROWS),
+            "TQ1_25, --no-repack": (f"{plain} vec_dot", 1),
+            "STQ1_0, --no-repack": (f"{plain} vec_dot STQ1_0", 1),
+            "TQ2_0": ("TQ2_0", 1),
+            "TQ1_0": ("TQ1_0", 1),
+            "Q2_K": ("Q2_K", 1),
+            "Q4_0": (repacked, ROWS) if repacked else ("Q4_0", 1),
+            "Q4_0, --no-repack": ("Q4_0", 1),
+        }
         for name, (kernel, rows) in lines.items():
             one.setdefault(name, {})[level] = per_128(work / level, kernel, rows)
         making[level] = per_128(work / level, f"{level} table", 1)
@@ -99,25 +109,36 @@ def count(work: Path) -> dict:
 
 
 def tables(result: dict) -> list[str]:
-    def figure(value):
+    def figure(value: float | None) -> str:
         return "" if value is None else f"{value:.1f}"
 
-    lines = ["Instructions per 128 weights, counted under emulation, not timed " f"({result['compiler']}, -O3).", "", "One vector:", "",
-             f"| type | {' | '.join(LEVELS)} |", "|---|" + "---|" * len(LEVELS)]  # fmt: skip
-    lines += [f"| {name} | {' | '.join(figure(levels[level]) for level in LEVELS)} |" for name, levels in result["one"].items()]
-    lines += ["", "Making the tables of 128 activations, once for all rows: " + ", ".join(f"{figure(v)} ({k})" for k, v in result["making"].items()),
-              "", "Several vectors, for each:", "", f"| type | CPU | {' | '.join(map(str, MANY))} |", "|---|---|" + "---|" * len(MANY)]  # fmt: skip
-    for name, levels in result["many"].items():
-        for level, counts in levels.items():
-            if any(v is not None for v in counts.values()):
-                lines.append(f"| {name} | {level} | {' | '.join(figure(counts.get(nc)) for nc in MANY)} |")
-    return lines
+    one = [[name, *(figure(levels[level]) for level in LEVELS)] for name, levels in result["one"].items()]
+    many = [
+        [name, level, *(figure(counts.get(nc)) for nc in MANY)]
+        for name, levels in result["many"].items()
+        for level, counts in levels.items()
+        if any(value is not None for value in counts.values())
+    ]
+    making = ", ".join(f"{figure(value)} ({level})" for level, value in result["making"].items())
+    return [
+        f"Instructions per 128 weights, counted under emulation, not timed ({result['compiler']}, -O3).",
+        "",
+        "One vector:",
+        "",
+        markdown_table(["type", *LEVELS], one),
+        "",
+        f"Making the tables of 128 activations, once for all rows: {making}",
+        "",
+        "Several vectors, for each:",
+        "",
+        markdown_table(["type", "CPU", *map(str, MANY)], many),
+    ]
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--json", type=Path, metavar="FILE", help="write the counts there")
-    p.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables there, not only to the terminal")
+    p.add_argument("--json", type=Path, metavar="FILE", help="write the counts to FILE")
+    p.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE, too")
     a = p.parse_args()
     work = llama_cpp.root() / "arm" / "count"
     work.mkdir(parents=True, exist_ok=True)
@@ -132,9 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (Stop, OSError, NotBuilt) as e:
-        sys.exit(f"count_arm: {e}")
-    except KeyboardInterrupt:
-        sys.exit("count_arm: interrupted")
+    run(main)

@@ -21,7 +21,9 @@ try:
     from common import memory_bandwidth, program
 
     from sherry_gguf import llama_cpp
-    from sherry_gguf.bench import cpu_name, median_ratio, table
+    from sherry_gguf.bench import cpu_name, median_ratio
+    from sherry_gguf.programs import run
+    from sherry_gguf.report import markdown_table
 except ImportError as error:
     sys.exit(f"kernels.py: {error}: run it as .venv/bin/python scripts/bench/kernels.py, after scripts/setup.sh")
 
@@ -75,7 +77,7 @@ def show_in_cache(rates: dict[str, list[float]], n: int, rounds: int) -> None:
         (name.replace("-", ", "), f"{bits(name):.3f}", f"{statistics.median(own):.1f}", f"{median_ratio(own, rates[BASELINE]):.2f}")
         for name, own in sorted(rates.items(), key=lambda item: -statistics.median(item[1]))
     ]
-    print(table(("kernel", "bits/weight", "1e9 weights/s (median)", f"x {BASELINE.upper()} (median of rounds)"), rows))
+    print(markdown_table(("kernel", "bits/weight", "1e9 weights/s (median)", f"x {BASELINE.upper()} (median of rounds)"), rows))
 
 
 def show_vector(rates: dict[str, list[float]], mib: int, rounds: int) -> None:
@@ -89,7 +91,7 @@ def show_vector(rates: dict[str, list[float]], mib: int, rounds: int) -> None:
         label = name.replace("tq1_25-", "tq1_25 repacked, ").replace("tq1_25", "tq1_25 plain" if name == "tq1_25" else "tq1_25")
         rows.append((label, f"{bits(name):.3f}", f"{statistics.median(own):.1f}", f"{median_ratio(own, vector['tq2_0']):.2f}",
                      f"{statistics.median(read):.1f}", f"{100 * median_ratio(read, memory):.0f} %"))  # fmt: skip
-    print(table(("kernel", "bits/weight", "1e9 weights/s", "x TQ2_0", "GB/s", "of memory's"), rows))
+    print(markdown_table(("kernel", "bits/weight", "1e9 weights/s", "x TQ2_0", "GB/s", "of memory's"), rows))
 
 
 def show_columns(rates: dict[str, list[float]]) -> None:
@@ -118,7 +120,7 @@ def show_columns(rates: dict[str, list[float]]) -> None:
             share = median_ratio(of[used(counts[-1])][counts[-1]], peak)
             most = [f"{statistics.median(peak):.0f}", f"{100 * share:.0f} %"]
         rows.append([isa, *cells, *most])
-    print(table(["instruction set", *map(str, counts), "peak", f"{counts[-1]}, of the peak"], rows))
+    print(markdown_table(["instruction set", *map(str, counts), "peak", f"{counts[-1]}, of the peak"], rows))
 
 
 def main() -> None:
@@ -140,7 +142,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"kernels.py: {error}")
+    run(main)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from model_files import OURS, PLAIN, base
 
-from sherry_gguf.bench import median_ratio, number, plural, table
+from sherry_gguf.bench import median_ratio, number, plural
+from sherry_gguf.report import markdown_table
 
 SAME = ("model", "type", "threads", "test")  # what identifies an entry of a report's "speed"
 
@@ -108,7 +109,7 @@ def speed_table(model: dict, entries: list[dict], threads: int) -> list[str]:
             if e["kind"] == "tg":
                 row += [number(e.get("gb_per_s")), f"{100 * e['of_limit']:.0f} %" if e.get("of_limit") else ""]
         body.append(row)
-    out = ["", f"{plural(threads)}:", "", table(head, body)]
+    out = ["", f"{plural(threads)}:", "", markdown_table(head, body)]
     return out + [""] * bool(notes) + [f"[{i + 1}] {text}  " for i, text in enumerate(notes)]
 
 
@@ -123,7 +124,7 @@ def load_table(entries: list[dict]) -> list[str]:
     )
     head = "type", "load s", "own MiB", "files MiB", "peak MiB", "first token s", "own MiB", "files MiB"
     keys = "load_seconds", "load_anon", "load_file", "load_peak", "token_seconds", "token_anon", "token_file"
-    return ["", intro, "", table(head, [[shown(e["type"]), *(number(e[key]) for key in keys)] for e in entries])]
+    return ["", intro, "", markdown_table(head, [[shown(e["type"]), *(number(e[key]) for key in keys)] for e in entries])]
 
 
 COLOURS = {OURS: "#c8102e", OURS + PLAIN: "#e8899a", "TQ1_0": "#1f5a96", "TQ2_0": "#5b9bd5", "Q1_0": "#2e7d5b",

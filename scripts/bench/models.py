@@ -34,6 +34,7 @@ try:
 
     from sherry_gguf import llama_cpp, signals
     from sherry_gguf.bench import Test, cpu_name, llama_bench, numbers, plural, rotated, thread_counts
+    from sherry_gguf.programs import run
 except ImportError as error:
     sys.exit(f"models.py: {error}: run it as .venv/bin/python scripts/bench/models.py, after scripts/setup.sh")
 
@@ -329,7 +330,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        sys.exit(f"models.py: {error}")
+    run(main)

@@ -1,19 +1,18 @@
 #!/usr/bin/env python3
-"""Build llama.cpp with TQ1_25 for machines other than this one, and pack it: build/portable/ARCH/sherry-llama.cpp-ARCH.tar.gz.
+"""Build llama.cpp with TQ1_25 for other machines, and pack it: build/portable/ARCH/sherry-llama.cpp-ARCH.tar.gz.
 
 x86_64   any x86-64 CPU under Linux
-aarch64  any 64-bit ARM CPU under Linux; elsewhere than on such a machine it is cross-compiled, with Debian's
-         gcc-aarch64-linux-gnu and g++-aarch64-linux-gnu
+aarch64  any 64-bit ARM CPU under Linux; cross-compiled on other machines, with Debian's gcc-aarch64-linux-gnu and
+         g++-aarch64-linux-gnu
 android  any 64-bit ARM CPU under Android 9 or newer; ANDROID_NDK is the NDK's directory
 
-Each holds a libggml-cpu for every generation of CPUs, of which the tools load the best one. Further arguments that begin with
--D go to CMake: -DSHERRY_CPU_VARIANTS="haswell;zen4" makes these two only.
+Each archive has a libggml-cpu for every generation of CPUs, and the tools load the best one. Arguments that begin with -D go
+to CMake: -DSHERRY_CPU_VARIANTS="haswell;zen4" builds only these two.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import os
 import platform
@@ -25,9 +24,16 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-from cross_arm import COMPILERS, PREFIX, Stop, call, missing
+from cross_arm import COMPILERS, PREFIX, missing
 
-from sherry_gguf import llama_cpp
+try:
+    from filelock import FileLock
+
+    from sherry_gguf import llama_cpp
+    from sherry_gguf.errors import Stop
+    from sherry_gguf.programs import call, run
+except ImportError as error:
+    sys.exit(f"portable.py: {error}: run it as .venv/bin/python scripts/build/portable.py, after scripts/setup.sh")
 
 REPO = Path(__file__).resolve().parents[2]
 ALL = [
@@ -41,31 +47,36 @@ ALL = [
 NDK = Path(os.environ.get("ANDROID_NDK") or os.devnull).expanduser().resolve()
 UPSTREAM = (REPO / "ggml_patch" / "UPSTREAM").read_text()  # with the hash of the archive
 ARCHITECTURES = "x86_64", "aarch64", "android"
+# What the tests run of the archives. The variants left out differ from these in compiler flags alone: our kernels carry their own.
+TESTED = {"x86_64": "x64;haswell;alderlake;skylakex;zen4", "aarch64": "armv8.0_1;armv8.2_2;armv8.6_2"}
+TESTED_TOOLS = "llama-cli,test-backend-ops"
 
 
 def cxx_of_ndk() -> Path:
-    """The C++ library of the Android NDK."""
-    found = (
-        next(NDK.rglob("aarch64-linux-android/libc++_shared.so"), None) if (NDK / "build/cmake/android.toolchain.cmake").is_file() else None
-    )
+    """The C++ library of the Android NDK. Raises Stop."""
+    is_ndk = (NDK / "build/cmake/android.toolchain.cmake").is_file()
+    found = next(NDK.rglob("aarch64-linux-android/libc++_shared.so"), None) if is_ndk else None
     if not found:
-        raise Stop(f"ANDROID_NDK={os.environ.get('ANDROID_NDK', '')}: set it to an Android NDK; it has build/cmake/android.toolchain.cmake "
-                   "and aarch64-linux-android/libc++_shared.so")  # fmt: skip
+        raise Stop(
+            f"ANDROID_NDK={os.environ.get('ANDROID_NDK', '')}: set it to an Android NDK, a directory with "
+            "build/cmake/android.toolchain.cmake and aarch64-linux-android/libc++_shared.so"
+        )
     return found
 
 
 def settings(arch: str) -> tuple[list[str], str]:
-    """CMake's arguments for an architecture, and what the names of its binary tools begin with."""
+    """CMake's arguments for an architecture, and the prefix of its binary tools. Raises Stop if it can't be built here."""
     if arch == "android":
-        cxx_of_ndk()  # is it one?
+        cxx_of_ndk()  # raises if it isn't one
         programs = next(NDK.glob("toolchains/llvm/prebuilt/*/bin"), NDK)
-        # one C++ library for all, since exceptions go from one to another; the NDK's OpenMP is no part of Android
-        return [f"-DCMAKE_TOOLCHAIN_FILE={NDK}/build/cmake/android.toolchain.cmake", "-DANDROID_ABI=arm64-v8a", "-DANDROID_PLATFORM=android-28",
-                "-DANDROID_STL=c++_shared", "-DGGML_OPENMP=OFF"], f"{programs}/llvm-"  # fmt: skip
+        # one shared C++ library, since exceptions cross libraries; Android lacks the NDK's OpenMP
+        toolchain = f"-DCMAKE_TOOLCHAIN_FILE={NDK}/build/cmake/android.toolchain.cmake"
+        android = [f"-DANDROID_{setting}" for setting in ("ABI=arm64-v8a", "PLATFORM=android-28", "STL=c++_shared")]
+        return [toolchain, *android, "-DGGML_OPENMP=OFF"], f"{programs}/llvm-"
     if sys.platform != "linux":
         raise Stop(f"{arch} is built under Linux, and this is {platform.system()}")
     flags = [f"-DCMAKE_{kind}_LINKER_FLAGS=-Wl,--disable-new-dtags" for kind in ("EXE", "SHARED", "MODULE")]  # LD_LIBRARY_PATH comes second
-    if platform.machine() == arch:  # as builds with one ggml-cpu have it, so that a compiler cache serves both
+    if platform.machine() == arch:  # the define that builds with one ggml-cpu have, so that a compiler cache serves both
         return [*flags, *(f"-DCMAKE_{language}_FLAGS=-DGGML_BACKEND_SHARED" for language in ("C", "CXX"))], ""
     if arch == "x86_64":
         raise Stop(f"x86_64 can't be built on {platform.machine()}")
@@ -75,7 +86,7 @@ def settings(arch: str) -> tuple[list[str], str]:
 
 
 def needs(files: list[Path], prefix: str) -> str:
-    """The newest symbol versions of the system's libraries that these files ask for."""
+    """The newest symbol versions of system libraries that these files need."""
     highest: dict[str, tuple[int, ...]] = {}
     for library, number in re.findall(r"Name: (GLIBC|GLIBCXX|GCC|GOMP|OMP)_(\d[\d.]*)", call(f"{prefix}readelf", "-V", "-W", *files)):
         highest[library] = max(highest.get(library, (0,)), tuple(map(int, number.split("."))))
@@ -83,7 +94,7 @@ def needs(files: list[Path], prefix: str) -> str:
 
 
 def pack(work: Path, arch: str, prefix: str) -> Path:
-    """Tools and libraries side by side, without symbols, and an archive of them."""
+    """Put stripped tools and libraries side by side, and make an archive of them. Raises Stop."""
     name = f"sherry-llama.cpp-{arch}"
     fresh, target, archive = work / f"{name}.fresh", work / name, work / f"{name}.tar.gz"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -92,7 +103,7 @@ def pack(work: Path, arch: str, prefix: str) -> Path:
         shutil.copy(file, fresh)
     for file in sorted((work / "lib").iterdir()):
         asked_for = re.search(r"\(SONAME\).*\[(.*)\]", call(f"{prefix}readelf", "-d", file))
-        # backends are opened by the names of their files, the others by the name that those before were linked with
+        # backends are opened by file name, the other libraries by their SONAME
         if file.name == asked_for[1] if asked_for and not re.match("libggml-(cpu|rpc)", file.name) else file.suffix == ".so":
             shutil.copy(file, fresh)
     if arch == "android":
@@ -103,12 +114,12 @@ def pack(work: Path, arch: str, prefix: str) -> Path:
         raise Stop(f"{work / 'lib'} has no libggml-cpu: remove {work} and run it again")
     call(f"{prefix}strip", "--strip-unneeded", *binaries)
     source = work / "llama.cpp"
-    licenses = {"llama.cpp": source / "LICENSE", "sherry-gguf": REPO / "LICENSE"}  # and of what is built into it
+    licenses = {"llama.cpp": source / "LICENSE", "sherry-gguf": REPO / "LICENSE"}  # and of everything built into it
     licenses |= {file.name.removeprefix("LICENSE-"): file for file in (source / "licenses").glob("LICENSE-*")}
     licenses |= {file.parent.name: file for file in (source / "vendor").rglob("LICENSE*")}
     for of, file in licenses.items():
         shutil.copy(file, fresh / f"LICENSE-{of}")
-    print(f"portable: {len(binaries)} files that need {needs(binaries, prefix) or 'no version of a library'}")
+    print(f"portable: {len(binaries)} files; they need {needs(binaries, prefix) or 'no version of a library'}")
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)
     partial = archive.with_name(archive.name + ".partial")
@@ -119,31 +130,38 @@ def pack(work: Path, arch: str, prefix: str) -> Path:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s [-h] [--tested] {x86_64,aarch64,android} [-D... ...]",
+    )
     p.add_argument("arch", choices=ARCHITECTURES)
-    a, further = p.parse_known_args()
-    if wrong := [argument for argument in further if not argument.startswith("-D")]:
-        p.error(f"unexpected arguments {wrong}; CMake's begin with -D")
+    p.add_argument("--tested", action="store_true", help="build only what the tests run, in build/portable/ARCH-tested")
+    further = [argument for argument in sys.argv[1:] if argument.startswith("-D")]
+    a = p.parse_args([argument for argument in sys.argv[1:] if argument not in further])
+    if a.tested and a.arch not in TESTED:
+        p.error(f"--tested: no test runs {a.arch}")
     arguments, prefix = settings(a.arch)
-    work = llama_cpp.root() / "portable" / a.arch
+    work = llama_cpp.root() / "portable" / f"{a.arch}{'-tested' * a.tested}"
+    if a.tested:
+        further += [f"--tools={TESTED_TOOLS}", f"-DSHERRY_CPU_VARIANTS={TESTED[a.arch]}"]
+        if prefix:  # no cache serves the cross compiler, so spend time on ggml alone
+            further += [f"-DCMAKE_{language}_FLAGS_RELEASE=-O1 -DNDEBUG" for language in ("C", "CXX")]
+            further.append(f"-DCMAKE_PROJECT_ggml_INCLUDE={REPO / 'scripts' / 'build' / 'optimized.cmake'}")
     (work / "download").mkdir(parents=True, exist_ok=True)
     for archive in (llama_cpp.root() / "download").glob("*.tar.gz"):
         if not (work / "download" / archive.name).exists() and hashlib.sha256(archive.read_bytes()).hexdigest() in UPSTREAM:
             with tempfile.TemporaryDirectory(dir=work / "download") as scratch:
                 Path(shutil.copy(archive, scratch)).rename(work / "download" / archive.name)
-    if subprocess.run([sys.executable, REPO / "scripts" / "build_llama_cpp.py", *ALL, *arguments, *further],
-                      env=os.environ | {"SHERRY_BUILD_DIR": str(work)}).returncode:  # fmt: skip
+    if subprocess.run(
+        [sys.executable, REPO / "scripts" / "build_llama_cpp.py", *ALL, *arguments, *further],
+        env=os.environ | {"SHERRY_BUILD_DIR": str(work)},
+    ).returncode:
         raise Stop("llama.cpp was not built: see above")
-    with open(work / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with FileLock(work / "lock"):
         archive = pack(work, a.arch, prefix)
     print(f"portable: packed {archive}, {archive.stat().st_size / 1e6:.0f} MB; unpack it there and run its llama-cli")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (Stop, OSError) as e:
-        sys.exit(f"build_portable: {e}")
-    except KeyboardInterrupt:
-        sys.exit("build_portable: interrupted; run it again to go on")
+    run(main, hint="; run it again to continue")

@@ -1,4 +1,4 @@
-"""The NEON kernels under emulation: the tests of the kernels, as they are, in a Python for ARM on CPUs that have and that lack each variant."""
+"""ARM under emulation: the tests of the kernels, in a Python for ARM, on CPUs with and without each variant; and llama.cpp's tools."""
 
 import json
 import os

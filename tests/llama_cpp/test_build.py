@@ -1,4 +1,4 @@
-"""scripts/build_llama_cpp.py: what it says when it cannot go on, and that it does nothing twice."""
+"""scripts/build_llama_cpp.py does nothing twice, and says why when it can't continue."""
 
 import os
 import re
@@ -39,7 +39,7 @@ def checkout(tmp_path):
 
 @pytest.fixture
 def unconfigured(tmp_path):
-    """A build directory of its own with the patched source, whose configuration failed for want of a compiler."""
+    """A build directory with the patched source, whose configuration failed because the compiler is missing."""
     directory = tmp_path / "unconfigured"
     shutil.copytree(llama_cpp.root() / "download", directory / "download")
     code, text = build("-DCMAKE_C_COMPILER=/nonexistent", SHERRY_BUILD_DIR=str(directory))
@@ -55,7 +55,7 @@ def test_a_second_run_touches_nothing():
 
 
 def test_a_failed_configuration_is_not_taken_for_the_next_one(unconfigured):
-    """The failure left CMake's cache behind, which names a compiler that isn't there."""
+    """The failure left CMake's cache behind, which names a missing compiler."""
     code, text = build("-DCMAKE_C_COMPILER=/nonexistent/either", SHERRY_BUILD_DIR=str(unconfigured))
     assert code == 1 and "the patched source is up to date" in text and "/nonexistent/either" in text, text
 
@@ -123,6 +123,13 @@ def test_an_archive_with_another_hash_is_refused_and_removed(tmp_path):
     code, text = build(SHERRY_BUILD_DIR=str(tmp_path))
     assert code == 1 and "has sha256" in text and pin["sha256"] in text
     assert not archive.exists() and not (tmp_path / "llama.cpp").exists()
+
+
+def test_unknown_arguments():
+    code, text = build("--tools", "llama-cli,llama-what")
+    assert code == 1 and "--tools llama-what: no such tool; the tools are llama-cli, " in text
+    code, text = build("-DGGML_NATIVE=OFF", "Release")
+    assert code == 1 and "unexpected arguments ['Release']" in text
 
 
 def test_unwritable_build_directory():
