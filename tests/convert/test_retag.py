@@ -148,8 +148,12 @@ def test_sizes_of_neither(old, tmp_path, capsys):
         assert cli.main(["retag", str(old), str(tmp_path / "new.gguf")]) == 1
         assert "neither STQ1_0's 42 for each 256 weights nor Q2_0's 72" in capsys.readouterr().err
     a, b = (e for e in open_gguf(old, types=False).table if e.name in "ab")
-    for at, value, says in ((b.type_at + 4, b.start, "tensor a, .*neither STQ1_0's"), (a.type_at + 4, 33, "tensor a, .*neither STQ1_0's"),
-                            (b.type_at - 8, 0, "tensor b, 768 x 0, has no weights"), (b.type_at - 16, 100, "tensor b, .*neither STQ1_0's")):  # fmt: skip
+    for at, value, says in (
+        (b.type_at + 4, b.start, "tensor a, .*neither STQ1_0's"),
+        (a.type_at + 4, 33, "tensor a, .*neither STQ1_0's"),
+        (b.type_at - 8, 0, "tensor b, 768 x 0, has no weights"),
+        (b.type_at - 16, 100, "tensor b, .*neither STQ1_0's"),
+    ):
         wrong = bytearray(data)
         wrong[at : at + 8] = np.array([value], "<u8").tobytes()
         old.write_bytes(wrong)
@@ -179,8 +183,11 @@ def test_what_else_is_wrong_is_told(old, tmp_path, capsys):
     """Damage that is not of a tensor of 42 is no reason to write a copy of it."""
     data = old.read_bytes()
     first, e = (next(e for e in open_gguf(old, types=False).table if e.name == name) for name in ("token_embd.weight", "norm"))
-    for at, value, says in ((e.type_at, 99, "tensor norm (7) has the unknown type 99"), (e.type_at - 8, 1 << 40, "tensor norm (1099511627776) would end at byte"),
-                            (first.type_at + 4, e.start - first.start, "tensors norm and token_embd.weight overlap")):  # fmt: skip
+    for at, value, says in (
+        (e.type_at, 99, "tensor norm (7) has the unknown type 99"),
+        (e.type_at - 8, 1 << 40, "tensor norm (1099511627776) would end at byte"),
+        (first.type_at + 4, e.start - first.start, "tensors norm and token_embd.weight overlap"),
+    ):
         wrong = bytearray(data)
         width = 4 if at == e.type_at else 8
         wrong[at : at + width] = value.to_bytes(width, "little")

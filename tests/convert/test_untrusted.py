@@ -72,8 +72,9 @@ def loaded(path, *flags, says=""):
 
 
 def loaded_once(path, *flags):
-    result = llama_cpp.run("llama-completion", "-m", path, "-p", "a", "-n", 1, "-no-cnv", "--no-warmup", "--check-tensors", *flags,
-                           stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", timeout=100)  # fmt: skip
+    arguments = ["-m", path, "-p", "a", "-n", 1, "-no-cnv", "--no-warmup", "--check-tensors", *flags]
+    pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    result = llama_cpp.run("llama-completion", *arguments, **pipes, text=True, errors="replace", timeout=100)
     return result.returncode, result.stdout
 
 
@@ -201,7 +202,8 @@ def test_a_number_that_another_type_has_now(tmp_path, which):
         put(data, e.type_at, u32(Q.Q1_0))
     path.write_bytes(data)
     name, rows = ("blk.0.attn_q.weight", 256) if which == "all" else (NAME, 64)
-    says = f"error: {path}: tensor {name} takes {36 * rows} bytes as Q1_0, but there are {66 * rows} up to the next tensor: it was written as another type with this number"
+    says = f"error: {path}: tensor {name} takes {36 * rows} bytes as Q1_0, but there are {66 * rows} up to the next tensor: "
+    says += "it was written as another type with this number"
     for command in (
         ["inspect", path],
         ["verify", path, tmp_path],
@@ -389,8 +391,8 @@ def test_scales_that_lie(model, tmp_path, d, flags):
 
 
 # of some keys: their type's number
-KEYS = {"llama.embedding_length": 4, "llama.block_count": 4, "llama.attention.head_count": 4, "llama.context_length": 4, "general.file_type": 4,
-        "tokenizer.ggml.tokens": 9, "tokenizer.ggml.scores": 9, "general.architecture": 8}  # fmt: skip
+KEYS = {"llama.embedding_length": 4, "llama.block_count": 4, "llama.attention.head_count": 4, "llama.context_length": 4,
+        "general.file_type": 4, "tokenizer.ggml.tokens": 9, "tokenizer.ggml.scores": 9, "general.architecture": 8}  # fmt: skip
 
 
 @pytest.mark.parametrize("key, value_type", [(key, t) for key, own in KEYS.items() for t in (0, 4, 6, 7, 8, 9, 12, 13, 1000) if t != own])
