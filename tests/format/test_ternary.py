@@ -41,7 +41,7 @@ def test_lanes_of_another_dtype_are_refused(dtype):
 
 
 def plain_sparse_absmean(row, group_size):
-    """The definition, weight by weight (format.md, "Quantizing a block")."""
+    """The definition, weight by weight (docs/format.md, "Quantizing a block")."""
     lanes, scales = [], []
     for start in range(0, len(row), group_size):
         total = 0.0
