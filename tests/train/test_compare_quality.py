@@ -12,7 +12,9 @@ from pathlib import Path
 
 import compare_quality
 import pytest
-from compare_quality import Run, Sweep, arenas
+import quality_report
+import quality_runs
+from quality_runs import Comparison, Run, Sweep, arenas
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +27,7 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-class Fixed(compare_quality.Runs):
+class Fixed(quality_runs.Runs):
     """Runs whose loss is a function of the run; `need` notes the learning rates that were asked for."""
 
     def __init__(self, loss):
@@ -51,15 +53,15 @@ class Fixed(compare_quality.Runs):
 def test_sweep_ends_between_two_worse_rates(best, rates):
     runs = Fixed(lambda run: (run.lr / best - 1) ** 2 if run.lr < best else (best / run.lr - 1) ** 2)
     sweep = Sweep(runs, Run("scratch", "sherry", 0.0, 0, (), 10), (1, 2, 4))
-    compare_quality.complete([sweep])
+    quality_runs.complete([sweep])
     assert sweep.rates == rates == sorted(runs.asked)
     assert sweep.best() == min(rates, key=lambda lr: abs(lr - best))
 
 
 def test_seeds_decide_where_one_cannot_tell():
     """Two rates, or two of Arenas' settings, as good as each other with seed 0."""
-    ahead = dict(compare_quality.PUBLISHED, end=0.5)
-    close = dict(compare_quality.PUBLISHED, peak=0.25, end=0.5)
+    ahead = dict(quality_runs.PUBLISHED, end=0.5)
+    close = dict(quality_runs.PUBLISHED, peak=0.25, end=0.5)
 
     def loss(run):
         settings = dict(run.arenas)
@@ -71,7 +73,7 @@ def test_seeds_decide_where_one_cannot_tell():
             start += -1e-4 if run.seed else 1e-4
         return start + off
 
-    compared = compare_quality.compare(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=2, explored=None, lengths=None))
+    compared = Comparison(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=2, explored=None, lengths=None)).result()
     methods = compared["methods"]
     assert list(methods["sherry"]["sweep"]) == ["0.002", "0.004", "0.008", "0.016", "0.032"]  # a worse one beside both
     assert [x["lr"] for x in methods["sherry"]["led"]] == [8e-3, 16e-3] and methods["sherry"]["lr"] == 16e-3
@@ -80,65 +82,65 @@ def test_seeds_decide_where_one_cannot_tell():
     assert methods["absmean"]["lr"] == 8e-3 and len(methods["absmean"]["led"]) == 1
     results = {"settings": {"scratch": compared}, "sizes": vars(compare_quality.parse(["--seeds", "2"])), "machine": "",
                "parameters": 1, "tokens": 1, "held_out": 1, "corpus": "here"}  # fmt: skip
-    text = compare_quality.table(results)
+    text = quality_report.table(results)
     assert (
         "| Sherry without Arenas | 0.008 | 3.0000 | 3.0000 |" in text and "Sherry with Arenas (end 0.5, peak 0.25) | 0.008 | 2.8999" in text
     )
     assert "| 2 | 3.0000 (0.032) | 2.8999 (0.032) | -3.34% | 3.1000 (0.032) | +3.33% |" in text
-    assert "Too short a training**: full precision, which can do all that the others can, is behind (Sherry with Arenas)." in text
+    assert "The training is too short**: full precision, which can do everything the others can, is behind (Sherry with Arenas)." in text
     compared["methods"]["full"]["losses"] = [2.5, 2.5]
-    assert "Too short" not in compare_quality.table(results)
+    assert "too short" not in quality_report.table(results)
 
 
 def test_best_rates_that_differ():
     """Without Arenas each of its settings is compared with at the same rate."""
 
     def loss(run):
-        return 3.0 + abs(math.log2(run.lr / (8e-3 if dict(run.arenas) == compare_quality.PUBLISHED else 1e-3)))
+        return 3.0 + abs(math.log2(run.lr / (8e-3 if dict(run.arenas) == quality_runs.PUBLISHED else 1e-3)))
 
-    compared = compare_quality.compare(Fixed(loss), "scratch", compare_quality.parse(["--steps", "8", "--seeds", "1"]))
+    compared = Comparison(Fixed(loss), "scratch", compare_quality.parse(["--steps", "8", "--seeds", "1"])).result()
     assert compared["explored_rates"] == [1e-3, 8e-3] and compared["without"] == pytest.approx([3, 6])
 
 
 def test_fewer_settings_and_lengths_as_asked():
     a = compare_quality.parse(["--steps", "8", "--seeds", "1", "--lengths", "1", "--explored", '[{"peak": 1}, {"peak": 0.1}, {}]'])
     runs = Fixed(lambda run: 3.0 + abs(math.log2(run.lr / 4e-3)))
-    compared = compare_quality.compare(runs, "scratch", a)
+    compared = Comparison(runs, "scratch", a).result()
     assert {json.loads(key)["steps"] for key in runs.done} == set(compared["lengths"]) == {8}
     assert [x["arenas"]["peak"] for x in compared["explored"]] == [1.0, 0.1]  # 1 is 1.0
     assert not any(x["open"] for x in compared["lengths"][8].values())
     assert {json.loads(key)["seed"] for key in runs.done} == {0, 1}
     a = compare_quality.parse(["--steps", "8", "--seeds", "1", "--lengths", "0.5,2", "--explored", "[{}]"])
-    assert set(compare_quality.compare(runs, "scratch", a)["lengths"]) == {4, 8, 16}
+    assert set(Comparison(runs, "scratch", a).result()["lengths"]) == {4, 8, 16}
 
 
 def test_diverged_runs_are_never_best():
     runs = Fixed(lambda run: math.nan if run.lr > 1 else 3.0)
     sweep = Sweep(runs, Run("scratch", "sherry", 0.0, 0, (), 10), (1, 2, 4))
-    compare_quality.complete([sweep])
+    quality_runs.complete([sweep])
     assert sweep.best() <= 1
 
 
-METHODS = {k: v for k, v in compare_quality.METHODS.items() if k not in ("twn", "binary")}
+METHODS = {k: v for k, v in quality_runs.METHODS.items() if k not in ("twn", "binary")}
 
 
 @contextlib.contextmanager
 def fewer_runs():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compare_quality, "EXPLORED", dict.fromkeys(compare_quality.RATES, [{}, {"peak": 0.25, "end": 0.5}]))
-        patch.setattr(compare_quality, "LENGTHS", dict.fromkeys(compare_quality.RATES, (0.5,)))
-        patch.setattr(compare_quality, "FINALISTS", 1)
-        patch.setattr(compare_quality, "METHODS", METHODS)
-        patch.setattr(compare_quality, "EXTEND", 0)
-        patch.setattr(compare_quality, "RATES", dict.fromkeys(compare_quality.RATES, (1e-3, 4e-3)))
-        patch.setattr(compare_quality, "RATES_FULL", compare_quality.RATES)
+        patch.setattr(quality_runs, "EXPLORED", dict.fromkeys(quality_runs.RATES, [{}, {"peak": 0.25, "end": 0.5}]))
+        patch.setattr(quality_runs, "LENGTHS", dict.fromkeys(quality_runs.RATES, (0.5,)))
+        patch.setattr(quality_runs, "FINALISTS", 1)
+        patch.setattr(quality_runs, "METHODS", METHODS)
+        patch.setattr(quality_runs, "EXTEND", 0)
+        patch.setattr(quality_runs, "RATES", dict.fromkeys(quality_runs.RATES, (1e-3, 4e-3)))
+        patch.setattr(quality_runs, "RATES_FULL", quality_runs.RATES)
         yield
 
 
 def test_paired_differences():
-    assert compare_quality.paired([1.1, 2.2, 3.3], [1.0, 2.0, 3.0]) == "+10.00 ± 0.00 %"
-    assert compare_quality.paired([1.1, 1.3], [1.0, 1.0]) == "+20.00 ± 10.00 %"
-    assert compare_quality.paired([2.0], [2.0]) == ""
+    assert quality_report.paired([1.1, 2.2, 3.3], [1.0, 2.0, 3.0]) == "+10.00 ± 0.00 %"
+    assert quality_report.paired([1.1, 1.3], [1.0, 1.0]) == "+20.00 ± 10.00 %"
+    assert quality_report.paired([2.0], [2.0]) == ""
 
 
 @pytest.fixture(scope="module")
@@ -162,12 +164,13 @@ def test_reports_what_was_run(compared):
     for setting, r in results["settings"].items():
         assert set(r["methods"]) == set(METHODS)
         for method, row in r["methods"].items():
-            of_method = [x for x in runs if x["run"]["setting"] == setting and x["run"]["steps"] == 4 and dict(x["run"]["arenas"]) == row["arenas"]
+            of_method = [x for x in runs if x["run"]["setting"] == setting and x["run"]["steps"] == 4
+                         and dict(x["run"]["arenas"]) == row["arenas"]
                          and x["run"]["method"] == ("sherry" if method.startswith("arenas") else method)]  # fmt: skip
             reported = [x for x in of_method if x["run"]["seed"] and x["run"]["lr"] == row["lr"]]
             assert sorted(row["losses"]) == sorted(x["report"] for x in reported) and len(row["losses"]) == 2
             first = {x["run"]["lr"]: x["choice"] for x in of_method if x["run"]["seed"] == 0}
-            assert first[row["lr"]] < min(first.values()) * (1 + compare_quality.TIE)  # on the other half of the text
+            assert first[row["lr"]] < min(first.values()) * (1 + quality_runs.TIE)  # on the other half of the text
             assert f"{statistics.mean(row['losses']):.4f}" in text
     pretrained = results["settings"]["pretrained"]
     assert all(x["before"] != pretrained["before"] for x in runs if x["run"]["setting"] == "scratch")
@@ -205,13 +208,13 @@ def test_wrong_input(compared, corpus, tmp_path, capfd):
     small = ["--work", str(tmp_path / "small"), "--corpus", str(corpus), "--vocab", "300"]
     assert compare_quality.main([*small, "--context", "99999"]) == 1
     assert f"{corpus} gives " in capfd.readouterr().err and not (tmp_path / "small/sizes.json").exists()  # so that others may be tried
-    for wrong, says in [(["--settings", "tuned"], "--settings tuned: choose of pretrained, scratch"),
-                        (["--settings", ""], "--settings: choose of pretrained, scratch"), (["--seeds", "0"], "--seeds 0: at least 1"),
+    for wrong, says in [(["--settings", "tuned"], "--settings tuned: choose from pretrained, scratch"),
+                        (["--settings", ""], "--settings: choose from pretrained, scratch"), (["--seeds", "0"], "--seeds 0: at least 1"),
                         (["--steps", "1"], "--steps 1: at least 4"), (["--jobs", "0"], "--jobs 0: at least 1"),
                         (["--context", "1"], "--context 1: at least 2"), (["--lengths", "2,x"], "--lengths 2,x: numbers from 0.001"),
                         (["--lengths", "0.001"], "--steps 600: at least 1000"), (["--lengths", "-1"], "--lengths -1: numbers from 0.001"),
                         (["--lengths", "1e308"], "--lengths 1e308: numbers from 0.001"),
-                        (["--explored", "{}"], "--explored {}: it must be a list"), (["--explored", "[1"], "--explored [1: "),
+                        (["--explored", "{}"], "--explored {}: it must be a non-empty list"), (["--explored", "[1"], "--explored [1: "),
                         (["--explored", '[{"peek": 1}]'], '{"peek": 1} must be an object of peak, warmup'),
                         (["--explored", "[1]"], "1 must be an object"), (["--explored", '[{"end": 2}]'], "its end 2"),
                         (["--explored", '[{"peak": "1"}]'], 'peak is "1": it must be like 1.0'),
@@ -231,29 +234,29 @@ def test_wrong_input(compared, corpus, tmp_path, capfd):
 
 
 def test_results_are_named_as_asked(tmp_path):
-    assert compare_quality.suffixed(tmp_path / "qwen2.5", ".md") == tmp_path / "qwen2.5.md"
+    assert quality_report.suffixed(tmp_path / "qwen2.5", ".md") == tmp_path / "qwen2.5.md"
 
 
 def test_a_setting_that_diverged_is_not_chosen():
     """NaN is not in order with anything: sorting by it would leave the others where they were."""
-    best = dict(compare_quality.PUBLISHED, peak=0.25, end=0.5)
+    best = dict(quality_runs.PUBLISHED, peak=0.25, end=0.5)
 
     def loss(run):
         settings = dict(run.arenas)
         return 3.05 if settings == best else math.nan if settings.get("peak") == 0.25 else 3.2
 
-    results = compare_quality.compare(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=1, explored=None, lengths=None))
+    results = Comparison(Fixed(loss), "scratch", argparse.Namespace(steps=8, seeds=1, explored=None, lengths=None)).result()
     assert results["methods"]["arenas"]["arenas"] == best
 
 
 def test_published_settings_are_the_defaults_of_arenas():
     from sherry_gguf.qat import Arenas
 
-    assert dict(arenas()) == vars(Arenas()) == compare_quality.PUBLISHED
+    assert dict(arenas()) == vars(Arenas()) == quality_runs.PUBLISHED
 
 
 def test_state_is_that_of_the_middle():
     looks = [{"step": i, "gradient_rank": float(i), "flips": i / 100} for i in range(8)]
-    state = compare_quality.state_of([{"loss": 1.0}, *looks])
+    state = quality_report.state_of([{"loss": 1.0}, *looks])
     assert state["gradient_rank"] == 3.5 and state["flips"] == pytest.approx(0.035)
-    assert compare_quality.state_of(looks[:1])["gradient_rank"] == 0.0 and compare_quality.state_of([{"loss": 1.0}]) == {}
+    assert quality_report.state_of(looks[:1])["gradient_rank"] == 0.0 and quality_report.state_of([{"loss": 1.0}]) == {}

@@ -1,0 +1,376 @@
+"""The runs of compare_quality.py: training one, keeping them, sweeping the learning rate, and which runs a comparison needs."""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+WARMUP = 0.05  # share of the steps during which the learning rate rises
+EXTEND = 3  # extend a sweep at most this many times on either side
+METHODS = {
+    "full": "full precision",
+    "absmean": "absmean ternary",
+    "twn": "TWN ternary",
+    "sherry": "Sherry without Arenas",
+    "arenas": "Sherry with Arenas",
+    "arenas-published": "Sherry, Arenas as published",
+    "binary": "binary",
+}
+PUBLISHED = dict(peak=1.0, warmup=0.1, decay="cosine", end=1.0, rescale=False)
+# Settings of Arenas to try, each by its differences from the published ones.
+EXPLORED = {
+    "pretrained": [
+        dict(),
+        dict(peak=0.5),
+        dict(peak=0.25),
+        dict(peak=0.1),
+        dict(end=0.5),
+        dict(peak=0.25, end=0.5),
+        dict(peak=0.1, end=0.5),
+        dict(warmup=0.0),
+        dict(decay="linear"),
+        dict(decay="exponential"),
+        dict(rescale=True),
+        dict(rescale=True, warmup=0.0, end=0.5),
+        dict(rescale=True, warmup=0.0, end=0.25),
+        dict(rescale=True, warmup=0.0, peak=4.0, end=0.5),
+        dict(rescale=True, warmup=0.0, peak=0.25, end=0.5),
+    ],
+    "scratch": [
+        dict(),
+        dict(peak=0.25),
+        dict(end=0.5),
+        dict(peak=0.25, end=0.5),
+        dict(rescale=True),
+        dict(rescale=True, warmup=0.0, end=0.5),
+    ],
+}
+RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
+RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-3)}
+FINALISTS = 2  # sweep the learning rate of this many explored settings of Arenas
+TIE, LEADERS = 3e-3, 2  # losses that differ by less may differ by the seed alone; so many such choices get all seeds
+# Multiples of the steps for comparing Arenas with none, at each one's best rate there: does a longer run change the result?
+LENGTHS = {"pretrained": [0.25, 4], "scratch": [0.25]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training run: everything its result depends on, except the sizes that --work was begun with."""
+
+    setting: str
+    method: str  # one of quantizer.METHODS
+    lr: float
+    seed: int
+    arenas: tuple[tuple[str, object], ...] = ()  # settings of Arenas, sorted; () trains without
+    steps: int = 0
+
+    def key(self) -> str:
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+
+def arenas(**changed) -> tuple[tuple[str, object], ...]:
+    return tuple(sorted((k, type(PUBLISHED[k])(v)) for k, v in (PUBLISHED | changed).items()))  # 1 and 1.0 are one run
+
+
+# ------------------------------------------------------------------------------------------------------------ one run
+
+
+def train(run: Run, a: dict) -> dict:
+    """Train one run in this process; the losses (nats per token), the training's curve and its time in seconds."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
+    import python_corpus
+    import torch
+    import transformers
+    from transformers import LlamaForCausalLM, PrinterCallback
+
+    from sherry_gguf import qat
+    from sherry_gguf.qat.data import Blocks, mean_loss, pack
+
+    transformers.utils.logging.set_verbosity_error()
+    torch.set_num_threads(a["threads"])
+    work = Path(a["work"])
+    with np.load(work / "tokens.npz") as z:
+        blocks = pack(z["train"], a["context"], 1)
+        held_out = pack(z["held_out"], a["context"], 1)
+    held_out = np.random.default_rng(0).permutation(held_out)[: a["eval_blocks"] * 2]  # so that both halves are alike
+    if run.setting == "pretrained":
+        model = LlamaForCausalLM.from_pretrained(work / "base", dtype=torch.float32)
+    else:
+        model = python_corpus.small_llama(a["vocab"], a["layers"], a["hidden"], a["intermediate"], a["context"], run.seed)
+    qat.prepare(model, qat.QuantConfig(run.method))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monitored = run.method != "full" and run.seed == 1  # the report shows these
+    monitor = qat.TrainingMonitor(max(2, run.steps // 20)) if monitored else None
+    trainer = qat.SherryTrainer(
+        model,
+        trainer_arguments(run, a, device),
+        train_dataset=Blocks(blocks),
+        monitor=monitor,
+        arenas=qat.Arenas(**dict(run.arenas)) if run.arenas else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    at_once = 8 if device == "cpu" else 64
+    before = mean_loss(model, held_out[1::2], at_once)
+    began = time.monotonic()
+    trainer.train()
+    seconds = time.monotonic() - began
+    result = {
+        "run": dataclasses.asdict(run), "parameters": model.num_parameters(), "before": before,
+        "choice": mean_loss(model, held_out[::2], at_once), "report": mean_loss(model, held_out[1::2], at_once),
+        "seconds": round(seconds, 1), "curve": [
+            {k: round(v, 6) for k, v in entry.items() if isinstance(v, (int, float))}
+            for entry in trainer.state.log_history if "loss" in entry],
+    }  # fmt: skip
+    if run.setting == "base":
+        part = work / "base.part"
+        model.save_pretrained(part)
+        shutil.rmtree(work / "base", ignore_errors=True)
+        os.replace(part, work / "base")
+    return result
+
+
+def trainer_arguments(run: Run, a: dict, device: str):
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(Path(a["work"]) / "trainer"),
+        max_steps=run.steps,
+        per_device_train_batch_size=a["base_batch" if run.setting == "base" else "batch"],
+        learning_rate=run.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=round(run.steps * WARMUP),
+        weight_decay=0.0,
+        adam_beta2=0.95,
+        optim="adamw_torch_fused",
+        bf16=a["bf16"],
+        use_cpu=device == "cpu",
+        seed=run.seed,
+        data_seed=1000 if run.setting == "base" else 2000 + run.seed,  # other blocks than the base saw first
+        logging_steps=max(1, run.steps // 40),
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_pin_memory=device == "cuda",
+        average_tokens_across_devices=False,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- many runs
+
+
+class Runs:
+    """Runs, each trained once and kept in work/runs.jsonl. As a context manager, it ends its processes."""
+
+    def __init__(self, a: argparse.Namespace):
+        from sherry_gguf.qat.files import write
+
+        self.a, self.path = a, a.work / "runs.jsonl"
+        self.pool = concurrent.futures.ProcessPoolExecutor(a.jobs, mp_context=multiprocessing.get_context("spawn"))
+        self.done: dict[str, dict] = {}
+        if self.path.is_file():
+            intact = []
+            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+                try:
+                    result = json.loads(line)
+                    run = result["run"] | {"arenas": tuple(tuple(x) for x in result["run"]["arenas"])}
+                    self.done[Run(**run).key()] = result
+                    intact.append(line + "\n")
+                except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off
+                    print(f"line {number} of {self.path} is damaged; that run is repeated", flush=True)
+            write(self.path, "".join(intact))
+
+    def __enter__(self) -> Runs:
+        return self
+
+    def __exit__(self, kind, *_):
+        if kind is not None:  # they ignore the signal, and would train to the end
+            for process in list(self.pool._processes.values()):
+                process.kill()
+        self.pool.shutdown(cancel_futures=True)
+
+    def __getitem__(self, run: Run) -> dict:
+        return self.done[run.key()]
+
+    def choice(self, run: Run) -> float:
+        """The loss for choosing between runs; infinite if the run diverged, as NaN has no order."""
+        return ordered(self[run]["choice"])
+
+    def __contains__(self, run: Run) -> bool:
+        return run.key() in self.done
+
+    def need(self, runs: list[Run]) -> None:
+        """Train those that are not done yet, `jobs` at a time."""
+        wanted = [run for run in dict.fromkeys(runs) if run not in self]
+        if not wanted:
+            return
+        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.a).items()}
+        if wanted[0].setting == "base":  # runs alone
+            settings["threads"] *= self.a.jobs
+        futures = {self.pool.submit(train, run, settings): run for run in wanted}
+        for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
+            result = future.result()
+            self.done[futures[future].key()] = result
+            with open(self.path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(result) + "\n")
+            print(f"  {n} of {len(wanted)}: {describe(futures[future])}: {result['choice']:.4f}, {result['seconds']:.0f} s", flush=True)
+
+
+def ordered(loss: float) -> float:
+    return loss if math.isfinite(loss) else math.inf
+
+
+def describe(run: Run) -> str:
+    text = f"{run.setting} {run.method} lr {run.lr:g} seed {run.seed}"
+    if run.arenas:
+        text += " Arenas " + arenas_text(dict(run.arenas))
+    return text
+
+
+def arenas_text(settings: dict) -> str:
+    """How it differs from the published settings."""
+    changed = [f"{k} {v}" for k, v in sorted(settings.items()) if PUBLISHED[k] != v]
+    return ", ".join(changed) or "as published"
+
+
+class Sweep:
+    """The learning rate of one method in one setting, by factors of 2 until the leaders have a worse rate on either side."""
+
+    def __init__(self, runs: Runs, template: Run, rates: tuple[float, ...]):
+        self.runs, self.template, self.rates = runs, template, sorted(rates)
+        self.first = tuple(self.rates)
+
+    def run(self, lr: float) -> Run:
+        return dataclasses.replace(self.template, lr=lr)
+
+    def open(self, lr: float) -> bool:
+        """Whether a rate is the lowest or highest that was trained."""
+        return lr in (self.rates[0], self.rates[-1])
+
+    def best(self) -> float:
+        """The rate with the lowest loss on the half of the text that is for choices."""
+        return leaders([self])[0].lr
+
+    def wanted(self) -> list[Run]:
+        """The runs still to be trained; [] once the sweep is complete."""
+        if missing := [r for r in map(self.run, self.rates) if r not in self.runs]:
+            return missing
+        lead = [run.lr for run in leaders([self])]
+        lower, higher = self.first[0] / 2**EXTEND, self.first[-1] * 2**EXTEND
+        if self.rates[0] in lead and self.rates[0] / 2 >= lower:
+            self.rates.insert(0, self.rates[0] / 2)
+        elif self.rates[-1] in lead and self.rates[-1] * 2 <= higher:
+            self.rates.append(self.rates[-1] * 2)
+        else:
+            return []
+        return self.wanted()
+
+
+def leaders(sweeps: list[Sweep]) -> list[Run]:
+    """The runs with the lowest losses, best first: one, or several if the seed may have decided between them."""
+    runs = sweeps[0].runs
+    trained = sorted((sweep.run(lr) for sweep in sweeps for lr in sweep.rates), key=runs.choice)
+    return [run for run in trained[:LEADERS] if run is trained[0] or runs.choice(run) < runs.choice(trained[0]) * (1 + TIE)]
+
+
+def complete(sweeps: list[Sweep]) -> None:
+    while wanted := [run for sweep in sweeps for run in sweep.wanted()]:
+        sweeps[0].runs.need(wanted)
+
+
+# ------------------------------------------------------------------------------------------------------- one comparison
+
+
+class Comparison:
+    """All runs of one setting: `result` is what the report shows."""
+
+    def __init__(self, runs: Runs, setting: str, a: argparse.Namespace):
+        self.runs, self.setting, self.a = runs, setting, a
+
+    def template(self, method: str) -> Run:
+        settings = arenas() if method == "arenas-published" else ()
+        return Run(self.setting, "sherry" if method.startswith("arenas") else method, 0.0, 0, settings, self.a.steps)
+
+    def result(self) -> dict:
+        print(f"{self.setting}: learning rates", flush=True)
+        sweeps = {m: Sweep(self.runs, self.template(m), (RATES_FULL if m == "full" else RATES)[self.setting])
+                  for m in METHODS if m != "arenas"}  # fmt: skip
+        complete(list(sweeps.values()))
+        finals, exploration = self.explore(sweeps)
+        print(f"{self.setting}: seeds 1 to {self.a.seeds} of the leaders", flush=True)
+        fresh = self.with_seeds({m: [sweep] for m, sweep in sweeps.items()} | {"arenas": finals})
+        reported = {m: min(fresh[m], key=lambda seeds: statistics.mean(map(self.runs.choice, seeds))) for m in METHODS}
+        sweeps["arenas"] = next(sweep for sweep in finals if sweep.template.arenas == reported["arenas"][0].arenas)
+        print(f"{self.setting}: shorter and longer runs", flush=True)
+        lengths = self.lengths(sweeps, {m: reported[m][0] for m in ("sherry", "arenas", "arenas-published")})
+        return {
+            "before": self.runs[reported["sherry"][0]]["before"],
+            "methods": {m: self.method(sweeps[m], reported[m], fresh[m]) for m in METHODS},
+            **exploration,
+            "lengths": lengths,
+        }
+
+    def explore(self, sweeps: dict[str, Sweep]) -> tuple[list[Sweep], dict]:
+        """The sweeps of the best settings of Arenas, and the result's part about all that were tried."""
+        runs, a = self.runs, self.a
+        rates = sorted({run.lr for m in ("sherry", "arenas-published") for run in leaders([sweeps[m]])})
+        print(f"{self.setting}: Arenas' settings, at the best rates without Arenas and with the published settings", flush=True)
+        without = [Run(self.setting, "sherry", lr, 0, (), a.steps) for lr in rates]
+        explored = {arenas(**changed): [dataclasses.replace(run, arenas=arenas(**changed)) for run in without]
+                    for changed in (EXPLORED[self.setting] if a.explored is None else a.explored)}  # fmt: skip
+        runs.need(without + [run for of_setting in explored.values() for run in of_setting])
+        best = sorted(explored, key=lambda settings: min(map(runs.choice, explored[settings])))
+        finals = []
+        for settings in best[:FINALISTS]:
+            lr = min(explored[settings], key=runs.choice).lr
+            finals.append(Sweep(runs, Run(self.setting, "sherry", 0.0, 0, settings, a.steps), (lr / 2, lr, lr * 2)))
+        complete(finals)
+        return finals, {
+            "explored": [{"arenas": dict(settings), "losses": [runs[run]["choice"] for run in explored[settings]]} for settings in best],
+            "explored_rates": rates,
+            "without": [runs[run]["choice"] for run in without],
+        }
+
+    def with_seeds(self, of_method: dict[str, list[Sweep]]) -> dict[str, list[list[Run]]]:
+        """The leaders of each method, each trained with all seeds."""
+        seeds = range(1, self.a.seeds + 1)
+        fresh = {m: [[dataclasses.replace(run, seed=seed) for seed in seeds] for run in leaders(of_method[m])] for m in METHODS}
+        # one seed of every method before the next: a comparison that is cut off has complete rows
+        self.runs.need([runs[i] for i in range(self.a.seeds) for m in METHODS for runs in fresh[m]])
+        return fresh
+
+    def lengths(self, sweeps: dict[str, Sweep], compared: dict[str, Run]) -> dict:
+        """Arenas and none over runs of other lengths, each with a sweep of its own: the best rate moves, mostly upwards."""
+        a, runs = self.a, self.runs
+        multiples = LENGTHS[self.setting] if a.lengths is None else a.lengths
+        swept = {steps: {m: Sweep(runs, dataclasses.replace(run, steps=steps), (run.lr, run.lr * 2)) for m, run in compared.items()}
+                 for x in multiples if (steps := round(a.steps * x)) != a.steps}  # fmt: skip
+        complete([sweep for of_length in swept.values() for sweep in of_length.values()])
+        best = {steps: {m: sweep.run(sweep.best()) for m, sweep in of_length.items()} for steps, of_length in swept.items()}
+        return {steps: {m: {"lr": run.lr, "open": swept.get(steps, sweeps)[m].open(run.lr), "loss": runs[run]["report"]}
+                        for m, run in of_length.items()} for steps, of_length in sorted((best | {a.steps: compared}).items())}  # fmt: skip
+
+    def method(self, sweep: Sweep, reported: list[Run], fresh: list[list[Run]]) -> dict:
+        runs = self.runs
+        return {
+            "lr": reported[0].lr,
+            "open": sweep.open(reported[0].lr),
+            "arenas": dict(sweep.template.arenas),
+            "sweep": {f"{lr:g}": runs[sweep.run(lr)]["choice"] for lr in sweep.rates},
+            "losses": [runs[run]["report"] for run in reported],
+            "choices": [runs[run]["choice"] for run in reported],
+            "led": [{"lr": seeds[0].lr, "arenas": dict(seeds[0].arenas), "choice": [runs[run]["choice"] for run in seeds],
+                     "report": [runs[run]["report"] for run in seeds]} for seeds in fresh],
+            "curve": runs[reported[0]]["curve"],
+        }  # fmt: skip
