@@ -1,4 +1,4 @@
-"""Arenas: the annealed residual λ·X·W beside the quantized product (Sherry, Eq. 7), by optimizer steps."""
+"""Arenas: the annealed residual λ·X·W beside the quantized product (Sherry, Eq. 7), scheduled by optimizer steps."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.trainer_callback import ExportableState
 
 from .linear import quantized_layers, set_residual
 
-DECAYS = {  # of the way through the decay, 0 to 1, to the share of the peak that is left
+DECAYS = {  # progress of the decay, 0 to 1, to the remaining share of the peak
     "cosine": lambda t: 0.5 + 0.5 * math.cos(math.pi * t),
     "linear": lambda t: 1 - t,
     "exponential": lambda t: (math.exp(-5 * t) - math.exp(-5)) / (1 - math.exp(-5)),
@@ -19,14 +19,14 @@ DECAYS = {  # of the way through the decay, 0 to 1, to the share of the peak tha
 
 @dataclasses.dataclass(frozen=True)
 class Arenas:
-    """λ as a function of the training's progress. Raises ValueError for settings that make no schedule.
+    """λ as a function of training progress. Raises ValueError for settings that make no schedule.
 
     Attributes:
-        peak: the highest λ; 0 is training without Arenas. The published value is 1.
-        warmup: share of the optimizer steps in which λ rises linearly from 0 to the peak; 0 starts at the peak.
-        decay: how it falls to 0 after that: `cosine` (half a period), `linear`, or `exponential` (by e^5).
-        end: share of the optimizer steps at which it reaches 0.
-        rescale: divide the layers' products by 1 + λ, so that their size does not follow λ. Not in the paper.
+        peak: the highest λ; 0 trains without Arenas. The published value is 1.
+        warmup: share of the optimizer steps during which λ rises linearly from 0 to the peak; 0 starts at the peak.
+        decay: how λ then falls to 0: `cosine` (half a period), `linear`, or `exponential` (by e^5).
+        end: share of the optimizer steps at which λ reaches 0.
+        rescale: divide the layers' products by 1 + λ, so that their magnitude does not depend on λ. Not in the paper.
     """
 
     peak: float = 1.0
@@ -54,15 +54,15 @@ class Arenas:
 
 
 class ArenasCallback(TrainerCallback, ExportableState):
-    """Drives λ of a model that went through `prepare`, in a Hugging Face Trainer.
+    """Sets λ of a model that went through `prepare`, in a Hugging Face Trainer.
 
-    It counts the Trainer's optimizer steps, so gradient accumulation and checkpointing do not move the schedule. Its
-    settings and λ are in trainer_state.json of each checkpoint; training resumes at the λ of its step, and refuses to
-    with other settings, none (a peak of 0) among them. After training λ is 0.
+    It counts the Trainer's optimizer steps, so gradient accumulation and checkpointing do not move the schedule. Each
+    checkpoint holds its settings and λ in trainer_state.json. Training resumes at the λ of its step, and refuses to resume with
+    other settings, including none (a peak of 0). After training λ is 0.
     """
 
     def __init__(self, arenas: Arenas | dict = Arenas()):
-        self.arenas = arenas if isinstance(arenas, Arenas) else Arenas(**arenas)  # a dict: from `state`
+        self.arenas = arenas if isinstance(arenas, Arenas) else Arenas(**arenas)  # a dict comes from `state`
         self.residual = 0.0
         self.steps = 0
 
@@ -71,7 +71,7 @@ class ArenasCallback(TrainerCallback, ExportableState):
                 "attributes": {"residual": self.residual, "steps": self.steps}}  # fmt: skip
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        """Raises ValueError if the model has no layer to drive, or the checkpoint resumed from had other settings."""
+        """Raises ValueError if the model has no quantized layer, or if the checkpoint to resume from has other settings."""
         if not quantized_layers(model):
             raise ValueError("Arenas has nothing to act on: call prepare(model) before the Trainer is made")
         name = type(self).__name__
@@ -82,10 +82,9 @@ class ArenasCallback(TrainerCallback, ExportableState):
             if then != now and (then["peak"] or now["peak"]):
                 other = ", ".join(f"{k} {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v)
                 raise ValueError(
-                    f"the checkpoint was trained with other settings of Arenas ({other}): give the same ones, "
-                    "or start again from its weights"
+                    f"the checkpoint was trained with other settings of Arenas ({other}): use the same ones, or start over from its weights"
                 )
-        state.stateful_callbacks.setdefault(name, self.state())  # where the Trainer looks it up to save it
+        state.stateful_callbacks.setdefault(name, self.state())  # the Trainer saves it from there
         self.steps = state.max_steps
         self._set(model, state.global_step)
 

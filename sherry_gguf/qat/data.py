@@ -1,4 +1,4 @@
-"""Tokens as training and evaluation take them: blocks of one length, each beginning as a prompt does."""
+"""Tokens for training and evaluation: blocks of one length, each beginning as a prompt does."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import torch
 
 
 def pack(ids: np.ndarray, context: int, bos: int | None) -> np.ndarray:
-    """A stream of tokens (n,) as blocks (m, context) of the same dtype, each after a BOS; what is left over is dropped.
+    """Cut a stream of tokens (n,) into blocks (m, context) of the same dtype, each with BOS first; the rest is dropped.
 
-    llama.cpp's tools begin every context with BOS as well, where the model has one. Raises ValueError for a context
-    that has no room for a token to predict.
+    llama.cpp's tools begin every context with BOS as well if the model has one. Raises ValueError for a context without room
+    for a token to predict.
     """
     step = context - (bos is not None)
     if context < 2:
@@ -22,9 +22,10 @@ def pack(ids: np.ndarray, context: int, bos: int | None) -> np.ndarray:
 
 
 def labelled(ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """int64 (..., context) tokens as a causal language model's input, to be predicted but for each first one.
+    """Tokens, int64 (..., context), as a causal language model's input and labels.
 
-    That one has no prediction; the Trainer would count it, and divide the loss by one token a sequence too many.
+    The first token has no prediction, so its label is -100: otherwise the Trainer would count it and divide the loss by one
+    token per sequence too many.
     """
     labels = ids.clone()
     labels[..., 0] = -100
@@ -32,7 +33,7 @@ def labelled(ids: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 class Blocks(torch.utils.data.Dataset):
-    """Blocks (m, context) of tokens as a data set for a Trainer."""
+    """Blocks of tokens (m, context) as a data set for a Trainer."""
 
     def __init__(self, blocks: np.ndarray):
         self.blocks = blocks
@@ -46,7 +47,7 @@ class Blocks(torch.utils.data.Dataset):
 
 @torch.no_grad()
 def mean_loss(model, blocks: np.ndarray, batch: int = 8) -> float:
-    """Mean loss in nats a token over blocks (m, context), with the model in evaluation mode and as precise as it is."""
+    """Mean loss in nats per token over blocks (m, context), with the model in evaluation mode and in its own precision."""
     training, device = model.training, next(model.parameters()).device
     model.eval()
     total = 0.0

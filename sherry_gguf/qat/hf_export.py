@@ -1,4 +1,4 @@
-"""Write a trained model as a standard Hugging Face directory."""
+"""Export a trained model as a standard Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from .files import appearing
-from .linear import QuantConv1D, QuantLinear, quantized_layers, sherry_config
+from .linear import QuantizedLayer, quantized_layers, sherry_config
 
 logger = logging.getLogger(__name__)
 
@@ -24,26 +24,26 @@ def export(
 ) -> Path:
     """Save `model` with its fake-quantized weights, its tokenizer, and for Sherry `sherry_config` in config.json.
 
-    Every weight of a quantized layer is stored as evaluation uses it: 0 or +-d with an fp16 d, exact in `dtype`. The
-    other parameters are rounded to `dtype`: for figures that hold, evaluate what was saved, not `model`. float16 loses
-    nothing more in a GGUF, which keeps embeddings in F16. (Autocast rounds products further while training.)
+    Weights of quantized layers are stored as evaluation uses them: 0 or +-d with an fp16 d, exact in `dtype`. The other
+    parameters are rounded to `dtype`, so evaluate the export rather than `model`. float16 loses nothing more in a GGUF, which
+    keeps embeddings in F16. (Autocast rounds products further in training.)
 
     Args:
         model: a transformers `PreTrainedModel` that went through `prepare`, with any method.
-        directory: where to; it must not exist yet, or be empty. It appears complete or not at all (`appearing`).
+        directory: must not exist yet, or be empty. It appears complete or not at all (`files.appearing`).
         tokenizer: a transformers tokenizer, or None to save none.
         dtype: torch.float16 or torch.float32.
-        state: the state dict to save, with latent weights, where the model itself does not hold all of it (FSDP,
-            DeepSpeed: `Accelerator.get_state_dict`).
+        state: the state dict to save, with latent weights, if the model itself does not hold all of it (FSDP, DeepSpeed:
+            `Accelerator.get_state_dict`).
 
     Returns:
         The directory.
 
     Raises:
-        FileExistsError: the directory has something in it.
+        FileExistsError: the directory is not empty.
         TypeError: another dtype.
-        ValueError: a parameter is not finite in `dtype`, a quantized one missing from `state`, or the model one that was
-            loaded with latent weights and did not go through `prepare` since.
+        ValueError: a parameter is not finite in `dtype`, `state` lacks a quantized one, or the model was loaded with latent
+            weights and has not gone through `prepare`.
     """
     if dtype not in (torch.float16, torch.float32):
         raise TypeError(f"dtype is {dtype}: use torch.float16 or torch.float32, which hold an fp16 scale")
@@ -51,14 +51,14 @@ def export(
     claimed = getattr(getattr(model, "config", None), "sherry_config", None)
     if not layers and isinstance(claimed, dict) and claimed.get("weights") == "latent":
         raise ValueError(
-            "the model's config says that its weights are latent, and its layers do not quantize them: call "
-            "prepare(model, QuantConfig(...)) first, as it was trained"
+            "the model's config says that its weights are latent, but its layers do not quantize them: call "
+            "prepare(model, QuantConfig(...)) first, as in its training"
         )
-    said = sherry_config(model, "fake_quantized")
-    if said and said.get("group_size", 128) % 128:
+    sherry = sherry_config(model, "fake_quantized")
+    if sherry and sherry.get("group_size", 128) % 128:
         logger.warning(
-            "group size %d: TQ1_25 stores blocks of 128 weights under one scale, so these weights cannot be stored without loss",
-            said["group_size"],
+            "group size %d: TQ1_25 stores blocks of 128 weights under one scale, so it cannot store these weights without loss",
+            sherry["group_size"],
         )
 
     with appearing(directory) as part:
@@ -69,23 +69,23 @@ def export(
         for key in {"dtype", "torch_dtype"} & config.keys():
             config[key] = str(dtype).removeprefix("torch.")
         config.pop("sherry_config", None)
-        if said:
-            config["sherry_config"] = said
+        if sherry:
+            config["sherry_config"] = sherry
         (part / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return Path(directory)
 
 
 @torch.no_grad()
-def _quantized(state: dict[str, torch.Tensor], layers: dict[str, QuantLinear | QuantConv1D], dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def _quantized(state: dict[str, torch.Tensor], layers: dict[str, QuantizedLayer], dtype: torch.dtype) -> dict[str, torch.Tensor]:
     if missing := [name for name in layers if f"{name}.weight" not in state]:
-        raise ValueError(f"the state dict lacks {missing[0]}.weight: is it of this model, whole and by the same names?")
-    saved: dict[tuple, torch.Tensor] = {}  # by address: tied parameters must stay one tensor
+        raise ValueError(f"the state dict lacks {missing[0]}.weight: is it this model's, complete and with the same names?")
+    saved: dict[tuple, torch.Tensor] = {}  # by address, so that tied parameters stay one tensor
     result = {}
     for name, value in state.items():
         key = value.data_ptr(), value.shape
         if key not in saved:
             layer = layers.get(name.removesuffix(".weight"))
-            # on the CPU, where the sums are those of the reference
+            # on the CPU, which adds in the reference's order
             new = layer.quantized_weight(value.cpu()) if layer is not None and name.endswith(".weight") else value
             new = new.to(dtype) if new.is_floating_point() else new
             if not torch.isfinite(new).all():

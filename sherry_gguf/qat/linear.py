@@ -1,4 +1,4 @@
-"""Linear layers that train quantized weights, with Arenas' residual, and their insertion into a model."""
+"""Linear layers that train quantized weights, with Arenas' residual; `prepare` puts them into a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,17 +21,16 @@ from . import quantizer
 
 logger = logging.getLogger(__name__)
 
-# What a GGUF keeps unquantized as well: the head, and the routers of a mixture of experts. Always kept.
+# Layers that are never quantized, in a GGUF neither: the head, and the routers of a mixture of experts.
 KEEP = r"(^|\.)(lm_head|router|gate|shared_expert_gate)$"
 
-
-# What wrappers for distributed training and checkpointing put into the names of modules.
+# What wrappers for distributed training and checkpointing add to the names of modules.
 _WRAPPED = re.compile(r"(^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.)")
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """How weights are quantized; the arguments of `quantizer.fake_quantize`. Raises ValueError for what it cannot do."""
+    """How to quantize weights: the arguments of `quantizer.fake_quantize`. Raises ValueError for impossible ones."""
 
     method: str = "sherry"
     granularity: str = "per_group"
@@ -40,16 +40,17 @@ class QuantConfig:
         quantizer.check((self.group_size,), self.method, self.granularity, self.group_size)
 
 
-class _Quantized:
-    """Mixed into a layer: `weight` is the latent weight that trains, `quantized_weight()` what evaluation uses.
+class QuantizedLayer(nn.Module):
+    """A mixin for layers: `weight` is the latent weight that trains, `quantized_weight()` the one that evaluation uses.
 
     Attributes:
         quant: a QuantConfig.
-        residual: λ of Arenas, used while training only (`set_residual`).
+        residual: λ of Arenas, used only in training (`set_residual`).
         rescale: whether training divides by 1 + λ.
         probe: called with (layer, x, used weight) in each forward pass (`monitor.TrainingMonitor`).
     """
 
+    weight: torch.Tensor
     quant: QuantConfig
     residual: float = 0.0
     rescale: bool = False
@@ -61,7 +62,7 @@ class _Quantized:
         return weight.t() if self.transposed else weight
 
     def quantized_weight(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """What the forward pass multiplies by in evaluation, like `weight`; or for another latent weight than its own."""
+        """The weight that evaluation multiplies by, shaped like `weight`; of another latent weight if one is given."""
         weight = self.weight if weight is None else weight
         return self.rows(quantizer.fake_quantize(self.rows(weight), **dataclasses.asdict(self.quant)))
 
@@ -81,7 +82,7 @@ class _Quantized:
         return f"{super().extra_repr()}, {quant.method} {quant.granularity}{size}"
 
 
-class QuantLinear(_Quantized, nn.Linear):
+class QuantLinear(QuantizedLayer, nn.Linear):
     """`nn.Linear` that multiplies by its quantized weight: Y = X·(T*a + λ·W) (Sherry, Eq. 7)."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, quant: QuantConfig = QuantConfig(), **kwargs):
@@ -94,8 +95,8 @@ class QuantLinear(_Quantized, nn.Linear):
         return nn.functional.linear(x, self._used_weight(x), self.bias)
 
 
-class QuantConv1D(_Quantized, Conv1D):
-    """The same for transformers' Conv1D (GPT-2), whose weight is (in, out)."""
+class QuantConv1D(QuantizedLayer, Conv1D):
+    """`QuantLinear` for transformers' Conv1D (GPT-2), whose weight is (in, out)."""
 
     transposed = True
 
@@ -106,108 +107,115 @@ class QuantConv1D(_Quantized, Conv1D):
 _LAYERS = {nn.Linear: QuantLinear, Conv1D: QuantConv1D}
 
 
-def _turned(m: nn.Module) -> type | None:
-    """What `prepare` makes of a layer; None of any other class, as a subclass may compute something else."""
-    return QuantLinear if type(m).__name__ == "FalconLinear" else _LAYERS.get(type(m))  # which computes the same
+def _quantized_class(m: nn.Module) -> type | None:
+    """The class that `prepare` gives a layer. None for unknown classes: a subclass of nn.Linear may compute something else."""
+    return QuantLinear if type(m).__name__ == "FalconLinear" else _LAYERS.get(type(m))  # FalconLinear computes the same
+
+
+def _head(model: Any) -> nn.Module | None:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
 
 
 def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = "", only: str = "") -> list[str]:
     """Make the linear layers of `model` train quantized weights, in place; the parameters stay the same objects.
 
-    Call it before the model is wrapped (DDP, FSDP, DeepSpeed) and before an optimizer is made. With Sherry, config.json of
-    checkpoints that are saved from then on says that their weights are latent, so that the converter takes them as well;
-    but where they are bfloat16, whose scales training rounds further than the converter would.
+    Call it before the model is wrapped (DDP, FSDP, DeepSpeed) and before the optimizer is made. With Sherry, checkpoints saved
+    afterwards say in config.json that their weights are latent, so that the converter accepts them. bfloat16 weights are the
+    exception: training rounds their scales further than the converter would.
 
     Args:
         model: any module with nn.Linear or transformers' Conv1D.
-        quant: how to quantize; with the method `full` nothing is turned, for a comparison with full precision.
-        keep: regular expression; layers whose dotted name it finds stay as they are, as do those of `KEEP`, and the
-            head that `get_output_embeddings()` names. The checkpoint says so to the converter.
-        only: regular expression; other layers stay as they are.
+        quant: how to quantize; the method `full` changes nothing, for a comparison with full precision.
+        keep: regular expression; layers whose dotted name it finds stay as they are, as do those of `KEEP` and the head that
+            `get_output_embeddings()` names. The checkpoint tells the converter.
+        only: regular expression; layers whose name it does not find stay as they are.
 
     Returns:
-        The names of the layers that were turned.
+        The names of the layers that now train quantized weights.
 
     Raises:
-        ValueError: there are none, one's inputs do not fit `quant`, or another is quantized otherwise already; nothing is
-            changed then.
+        ValueError: there are none, the inputs of one do not fit `quant`, or one is already quantized in another way. The model
+            is unchanged then.
     """
     already = quantized_layers(model)
     for name, m in already.items():
         if m.quant != quant:
             raise ValueError(f"{name} is quantized already, by {m.quant}: a checkpoint can state only one way")
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    turn = {name: m for name, m in model.named_modules()
-            if _turned(m) and name and m is not head
-            and not re.search(KEEP, name) and not (keep and re.search(keep, name)) and re.search(only, name)}  # fmt: skip
+    head = _head(model)
+    found: dict[str, Any] = {
+        name: m for name, m in model.named_modules()
+        if _quantized_class(m) and name and m is not head
+        and not re.search(KEEP, name) and not (keep and re.search(keep, name)) and re.search(only, name)
+    }  # fmt: skip
     if quant.method == "full":
-        turn = {}
-    elif not turn:
+        found = {}
+    elif not found:
         raise ValueError(
             f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r})"
             + f", besides the {len(already)} that are quantized already" * bool(already)
         )
-    if misfits := [name for name, m in turn.items() if _inputs(m) % quantizer.divisor(**dataclasses.asdict(quant))]:
-        raise ValueError(_misfits(turn, misfits, quant, keep))
-    if hasattr(model, "config"):  # of a Sherry checkpoint that this training starts from
-        model.config.__dict__.pop("sherry_config", None)
-    if not turn:
+    if misfits := [name for name, m in found.items() if _inputs(m) % quantizer.divisor(**dataclasses.asdict(quant))]:
+        raise ValueError(_misfits(found, misfits, quant, keep))
+    config: Any = getattr(model, "config", None)
+    if config is not None:  # that of a Sherry checkpoint, if training starts from one
+        config.__dict__.pop("sherry_config", None)
+    if not found:
         return []
-    for m in turn.values():
-        m.__class__ = _turned(m)  # keeps parameters, hooks, names and whatever else hangs on the layer
+    for m in found.values():
+        m.__class__ = _quantized_class(m)  # keeps parameters, hooks, names and everything else attached to the layer
         m.quant = quant
     owned = {id(p) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding)) for p in m.parameters()}
     if rest := [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in owned]:
         logger.warning("not in a linear layer, so left in full precision: %s", ", ".join(rest))
-    if hasattr(model, "config") and all(m.weight.dtype != torch.bfloat16 for m in turn.values()):
-        if said := sherry_config(model, "latent"):
-            model.config.sherry_config = said
-    return list(turn)
+    if config is not None and all(m.weight.dtype != torch.bfloat16 for m in found.values()):
+        if sherry := sherry_config(model, "latent"):
+            config.sherry_config = sherry
+    return list(found)
 
 
-def _inputs(m: nn.Module) -> int:
+def _inputs(m: nn.Linear | Conv1D) -> int:
     return m.weight.shape[0 if isinstance(m, Conv1D) else 1]
 
 
-def _misfits(turn: dict[str, nn.Module], misfits: list[str], quant: QuantConfig, keep: str) -> str:
-    """The message about layers whose inputs do not fit, with a `keep` that leaves them out, and no others."""
+def _misfits(layers: dict[str, Any], misfits: list[str], quant: QuantConfig, keep: str) -> str:
+    """The error message about layers whose inputs do not fit, with a `keep` that leaves out exactly these."""
     sizes = collections.defaultdict(list)
     for name in misfits:
-        sizes[_inputs(turn[name])].append(name)
+        sizes[_inputs(layers[name])].append(name)
     listed = "; ".join(f"{n} inputs: {patterns.starred(names)}" for n, names in sorted(sizes.items()))
     divisor = quantizer.divisor(**dataclasses.asdict(quant))
-    told = (f"{len(misfits)} of {len(turn)} layers have inputs that are not a multiple of {divisor}, as {quant.method} "
-            f"{quant.granularity} needs ({listed})")  # fmt: skip
-    if len(misfits) == len(turn):
-        return f"{told}. None is left to quantize"
-    pattern = patterns.matching(misfits, set(turn) - set(misfits))
-    return f"{told}. To leave them in full precision:\n  --keep '{f'{keep}|' * bool(keep)}{pattern}'"
+    message = (f"{len(misfits)} of {len(layers)} layers have inputs that are not a multiple of {divisor}, as {quant.method} "
+               f"{quant.granularity} needs ({listed})")  # fmt: skip
+    if len(misfits) == len(layers):
+        return f"{message}. None is left to quantize"
+    pattern = patterns.matching(misfits, set(layers) - set(misfits))
+    return f"{message}. To leave them in full precision:\n  --keep '{f'{keep}|' * bool(keep)}{pattern}'"
 
 
 def sherry_config(model: nn.Module, weights: str) -> dict | None:
-    """What config.json says of a model that went through `prepare`; None where its weights are not Sherry's.
+    """`sherry_config` in config.json for a model that went through `prepare`; None if its weights are not Sherry's.
 
     weights: `latent` or `fake_quantized`.
     """
     quant = next((m.quant for m in quantized_layers(model).values()), None)
     if quant is None or quant.method != "sherry":
         return None
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _head(model)
     kept = [f"{_WRAPPED.sub('', name)}.weight" for name, m in model.named_modules()
-            if isinstance(m, tuple(_LAYERS)) and not isinstance(m, _Quantized) and m is not head]  # fmt: skip
+            if isinstance(m, tuple(_LAYERS)) and not isinstance(m, QuantizedLayer) and m is not head]  # fmt: skip
     size = {"group_size": quant.group_size} if quant.granularity == "per_group" else {}
     return {"method": "sparse_absmean", "granularity": quant.granularity, **size, "n": KEPT, "m": GROUP,
             "weights": weights, **({"kept": kept} if kept else {})}  # fmt: skip
 
 
-def quantized_layers(model: nn.Module) -> dict[str, _Quantized]:
-    """The layers that `prepare` turned, by their names in the model; also of one that was wrapped since."""
-    return {_WRAPPED.sub("", name): m for name, m in model.named_modules() if isinstance(m, _Quantized)}
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """The layers that `prepare` made quantized, by name. The model may be wrapped meanwhile."""
+    return {_WRAPPED.sub("", name): m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 
 @contextlib.contextmanager
 def full_precision(model: nn.Module) -> Iterator[None]:
-    """Meanwhile the layers that `prepare` turned multiply by their latent weights as they are."""
+    """Within the block, quantized layers multiply by their latent weights."""
     before = {m: m.quant for m in quantized_layers(model).values()}
     try:
         for m in before:

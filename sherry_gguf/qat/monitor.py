@@ -1,4 +1,4 @@
-"""What training does to the weights: effective rank, nearness to a boundary, flips. Shows weight trapping (Sherry, 3.2)."""
+"""What training does to the weights: effective rank, closeness to a boundary, flips. Shows weight trapping (Sherry, 3.2)."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from sherry_gguf.ternary import GROUP
 from .linear import quantized_layers
 from .quantizer import scale_size
 
-ROWS = 4096  # tokens of activations that are looked at, at most
-NEAR = 0.1  # of the scale: what counts as near a boundary
+ROWS = 4096  # look at the activations of at most this many tokens
+NEAR = 0.1  # closer to a boundary than this share of the scale counts as near
 
 
 def effective_rank(x: torch.Tensor) -> float:
     """exp of the entropy of the singular values of x (m, n), normalized to a sum of 1 (Roy and Vetterli, 2007).
 
-    Between 0 (x is zero) and min(m, n). NaN where x is not finite.
+    Between 0 (x is zero) and min(m, n). NaN if x is not finite.
     """
     x = x.detach().double()
     if not torch.isfinite(x).all():
         return float("nan")
-    # The square loses half of float64's digits, which leaves float32's; it takes less time, a fifth on a GPU.
+    # Squaring loses half of float64's digits, which leaves float32's; it takes less time, a fifth on a GPU.
     square = x @ x.mT if x.shape[0] < x.shape[1] else x.mT @ x
     s = torch.linalg.eigvalsh(square).clamp_(min=0).sqrt_()
     if not s.sum():
@@ -34,37 +34,37 @@ def effective_rank(x: torch.Tensor) -> float:
 
 
 def near_zeroing(weight: torch.Tensor, scale: torch.Tensor) -> float:
-    """Share of groups of four in which a step of `NEAR` scales could choose another zero.
+    """Share of groups of four whose two smallest magnitudes differ by less than `NEAR` scales, so that the zero may change.
 
-    weight: (n, size) latent; scale: (n, 1) of each row. Two smallest magnitudes that differ by less count as near.
+    weight: (n, size), latent; scale: (n, 1), of each row.
     """
     two = weight.abs().view(len(weight), -1, GROUP).sort(-1).values[..., :2]
     return (two[..., 1] - two[..., 0] < NEAR * scale).float().mean().item()
 
 
 class TrainingMonitor(TrainerCallback):
-    """Looks at one optimizer step in `every`, through the layers' own forward pass: there weights are whole under FSDP too.
+    """Looks at one optimizer step in `every`, in the layers' own forward pass, where weights are whole under FSDP too.
 
-    `latest` holds the means over the layers looked at, of the last step that was, for SherryTrainer to log:
+    `latest` holds, for SherryTrainer to log, means over the monitored layers in the last step looked at:
 
         gradient_rank      effective rank of the loss's gradient by the used weight (one micro-batch, this process)
         activation_rank    effective rank of the layers' input (at most `ROWS` tokens of it)
-        near_zeroing       share of groups of four near another choice of the zero (of Sherry only)
+        near_zeroing       share of groups of four near another choice of the zero (only with Sherry)
         near_sign          share of latent weights within `NEAR` scales of 0
         flips              share of weights whose ternary value changed in the optimizer step
         sign_flips         share that went from + to - or back
 
-    A rank that falls, and weights that are rarely near a boundary and do not flip any more, are the trap.
+    Weights are trapped if the ranks fall and few weights are near a boundary or still flip.
 
     Args:
         every: optimizer steps between two looks, at least 2; each costs two eigenvalue decompositions a layer.
         only: regular expression; looks only at layers whose name it finds.
-        layers: at most so many, spread evenly.
+        layers: looks at no more than this many, evenly spread.
     """
 
     def __init__(self, every: int = 50, only: str = "", layers: int = 8):
         if every < 2 or layers < 1:
-            raise ValueError(f"every is {every} and layers {layers}: at least 2 and 1")
+            raise ValueError(f"every is {every} and layers {layers}: they must be at least 2 and 1")
         self.every, self.only, self.layers = every, only, layers
         self.latest: dict[str, float] = {}
         self._looks: dict[str, _Look] = {}
@@ -81,7 +81,7 @@ class TrainingMonitor(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         for name, look in self._looks.items():
             if state.global_step % self.every == 0:
-                look.clear()  # of an expert that saw no token in the second step
+                look.clear()  # an expert may have seen no token in the second step
             first = state.global_step % self.every == 0 and state.global_step + 1 < state.max_steps
             second = look.before is not None
             self._modules[name].probe = look.first if first else look.second if second else None
@@ -104,7 +104,7 @@ class TrainingMonitor(TrainerCallback):
 
 
 class _Look:
-    """At one layer, in two optimizer steps that follow each other."""
+    """A look at one layer, in two consecutive optimizer steps."""
 
     def __init__(self):
         self.clear()
@@ -114,9 +114,11 @@ class _Look:
         self.flips: dict[str, float] | None = None
         self.before: torch.Tensor | None = None  # int8 (out, in), the ternary values
 
-    @torch.no_grad()  # checkpointing counts the tensors that are saved for the gradient
+    @torch.no_grad()  # gradient checkpointing counts the tensors that are saved for the gradient
     def first(self, layer, x: torch.Tensor, used: torch.Tensor) -> None:
-        if used.requires_grad and "gradient_rank" not in self.figures:  # not in checkpointing's first, gradientless pass
+        if (
+            used.requires_grad and "gradient_rank" not in self.figures
+        ):  # not in the first pass of gradient checkpointing, which has no gradient
             self.figures["gradient_rank"] = 0.0
             used.register_hook(self._gradient)
         if self.before is not None:
@@ -134,9 +136,9 @@ class _Look:
     @torch.no_grad()
     def second(self, layer, x: torch.Tensor, used: torch.Tensor) -> None:
         if self.flips is None:
-            now = _ternary(layer)[1]
-            self.flips = {"flips": (now != self.before).float().mean().item(),
-                          "sign_flips": (now * self.before < 0).float().mean().item()}  # fmt: skip
+            now, before = _ternary(layer)[1], self.before
+            assert before is not None  # `first` came first
+            self.flips = {"flips": now.ne(before).float().mean().item(), "sign_flips": (now * before < 0).float().mean().item()}
 
 
 def _ternary(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Fake quantization of weights with a straight-through gradient: Sparse-AbsMean, and what it is compared with."""
+"""Fake quantization of weights with a straight-through gradient: Sparse-AbsMean, and other methods for comparison."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import torch
 from sherry_gguf.ternary import GROUP, KEPT
 
 GRANULARITIES = ("per_group", "per_channel", "per_tensor")
-GROUP_SIZE = 128  # a TQ1_25 block's weights: what packs without loss
+GROUP_SIZE = 128  # weights of a TQ1_25 block, which stores such groups without loss
 TWN_THRESHOLD = 0.7  # of the mean magnitude
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_CHUNK = 1 << 22  # weights summed at a time, where they are summed in order
+_CHUNK = 1 << 22  # weights per step of a sum in order
 
 
 def fake_quantize(
@@ -23,29 +23,29 @@ def fake_quantize(
     residual: float = 0.0,
     rescale: bool = False,
 ) -> torch.Tensor:
-    """T*a of `weight` by a method of `METHODS`, plus `residual` times the weight itself (Sherry, Eq. 7).
+    """T*a of `weight`, by a method of `METHODS`, plus `residual` times the weight itself (Sherry, Eq. 7).
 
-    X·(T*a + λ·W) is X·T*a + λ·X·W with one product instead of two. The gradient is straight-through: that of the result
-    times 1 + λ, T*a counting as the identity.
+    X·(T*a + λ·W) is X·T*a + λ·X·W with one product instead of two. The gradient is straight-through: T*a counts as the
+    identity, so it is the gradient of the result times 1 + λ.
 
-    Every scale is rounded once to fp16, so that what a GGUF stores is what was computed. In bfloat16 it is rounded
-    further, to the 8 significant bits that bfloat16 has, which fp16 holds as well.
+    Every scale is rounded to fp16 once, so that a GGUF stores what was computed. With bfloat16 weights it is rounded further,
+    to bfloat16's 8 significant bits, which fp16 holds as well.
 
     Args:
         weight: (out_features, in_features) in bfloat16, float16, float32 or float64.
         method: `sherry` (Sparse-AbsMean), `absmean` (BitNet b1.58), `twn`, `binary`, or `full` (the weight as it is).
         granularity: which weights share a scale: `per_group` of `group_size` inputs, `per_channel` (a row), `per_tensor`.
-        group_size: of per_group.
+        group_size: group size of per_group.
         residual: λ of Arenas; 0 in evaluation.
-        rescale: divide by 1 + λ, so that the residual does not change the size of the result.
+        rescale: divide by 1 + λ, so that the residual does not change the magnitude of the result.
 
     Returns:
-        A tensor of the same shape, dtype and device. Where the weights that share a scale hold NaN or infinity, or fp16
-        overflows, none of them but 0 is finite, so that a training loss shows it; `export` refuses such a model.
+        A tensor of the same shape, dtype and device. If weights that share a scale include NaN or infinity, or if the scale
+        overflows fp16, all of them but zeros become NaN or infinite. The training loss shows it, and `export` refuses the model.
 
     Raises:
         TypeError: another dtype.
-        ValueError: an unknown method or granularity, or in_features that do not fit it.
+        ValueError: an unknown method or granularity, or in_features do not fit it.
     """
     check(tuple(weight.shape), method, granularity, group_size)
     if weight.dtype not in _DTYPES:
@@ -56,7 +56,7 @@ def fake_quantize(
 
 
 def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int) -> None:
-    """Raises ValueError where `fake_quantize` cannot quantize a weight of such a shape."""
+    """Raises ValueError if `fake_quantize` cannot quantize a weight of this shape."""
     if method not in METHODS:
         raise ValueError(f"method is {method!r}: it must be one of {', '.join(METHODS)}")
     if granularity not in GRANULARITIES:
@@ -73,14 +73,14 @@ def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int
 
 
 def divisor(method: str, granularity: str, group_size: int) -> int:
-    """What the number of a layer's inputs must be a multiple of."""
+    """A layer's inputs must be a multiple of this."""
     if method == "full":
         return 1
     return group_size if granularity == "per_group" else GROUP if method == "sherry" else 1
 
 
 def scale_size(shape: tuple[int, ...], granularity: str, group_size: int) -> int:
-    """Weights that share one scale."""
+    """The number of weights that share one scale."""
     if granularity == "per_group":
         return group_size
     return shape[-1] if granularity == "per_channel" else torch.Size(shape).numel()
@@ -89,10 +89,10 @@ def scale_size(shape: tuple[int, ...], granularity: str, group_size: int) -> int
 def sparse_absmean(weight: torch.Tensor, group_size: int = GROUP_SIZE, granularity: str = "per_group") -> torch.Tensor:
     """Fake-quantize `weight` to 3:4 sparse ternary (Sherry, arXiv 2601.07892, Eq. 4 and 5), straight-through.
 
-    In each 4 consecutive inputs the smallest magnitude (the lowest lane among equals) becomes 0; the others become
-    +d or -d (negative where < 0), d being the mean magnitude of what is kept of the weights that share it. The result
-    is bit for bit what `sherry_gguf.ternary.sparse_absmean` gives with its scale rounded to fp16. Arguments, result and
-    errors are those of `fake_quantize`.
+    Of each 4 consecutive inputs the one with the smallest magnitude (the lowest lane among equals) becomes 0; the others become
+    +d, or -d if they are negative. d is the mean magnitude of the kept weights that share the scale. The result equals
+    `sherry_gguf.ternary.sparse_absmean` bit for bit if its scale is rounded to fp16. Arguments, result and errors are those of
+    `fake_quantize`.
     """
     return fake_quantize(weight, "sherry", granularity, group_size)
 
@@ -114,7 +114,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _quantize(weight: torch.Tensor, method: str, size: int) -> torch.Tensor:
-    rows = weight.reshape(-1, size).contiguous()  # reshape may leave a transposed weight as it is
+    rows = weight.reshape(-1, size).contiguous()  # reshape may keep a transposed weight as it is
     if rows.dtype == torch.bfloat16:
         rows = rows.float()
     zero, d = METHODS[method](rows.abs())
@@ -126,8 +126,7 @@ def _quantize(weight: torch.Tensor, method: str, size: int) -> torch.Tensor:
     return quantized.to(weight.dtype).view(weight.shape)
 
 
-# A method takes magnitudes (n, size) and gives which of them become 0, bool (n, size) or None, and the scale, float64
-# (n, 1).
+# A method takes magnitudes (n, size) and returns which of them become 0, bool (n, size) or None, and the scale, float64 (n, 1).
 
 
 def _sherry(magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -137,14 +136,14 @@ def _sherry(magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     total = magnitude.sum(-1, keepdim=True, dtype=torch.float64)
     total -= smallest.view(len(magnitude), -1).sum(-1, keepdim=True, dtype=torch.float64)
     mean = total / count
-    if magnitude.device.type != "cpu":  # asking what follows would make a GPU wait; export quantizes on the CPU
+    if magnitude.device.type != "cpu":  # the checks below would make a GPU wait; export quantizes on the CPU
         return smallest_lane(lanes).view(magnitude.shape), mean
     zero = lanes == smallest
     if zero.count_nonzero() != len(lanes):  # equal magnitudes, or NaN
         zero = smallest_lane(lanes)
     zero = zero.view(magnitude.shape)
-    # The reference adds in order, which is slow here. Any order gives the same fp16 number, unless the sum is as near to
-    # the edge of a rounding as two sums may be to each other.
+    # The reference adds in order, which is slow here. Any order gives the same fp16 number, unless the sum is so close to a
+    # rounding boundary that the order may decide.
     margin = mean * (4 * magnitude.shape[-1] * torch.finfo(torch.float64).eps)
     unsure = (_round_to_half(mean - margin) != _round_to_half(mean + margin)) & mean.isfinite()
     if unsure.any():
@@ -177,8 +176,8 @@ METHODS: dict[str, Any] = {"sherry": _sherry, "absmean": _absmean, "twn": _twn, 
 def smallest_lane(magnitude: torch.Tensor) -> torch.Tensor:
     """(n, 4) magnitudes -> (n, 4) bool, True at the smallest of each row, the first among equals.
 
-    Comparisons of whole lanes: twice as fast as argmin and scatter over rows of four. Without a tensor made of a number,
-    which is copied to a GPU while both wait.
+    It compares whole lanes, which is twice as fast as argmin and scatter over rows of four, and makes no tensor from a number,
+    as that would be copied to a GPU while both wait.
     """
     m0, m1, m2, m3 = magnitude.unbind(-1)
     second, fourth = m1 < m0, m3 < m2
@@ -188,7 +187,7 @@ def smallest_lane(magnitude: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_in_order(x: torch.Tensor) -> torch.Tensor:
-    """(n, size) -> float64 (n, 1); on the CPU cumsum adds in order."""
+    """(n, size) -> float64 (n, 1). On the CPU cumsum adds in order."""
     total = torch.zeros(len(x), 1, dtype=torch.float64, device=x.device)
     for part in x.split(max(1, _CHUNK // len(x)), dim=-1):
         total = torch.cat([total, part.double()], dim=-1).cumsum(-1)[:, -1:]
@@ -196,9 +195,9 @@ def _sum_in_order(x: torch.Tensor) -> torch.Tensor:
 
 
 def _round_to_half(x: torch.Tensor) -> torch.Tensor:
-    """float64 >= 0 -> float16 with a single rounding, nearest, ties to even.
+    """float64 >= 0 -> float16 in a single rounding, to nearest, ties to even.
 
-    `x.half()` goes through float32 and so rounds twice. Rounding that first step to odd makes the second one right.
+    `x.half()` goes through float32 and so rounds twice. Rounding to odd in the first step makes the second one right.
     """
     f = x.float()
     rest = x - f.double()

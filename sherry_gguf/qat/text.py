@@ -1,4 +1,4 @@
-"""Text files as documents: plain text, JSON lines and Parquet, as a `datasets.Dataset` that lies on disk."""
+"""Text files as documents: plain text, JSON lines and Parquet, as a `datasets.Dataset` on disk."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from pathlib import Path
 
 from sherry_gguf.errors import Stop
 
-TEXT = (".txt", ".md", ".rst", ".py")  # what a directory is searched for, besides these:
+TEXT = (".txt", ".md", ".rst", ".py")  # suffixes that a directory is searched for, besides these:
 TABLES = (".jsonl", ".json", ".parquet")
 NO_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".zst", ".xz", ".bz2", ".7z", ".tar", ".tgz", ".pt", ".safetensors", ".gguf")
 
 
 class TextError(Stop):
-    """Which file cannot be read as text, why, and what to do."""
+    """A file cannot be read as text."""
 
 
 def load(names: Sequence[str | os.PathLike], column: str = "text"):
-    """The documents of files and of all files of text below directories, in order of names within each.
+    """The documents in files and in all text files below directories, each directory's in order of names.
 
-    A plain text file of any suffix is one document. `.jsonl`, and `.json` as lines or as one array, have a row each, an
-    object; `.parquet` has rows too. All but Parquet may be compressed (`.gz`). They are UTF-8. Rows without text (null)
-    are passed over. What was read lies in the cache of `datasets`, and is read again where a file was changed.
+    A plain text file is one document, whatever its suffix. A table has a document in each row: `.jsonl`, `.json` (lines or one
+    array of objects) and `.parquet`. Rows without text (null) are skipped. Files are UTF-8; all but Parquet may be compressed
+    (`.gz`). `datasets` caches the documents and reads a file again once it has changed.
 
     Args:
-        names: of files and directories.
-        column: what the text is called, in tables and in the result.
+        names: files and directories.
+        column: name of the text's column, in tables and in the result.
 
     Returns:
-        A datasets.Dataset with that column alone, of strings.
+        A datasets.Dataset with only that column, of strings.
 
     Raises:
-        TextError: there is no such file, no text, or something else than text.
+        TextError: a file does not exist, has no text, or holds something else.
     """
     import datasets
 
@@ -48,12 +48,12 @@ def load(names: Sequence[str | os.PathLike], column: str = "text"):
         elif not path.is_file():
             raise TextError(f"{path}: no such file or directory")
         elif _suffix(path) in NO_TEXT or path.suffix.lower() in NO_TEXT:
-            raise TextError(f"{path}: {path.suffix} is not read; make it plain text, .jsonl or .parquet")
+            raise TextError(f"{path}: {path.suffix} files are not supported: make it plain text, .jsonl or .parquet")
         else:
             files.append(path)
-    # the last three, for the cache: a changed file may keep its name, its size and even its time of modification
+    # the last three for the cache: a changed file may keep its name, its size and even its modification time
     stats = [(p, p.stat()) for p in files]
-    known = tuple((str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats)  # a list would be split up
+    known = tuple((str(p.resolve()), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for p, s in stats)  # datasets would split a list up
     try:
         return datasets.Dataset.from_generator(
             _rows, gen_kwargs={"files": known, "column": column},
@@ -78,16 +78,16 @@ def _rows(files: tuple[tuple, ...], column: str) -> Iterator[dict[str, str]]:
                 elif text is not None:
                     raise TextError(f"{where}: {column!r} is {type(text).__name__}, and not a string")
         except UnicodeDecodeError as e:
-            raise TextError(f"{name}: byte {e.start} is no UTF-8") from e
+            raise TextError(f"{name}: byte {e.start} is not UTF-8") from e
         except TextError as e:
             raise TextError(f"{name}: {e}") from e
-        except Exception as e:  # of gzip, json, pyarrow, the operating system
+        except Exception as e:  # from gzip, json, pyarrow or the operating system
             raise TextError(f"{name}: {type(e).__name__}: {e}") from e
-    if not rows:  # of which datasets would say something else
+    if not rows:  # for which datasets has another message
         raise TextError(f"{files[0][0]}{f' and {len(files) - 1} more' * (len(files) > 1)}: there is no text in it")
 
 
-# Readers take a file's name and the column, and give of each row where it is and its text.
+# Readers take a file's name and the column, and yield where each row is and its text.
 
 
 def _open(name: str):
@@ -120,7 +120,7 @@ def _json(name: str, column: str) -> Iterator[tuple[str, object]]:
 
 def _value(row: object, column: str, where: str) -> object:
     if not isinstance(row, dict):
-        raise TextError(f"{where} is no object")
+        raise TextError(f"{where} is not an object")
     if column not in row:
         raise TextError(f"{where} has no column {column!r}, only {', '.join(map(repr, row)) or 'none'}")
     return row[column]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import PartialState
@@ -21,15 +22,15 @@ class SherryTrainer(Trainer):
     """`transformers.Trainer` for a model that went through `prepare`; torchrun, Accelerate, FSDP and DeepSpeed as usual.
 
     Args:
-        arenas: the schedule of λ; None trains without.
-        monitor: a TrainingMonitor whose figures go into the logs; None looks at nothing.
-        teacher: a causal language model of the same vocabulary to learn from.
-        distill: share of the teacher in the loss: (1 - distill) * cross entropy + distill * T² * KL(teacher, model).
-        temperature: T, by which both models' logits are divided in the KL divergence.
+        arenas: the schedule of λ; None trains without Arenas.
+        monitor: a TrainingMonitor whose figures go into the logs, or None.
+        teacher: a causal language model to learn from, with the same vocabulary.
+        distill: the teacher's share in the loss: (1 - distill) * cross entropy + distill * T² * KL(teacher, model).
+        temperature: T, which divides both models' logits in the KL divergence.
         The others are Trainer's.
 
     Raises:
-        ValueError: a teacher of another vocabulary, or a share that is not within 0 and 1.
+        ValueError: the teacher has another vocabulary, or `distill` is not between 0 and 1.
     """
 
     def __init__(
@@ -43,43 +44,41 @@ class SherryTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor:  # its loss is a mean over the micro-batch: accumulation has to divide it
+        if self.args.label_smoothing_factor:  # that loss is a mean over the micro-batch, so accumulation must divide it
             self.model_accepts_loss_kwargs = False
         if not 0 <= distill <= 1 or temperature <= 0:
-            raise ValueError(f"distill is {distill} and temperature {temperature}: a share within 0 and 1, and above 0")
-        if teacher is not None and (n := teacher.config.get_text_config().vocab_size) != (
-            m := self.model.config.get_text_config().vocab_size
-        ):
+            raise ValueError(f"distill is {distill} and temperature {temperature}: they must be within 0 and 1, and above 0")
+        trained: Any = self.model
+        if teacher is not None and (n := teacher.config.get_text_config().vocab_size) != (m := trained.config.get_text_config().vocab_size):
             raise ValueError(f"the teacher has {n} tokens, the model {m}: distillation needs the same vocabulary")
         self.monitor = monitor
-        if quantized_layers(self.model):  # without Arenas too: a checkpoint says so
+        if quantized_layers(trained):  # without Arenas too, so that checkpoints say so
             self.add_callback(ArenasCallback(arenas or Arenas(peak=0.0)))
         elif arenas is not None:
             raise ValueError("Arenas has nothing to act on: call prepare(model) before the Trainer is made")
         if monitor is not None:
             self.add_callback(monitor)
         self.distill, self.temperature = distill, temperature
-        self.teacher = None
-        if teacher is not None:
-            self.teacher = teacher.to(self.args.device).eval().requires_grad_(False)
+        frozen: Any = teacher
+        self.teacher = None if frozen is None else frozen.to(self.args.device).eval().requires_grad_(False)
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
-        states = self.accelerator.state, PartialState()  # the first takes from the second each time it is made
-        if self.args.device.type == "cpu":  # of several processes it is cpu:0, cpu:1, ..., to which nothing can be loaded
+        states = self.accelerator.state, PartialState()  # each new AcceleratorState copies the PartialState
+        if self.args.device.type == "cpu":  # with several processes it is cpu:0, cpu:1, ..., and nothing can be loaded there
             self.args.__dict__["_setup_devices"] = torch.device("cpu")  # a functools.cached_property
             for state in states:
                 state.device = torch.device("cpu")
-        # Accelerate knows FSDP on accelerators only: on CPUs (gloo) it would train with DDP, without a word.
+        # Accelerate supports FSDP only on accelerators: on CPUs (gloo) it would silently train with DDP.
         if self.args.fsdp and self.args.world_size > 1 and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
-            # The rest of its settings are in the environment. Version 1 crashes on CPUs where it gathers a state dict.
+            # Its other settings come from the environment. Version 1 crashes on CPUs when it gathers a state dict.
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
             for state in states:
                 state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled:
-            # Accelerate's policy would have latent weights, and on FSDP 2 the loss, in the lower precision: weights would be
-            # quantized otherwise than the export does it. Autocast lowers the precision of the products all the same.
+            # Accelerate's policy would lower the precision of latent weights and, with FSDP 2, of the loss: training would
+            # quantize weights otherwise than the export does. Autocast lowers the precision of the products anyway.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -93,7 +92,7 @@ class SherryTrainer(Trainer):
         student = (outputs.logits[:, :-1][kept] / self.temperature).float().log_softmax(-1)
         wanted = (wanted[:, :-1][kept] / self.temperature).float().log_softmax(-1)
         kl = torch.nn.functional.kl_div(student, wanted, reduction="sum", log_target=True) * self.temperature**2
-        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # as the cross entropy was
+        if self.model_accepts_loss_kwargs and num_items_in_batch is not None:  # like the cross entropy
             kl = kl / num_items_in_batch
             if self.args.average_tokens_across_devices:
                 kl = kl * self.accelerator.num_processes
@@ -103,8 +102,8 @@ class SherryTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs, start_time=None):
-        if "loss" in logs:  # of a training step, not of an evaluation
-            for callback in self.callback_handler.callbacks:  # the Trainer may have restored another
+        if "loss" in logs:  # in a training step, not an evaluation
+            for callback in self.callback_handler.callbacks:  # the Trainer may have restored another one
                 if isinstance(callback, ArenasCallback) and callback.arenas.peak:
                     logs["residual"] = callback.residual
             if self.monitor is not None:
@@ -113,13 +112,13 @@ class SherryTrainer(Trainer):
         super().log(logs, start_time)
 
     def export(self, directory: str | os.PathLike, dtype: torch.dtype = torch.float16) -> Path:
-        """`export` of the model as trained, in whatever way it is spread over processes; all of them must call it.
+        """`export` the model, however it is spread over processes. All of them must call this.
 
         Returns the directory, which is complete when any process returns. Raises what `export` does, in every process.
         """
         spread = self.is_fsdp_enabled or self.is_deepspeed_enabled
         state = self.accelerator.get_state_dict(self.model_wrapped) if spread else None
-        error = [None]
+        error: list[Exception | None] = [None]
         if self.is_world_process_zero():
             try:
                 export(self.accelerator.unwrap_model(self.model), directory, self.processing_class, dtype, state)
@@ -133,7 +132,7 @@ class SherryTrainer(Trainer):
 
 
 def bf16_time() -> float:
-    """The time of a bfloat16 product on this CPU over that of float32: measured, as CPUs without instructions emulate it."""
+    """How many times as long as in float32 a product takes in bfloat16 on this CPU, which may emulate it."""
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype)

@@ -32,7 +32,6 @@ from sherry_gguf.qat import (
     set_residual,
     sparse_absmean,
 )
-from sherry_gguf.qat.files import appearing, umask
 from sherry_gguf.qat.quantizer import METHODS
 
 EDGES = [0.0, -0.0, 1.0, -1.0, 1.5, 2**-24, -(2**-25), 2**-14, 65504.0, 1e-30, 1 + 2**-11, 1 + 3 * 2**-11]
@@ -449,31 +448,6 @@ def test_export_of_latent_weights_as_they_are_is_refused(tmp_path):
     export(loaded, tmp_path / "out")
     assert torch.equal(LlamaForCausalLM.from_pretrained(tmp_path / "out").model.layers[0].mlp.up_proj.weight.float(),
                        model.model.layers[0].mlp.up_proj.quantized_weight())  # fmt: skip
-
-
-def test_appearing(tmp_path, monkeypatch):
-    """A new directory, and empty ones that cannot be replaced: the current one, one that is linked to."""
-    (tmp_path / "there").mkdir()
-    (tmp_path / "link").symlink_to("there")
-    (tmp_path / "here").mkdir()
-    monkeypatch.chdir(tmp_path / "here")
-    for target, real in ("new/er", "new/er"), ("../link", "there"), (".", "here"):
-        target = tmp_path / target if target != "." and target[0] != "." else target
-        node = (tmp_path / real).stat().st_ino if (tmp_path / real).exists() else None
-        with pytest.raises(KeyError), appearing(target) as part:
-            (part / "config.json").write_text("half")
-            raise KeyError
-        assert not (tmp_path / real).exists() or not any((tmp_path / real).iterdir())
-        with appearing(target) as part:
-            (part / "config.json").write_text("whole")
-            (part / "a").write_text("")
-        assert sorted(p.name for p in (tmp_path / real).iterdir()) == ["a", "config.json"]
-        assert node in (None, (tmp_path / real).stat().st_ino)
-        assert (tmp_path / real).stat().st_mode & 0o777 == 0o777 & ~umask()
-    assert not any(p.name.endswith(".part") for p in tmp_path.rglob("*"))
-    with pytest.raises(OSError):
-        with appearing(tmp_path / "here/a/b"):  # below a file
-            pass
 
 
 def test_falcon(tmp_path):

@@ -57,18 +57,18 @@ def test_a_changed_file_is_read_again(tmp_path):
 
 
 @pytest.mark.parametrize("name, data, says", [
-    ("a.txt", "naïve".encode("latin-1"), "a.txt: byte 2 is no UTF-8"),
+    ("a.txt", "naïve".encode("latin-1"), "a.txt: byte 2 is not UTF-8"),
     ("a.jsonl", rows("fine").encode() + b'{"text": ', "a.jsonl: line 2: "),
     ("a.jsonl", b'{"text": ["x", "y"]}', "a.jsonl: line 1: 'text' is list, and not a string"),
     ("a.jsonl", b'{"body": "x"}', "a.jsonl: line 1 has no column 'text', only 'body'"),
-    ("a.jsonl", b"3", "a.jsonl: line 1 is no object"),
+    ("a.jsonl", b"3", "a.jsonl: line 1 is not an object"),
     ("a.jsonl", b"", "a.jsonl: there is no text in it"),
     ("a.json", b'[{"text": "x"}', "a.json: JSONDecodeError: "),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: BadGzipFile: "),
     ("a.parquet", b"no parquet", "a.parquet: ArrowInvalid: "),
-    ("a.csv", b"text\nx\n", "a.csv: .csv is not read; make it plain text, .jsonl or .parquet"),
-    ("a.jsonl.zst", b"", "a.jsonl.zst: .zst is not read"),
-    ("a.csv.gz", b"", "a.csv.gz: .gz is not read"),
+    ("a.csv", b"text\nx\n", "a.csv: .csv files are not supported: make it plain text, .jsonl or .parquet"),
+    ("a.jsonl.zst", b"", "a.jsonl.zst: .zst files are not supported"),
+    ("a.csv.gz", b"", "a.csv.gz: .gz files are not supported"),
     (None, b"", "nowhere: no such file or directory"),
 ])  # fmt: skip
 def test_what_is_no_text_is_named(tmp_path, name, data, says):
