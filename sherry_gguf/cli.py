@@ -71,12 +71,13 @@ def _run(module, args: argparse.Namespace) -> int:
                 return 1
         if args.verbose:
             raise
-        memory = "not enough memory: " * isinstance(e, MemoryError)
+        memory = "not enough memory: " if isinstance(e, MemoryError) else ""
         print(f"error: {memory}{str(e) or type(e).__name__}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, signals.Interrupted) as e:
         in_place = getattr(args, "in_place", False)
-        print(f"interrupted: {'run the same command again to finish' if in_place else 'no half-written file is left'}", file=sys.stderr)
+        left = "run the same command again to finish" if in_place else "no half-written file is left"
+        print(f"interrupted: {left}", file=sys.stderr)
         return e.exit_code if isinstance(e, signals.Interrupted) else 130
 
 

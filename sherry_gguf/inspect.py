@@ -78,8 +78,8 @@ def _yes_or_no(flag: Any) -> str:
 
 def _short(value: Any) -> str:
     if isinstance(value, list):
-        shown = [_short(v) for v in value[:3]] + ["..."] * (len(value) > 3)
-        return f"[{', '.join(shown)}] ({len(value)})"
+        shown = ", ".join(map(_short, value[:3]))
+        return f"[{shown}{', ...' if len(value) > 3 else ''}] ({len(value)})"
     text = f"{value:.6g}" if isinstance(value, float) else str(value)
     return text if len(text) <= 70 else text[:67].replace("\n", " ") + "..."
 

@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if metavar is None:
             passed.add_argument(flag, action="store_true", help=text)
         else:
-            passed.add_argument(flag, metavar=metavar, action="append" if repeatable else "store", help=text + "; repeatable" * repeatable)
+            passed.add_argument(
+                flag, metavar=metavar, action="append" if repeatable else "store", help=f"{text}; repeatable" if repeatable else text
+            )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -78,9 +78,9 @@ class _Table:
 
         ends, names, alignment = [], set(), int(self.alignment)
         for e in self.table:
-            tensor = f"tensor {e.name}" + f" ({' x '.join(map(str, e.shape))})" * bool(e.shape)
+            tensor = f"tensor {e.name} ({' x '.join(map(str, e.shape))})"
             type_id = stq1_0.TYPE.type_id if old and e.type_id == stq1_0.OLD_TYPE_ID else e.type_id
-            hint = _RETAG * (type_id == stq1_0.OLD_TYPE_ID)
+            hint = _RETAG if type_id == stq1_0.OLD_TYPE_ID else ""
             if e.name in names:
                 return f"{tensor} appears twice"
             names.add(e.name)

@@ -45,7 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     count, file_type = retag_in_place(args.gguf) if args.in_place else retag(args.gguf, args.output)
-    print(f"{args.output or args.gguf}: {count} tensors now have STQ1_0's number, 43{', and so has general.file_type' * file_type}")
+    and_file_type = ", and so has general.file_type" if file_type else ""
+    print(f"{args.output or args.gguf}: {count} tensors now have STQ1_0's number, 43{and_file_type}")
     return 0
 
 

@@ -307,7 +307,7 @@ def test_an_interrupted_retag_in_place_says_what_to_do(packed, tmp_path, capsys,
     target.write_bytes((packed / "old.gguf").read_bytes())
     monkeypatch.setattr(os, "fsync", interrupted)
     assert cli.main(["retag", str(target), "--in-place"]) == 130
-    assert "interrupted: the same command again finishes it" in capsys.readouterr().err
+    assert "interrupted: run the same command again to finish" in capsys.readouterr().err
     monkeypatch.undo()
     assert cli.main(["retag", str(target), "--in-place"]) == 0 and files(tmp_path) == {"x.gguf": (packed / "new.gguf").read_bytes()}
     assert cli.main(["retag", str(packed / "old.gguf"), str(tmp_path / "y.gguf")]) == 0
