@@ -12,7 +12,7 @@ from evaluation_support import REPO
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory):
-    """By kind of tokenizer, spm (which wants BOS) and bpe (which does not): checkpoint, upstream's F32 GGUF, ours."""
+    """Checkpoint, upstream's F32 GGUF and our GGUF, by tokenizer: spm adds BOS, bpe does not."""
     root, found = tmp_path_factory.mktemp("models"), {}
     for kind, name in ("spm", "llama"), ("bpe", "llama-bpe"):
         found[kind] = (small_models.make(root / kind, name), root / f"{kind}.f32.gguf", root / f"{kind}.gguf")

@@ -13,13 +13,13 @@ from sherry_gguf.evaluation.tasks import EXAMPLES
 
 REPO = Path(__file__).parents[2]
 TEXT = REPO / "sherry_gguf" / "evaluation" / "models.py"  # any ordinary text of 6000 characters or more
-DATA = Path("tests/evaluate/eval_data")  # a few documents of ours for each of the paper's tasks, in the hub's form
+DATA = Path("tests/evaluate/eval_data")  # our own documents for each of the paper's tasks, in the hub's form
 DATA_ARGS = ["--data", str(DATA)]
 DOCUMENTS = dict(zip(PAPER, (10, 6, 4, 8, 10)))
-EXACT = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]  # llama.cpp's attention in float32, as PyTorch's
-# Largest difference of a choice's log-likelihood from PyTorch's in nats, of 110 choices, and what is allowed. Measured:
-# 2e-5 with EXACT; 5e-3 as llama-server runs by default, with fp16 in the attention; 6e-2 for TQ1_25, where activations
-# are rounded to 8 bits besides. The choices have 80 nats on average.
+EXACT = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]  # attention in float32, like PyTorch's
+# How far a choice's log-likelihood may be from PyTorch's, in nats; the average is 80. The largest differences measured on 110
+# choices: 2e-5 with EXACT; 5e-3 with llama-server's defaults, whose attention uses fp16; 6e-2 for TQ1_25, which also rounds
+# activations to 8 bits.
 EXACT_NATS, F32_NATS, TERNARY_NATS = 2e-4, 0.02, 0.2
 
 
@@ -32,7 +32,7 @@ def accuracies(task):
 
 
 def our_documents():
-    """By task, the documents in DATA."""
+    """The documents in DATA by task."""
     files = {name: next(DATA.glob(f"{name}.*.jsonl")).read_text() for name in PAPER}
     return {name: [json.loads(line) for line in text.splitlines()] for name, text in files.items()}
 
@@ -48,7 +48,7 @@ def ask(kind, *args):
 
 
 def state(pid):
-    """A process's state, as in /proc: "Z" where it has ended and waits to be collected, None where it is gone."""
+    """A process's state from /proc: "Z" for a zombie, None if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:
@@ -60,7 +60,7 @@ def children(pid):
 
 
 def cached(cache, name, config, rows):
-    """Put a data set into a cache as one that was fetched from the hub."""
+    """Put a data set into a cache as if it had been downloaded from the hub."""
     namespace, short = name.split("/")
     directory = cache / f"{namespace}___{short}" / config / "0.0.0" / "0123456789abcdef"
     directory.mkdir(parents=True)
@@ -77,14 +77,14 @@ def cached(cache, name, config, rows):
 
 
 def in_the_hubs_form():
-    """Our documents under the names of the paper's data sets: (name, configuration, rows)."""
+    """(name, configuration, rows) of the paper's data sets, with our documents as rows."""
     sets = (("baber/piqa", "default"), ("allenai/ai2_arc", "ARC-Easy"), ("allenai/ai2_arc", "ARC-Challenge"),
             ("Rowan/hellaswag", "default"), ("allenai/winogrande", "winogrande_xl"))  # fmt: skip
     return [(*names, rows) for names, rows in zip(sets, our_documents().values())]
 
 
 def local_task(directory, name, data):
-    """A task of its own on `data`, in PIQA's form."""
+    """Write a new task on `data`, which has PIQA's form."""
     text = (EXAMPLES / "piqa.yaml").read_text()
     text = text.replace("task: piqa", f"task: {name}").replace("piqa.validation.jsonl", str(data))
     (directory / f"{name}.yaml").write_text(text)

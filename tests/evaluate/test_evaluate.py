@@ -51,16 +51,15 @@ SCRIPT = REPO / "scripts" / "evaluate.py"
 
 @pytest.mark.parametrize("kind", ["spm", "bpe"])
 def test_the_server_gives_pytorchs_numbers(models, kind):
-    """Every way to ask, with texts that could go wrong: no context, BOS in the text, characters of which a token is a
-    part, and more tokens than the model takes."""
+    """Every kind of request, on difficult text: no context, BOS in the text, characters of several tokens, too many tokens."""
     hf, f32, _ = models[kind]
     model, tokenizer = load(hf, "cpu", "float32")
     long = TEXT.read_text()[:3000]
     pairs = [("", "hello world"), ("a ", "𝕏 é 漢字"), (f"{tokenizer.bos_token}hi", " there"), (long, long[:100]),
              ("b", "☃")]  # fmt: skip
     texts = [long, "one — two ☃", "x"]
-    wishes = [("def read(self", {"until": ["\n\n"], "max_gen_toks": 24}),
-              # transformers makes one � of each byte where ASCII and other byte tokens meet, which this one does not
+    prompts = [("def read(self", {"until": ["\n\n"], "max_gen_toks": 24}),
+              # transformers and llama.cpp decode mixed ASCII and other byte tokens to different numbers of �: this prompt has none
               ("else:", {"until": ["None", "g"], "max_gen_toks": 40}),
               (long, {"until": [], "max_gen_toks": 8, "do_sample": False})]  # fmt: skip
 
@@ -68,7 +67,7 @@ def test_the_server_gives_pytorchs_numbers(models, kind):
         return (
             lm.loglikelihood([ask("loglikelihood", *p) for p in pairs], disable_tqdm=True),
             lm.loglikelihood_rolling([ask("loglikelihood_rolling", t) for t in texts], disable_tqdm=True),
-            lm.generate_until([ask("generate_until", *w) for w in wishes], disable_tqdm=True),
+            lm.generate_until([ask("generate_until", *w) for w in prompts], disable_tqdm=True),
         )
 
     tasks, _ = load_tasks(PAPER, None, 0, DATA)
@@ -92,7 +91,7 @@ def test_the_server_gives_pytorchs_numbers(models, kind):
 
 
 def test_what_is_greedy(models):
-    """The likeliest continuation, token by token, is told apart from one that differs in its last token."""
+    """The greedy continuation is recognized, and one that differs in its last token is not."""
     hf, f32, _ = models["spm"]
     model, tokenizer = load(hf, "cpu", "float32")
     prompt = tokenizer.encode("def read(self")
@@ -104,7 +103,7 @@ def test_what_is_greedy(models):
 
 
 def test_tasks_side_by_side(models, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("LLAMA_API_KEY", "secret")  # of a server of the user's own
+    monkeypatch.setenv("LLAMA_API_KEY", "secret")  # for another server of the user's
     monkeypatch.setenv("LLAMA_ARG_CTX_SIZE", "64")
     hf, f32, ternary = models["spm"]
     code, report = report_of(tmp_path / "r.json", hf, f32, ternary, *DATA_ARGS)
@@ -121,7 +120,7 @@ def test_tasks_side_by_side(models, tmp_path, capsys, monkeypatch):
             assert [len(c) for c in x["choices"]] == [len(c) for c in y["choices"]]
             worst = max(abs(u - v) for p, q in zip(x["choices"], y["choices"]) for u, v in zip(p, q))
             assert 0 < worst < allowed
-            gaps = (sorted(c)[-1] - sorted(c)[-2] for c in x["choices"])  # where it is small, the other may be likelier
+            gaps = (sorted(c)[-1] - sorted(c)[-2] for c in x["choices"])  # if it is small, another choice may be the likeliest
             assert abs(x["acc"] - y["acc"]) <= sum(gap < 2 * worst for gap in gaps) / DOCUMENTS[name]
     assert [c["documents"] for c in report["compared"]] == [38, 38]
     assert all(c["same_choice"] > 0.9 and "tokens" not in c for c in report["compared"])
@@ -131,7 +130,7 @@ def test_tasks_side_by_side(models, tmp_path, capsys, monkeypatch):
 
 
 def test_accuracy_is_that_of_the_likeliest_choice(models, tmp_path):
-    """lm-eval's figure, counted again from the log-likelihoods and our own data."""
+    """lm-eval's accuracy, recomputed from the log-likelihoods and our data."""
     code, report = report_of(tmp_path / "r.json", models["bpe"][2], *DATA_ARGS)
     data = our_documents()
     right = {
@@ -154,7 +153,7 @@ def test_few_documents_and_many_slots(models, tmp_path):
     for name in PAPER:
         assert few[name]["documents"] == 3
         flat = [sum(r[name]["choices"], []) for r in (few, many)]
-        assert flat[0] == pytest.approx(flat[1], abs=2e-3)  # measured: 4e-4; sums of another order
+        assert flat[0] == pytest.approx(flat[1], abs=2e-3)  # measured: 4e-4, from sums in another order
 
 
 def test_examples_before_the_question(models, tmp_path):
@@ -165,8 +164,8 @@ def test_examples_before_the_question(models, tmp_path):
     assert sum(first, []) == pytest.approx(sum(second, []), abs=F32_NATS)
 
 
-def test_other_tokens_are_told(models, tmp_path, capsys):
-    """Two models with other tokenizers: the figures stand, with a word, and losses are compared per byte."""
+def test_different_tokens_are_reported(models, tmp_path, capsys):
+    """With two tokenizers the figures are reported with a warning, and losses are compared per byte."""
     code, report = report_of(tmp_path / "r.json", models["spm"][1], models["bpe"][1], "--text", TEXT, "--chunks", 2,
                              "--tasks", "piqa", *DATA_ARGS, "--limit", 2)  # fmt: skip
     assert code == 0
@@ -178,7 +177,7 @@ def test_other_tokens_are_told(models, tmp_path, capsys):
     assert re.search(r"loss on the text \S+ % per byte; DIFFERENT TOKENS", out) and "times as many tokens" not in err
 
 
-# ---- what goes wrong ----
+# ---- failures ----
 
 
 @pytest.mark.parametrize(
@@ -226,7 +225,7 @@ def broken(path, source, how):
                                         ("cut", "data is not within the file bounds")])  # fmt: skip
 @pytest.mark.parametrize("what", ["tasks", "text"])
 def test_a_broken_gguf(models, tmp_path, capsys, how, words, what):
-    """The server's own words; the model beside it is measured all the same."""
+    """The server's own message is shown, and the other model is still measured."""
     gguf = broken(tmp_path / "broken.gguf", models["spm"][2], how)
     more = {"text": ["--text", TEXT, "--chunks", 2], "tasks": [*DATA_ARGS, "--tasks", "arc_easy", "--limit", 1]}
     code, report = report_of(tmp_path / "r.json", gguf, models["spm"][2], *more[what])
@@ -238,7 +237,7 @@ def test_a_broken_gguf(models, tmp_path, capsys, how, words, what):
 
 
 def test_a_checkpoint_that_lacks_a_tensor(models, tmp_path, capsys):
-    """transformers would make up what is missing."""
+    """transformers would fill it with random values."""
     shutil.copytree(models["spm"][0], tmp_path / "hf")
     small_models.edit_weights(tmp_path / "hf", lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
     assert run(tmp_path / "hf", "--text", TEXT) == 1
@@ -253,7 +252,7 @@ def test_a_checkpoint_that_cannot_be_read(models, tmp_path, capsys):
     assert "hf: transformers cannot load it: " in err and "Traceback" not in err
 
 
-def test_latent_weights_are_told(models, tmp_path, capsys):
+def test_latent_weights_are_reported(models, tmp_path, capsys):
     shutil.copytree(models["spm"][0], tmp_path / "hf")
     small_models.edit_config(tmp_path / "hf", sherry_config={"weights": "latent"})
     assert run(tmp_path / "hf", "--text", TEXT, "--chunks", 1) == 0
@@ -268,7 +267,7 @@ def test_llama_cpp_is_not_built(models, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_an_interruption_leaves_no_server(models, tmp_path, number, code):
-    """Whatever ends the script in the middle of a task, even what it cannot know of."""
+    """Even if the script is killed in the middle of a task."""
     documents = our_documents()["piqa"]
     rows = (d | {"goal": f"{i} {d['goal']}"} for i in range(400) for d in documents)
     (tmp_path / "many.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -276,7 +275,7 @@ def test_an_interruption_leaves_no_server(models, tmp_path, number, code):
     command = [sys.executable, SCRIPT, models["spm"][2], "--include-path", tmp_path, "--tasks", "many", "--threads=1"]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, env=ENV | {"HF_DATASETS_CACHE": str(tmp_path / "cache")},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip  # a shell's job ignores it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip  # ignored in a shell's background jobs
     err = b""
     while b"Running loglikelihood" not in err:
         err += (part := os.read(process.stderr.fileno(), 1 << 16))
@@ -286,7 +285,7 @@ def test_an_interruption_leaves_no_server(models, tmp_path, number, code):
     rest = process.communicate(timeout=30)[1].decode()
     assert process.returncode == code and "Traceback" not in rest
     assert number == signal.SIGKILL or rest.endswith("evaluate: interrupted\n")
-    gone = (None, "Z") if number == signal.SIGKILL else (None,)  # whoever inherits a process collects it
+    gone = (None, "Z") if number == signal.SIGKILL else (None,)  # killed, the script cannot reap it
     until = time.monotonic() + 10
     while state(server) not in gone and time.monotonic() < until:
         time.sleep(0.05)

@@ -14,8 +14,8 @@ from sherry_gguf.evaluation.tools import Tool
 pytest_plugins = "evaluation_fixtures"
 
 
-def test_probabilities_outside_of_a_floats_range():
-    """llama-server's answer where a probability is 0, and where it is not a number."""
+def test_probabilities_outside_a_floats_range():
+    """llama-server's answers for a probability of 0 and for NaN."""
     server = Server.__new__(Server)
     for logprob in -3.4028234663852886e38, -103.9:
         server.ask = lambda *_, value=logprob, **__: {"completion_probabilities": [{"logprob": value, "top_logprobs": [{"id": 5}]}]}
@@ -36,14 +36,14 @@ def test_the_server_is_gone_after_its_block(models):
     assert state(server.tool.process.pid) is None
 
 
-def test_a_connection_that_was_closed_is_made_anew(models):
+def test_a_closed_connection_is_reopened(models):
     with serve(models["spm"][2], 1, 64, 1) as server:
         before = server.tokenize("a b c", special=True)
         server._http[None].sock.shutdown(2)
         assert server.tokenize("a b c", special=True) == before
 
 
-def test_a_server_that_dies_is_told(models):
+def test_a_dead_server_is_reported(models):
     with serve(models["spm"][2], 2, 64, 1) as server:
         server.tool.process.kill()
         lm = ServerLM(server, 64)
@@ -60,15 +60,15 @@ def test_a_server_that_dies_is_told(models):
         ("0.00.001.234 I fine", "no error message"),
     ],
 )
-def test_what_a_tool_said_of_its_end(printed, words):
+def test_a_tools_error_message(printed, words):
     with subprocess.Popen(["sh", "-c", f"printf '{printed}\n'; exit 3"], stdout=subprocess.PIPE, text=True) as process:
         t = Tool(process)
         assert len(list(t.lines())) == printed.count("\n") + 1
     assert t.failure() == f"{words} (exit code 3)"
 
 
-def test_the_servers_refusal_is_told(models):
+def test_a_refused_request_is_reported(models):
     with serve(models["spm"][2], 1, 64, 1) as server:
         with pytest.raises(Stop, match="llama-server refuses a request: .*exceed"):
             server.score(0, [5] * 300, 7)
-        assert server.score(0, [5] * 3, 7)[0] < 0  # it goes on
+        assert server.score(0, [5] * 3, 7)[0] < 0  # it still works

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 
 def test_the_papers_tasks_from_the_cache(models, tmp_path, capsys):
-    """lm-eval's own definitions of the five, on our documents, where a data set was fetched before."""
+    """lm-eval's own definitions of the five, on our documents as cached data sets."""
     for data in in_the_hubs_form():
         cached(datasets.config.HF_DATASETS_CACHE, *data)
     code, report = report_of(tmp_path / "r.json", models["spm"][0], models["spm"][2])
@@ -48,7 +48,7 @@ def test_some_data_are_missing(models, tmp_path, capsys):
 
 
 def test_no_data_at_all(models, capsys):
-    """Told of each task within seconds, without a model being loaded."""
+    """Each task is reported within seconds, and no model is loaded."""
     begun = time.monotonic()
     assert run(models["spm"][2]) == 1
     assert time.monotonic() - begun < 20
@@ -56,21 +56,21 @@ def test_no_data_at_all(models, capsys):
     for task, data in (("piqa", "baber/piqa"), ("arc_easy", "allenai/ai2_arc ARC-Easy"),
                        ("arc_challenge", "allenai/ai2_arc ARC-Challenge"), ("hellaswag", "Rowan/hellaswag"),
                        ("winogrande", "allenai/winogrande winogrande_xl")):  # fmt: skip
-        told = (f"evaluate: {task}: its data set {data} is unavailable: the hub http://127.0.0.1:9 cannot be reached "
+        message = (f"evaluate: {task}: its data set {data} is unavailable: the hub http://127.0.0.1:9 cannot be reached "
                 f"(ConnectionError), and it is not in the cache {datasets.config.HF_DATASETS_CACHE}\n")  # fmt: skip
-        assert told in err
+        assert message in err
     assert "set HF_DATASETS_CACHE to it" in err and "--data (see examples/tasks/README.md" in err
     assert err.endswith("evaluate: no task has data: nothing was measured\n") and "Traceback" not in err
 
 
-def test_offline_mode_is_told(models, capsys, monkeypatch):
+def test_offline_mode_is_reported(models, capsys, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert run(models["spm"][2], "--tasks", "piqa") == 1
     assert "is unavailable: offline mode is on (HF_HUB_OFFLINE" in capsys.readouterr().err
 
 
-def test_a_task_of_ones_own_goes_before_lm_evals(tmp_path):
-    """And before those that --data brings."""
+def test_a_users_task_overrides_lm_evals(tmp_path):
+    """And the tasks of --data."""
     local_task(tmp_path, "piqa", REPO / DATA / "piqa.validation.jsonl")
     for data in None, tmp_path:
         tasks, missing = load_tasks(["piqa"], tmp_path, 0, data)
@@ -81,15 +81,15 @@ def test_a_task_of_ones_own_goes_before_lm_evals(tmp_path):
 
 
 def asked_of(tasks):
-    """By task, what a model is asked, what is right, and what is measured."""
+    """Each task's requests with the right answers, its metrics and its version."""
     for task in tasks.values():
         task.build_all_requests()
     return {name: ([(i.arguments, task.doc_to_target(i.doc)) for i in task.instances], task.aggregation(), task.VERSION)
             for name, task in tasks.items()}  # fmt: skip
 
 
-def test_files_are_asked_about_as_lm_eval_asks(tmp_path):
-    """The same requests, answers, metrics and versions as lm-eval's own tasks have with the same data from the hub."""
+def test_tasks_on_files_equal_lm_evals(tmp_path):
+    """The same requests, answers, metrics and versions as lm-eval's own tasks on the same data from the hub."""
     for data in in_the_hubs_form():
         cached(datasets.config.HF_DATASETS_CACHE, *data)
     wanted, missing = load_tasks(PAPER, None, 0)
@@ -100,8 +100,8 @@ def test_files_are_asked_about_as_lm_eval_asks(tmp_path):
     assert len(asked_of(tasks)["hellaswag"][0]) == 4 * DOCUMENTS["hellaswag"]
 
 
-def test_hellaswag_as_llama_perplexity_takes_it(tmp_path):
-    """Finished text gives the requests that the hub's fields give; rows that are neither are told apart."""
+def test_hellaswag_in_llama_perplexitys_form(tmp_path):
+    """It gives the same requests as the hub's fields; rows in neither form are an error."""
     hub, _ = load_tasks(["hellaswag"], None, 0, DATA)
     rows = [{k: d[k] for k in ("query", "choices", "gold")} for d in hub["hellaswag"].eval_docs]
     (tmp_path / "hellaswag.validation.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
@@ -114,7 +114,7 @@ def test_hellaswag_as_llama_perplexity_takes_it(tmp_path):
 
 @pytest.mark.parametrize("end, module", [(".xz", lzma), (".gz", gzip), (".bz2", bz2)])
 def test_compressed_files(tmp_path, end, module):
-    """They serve where there is no plain file; where there are both, each document counts once."""
+    """They replace a missing plain file; with both, each document counts once."""
     plain = (DATA / "piqa.validation.jsonl").read_bytes()
     directory = tmp_path / "my [own] data"
     directory.mkdir()
@@ -126,8 +126,8 @@ def test_compressed_files(tmp_path, end, module):
     assert len(tasks["piqa"].eval_docs) == 10
 
 
-def test_where_data_files_are_looked_for(tmp_path, monkeypatch):
-    """Those of one's own tasks, too, by split or in a list: in --data, else in the current directory; absolute ones where they are."""
+def test_where_data_files_are_found(tmp_path, monkeypatch):
+    """A user's tasks, too: in --data, else in the current directory, unless the path is absolute; by split or in a list."""
     rows = (DATA / "piqa.validation.jsonl").read_text().splitlines(keepends=True)
     for name, some in ("a", rows[:3]), ("b", rows[3:]):
         (tmp_path / f"{name}.jsonl").write_text("".join(some))
@@ -145,7 +145,7 @@ def test_where_data_files_are_looked_for(tmp_path, monkeypatch):
 
 
 def test_data_and_tasks_that_fail(models, tmp_path, capsys):
-    """A file that is not there, one that lm-eval passes over, documents that lack a field."""
+    """A missing file, a file that lm-eval skips, documents without a field."""
     local_task(tmp_path, "gone", tmp_path / "none.jsonl")
     (tmp_path / "sums.yaml").write_text("task: local_sums\ndataset_path: [json\n")
     (tmp_path / "lacking.jsonl").write_text('{"sol1": "s", "sol2": "t", "label": 0}\n')

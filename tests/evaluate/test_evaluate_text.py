@@ -1,4 +1,4 @@
-"""The loss on a text: the same for a checkpoint and its GGUFs, by llama-perplexity's protocol."""
+"""The loss on a text: llama-perplexity's protocol, with the same result for a checkpoint and its GGUFs."""
 
 import argparse
 import contextlib
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 @pytest.mark.parametrize("kind", ["spm", "bpe"])
 def test_the_loss_on_a_text(models, kind, tmp_path, capsys):
-    """Text that names special tokens, has characters outside of the vocabulary and ends in newlines: same tokens."""
+    """Special tokens as text, characters outside the vocabulary and final newlines give the same tokens."""
     text = tmp_path / "text.txt"
     text.write_bytes(("é ☃ <s> </s> <|endoftext|>\r\n" + TEXT.read_text()[:6000] + "\n\n").encode())
     code, report = report_of(tmp_path / "r.json", *models[kind], "--text", text, "--context", 128)
@@ -41,7 +41,7 @@ def test_the_loss_on_a_text(models, kind, tmp_path, capsys):
         assert other["nats"] == pytest.approx(wanted["nats"], rel=allowed)
         assert other["perplexity"] == pytest.approx(math.exp(other["nats"]))
     assert not any("tokens" in c for c in report["compared"])
-    size = len(text.read_bytes()) - 1  # llama-perplexity takes the last newline away
+    size = len(text.read_bytes()) - 1  # llama-perplexity drops the last newline
     for t in wanted, *others:
         assert t["bytes_per_token"] == pytest.approx(size / t["tokens"])
         assert t["nats_per_byte"] == pytest.approx(t["nats"] * t["tokens"] / size)
@@ -59,7 +59,7 @@ def test_the_loss_on_a_text(models, kind, tmp_path, capsys):
 
 
 def test_the_loss_of_a_trained_model(tmp_path, capsys):
-    """Trained, exported, converted: the GGUF's loss is the checkpoint's, within the half percent that is promised."""
+    """After training, export and conversion the GGUF's loss is within the promised half percent of the checkpoint's."""
     lines = [f"    {'abc'[i * i % 3]} = {'xyz'[i % 3]} + {i * 7 % 10}\n" for i in range(4000)]
     (tmp_path / "train.txt").write_text("def f(x, y, z):\n" + "".join(lines[:3500]))
     text = tmp_path / "held_out.txt"
@@ -69,7 +69,7 @@ def test_the_loss_of_a_trained_model(tmp_path, capsys):
              "max_steps": 60, "per_device_train_batch_size": 4, "learning_rate": 2e-3, "use_cpu": True, "monitor_every": 0,
              "report_to": "none", "disable_tqdm": True}  # fmt: skip
     assert train.main([x for k, v in flags.items() for x in (f"--{k}", str(v))]) == 0
-    capsys.readouterr()  # the training may say so of the random weights that it starts from
+    capsys.readouterr()  # training may warn about the random weights it starts from
     hf, gguf = tmp_path / "run/hf", tmp_path / "m.gguf"
     result = sherry("convert", hf, "--outfile", gguf, "--require-exact")
     assert result.returncode == 0, result.stderr
@@ -77,7 +77,7 @@ def test_the_loss_of_a_trained_model(tmp_path, capsys):
     torch_loss, gguf_loss = (m["text"]["nats"] for m in report["models"])
     assert code == 0 and gguf_loss == pytest.approx(torch_loss, rel=5e-3)
     assert "guessing" not in capsys.readouterr().err
-    # and that says something: the ternary matrices are what the loss comes from
+    # which means something, since the loss depends on the ternary matrices
     model, tokenizer = load(hf, "cpu", "float32")
     for name, p in model.named_parameters():
         if "_proj" in name:
@@ -88,7 +88,7 @@ def test_the_loss_of_a_trained_model(tmp_path, capsys):
 
 @pytest.mark.parametrize("bos, context, chunks", [(1, 64, None), (None, 64, None), (1, 33, 3)])
 def test_the_protocol(models, bos, context, chunks):
-    """Counted again, one token at a time."""
+    """Recomputed one token at a time."""
     model, tokenizer = load(models["spm"][0], "cpu", "float32")
     ids = tokenizer.encode(TEXT.read_text()[:900])
     before = list(ids)
@@ -105,8 +105,8 @@ def test_the_protocol(models, bos, context, chunks):
     assert loss.nats == pytest.approx(sum(losses) / len(losses), rel=1e-6)
 
 
-def test_a_tokenizer_of_bytes_is_told(models, tmp_path, capsys):
-    """It splits the text into twice the tokens of the model's own, which no figure per token shows."""
+def test_a_byte_tokenizer_is_reported(models, tmp_path, capsys):
+    """It gives twice as many tokens as the model's own, which no figure per token shows."""
     shutil.copytree(models["bpe"][0], tmp_path / "hf")
     tokenizer = tokenizers.ByteLevelBPETokenizer()
     tokenizer.train_from_iterator([], vocab_size=257, special_tokens=["<|endoftext|>"], show_progress=False)
@@ -114,15 +114,15 @@ def test_a_tokenizer_of_bytes_is_told(models, tmp_path, capsys):
     code, report = report_of(tmp_path / "r.json", models["bpe"][0], tmp_path / "hf", "--text", TEXT, "--chunks", 2)
     own, other = (m["text"] for m in report["models"])
     assert code == 0 and other["bytes_per_token"] == 1 < SUSPICIOUS_RATIO < own["bytes_per_token"]
-    told = (f"evaluate: {tmp_path}/hf splits the text into {own['bytes_per_token']:.2f} times as many tokens as {models['bpe'][0]}: "
+    warning = (f"evaluate: {tmp_path}/hf splits the text into {own['bytes_per_token']:.2f} times as many tokens as {models['bpe'][0]}: "
             "one of the tokenizers may be wrong; compare nats/byte, not nats/token\n")  # fmt: skip
-    assert told in capsys.readouterr().err
+    assert warning in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("nats, per_token, count", [((5.6, 5.6), (2, 2), 0), ((5.7, 5.6), (2, 2), 1), ((5.7, 9.0), (2, 2), 2),
                                                     ((3, 3), (3, 2.1), 0), ((3, 3), (3, 1.9), 1), ((3, 3), (1.9, 3), 1)])  # fmt: skip
 def test_what_is_doubtful(nats, per_token, count):
-    """A loss above 0.9 ln(512) = 5.61, and half as many tokens again, or as few, as the first model's."""
+    """A loss above 0.9 ln(512) = 5.61; 1.5 times as many tokens as the first model's, or as few."""
     found = [{"model": "m", "text": {"nats": n, "bytes_per_token": b, "vocabulary": 512, "guessing": math.log(512)}}
              for n, b in zip(nats, per_token)]  # fmt: skip
     assert len(list(doubts([*found, {"model": "failed"}]))) == count
@@ -141,7 +141,7 @@ def test_a_text_that_does_not_fit(models, tmp_path, capsys, which, size, context
 
 
 def test_lost_lines_are_printed_again(monkeypatch):
-    """llama-perplexity may end before its last lines are written, more often the busier the machine is."""
+    """llama-perplexity may exit before it has written its last lines, especially on a busy machine."""
     runs = []
 
     @contextlib.contextmanager
