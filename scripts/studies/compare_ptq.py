@@ -23,6 +23,7 @@ import numpy as np
 from sherry_gguf import llama_cpp
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
+from sherry_gguf.programs import call
 from sherry_gguf.reader import open_gguf
 
 # label: llama-quantize's type, whether it gets the importance matrix, further flags
@@ -38,15 +39,6 @@ RUNS = {
     "TQ1_25, no matrix": ("TQ1_25", False, []),
     "STQ1_0, mixed": ("STQ1_0", True, []),
 }
-
-
-def call(*command: object) -> str:
-    done = subprocess.run(
-        list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    )
-    if done.returncode:
-        raise Stop(f"{command[0]} failed:\n" + "\n".join(done.stdout.splitlines()[-15:]))
-    return done.stdout
 
 
 def prepare(a: argparse.Namespace) -> tuple[Path, Path]:

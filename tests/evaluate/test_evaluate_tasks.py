@@ -56,8 +56,10 @@ def test_no_data_at_all(models, capsys):
     for task, data in (("piqa", "baber/piqa"), ("arc_easy", "allenai/ai2_arc ARC-Easy"),
                        ("arc_challenge", "allenai/ai2_arc ARC-Challenge"), ("hellaswag", "Rowan/hellaswag"),
                        ("winogrande", "allenai/winogrande winogrande_xl")):  # fmt: skip
-        message = (f"evaluate: {task}: its data set {data} is unavailable: the hub http://127.0.0.1:9 cannot be reached "
-                f"(ConnectionError), and it is not in the cache {datasets.config.HF_DATASETS_CACHE}\n")  # fmt: skip
+        message = (
+            f"evaluate: {task}: its data set {data} is unavailable: the hub http://127.0.0.1:9 cannot be reached "
+            f"(ConnectionError), and it is not in the cache {datasets.config.HF_DATASETS_CACHE}\n"
+        )
         assert message in err
     assert "set HF_DATASETS_CACHE to it" in err and "--data (see examples/tasks/README.md" in err
     assert err.endswith("evaluate: no task has data: nothing was measured\n") and "Traceback" not in err

@@ -114,8 +114,10 @@ def test_a_byte_tokenizer_is_reported(models, tmp_path, capsys):
     code, report = report_of(tmp_path / "r.json", models["bpe"][0], tmp_path / "hf", "--text", TEXT, "--chunks", 2)
     own, other = (m["text"] for m in report["models"])
     assert code == 0 and other["bytes_per_token"] == 1 < SUSPICIOUS_RATIO < own["bytes_per_token"]
-    warning = (f"evaluate: {tmp_path}/hf splits the text into {own['bytes_per_token']:.2f} times as many tokens as {models['bpe'][0]}: "
-            "one of the tokenizers may be wrong; compare nats/byte, not nats/token\n")  # fmt: skip
+    warning = (
+        f"evaluate: {tmp_path}/hf splits the text into {own['bytes_per_token']:.2f} times as many tokens as {models['bpe'][0]}: "
+        "one of the tokenizers may be wrong; compare nats/byte, not nats/token\n"
+    )
     assert warning in capsys.readouterr().err
 
 
