@@ -44,7 +44,7 @@ struct tq1_25_isa {
     // "scalar" has no kernels for repacked rows: the rest is 0, and weights stay as they are in the file.
 
     // Use tables up to max_tables columns, codes up to max_codes, panels beyond. scripts/bench/kernels.py measures the limits; max_codes
-    // with panels, and max_tables on ARM, are estimated from instruction counts (ggml_patch/README.md, scripts/bench/count_arm.py).
+    // with panels, and max_tables on ARM, are estimated from instruction counts (docs/kernels.md, scripts/bench/count_arm.py).
     int max_tables, max_codes;
 
     int64_t table_size; // bytes per 128 activations
