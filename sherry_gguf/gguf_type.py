@@ -28,7 +28,7 @@ def register():
 
 
 def _codec(base: Any, qtype, kind: BlockType):
-    class Codec(base, qtype=qtype):  # its definition registers it
+    class Codec(base, qtype=qtype):  # type: ignore[call-arg]  # its definition registers it
         @classmethod
         def quantize_blocks(cls, blocks):
             return kind.quantize(blocks)

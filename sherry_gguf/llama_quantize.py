@@ -26,7 +26,7 @@ FLAGS: tuple[tuple[str, str | None, str, bool], ...] = (
     ("--override-kv", "KEY=TYPE:VALUE", "change the metadata", True),
     ("--keep-split", None, "write a split if the input is one; OUTPUT is then its prefix", False),
     ("--allow-requantize", None, "quantize tensors again that are already quantized, with loss", False),
-    ("--max-buffer-size", "MIB", "rows of a tensor kept in memory", False),
+    ("--max-buffer-size", "MIB", "memory for the rows of one tensor (default: 8192)", False),
     ("--dry-run", None, "show the size, and write nothing", False),
 )
 
