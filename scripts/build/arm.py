@@ -62,7 +62,7 @@ def python(work: Path) -> Path:
     """Debian's Python and the packages that the tests need, unless they are up to date; returns the directory of its headers."""
     root, site = work / "root", work / "site"
     requirements = (REPO / "requirements.txt").read_text()
-    wanted = re.compile(r"(numpy==2\.2|gguf|cffi|pytest==|hypothesis|tqdm|setuptools|filelock|tabulate)")
+    wanted = re.compile(r"(numpy==2\.2|gguf|cffi|pytest==|hypothesis|tqdm|setuptools)")
     pins = [line.split(";")[0].strip() for line in requirements.splitlines() if wanted.match(line)]
     stamp, state = work / "python.stamp", "\n".join([Path("/etc/os-release").read_text(), *DEBIAN, *pins])
     if not stamp.exists() or stamp.read_text() != state or not (root / "usr/include").exists() or not site.exists():

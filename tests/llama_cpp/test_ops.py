@@ -1,7 +1,7 @@
-"""The operations that graphs use TQ1_25 and STQ1_0 in, computed by the built ggml, against NumPy.
+"""The operations of graphs on TQ1_25 and STQ1_0, by the built ggml, against NumPy.
 
-Upstream's test-backend-ops compares the CPU with itself, so it shows that they run, not that they are right. One process
-for each instruction set: it is chosen once.
+Upstream's test-backend-ops compares the CPU with itself: it shows that they run, not that they are right. Each instruction set
+has a process of its own, since it is chosen once.
 """
 
 import os
@@ -176,7 +176,7 @@ def main(kind, threads):
 
 
 def main_repacked(kind, expected):
-    """Weights in the CPU_REPACK buffer. Inputs whose sums are exact, so that results equal NumPy's to the last bit."""
+    """Weights in the CPU_REPACK buffer; the inputs' sums are exact, so results equal NumPy's to the last bit."""
     import cffi
     import numpy as np
 
@@ -194,6 +194,8 @@ def main_repacked(kind, expected):
         names[ffi.string(base.ggml_backend_buft_name(buft)).decode()] = buft
     repack_buft = names["CPU_REPACK"]
     rng = np.random.default_rng(0)
+    emulated = sys.argv[-1] == "emulated"
+    counts = (1, 3) if emulated else (1, 2, 3, 8)  # of threads; the emulator is slow
 
     def data(tensor, dtype):
         return np.frombuffer(ffi.buffer(base.ggml_get_data(tensor), base.ggml_nbytes(tensor)), dtype)
@@ -268,11 +270,11 @@ def main_repacked(kind, expected):
         return
     print("buffer")
 
-    # Memory is asked for in large pages, all of the buffer (its part of the file says so by "hg"), where the system has them.
+    # All of the buffer asks for large pages, if the system has them; "hg" in its part of the file says so.
     with Context() as c:
         packed, _ = weights(4096, 4096)
         address = int(ffi.cast("uintptr_t", base.ggml_get_data(c.repacked(packed, (4096, 4096)))))
-        if sys.argv[-1] != "emulated" and os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):  # qemu passes no flags on
+        if not emulated and os.path.exists("/sys/kernel/mm/transparent_hugepage/enabled"):  # qemu passes no flags on
             areas = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) .*?^VmFlags:(.*?)$", open("/proc/self/smaps").read(), re.M | re.S)
             for at in address, address + packed.nbytes - 1:
                 (flags,) = [flags for begin, end, flags in areas if int(begin, 16) <= at < int(end, 16)]
@@ -294,7 +296,7 @@ def main_repacked(kind, expected):
             plain = base.ggml_mul_mat(c.ctx, c.tensor(kind.type_id, packed, (n, rows)), c.tensor(F32, y))
             wanted = y.astype(np.float64) @ w.T
             assert (c.compute(plain, 2).reshape(columns, rows) == wanted).all()
-            for threads in 1, 2, 3, 8:
+            for threads in counts:
                 found = c.compute(op, threads).reshape(columns, rows)
                 assert (found == wanted).all(), (n, rows, columns, threads)
     print("mul_mat")
@@ -311,7 +313,7 @@ def main_repacked(kind, expected):
             view = base.ggml_view_4d(c.ctx, b, n, batch[2], batch[1], batch[0], size * batch[1], size, size * batch[1] * batch[2], 0)
             op = base.ggml_mul_mat(c.ctx, a, view)
             assert base.ggml_backend_dev_supports_op(device, op)
-            for threads in 1, 2, 3, 8:
+            for threads in counts:
                 assert (c.compute(op, threads).reshape(*batch, rows) == y.astype(np.float64) @ w.T).all()
     print("strided")
 
@@ -351,7 +353,7 @@ def main_repacked(kind, expected):
                         for e in range(experts):
                             wanted[ids == e] = each[ids == e].astype(np.float64) @ w[e].T
                         assert (c.compute(plain, 2).reshape(tokens, used, rows) == wanted).all()
-                        for threads in 1, 2, 3, 8:
+                        for threads in counts:
                             found = c.compute(op, threads).reshape(tokens, used, rows)
                             assert (found == wanted).all(), (n, rows, tokens, used, choice, per_token, threads)
     print("mul_mat_id")
