@@ -1,4 +1,4 @@
-"""Old STQ1_0 files: told from upstream's Q2_0 by size alone, changed whole or not at all."""
+"""Old STQ1_0 files are told from upstream's Q2_0 by size alone, and changed whole or not at all."""
 
 import os
 
@@ -28,7 +28,7 @@ def write(path, tensors, alignment=32, file_type=41):
         data = rng.integers(0, 256, (*shape[:-1], shape[-1] // block * nbytes), dtype=np.uint8)
         if real == 0:
             writer.add_tensor(name, data.view(np.float32))
-        else:  # the published package has no Q2_0: its bytes are written as those of a type that has as many
+        else:  # the published package lacks Q2_0: write its bytes as a type of the same size
             writer.add_tensor_info(name, data.shape, np.dtype(np.uint8), data.nbytes, raw_dtype=Q.I8)
             writer.tensors[-1][name].tensor = data
     writer.write_header_to_file()
@@ -81,7 +81,7 @@ def test_a_copy(tmp_path, alignment, capsys):
     assert numbers(tmp_path / "new.gguf") == {name: 43 if real == 43 else real for name, (real, _, _) in OLD.items()}
     new = (tmp_path / "new.gguf").read_bytes()
     assert changes(before, new) == CHANGES
-    # the published reader takes it now, and gives the weights
+    # the published reader now accepts the file and returns the weights
     tensors = {t.name: t for t in gguf.GGUFReader(tmp_path / "new.gguf").tensors}
     assert tensors["b"].tensor_type == Q.STQ1_0 and tensors["b"].shape.tolist() == [768, 5]
     assert gguf.quants.dequantize(tensors["b"].data, Q.STQ1_0).shape == (5, 768)
@@ -99,7 +99,7 @@ def test_in_place(old, capsys):
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("file_type, wanted", [(41, 43), (42, 43), (43, 43), (7, 7), (125, 125), (None, None)])
 def test_the_file_type(tmp_path, capsys, file_type, wanted, in_place):
-    """Tools print it. The first files have 41 or 42, which are other types' now; nobody else's is changed."""
+    """Tools print it. The first files have 41 or 42, now other types' numbers; no other file's changes."""
     file = write(tmp_path / "x.gguf", OLD, file_type=file_type)
     new = file if in_place else tmp_path / "new.gguf"
     assert cli.main(["retag", str(file), "--in-place" if in_place else str(new)]) == 0
@@ -115,16 +115,16 @@ def test_a_file_that_an_earlier_retag_left_with_the_old_file_type(tmp_path, caps
     assert cli.main(["retag", str(file), "--in-place" if in_place else str(new)]) == 0
     assert "0 tensors now have STQ1_0's number, 43, and so has general.file_type" in capsys.readouterr().out
     assert changes(before, new.read_bytes()) == [(41, 43)]
-    other = write(tmp_path / "y.gguf", {"norm": (0, 0, (7,))}, file_type=41)  # of which no tensor says that it is STQ1_0
+    other = write(tmp_path / "y.gguf", {"norm": (0, 0, (7,))}, file_type=41)  # no tensor shows that this is STQ1_0
     assert cli.main(["retag", str(other), str(tmp_path / "z.gguf")]) == 1 and "nothing to change" in capsys.readouterr().err
 
 
 def test_a_file_type_of_another_kind_is_left_alone(tmp_path):
-    """Text, which has no 32 bits to change."""
+    """A string has no 32 bits to change."""
     file = write(tmp_path / "x.gguf", OLD)
     data, key = file.read_bytes(), b"general.file_type"
     at = data.index(key) + len(key)
-    text = b"\x08\0\0\0" + np.array([28], "<u8").tobytes() + b"41" * 14  # as many bytes more as the alignment
+    text = b"\x08\0\0\0" + np.array([28], "<u8").tobytes() + b"41" * 14  # longer by exactly the alignment
     file.write_bytes(data[:at] + text + data[at + 8 :])
     before = file.read_bytes()
     assert cli.main(["retag", str(file), str(tmp_path / "new.gguf")]) == 0
@@ -163,7 +163,7 @@ def test_sizes_of_neither(old, tmp_path, capsys):
 
 @pytest.mark.parametrize("alignment, real", [(128, (1, 256)), (128, (256,)), (4096, (16, 256))])
 def test_rooms_that_tell_nothing(tmp_path, capsys, alignment, real):
-    """42 and 72 bytes for each 256 weights, filled up to the alignment, may be as many: no guess, but by other tensors."""
+    """42 and 72 bytes for each 256 weights may be equal once padded: only other tensors decide, never a guess."""
     for type_id in 42, 43:
         file = write(tmp_path / "x.gguf", {"a": (type_id, 42, real), "z": (0, 0, (1, 32))}, alignment)
         assert cli.main(["retag", str(file), str(tmp_path / "new.gguf")]) == 1
@@ -180,7 +180,7 @@ def test_rooms_that_tell_nothing(tmp_path, capsys, alignment, real):
 
 
 def test_what_else_is_wrong_is_told(old, tmp_path, capsys):
-    """Damage that is not of a tensor of 42 is no reason to write a copy of it."""
+    """A file with damage elsewhere isn't copied."""
     data = old.read_bytes()
     first, e = (next(e for e in open_gguf(old, types=False).table if e.name == name) for name in ("token_embd.weight", "norm"))
     for at, value, says in (
@@ -242,7 +242,7 @@ def test_a_head_that_cannot_be_copied_leaves_nothing(old, monkeypatch, capsys):
 
 
 def test_what_lies_beside_the_file(old, tmp_path, capsys):
-    """Names of a retag in place that somebody else has used: nothing is written through them, nothing waits for them."""
+    """Somebody else's files under retag's names: retag doesn't write through them or wait for them."""
     before, backup = old.read_bytes(), old.name + retag.BACKUP
     (tmp_path / "victim").write_bytes(b"precious")
     (tmp_path / (backup + ".part")).symlink_to("victim")
@@ -259,7 +259,7 @@ def test_what_lies_beside_the_file(old, tmp_path, capsys):
 
 
 def test_targets_as_other_programs_take_them(old, tmp_path, capsys):
-    """A symbolic link is written through; what is no ordinary file is left alone."""
+    """A symbolic link is written through; anything but an ordinary file is left alone."""
     (tmp_path / "real.gguf").write_bytes(b"older")
     (tmp_path / "link.gguf").symlink_to("real.gguf")
     assert cli.main(["retag", str(old), str(tmp_path / "link.gguf")]) == 0
@@ -272,7 +272,7 @@ def test_targets_as_other_programs_take_them(old, tmp_path, capsys):
 
 
 def test_a_split_goes_file_by_file(old, tmp_path, capsys):
-    """One of its files may have no tensor of 42: it is copied, so that the split is whole."""
+    """A file without a tensor of type 42 is copied, so that the split stays whole."""
     shard = old.rename(tmp_path / "m-00002-of-00002.gguf")
     first = write(tmp_path / "m-00001-of-00002.gguf", {"norm": (0, 0, (7,))}, file_type=42)
     before = first.read_bytes()
@@ -304,7 +304,7 @@ def test_in_place_through_a_symbolic_link(old, tmp_path, capsys):
     assert f"{link} is a symbolic link to {old}: --in-place would change that file" in said and "sherry-gguf retag IN OUT" in said
     assert old.read_bytes() == before and sorted(os.listdir(tmp_path)) == ["old.gguf", "snapshot.gguf"]
     assert cli.main(["retag", str(link), str(tmp_path / "new.gguf")]) == 0 and old.read_bytes() == before
-    # an earlier version went through links: what was cut off there is undone all the same
+    # an earlier version wrote through links: a cut-off run of it is undone as well
     backup = tmp_path / ("snapshot.gguf" + retag.BACKUP)
     backup.write_bytes(before[: max(e.type_at for e in retag.old_tensors(old)) + 4])
     with open(old, "r+b") as f:
@@ -356,7 +356,7 @@ def test_a_retag_in_place_that_was_cut_off_is_undone(old, capsys):
     before = old.read_bytes()
     found = retag.old_tensors(old)
     backup = old.with_name(old.name + retag.BACKUP)
-    for cut in range(5):  # so many numbers were new
+    for cut in range(5):  # so many numbers had changed
         old.write_bytes(before)
         backup.write_bytes(before[: max(e.type_at for e in found) + 4])
         with open(old, "r+b") as f:

@@ -1,4 +1,4 @@
-"""From one ternary type to another: exact where it can be, told where not, and nothing else changes."""
+"""From one ternary type to another: exact if possible, reported if not, and nothing else changes."""
 
 import os
 
@@ -73,7 +73,7 @@ def test_exact_in_types_with_a_scale_for_less(model, tmp_path, capsys):
             assert (values(out)[name] == x).all(), name
         assert [types(out)[f"blk.0.{n}.weight"] for n in ("attn_q", "ffn_up", "odd")] == [to.upper()] * 3
         assert types(out)["token_embd.weight"] == "F16" and types(out)["output.weight"] == "Q8_0"
-        # and back: the same bytes, but for what stood for nothing
+        # and back: the same bytes, except those without meaning
         back = tmp_path / "back.gguf"
         assert cli.main(["transcode", str(out), str(back), "--to", "tq1_25", "--require-exact"]) == 0
         assert back.read_bytes() == model.read_bytes()
@@ -139,7 +139,7 @@ def test_file_types_are_llama_cpps():
 
 
 def test_many_rows_and_experts(tmp_path):
-    """More than is handled at a time, on three axes."""
+    """More rows than one chunk, on three axes."""
     x = ternary(tq1_25.TYPE, 3 * 1500, 512).reshape(3, 1500, 512)
     model = write(tmp_path / "m.gguf", {"experts": (Q.TQ1_25, x)})
     (m,), _ = transcode.transcode(model, tmp_path / "f.gguf", "f16")
@@ -171,7 +171,7 @@ def test_what_cannot_be_transcoded(model, tmp_path, capsys):
 @pytest.mark.parametrize("kind", [tq1_25.TYPE, stq1_0.TYPE], ids=lambda kind: kind.name)
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, -0.5, -0.0])
 def test_bad_scales(tmp_path, capsys, kind, scale):
-    """What llama.cpp's --check-tensors refuses, transcode refuses: by name, whatever the target, with nothing written."""
+    """Like llama.cpp's --check-tensors, transcode refuses them, by name, for any target, and writes nothing."""
     x = kind.quantize(ternary(kind, 3, 1024))
     x[1, 2 * kind.bytes - 2 : 2 * kind.bytes] = np.array([scale], "<f2").view(np.uint8)
     file = tmp_path / "bad.gguf"
@@ -217,7 +217,7 @@ def test_a_source_that_is_cut_while_it_is_read(model, tmp_path, monkeypatch, nam
 
 
 def test_what_is_beyond_a_type_is_refused(tmp_path, capfd):
-    """TQ2_0 has the code 3, twice its scale, which may be more than F16 holds."""
+    """TQ2_0's code 3 is twice the scale, which F16 may not hold."""
     x = gguf.quants.quantize(ternary(stq1_0.TYPE, 3, 256), Q.TQ2_0)
     x[2, :-2], x[2, -2:] = 255, np.array([40000], "<f2").view(np.uint8)
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
@@ -249,7 +249,7 @@ def test_padding_is_a_hole(tmp_path):
 
 
 def test_zeros_are_no_ternary_matrix(tmp_path, capsys):
-    """What is not used, or a bias, stays as llama.cpp wants it."""
+    """Unused matrices and biases keep the type that llama.cpp wants."""
     x = ternary(stq1_0.TYPE, 2, 256)
     model = write(tmp_path / "m.gguf", {"a": (Q.F32, x), "zeros": (Q.F32, np.zeros((4, 256), np.float32))})
     transcode.transcode(model, tmp_path / "out.gguf", "stq1_0")
@@ -257,7 +257,7 @@ def test_zeros_are_no_ternary_matrix(tmp_path, capsys):
 
 
 def test_a_split_goes_file_by_file(model, tmp_path, capsys):
-    """A file without ternary tensors, or without any, is copied with the file type of the others."""
+    """A file without ternary tensors, or without tensors, is copied with the others' file type."""
     for i, tensors in enumerate(({}, {"norm": (Q.F32, np.ones(3, np.float32))}), 1):
         shard = write(tmp_path / f"m-0000{i}-of-00003.gguf", tensors)
         out = tmp_path / f"n-0000{i}-of-00003.gguf"
@@ -268,7 +268,7 @@ def test_a_split_goes_file_by_file(model, tmp_path, capsys):
 
 
 def test_what_was_said_of_exactness_is_corrected(tmp_path, capsys):
-    """The converter's sherry.* keys: what comes out inexact is so in the new file's metadata, and stays so on the way back."""
+    """The converter's sherry.* keys: a tensor that became inexact is marked so, also after the way back."""
     kind = tq1_25.TYPE
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     names = ["a", "b", "c"]
@@ -316,7 +316,7 @@ def test_the_first_file_of_a_split_says_what_it_knows(tmp_path, capsys, to):
             assert cli.main(["transcode", *names, "--to", t]) == 0
     told = capsys.readouterr().out
     fields = gguf_file.read_gguf(tmp_path / "there-00001-of-00002.gguf").fields
-    if to == "f16":  # holds them all; on the way back it is not known whether the other file does
+    if to == "f16":  # exact here; on the way back, the other file is unknown
         assert fields["sherry.tensor.exact"] == [True, True] and fields["sherry.exact"] is True
     else:
         assert fields["sherry.tensor.exact"] == [True, False] and fields["sherry.exact"] is False
@@ -345,7 +345,7 @@ def test_other_types_are_not_called_exact(tmp_path):
 
 @pytest.mark.parametrize("names", [7, "no list", True])
 def test_names_that_are_no_list(tmp_path, names):
-    """Metadata that is not the converter's is copied and not corrected."""
+    """Metadata of other programs is copied unchanged."""
     writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
     writer.add_tensor("a", tq1_25.quantize(ternary(tq1_25.TYPE, 2, 512)), raw_dtype=Q.TQ1_25)
     writer.add_key_value("sherry.tensor.names", names, gguf.GGUFValueType.get_type(names))
@@ -364,7 +364,7 @@ def test_a_second_run_replaces_the_first(model, tmp_path):
 
 
 def test_more_than_4_gib(tmp_path):
-    """Offsets beyond 32 bits; a tensor of zeros that is a hole in the file, and stays one."""
+    """Offsets beyond 32 bits; a hole, which reads as a tensor of zeros, stays one."""
     x = ternary(tq1_25.TYPE, 4, 256)
     model = write(
         tmp_path / "m.gguf",

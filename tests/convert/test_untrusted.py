@@ -49,7 +49,7 @@ def put(data, at, value):
 
 
 def as_old(path, target):
-    """A copy with the number 42 in place of STQ1_0's and TQ1_25's, as far as it can be read."""
+    """A copy with type 42 in place of STQ1_0 and TQ1_25, as far as the file can be read."""
     data = bytearray(path.read_bytes())
     try:
         table = open_gguf(path, types=False).table
@@ -63,7 +63,7 @@ def as_old(path, target):
 
 
 def loaded(path, *flags, says=""):
-    """llama-completion's exit code and what it says; until it says that: it may end before its last lines are written."""
+    """llama-completion's exit code and output. Retries until the output has `says`: the process may end before its last lines are written."""
     deadline = time.monotonic() + 30
     while True:
         code, text = loaded_once(path, *flags)
@@ -84,7 +84,7 @@ def test_the_model_itself_is_whole(model):
     assert sherry("inspect", model, "--tensors").returncode == 0
 
 
-# change; what our reader says after the file's name; what llama.cpp says
+# change; our reader's message after the file's name; llama.cpp's message
 LIES = {
     "truncated": (
         lambda d, e, n: d[:-100],
@@ -183,7 +183,7 @@ def test_tables_that_lie(model, tmp_path, lie):
         done = sherry(*command)
         assert done.returncode == 1 and re.search(ours, done.stderr) and str(path) in done.stderr, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
-    old = as_old(path, tmp_path / "old.gguf")  # and to retag, with the number of STQ1_0 that was
+    old = as_old(path, tmp_path / "old.gguf")  # and to retag, with STQ1_0's old number
     done = sherry("retag", old, tmp_path / "out.gguf")
     assert done.returncode == 1 and str(old) in done.stderr and "Traceback" not in done.stderr, done.stdout + done.stderr
     assert "is not a GGUF file" in done.stderr or re.search(r"tensors? (blk\.|output_)", done.stderr), done.stderr
@@ -195,7 +195,7 @@ def test_tables_that_lie(model, tmp_path, lie):
 
 @pytest.mark.parametrize("which", ["all", "one"])
 def test_a_number_that_another_type_has_now(tmp_path, which):
-    """2-bit blocks of a fork, 256 weights in 66 bytes, under the number 41, which upstream has given to Q1_0: 36 bytes for as many."""
+    """A fork's 2-bit blocks, 66 bytes for 256 weights, with type 41: upstream's Q1_0, 36 bytes for 256 weights."""
     path = fuzz_seeds.model(tmp_path / "x.gguf", Q.TQ2_0, 256)
     data, table = bytearray(path.read_bytes()), open_gguf(path).table
     for e in [e for e in table if e.type_id == Q.TQ2_0 and which in ("all", {NAME: "one"}.get(e.name))]:
@@ -219,7 +219,7 @@ def test_a_number_that_another_type_has_now(tmp_path, which):
 
 @pytest.fixture
 def ends_unpadded(tmp_path):
-    """A file whose last tensor takes 28 bytes, and four of padding; its path and where that tensor ends."""
+    """A file whose last tensor has 28 bytes and four of padding: its path, and the tensor's end."""
     path = tmp_path / "x.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_tensor("first", np.ones(32, np.float32))
@@ -232,7 +232,7 @@ def ends_unpadded(tmp_path):
 
 
 def test_the_end_of_a_file(ends_unpadded):
-    """The last tensor's padding may be missing, all or in part. Behind it there is nothing: no more tells its type."""
+    """The last tensor's padding may be missing, all or in part. More bytes are refused: nothing would tell the tensor's type."""
     path, end = ends_unpadded
     data = path.read_bytes()
     assert len(data) == end + 4
@@ -251,7 +251,7 @@ def test_the_end_of_a_file(ends_unpadded):
 
 
 def test_tensors_in_another_order_and_gaps(ends_unpadded):
-    """The table's order is no matter, llama.cpp's is stricter; bytes that belong to no tensor are."""
+    """Tensors may lie in any order (llama.cpp is stricter); bytes outside all tensors are refused."""
     path, _ = ends_unpadded
     data, (one, two) = bytearray(path.read_bytes()), open_gguf(path).table
     swapped = data[: one.start] + data[two.start :] + data[one.start : two.start]
@@ -274,7 +274,7 @@ def test_tensors_in_another_order_and_gaps(ends_unpadded):
 
 @pytest.mark.parametrize("alignment", [8, 32, 64, 4096])
 def test_padding_by_the_files_own_alignment(tmp_path, alignment):
-    """And tensors without weights, which share their place with the next one or the end."""
+    """Tensors without weights share their offset with the next tensor or the file's end."""
     path = tmp_path / "x.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_custom_alignment(alignment)
@@ -323,7 +323,7 @@ def test_long_arrays_are_read_at_once(tmp_path):
 
 
 def test_many_texts(tmp_path):
-    """Half a million take a second, where gguf's reader takes ten; of one that is too long, the others are no matter."""
+    """Half a million strings take a second, where gguf's reader takes ten; one that is too long is refused."""
     path, texts = tmp_path / "x.gguf", ["", "a", "жжж"] * 170_000
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_array("x.texts", texts)
@@ -377,7 +377,7 @@ def test_a_list_that_is_a_number(tmp_path, value_type, size):
 @pytest.mark.parametrize("d", [np.nan, np.inf, -np.inf, -0.5])
 @pytest.mark.parametrize("flags", [[], ["--load-mode", "none"], ["--no-repack"]], ids=" ".join)
 def test_scales_that_lie(model, tmp_path, d, flags):
-    """The last block's, in a row that repacked rows may leave over."""
+    """The last block's scale, in a row that repacking may leave over."""
 
     def change(data, e, n):
         size = {22: 22, 42: 42}[gguf.GGML_QUANT_SIZES[Q(e.type_id)][1]]
@@ -390,14 +390,14 @@ def test_scales_that_lie(model, tmp_path, d, flags):
     assert re.search(r"s?tq1_\w+: the scale of block \d+ is -?(nan|inf|0.5), not a finite number", text), text[-3000:]
 
 
-# of some keys: their type's number
+# GGUF type numbers of some keys
 KEYS = {"llama.embedding_length": 4, "llama.block_count": 4, "llama.attention.head_count": 4, "llama.context_length": 4,
         "general.file_type": 4, "tokenizer.ggml.tokens": 9, "tokenizer.ggml.scores": 9, "general.architecture": 8}  # fmt: skip
 
 
 @pytest.mark.parametrize("key, value_type", [(key, t) for key, own in KEYS.items() for t in (0, 4, 6, 7, 8, 9, 12, 13, 1000) if t != own])
 def test_metadata_of_the_wrong_type(model, tmp_path, key, value_type):
-    """A refusal, or a run that does without: no crash."""
+    """A refusal, or a run without the key; never a crash."""
     data = model.read_bytes()
     at = data.index(key.encode()) + len(key)
     path = tmp_path / "x.gguf"

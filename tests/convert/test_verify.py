@@ -1,4 +1,4 @@
-"""`sherry-gguf verify` finds every difference that is put into a file; `inspect` shows files, and tells broken ones."""
+"""`sherry-gguf verify` finds every difference put into a file; `inspect` describes files and refuses broken ones."""
 
 import itertools
 import re
@@ -151,8 +151,8 @@ def test_metadata_and_tables(zoo, tmp_path):
             assert sherry("verify", tmp_path / f"{i}.gguf", zoo[0] / "llama").returncode == 0
 
 
-# What a file may say of itself, and what verify makes of it: key, value, type and element type or None to leave it out,
-# and what is told.
+# Claims that a file may make, and verify's answers: key; value, type and element type, or None to leave the key out; the
+# differences reported.
 V = gguf.GGUFValueType
 FLAGS = [True] * 14
 CLAIMS = [
@@ -202,7 +202,7 @@ def test_a_file_is_not_believed(zoo, tmp_path):
             return {k: v for k, v in changed.items() if batch.get(k, [v])[0]}
 
         rewrite(source, path, fields=change)
-        # llama.cpp refuses a damaged vocabulary, or splits text otherwise, which is a difference of its own
+        # llama.cpp refuses a damaged vocabulary or splits text differently, which would be another difference
         differs(zoo, path, *(text for _, told in batch.values() for text in told), flags=["--no-tokenizer-check"])
         done = sherry("inspect", path, "--tensors")
         assert done.returncode == 0, done.stderr
@@ -211,7 +211,7 @@ def test_a_file_is_not_believed(zoo, tmp_path):
 
 
 def test_inexact_claims(tmp_path):
-    """Latent weights: what says that they are stored exactly, or with another error or grouping, is wrong."""
+    """Latent weights: claims of exactness, or of another error or grouping, are differences."""
     model = small_models.make(tmp_path / "m", "llama", latent=True, dtype=torch.float32)
     source, path = tmp_path / "x.gguf", tmp_path / "y.gguf"
     assert sherry("convert", model, "--outfile", source).returncode == 0
@@ -238,7 +238,7 @@ def test_inexact_claims(tmp_path):
 
 
 def retyped(name, qtype):
-    """What `rewrite` does to tensors to store one of them in another type, its values as they are if the type can."""
+    """For `rewrite`: store one tensor in another type, with the same values if the type can hold them."""
 
     def change(tensors):
         for t in tensors:

@@ -103,7 +103,7 @@ def test_the_packages_tools(model, tmp_path):
 
 
 def test_transformers_loads_a_file(model, tmp_path):
-    """Ternary weights to the checkpoint's very values, and what is F16 in the file to those of F16."""
+    """Ternary weights equal the checkpoint's values; the file's F16 tensors equal them rounded to F16."""
     hf, gguf_file = model
     script = """
 import sys, torch, transformers

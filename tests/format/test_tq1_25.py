@@ -36,7 +36,7 @@ def test_golden_dots(i):
 def test_quantizing_what_was_decoded_changes_nothing(x):
     block = tq1_25.quantize(x)
     decoded = tq1_25.dequantize(block)
-    # A scale of zero keeps no signs or places: only such blocks may come back as other bytes.
+    # A scale of zero keeps neither signs nor zeros: only such blocks may come back as other bytes.
     again = tq1_25.quantize(decoded)
     assert (tq1_25.dequantize(again) == decoded).all() and tq1_25.is_exact(decoded).all()
     kept = tq1_25.unpack(block)[1] > 0
@@ -60,7 +60,7 @@ def test_any_bytes_decode_and_pack_again(b):
 
 
 def test_leading_axes_and_chunks():
-    """More weights than are handled at a time, on axes of which one is not contiguous."""
+    """More weights than one chunk, with a non-contiguous axis."""
     x = np.random.default_rng(0).standard_normal((2, 384, 4096)).astype(np.float32)[:, ::2]
     packed = tq1_25.quantize(x)
     assert packed.shape == (2, 192, 4096 // 128 * 22)

@@ -1,4 +1,4 @@
-"""The built libggml: what is registered under TQ1_25 and STQ1_0 gives the same bytes and numbers as the reference."""
+"""The built libggml's TQ1_25 and STQ1_0 give the same bytes and numbers as the reference."""
 
 import re
 import subprocess
