@@ -63,7 +63,7 @@ def as_old(path, target):
 
 
 def loaded(path, *flags, says=""):
-    """llama-completion's exit code and output. Retries until the output has `says`: the process may end before its last lines are written."""
+    """llama-completion's exit code and output. Retries until that has `says`: the process may end before its last lines are written."""
     deadline = time.monotonic() + 30
     while True:
         code, text = loaded_once(path, *flags)
