@@ -27,10 +27,11 @@ def test_a_target_that_dies_without_a_word_is_no_success(tmp_path, death):
         fuzz.fuzz("readers", ["sh", "-c", f"echo '#1000 cov: 5'; {death}"], tmp_path, argparse.Namespace(seconds=5, keep=None))
 
 
-@pytest.mark.parametrize("target", [
-    pytest.param("loader", marks=pytest.mark.skipif(not shutil.which("clang++"), reason="clang is not there: apt-get install clang")),
-    pytest.param("readers", marks=pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="Atheris has no wheel for this platform")),
-])  # fmt: skip
+NO_CLANG = pytest.mark.skipif(not shutil.which("clang++"), reason="clang is not there: apt-get install clang")
+NO_ATHERIS = pytest.mark.skipif(not importlib.util.find_spec("atheris"), reason="Atheris has no wheel for this platform")
+
+
+@pytest.mark.parametrize("target", [pytest.param("loader", marks=NO_CLANG), pytest.param("readers", marks=NO_ATHERIS)])
 def test_nothing_is_found(target):
     result = subprocess.run([sys.executable, REPO / "scripts" / "fuzz.py", target, "--seconds", "90"], capture_output=True, text=True)
     print(result.stdout)

@@ -1,4 +1,4 @@
-"""llama-quantize to TQ1_25 and STQ1_0: rows that do not fit, what it leaves when it fails, and what it says of weights that are not ternary."""
+"""llama-quantize to TQ1_25 and STQ1_0: rows that do not fit, what a failure leaves, and the warning about weights that aren't ternary."""
 
 import os
 import re
@@ -111,7 +111,10 @@ def test_a_quantization_to_a_device_leaves_it(odd, tmp_path):
     assert fifo.is_fifo()
 
 
-WARNING = r"WARNING: (\d+) of (\d+) tensors were not 3:4 sparse ternary in the groups of their new type, such as \S+ \(relative error 0\.\d\d\): .*training"
+WARNING = (
+    r"WARNING: (\d+) of (\d+) tensors were not 3:4 sparse ternary in the groups of their new type, "
+    r"such as \S+ \(relative error 0\.\d\d\): .*training"
+)
 
 
 @pytest.mark.parametrize("outtype", ["F32", "F16", "BF16"])

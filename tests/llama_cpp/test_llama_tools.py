@@ -403,7 +403,8 @@ def logits(tmp_path_factory):
     """logits(model, text, batch, repack): float32 (tokens, vocabulary) of a text's first 150 tokens, and what llama.cpp said."""
     root, source, lib = tmp_path_factory.mktemp("logits"), llama_cpp.source_dir(), llama_cpp.library("llama").parent
     command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-I", source / "include", "-I", source / "ggml" / "include",
-               HERE / "logits.cpp", "-L", lib, "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", f"-Wl,-rpath,{lib}", "-o", root / "logits"]  # fmt: skip
+               HERE / "logits.cpp", "-L", lib, "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", f"-Wl,-rpath,{lib}",
+               "-o", root / "logits"]  # fmt: skip
     subprocess.run(list(map(str, command)), check=True)
 
     def run_it(model, text, batch, repack, tokens=150):
