@@ -80,7 +80,7 @@ void ggml_cpu_init(void);
 class Ggml:
     """The built libggml-base and libggml-cpu through their C interface. Raises NotBuilt."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self._ffi = cffi.FFI()
         self._ffi.cdef(_CDEF)
         self._base = self._ffi.dlopen(str(library("ggml-base")))
