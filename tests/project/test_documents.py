@@ -37,6 +37,7 @@ def texts() -> dict[str, str]:
 def test_the_documents_are_there():
     assert {"README.md", "CONTRIBUTING.md", "docs/format.md", "ggml_patch/README.md"} <= texts().keys()
     assert (REPO / "README.md").read_text("utf-8").count("\n") <= 200
+    assert FOREIGN["test.sh"] <= set(FLAG.findall((REPO / "scripts" / "test.sh").read_text("utf-8")))
 
 
 def test_the_speeds_of_the_front_page():
@@ -248,6 +249,7 @@ def wrong(texts: dict[str, str]) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_the_documents_flags():
     assert not wrong(texts())
 

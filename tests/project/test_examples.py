@@ -41,6 +41,7 @@ def test_quantize_array():
     assert "scalar: -24.8" in printed and "(float32: -24.9" in printed
 
 
+@pytest.mark.slow
 def test_train_loop():
     printed = run("train_loop.py")
     losses = [float(line.rpartition(" ")[2]) for line in printed.splitlines() if line.startswith("step")]
