@@ -1,7 +1,6 @@
-"""Shared by the tests: the commands, and a zoo of small models that are converted once, by us and by upstream."""
+"""Shared by the tests: the commands, and a zoo of small models, each converted once by us and once by upstream."""
 
 import atexit
-import fcntl
 import functools
 import json
 import os
@@ -12,19 +11,20 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+import filelock
 import pytest
 import small_models
 
 from sherry_gguf import llama_cpp
 
-# Several tests at once: threads that wait give way to those of others.
+# With several tests at once, waiting threads give way to others.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 TESTS = Path(__file__).parent
 ENV = os.environ | {"PYTHONPATH": os.pathsep.join([str(TESTS.parent), str(TESTS)])}
 
-# Upstream's own script on each directory of argv, unchanged but that it takes any BPE tokenizer for GPT-2's.
+# Upstream's own script on each directory of argv; its one change takes any BPE tokenizer for GPT-2's.
 UPSTREAM = """
 import runpy, sys
 from sherry_gguf import llama_cpp
@@ -37,9 +37,9 @@ for directory in sys.argv[1:]:
     runpy.run_path(str(source / "convert_hf_to_gguf.py"), run_name="__main__")
 """
 
-# The `sherry-gguf` command again and again in one process, since the imports take longer than most conversions, and in another those
-# that do not import llama.cpp's gguf but the published one; with a patch, Python code to run before it, in a fork. A fork must not meet
-# threads that were left behind, so there are none.
+# Runs `sherry-gguf` commands in one process, since imports take longer than most conversions; commands that import the published
+# gguf run in another than those with llama.cpp's. A command with a patch, Python code to run first, runs in a fork. A fork must
+# not inherit threads, so there are none.
 SERVER = """
 import json, os, sys, traceback
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -72,7 +72,7 @@ for line in sys.stdin:
 
 
 def python(script: str, *args, **kwargs) -> subprocess.Popen:
-    """Start Python code in a process of its own: conversion needs llama.cpp's gguf, the tests the published one."""
+    """Start Python code in a new process: conversion needs llama.cpp's gguf, the tests the published one."""
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, args)],
         text=True,
@@ -89,8 +89,7 @@ def _server(llama_cpps_gguf: bool) -> tuple[subprocess.Popen, list[str]]:
 
 
 def sherry(*args, cwd=".", patch="", **kwargs) -> subprocess.CompletedProcess:
-    """Run the `sherry-gguf` command to its end, after the Python code `patch` if there is some; in a fresh process if
-    there are keyword arguments for that."""
+    """Run a `sherry-gguf` command, after the Python code `patch` if any; keyword arguments are for a new process, which they start."""
     args = [str(a) for a in args]
     if kwargs:
         return subprocess.run(
@@ -109,31 +108,55 @@ def sherry(*args, cwd=".", patch="", **kwargs) -> subprocess.CompletedProcess:
 
 
 def pre(name: str) -> list[str]:
-    """The flag that the tokenizer of a model of the zoo needs."""
+    """The flag that a model's tokenizer needs."""
     return ["--tokenizer-pre", "gpt-2"] if small_models.MODELS[name][1] == "bpe" else []
 
 
-@pytest.fixture(scope="session")
-def zoo(tmp_path_factory):
-    """A directory with, for each model of small_models, NAME/, NAME.f32.gguf by upstream and NAME.gguf by us.
+SLOW_FIXTURES = {"demo", "models"}  # which train or run models
 
-    Returns it and our completed commands by name.
+
+def pytest_collection_modifyitems(items):
+    """Tests of such models, and of the zoo's beyond a few, are slow. The longest files come first: two processes end together then."""
+    for item in items:
+        name = getattr(item, "callspec", None) and item.callspec.params.get("name")
+        if SLOW_FIXTURES & {*item.fixturenames} or ("zoo" in item.fixturenames and name in {*small_models.MODELS} - {*small_models.FAST}):
+            item.add_marker("slow")
+    first = {item.path for item in items if item.get_closest_marker("emulated") or item.get_closest_marker("fuzz")}
+    items.sort(key=lambda item: item.path not in first)
+
+
+def shared(tmp_path_factory) -> Path:
+    """A directory of this run, the same for each process of xdist."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def zoo(request, tmp_path_factory):
+    """A directory with NAME/, NAME.f32.gguf by upstream and NAME.gguf by us, for each model of small_models (of FAST without slow tests).
+
+    Returns it and our completed commands by name. Tests only read the files; one process makes them for all.
     """
-    root = tmp_path_factory.mktemp("zoo")
-    for name in small_models.MODELS:
-        small_models.make(root / name, name)
-    upstream = python(UPSTREAM, *(root / name for name in small_models.MODELS))
-    results = {name: sherry("convert", root / name, "--outfile", root / f"{name}.gguf", *pre(name)) for name in small_models.MODELS}
-    output, _ = upstream.communicate()
-    assert upstream.returncode == 0, output
-    return root, results
+    root = shared(tmp_path_factory) / "zoo"
+    names = small_models.FAST if "not slow" in request.config.option.markexpr else list(small_models.MODELS)
+    with filelock.FileLock(f"{root}.lock"):
+        if not (root / "results.json").exists():
+            for name in names:
+                small_models.make(root / name, name)
+            upstream = python(UPSTREAM, *(root / name for name in names))
+            done = [sherry("convert", root / name, "--outfile", root / f"{name}.gguf", *pre(name)) for name in names]
+            output, _ = upstream.communicate()
+            assert upstream.returncode == 0, output
+            (root / "results.json").write_text(json.dumps([vars(result) for result in done]))
+    results = [subprocess.CompletedProcess(**result) for result in json.loads((root / "results.json").read_text())]
+    return root, dict(zip(names, results))
 
 
 # ---- the demo model ----
 
 
 def upstream_f32(directory, outfile, *flags):
-    """Upstream's own script, in the environment that it takes its gguf package from."""
+    """Run upstream's own script, which finds its gguf package by itself."""
     script = llama_cpp.source_dir() / "convert_hf_to_gguf.py"
     subprocess.run([sys.executable, script, directory, "--outtype", "f32", "--outfile", outfile, *map(str, flags)], check=True,
                    capture_output=True)  # fmt: skip
@@ -141,11 +164,10 @@ def upstream_f32(directory, outfile, *flags):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The demo's checkpoint after a quarter of its training, made if it isn't there: (directory, upstream's F32 GGUF, our GGUF)."""
+    """The demo's checkpoint after a quarter of its training, made once: (directory, upstream's F32 GGUF, our GGUF)."""
     hf, root = llama_cpp.root() / "tests" / "demo" / "hf", tmp_path_factory.mktemp("demo")
     hf.parent.mkdir(parents=True, exist_ok=True)
-    with open(hf.parent / "tests.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the script would not wait for that of another worker
+    with filelock.FileLock(hf.parent / "tests.lock"):  # the script doesn't wait for another worker's
         script = TESTS.parent / "scripts" / "make_demo_checkpoint.py"
         subprocess.run([sys.executable, script, "--out", hf, "--steps", "400"], check=True)
     (root / "hf").symlink_to(hf)
@@ -156,8 +178,10 @@ def demo(tmp_path_factory):
 
 
 def greedy(model, *args, prompt="def read(self):", count=16, command=None, **kwargs):
-    """How llama-cli, or `command` that runs it, goes on with a prompt: the demo's chat template adds nothing to it.
-    It is used since it waits for its output."""
+    """llama-cli's greedy continuation of a prompt, to which the demo's chat template adds nothing; `command` runs llama-cli.
+
+    Unlike llama-completion it waits for its output.
+    """
     command = command or [llama_cpp.tool("llama-cli")]
     done = subprocess.run([*command, "-m", model, "-p", prompt, "-n", str(count), "--temp", "0", "-st", "-t", "2", "-c", "256",
                            "--simple-io", "--log-verbosity", "1", *map(str, args)], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -167,9 +191,9 @@ def greedy(model, *args, prompt="def read(self):", count=16, command=None, **kwa
     return answer[1]
 
 
-# ---- builds to take away ----
+# ---- builds for other machines ----
 
-# Longer than what codes are used for, so that its product goes by panels where there are some.
+# More tokens than codes are used for, so that panels multiply it.
 LONG = (
     "class Reader:\n    def __init__(self, file, size, encoding, errors):\n        self.file = file\n        self.size = size\n        self"
 )
@@ -188,7 +212,7 @@ def portable(arch, directory):
 
 
 def only(files, module, directory):
-    """`directory` with links to the files of such a build, and of the libraries for kinds of CPUs this one alone."""
+    """Link the files of such a build from `directory`; of the libraries for CPU generations only `module`."""
     directory.mkdir()
     for file in files.iterdir():
         if file.name == module or not file.name.startswith("libggml-cpu-"):
@@ -197,8 +221,8 @@ def only(files, module, directory):
 
 
 def shared_symbols(files, prefix=""):
-    """What the libraries for kinds of CPUs have one of for all that are loaded: an inline function's static, through which the code of a
-    better CPU may be met. Stripped libraries still name it."""
+    """Symbols that the loaded libraries for CPU generations would share, such as an inline function's static: through one, code for a
+    better CPU could run. Stripped libraries still name them."""
     modules = sorted(files.glob("libggml-cpu-*"))
     symbols = subprocess.run([f"{prefix}nm", "-DC", *modules], capture_output=True, text=True, check=True).stdout
     assert symbols.count(" ggml_backend_score\n") == len(modules) > 1
@@ -206,7 +230,7 @@ def shared_symbols(files, prefix=""):
 
 
 def loaded(text):
-    """The library for a kind of CPUs that a tool says it has loaded."""
+    """The libraries for CPU generations that a tool says it loaded."""
     return re.findall(r"loaded CPU backend from .*/(libggml-cpu-\S+\.so)", text)
 
 

@@ -1,7 +1,7 @@
-"""Small random models, written by transformers as any checkpoint is, with tokenizers trained on the standard library.
+"""Small random models, written by transformers like any checkpoint, with tokenizers trained on the standard library.
 
-`make(directory, name)` writes one. Its linear layers are 3:4 sparse ternary with scales that fp16 holds, so that a
-conversion must be exact; `latent=True` leaves them as they were drawn.
+`make(directory, name)` writes one. Its linear layers are 3:4 sparse ternary with scales that fp16 holds, so a conversion
+must be exact; `latent=True` leaves them as drawn.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import transformers
 
 VOCAB = 512
 
-# name: (model class of transformers, tokenizer, configuration). All run in llama.cpp, which treats a model that is
-# named "phi3" as having other tokens.
+# name: (model class of transformers, tokenizer, configuration). All run in llama.cpp, which would give a model named "phi3"
+# other tokens.
 _LLAMA = dict(
     hidden_size=256,
     intermediate_size=384,
@@ -30,6 +30,7 @@ _LLAMA = dict(
 )
 _GEMMA = _LLAMA | dict(head_dim=64)
 _MOE = dict(num_local_experts=4, num_experts_per_tok=2)
+FAST = ["llama", "qwen3", "mixtral"]  # what scripts/test.sh --fast converts
 MODELS: dict[str, tuple[str, str, dict]] = {
     "llama": ("LlamaForCausalLM", "spm", _LLAMA | dict(tie_word_embeddings=False)),
     "llama-tied": ("LlamaForCausalLM", "spm", _LLAMA | dict(tie_word_embeddings=True)),
@@ -128,7 +129,7 @@ def _bpe():
 
 @functools.cache
 def spm(**settings) -> bytes:
-    """A sentencepiece model of VOCAB pieces that leaves text as it is, as those of published models do."""
+    """A sentencepiece model of VOCAB pieces that leaves text unchanged, like those of published models."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -152,7 +153,7 @@ def spm(**settings) -> bytes:
 
 
 def save_tokenizer(directory: Path, kind: str):
-    """Write a tokenizer of VOCAB tokens as Hugging Face checkpoints hold them: "bpe", "spm", or "spm-plain" with no space in front."""
+    """Write a tokenizer of VOCAB tokens as Hugging Face checkpoints hold them: "bpe", "spm", or "spm-plain" without a space in front."""
     if kind == "bpe":
         _bpe().save_pretrained(directory)
         return
@@ -201,7 +202,7 @@ def make(
                 elif not isinstance(module, torch.nn.Linear):
                     w.copy_(sparse_ternary(w.float().T, generator, group).T)
         for p in model.parameters():
-            if p.ndim == 1:  # away from the constants that they start at, so that a mix-up shows
+            if p.ndim == 1:  # away from their constant start, so that a mix-up shows
                 p.add_(0.1 * torch.randn(p.shape, generator=generator))
     directory.mkdir(parents=True)
     model.to(dtype).save_pretrained(directory, max_shard_size=shard, safe_serialization=safe)

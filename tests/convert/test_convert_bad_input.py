@@ -17,6 +17,8 @@ import small_models
 import torch
 from conftest import sherry
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):

@@ -21,6 +21,8 @@ from sherry_gguf import atomic, cli, gguf_type, retag
 from sherry_gguf.errors import ConvertError
 from sherry_gguf.reader import open_gguf
 
+pytestmark = pytest.mark.slow
+
 SERVER = """
 import json, os, signal, sys, time
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

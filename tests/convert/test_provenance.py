@@ -18,6 +18,8 @@ from transformers.integrations import bitnet
 from sherry_gguf import gguf_type, packed
 from sherry_gguf.provenance import Tally, fingerprint
 
+pytestmark = pytest.mark.slow
+
 gguf_type.register()
 
 

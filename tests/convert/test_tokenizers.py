@@ -15,6 +15,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from sherry_gguf import llama_cpp, tokenizer_check, vocabulary
 from sherry_gguf.errors import CheckFailed
 
+pytestmark = pytest.mark.slow
+
 LINES = small_models.corpus().splitlines() + list(tokenizer_check.SAMPLE)
 SOURCE = (llama_cpp.source_dir() / "src" / "llama-vocab.cpp").read_text()
 

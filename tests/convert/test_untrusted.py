@@ -14,6 +14,8 @@ from sherry_gguf import gguf_type, llama_cpp, stq1_0, transcode
 from sherry_gguf.errors import ConvertError
 from sherry_gguf.reader import open_gguf
 
+pytestmark = pytest.mark.slow
+
 gguf = gguf_type.register()
 Q = gguf.GGMLQuantizationType
 NAME = "blk.0.attn_k.weight"

@@ -3,6 +3,9 @@
 import json
 
 import compare_ptq as compare
+import pytest
+
+pytestmark = pytest.mark.slow
 
 
 def test_table_of_a_small_model(tmp_path, monkeypatch, capfd):

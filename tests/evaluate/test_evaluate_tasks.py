@@ -17,7 +17,7 @@ from sherry_gguf.evaluation.options import PAPER
 from sherry_gguf.evaluation.tasks import load as load_tasks
 
 pytest_plugins = "evaluation_fixtures"
-pytestmark = pytest.mark.usefixtures("offline")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("offline")]
 
 
 def test_the_papers_tasks_from_the_cache(models, tmp_path, capsys):

@@ -25,7 +25,7 @@ from sherry_gguf.evaluation.tools import Tool
 from sherry_gguf.qat import command as train
 
 pytest_plugins = "evaluation_fixtures"
-pytestmark = pytest.mark.usefixtures("offline")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("offline")]
 
 
 @pytest.mark.parametrize("kind", ["spm", "bpe"])

@@ -102,6 +102,7 @@ def test_the_packages_tools(model, tmp_path):
         assert (old.name, old.tensor_type, old.data.tobytes()) == (new.name, new.tensor_type, new.data.tobytes())
 
 
+@pytest.mark.slow
 def test_transformers_loads_a_file(model, tmp_path):
     """Ternary weights equal the checkpoint's values; the file's F16 tensors equal them rounded to F16."""
     hf, gguf_file = model
@@ -120,6 +121,7 @@ torch.save(model.state_dict(), sys.argv[2])
     assert all(torch.equal(w, w.half().float()) for name, w in wanted.items() if "_proj" in name)
 
 
+@pytest.mark.slow
 def test_the_pinned_package_agrees():
     script = """
 from sherry_gguf import convert, gguf_type, llama_cpp
@@ -137,6 +139,7 @@ assert (t, gguf.LlamaFileType.MOSTLY_TQ1_25, gguf.GGML_QUANT_SIZES[t]) == (125, 
     assert process.returncode == 0, output
 
 
+@pytest.mark.slow
 def test_two_gguf_packages_are_refused():
     process = conftest.python("import gguf\nfrom sherry_gguf import cli\nraise SystemExit(cli.main(['convert', '.']))")
     output, _ = process.communicate()

@@ -11,6 +11,8 @@ import pytest
 
 from sherry_gguf import llama_cpp
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).parents[2]
 PATCH = (REPO / "ggml_patch" / "hooks.patch").read_text()
 

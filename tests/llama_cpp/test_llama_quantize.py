@@ -13,6 +13,8 @@ from conftest import upstream_f32
 
 from sherry_gguf import gguf_type, llama_cpp
 
+pytestmark = pytest.mark.slow
+
 gguf_type.register()
 
 

@@ -18,6 +18,8 @@ from conftest import ENV, backend_ops, greedy, sherry, upstream_f32
 
 from sherry_gguf import cli, gguf_type, kernels, llama_cpp, stq1_0, tq1_25
 
+pytestmark = pytest.mark.slow
+
 gguf_type.register()
 HERE = Path(__file__).parent
 

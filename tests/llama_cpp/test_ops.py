@@ -14,6 +14,8 @@ import pytest
 
 from sherry_gguf import kernels, stq1_0, tq1_25
 
+pytestmark = pytest.mark.slow
+
 KINDS = {kind.name: kind for kind in (tq1_25.TYPE, stq1_0.TYPE)}
 HERE = Path(__file__).parent
 

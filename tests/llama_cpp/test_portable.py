@@ -14,6 +14,8 @@ from conftest import LONG, backend_ops, greedy, loaded, only, portable, shared_s
 
 from sherry_gguf import kernels, llama_cpp
 
+pytestmark = pytest.mark.slow
+
 REPO = Path(__file__).parents[2]
 BUILD = REPO / "scripts" / "build" / "portable.py"
 VARIANTS = {  # our instruction set on such a CPU

@@ -13,6 +13,8 @@ from conftest import ENV, sherry, upstream_f32
 
 from sherry_gguf import llama_cpp, llama_quantize
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="session")
 def f32(tmp_path_factory):

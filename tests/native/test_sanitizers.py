@@ -9,6 +9,8 @@ import pytest
 
 from sherry_gguf import kernels, llama_cpp
 
+pytestmark = pytest.mark.slow
+
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "ggml_patch" / "src"
 CC, CXX = os.environ.get("CC", "cc"), os.environ.get("CXX", "c++")

@@ -16,6 +16,8 @@ import quality_report
 import quality_runs
 from quality_runs import Comparison, Run, Sweep, arenas
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Path:

@@ -22,6 +22,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sherry_gguf import tq1_25
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(make_demo_checkpoint.__file__)
 
 

@@ -29,6 +29,8 @@ from sherry_gguf.qat.arguments import SherryArguments
 from sherry_gguf.qat.callbacks import Interrupt, duration
 from sherry_gguf.qat.resume import last_checkpoint
 
+pytestmark = pytest.mark.slow
+
 gguf_type.register()
 
 

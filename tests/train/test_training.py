@@ -35,6 +35,8 @@ from sherry_gguf.qat import (
 )
 from sherry_gguf.qat.data import Blocks, mean_loss, pack
 
+pytestmark = pytest.mark.slow
+
 STEPS = 8
 HERE = Path(__file__).resolve().parent
 
