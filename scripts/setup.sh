@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Makes .venv with the pinned requirements and this package, compiled, in editable form. Does nothing where that is done.
+# Makes .venv with the pinned requirements and this package, compiled and editable. Skips what is done.
 #
-# environment: PYTHON, the interpreter to make .venv with (python3)
+# environment: PYTHON, the interpreter for .venv (default: python3)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -9,11 +9,11 @@ say() { echo "setup: $*"; }
 die() { echo "setup: $*" >&2; exit 1; }
 
 python=${PYTHON:-python3}
-command -v "$python" >/dev/null || die "$python is not there: install Python 3.10 or newer"
+command -v "$python" >/dev/null || die "$python is missing: install Python 3.10 or newer"
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-  die "$("$python" --version) is too old: 3.10 or newer is needed (PYTHON=/path/to/python3.12 chooses another)"
+  die "$("$python" --version) is too old: use 3.10 or newer (PYTHON=/path/to/python3.12)"
 for tool in git cc c++; do
-  command -v "$tool" >/dev/null || die "$tool is not there: install git and a C and C++ compiler (Debian: apt-get install git build-essential)"
+  command -v "$tool" >/dev/null || die "$tool is missing: install git and a C and C++ compiler (Debian: apt-get install git build-essential)"
 done
 
 # One set-up at a time.
@@ -24,23 +24,23 @@ if command -v flock >/dev/null && ! flock -n 9; then
   flock 9
 fi
 
-# Each stamp says what its step was made from; it is written last, so an interrupted step is done again.
+# Each stamp records what its step was made from. It is written last, so an interrupted step runs again.
 here=$(pwd)
 version=$("$python" -c 'import sys; print(sys.version)')
 wanted="$here
 $version
 $(cat requirements.txt)"
 if [ "$(cat .venv/requirements.stamp 2>/dev/null)" != "$wanted" ]; then
-  # An environment of another Python, or of another place, where its programs would not start, is made anew.
+  # Make it anew for another Python, or in another place, where its programs would not start.
   if [ "$(.venv/bin/python -c 'import sys; print(sys.version)' 2>/dev/null)" != "$version" ] ||
     ! grep -qF "$here/.venv/bin/python" .venv/bin/pip 2>/dev/null; then
     say "making .venv with $("$python" --version)"
     "$python" -m venv --clear .venv || die "python's venv module failed (Debian: apt-get install python3-venv)"
   fi
   rm -f .venv/*.stamp
-  say "installing the requirements (2 GB of disk with a CPU build of torch; the usual one brings GPU libraries of several GB)"
+  say "installing the requirements (2 GB with a CPU build of torch; the default build adds several GB of GPU libraries)"
   .venv/bin/python -m pip install -qq --disable-pip-version-check -r requirements.txt ||
-    die "pip failed: its message is above; run this again once that is mended"
+    die "pip failed (see above): fix that and run this again"
   printf '%s\n' "$wanted" >.venv/requirements.stamp
 fi
 

@@ -1,4 +1,4 @@
-"""llama-quantize to TQ1_25 and STQ1_0: rows that do not fit, what a failure leaves, and the warning about weights that aren't ternary."""
+"""llama-quantize to TQ1_25 and STQ1_0: rows that don't fit, failures that leave nothing, and warnings about weights that aren't ternary."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def types_of(path):
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory):
-    """Rows of 192, which are not whole blocks of these types; four heads share keys and values. An F32 GGUF and its importance matrix."""
+    """An F32 GGUF and its importance matrix: rows of 192, not a multiple of these types' blocks; four heads share keys and values."""
     root = tmp_path_factory.mktemp("odd")
     shape = dict(hidden_size=192, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2)
     small_models.make(root / "hf", "llama", latent=True, config=shape)
@@ -48,7 +48,7 @@ def odd(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["TQ1_25", "STQ1_0"])
 def test_fallbacks_of_mixed_types(odd, tmp_path, kind):
-    """Each type of the mixture has its own: Q4_0 for the sparse types and Q2_K, Q5_0 for Q4_K."""
+    """Each type of the mixture has its own fallback: Q4_0 for the sparse types and Q2_K, Q5_0 for Q4_K."""
     code, text = quantize("--imatrix", odd[1], odd[0], tmp_path / "q.gguf", kind)
     assert code == 0, text
     found = types_of(tmp_path / "q.gguf")
@@ -65,7 +65,7 @@ def test_fallbacks_of_mixed_types(odd, tmp_path, kind):
 ])  # fmt: skip
 @pytest.mark.parametrize("to", ["TQ1_25", "Q8_0", "F16"])
 def test_quantize_refuses_a_type_that_rows_do_not_fit(odd, tmp_path, flags, tensor, block, to):
-    """Before anything is written: the process aborted in the middle of it."""
+    """Before it writes anything; it used to abort in the middle."""
     for older in None, b"an older target":
         if older:
             (tmp_path / "q.gguf").write_bytes(older)
@@ -75,7 +75,7 @@ def test_quantize_refuses_a_type_that_rows_do_not_fit(odd, tmp_path, flags, tens
 
 
 def test_quantize_falls_back_from_a_tensor_type(odd, tmp_path):
-    """As upstream does: --tensor-type has fallbacks, where the two flags for embeddings and output have none."""
+    """As upstream does: --tensor-type has fallbacks, the flags for embeddings and output have none."""
     flags = ["--tensor-type", "attn_q=tq1_25", "--tensor-type", "ffn_up=q4_K"]
     code, text = quantize(*flags, odd[0], tmp_path / "q.gguf", "Q8_0")
     assert code == 0 and re.search(r"blk.0.attn_q.weight .*ncols +192 not divisible by 128 .*falling back to +q4_0", text), text
@@ -85,7 +85,7 @@ def test_quantize_falls_back_from_a_tensor_type(odd, tmp_path):
 
 @pytest.mark.parametrize("case", ["file", "split", "link"])
 def test_a_quantization_that_fails_leaves_no_half_file(odd, tmp_path, case):
-    """Whatever it fails at; and nothing is removed that it has not written itself."""
+    """Whatever fails; and it removes nothing that it didn't write."""
     shards = [shutil.copy(p, tmp_path) for p in sorted(odd[0].parent.glob("split-*" if case == "split" else "f32.gguf"))]
     reader = gguf.GGUFReader(shards[-1], "r+")
     broken = reader.tensors[-1]
@@ -109,19 +109,19 @@ def test_a_quantization_to_a_device_leaves_it(odd, tmp_path):
     fifo = tmp_path / "fifo"
     os.mkfifo(fifo)
     with subprocess.Popen(["cat", fifo], stdout=subprocess.DEVNULL):
-        quantize(odd[0], fifo, "TQ1_25", 2)  # which fails: it cannot go back to write the head
+        quantize(odd[0], fifo, "TQ1_25", 2)  # fails: it can't seek back to write the header
     assert fifo.is_fifo()
 
 
 WARNING = (
-    r"WARNING: (\d+) of (\d+) tensors were not 3:4 sparse ternary in the groups of their new type, "
-    r"such as \S+ \(relative error 0\.\d\d\): .*training"
+    r"WARNING: (\d+) of (\d+) tensors were not 3:4 sparse ternary in the groups of their new type, such as \S+ "
+    r"\(relative error 0\.\d\d\): .*training"
 )
 
 
 @pytest.mark.parametrize("outtype", ["F32", "F16", "BF16"])
 def test_quantize_warns_of_weights_that_are_not_ternary(tmp_path, outtype):
-    """One line, and none where a Sherry checkpoint's weights are what the type holds."""
+    """One line; none if the type holds a Sherry checkpoint's weights."""
     small_models.make(tmp_path / "hf", "llama")
     upstream_f32(tmp_path / "hf", tmp_path / "f32.gguf")
     source = tmp_path / "source.gguf"

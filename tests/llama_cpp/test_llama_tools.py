@@ -25,15 +25,15 @@ HERE = Path(__file__).parent
 
 
 def run(name, *args, **kwargs):
-    """(exit code, stdout and stderr) of a tool, which has no input."""
+    """(exit code, stdout and stderr) of a tool without input."""
     result = llama_cpp.run(name, *args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
                            text=True, errors="replace", timeout=600, **kwargs)  # fmt: skip
     return result.returncode, result.stdout
 
 
 def run_for(pattern, name, *args):
-    """A tool's output and the match of `pattern` in it. llama.cpp logs from a thread of its own and does not always wait
-    for that at its end: a run whose output is cut short is run again."""
+    """A tool's output and the match of `pattern` in it. llama.cpp logs from a thread and doesn't always wait for it at the end: a run
+    whose output is cut short is repeated."""
     for _ in range(8):
         code, text = run(name, *args)
         assert code == 0, text
@@ -82,7 +82,7 @@ def test_bench_names_the_type(llama):
 
 @pytest.mark.parametrize("name", small_models.MODELS)
 def test_every_model_of_the_zoo_runs_in_llama_cli(zoo, name):
-    """It answers; that the answer of a random model is the right one shows in the test below."""
+    """It answers; the test below shows that the answer is right."""
     root, _ = zoo
     code, text = run("llama-cli", "-m", root / f"{name}.gguf", "-p", "def read", "-n", 8, "--temp", 0, "-st", "-t", 2,
                      "-c", 128, "--simple-io", "--log-verbosity", 1)  # fmt: skip
@@ -128,7 +128,7 @@ def test_quantize_gives_what_the_reference_gives(tmp_path):
 
 
 def test_quantize_merges_the_files_of_a_split(llama, tmp_path):
-    """COPY, from the first file: the same tensors and keys as of the file that was never split, and it verifies."""
+    """COPY from the first file gives the same tensors and keys as the unsplit file, and it verifies."""
     result = sherry("convert", llama[0], "--outfile", tmp_path / "s.gguf", "--split-max-size", "200K")
     assert result.returncode == 0, result.stderr
     code, text = run("llama-quantize", tmp_path / "s-00001-of-00003.gguf", tmp_path / "merged.gguf", "COPY")
@@ -151,7 +151,7 @@ def types_of(path):
     (["--tensor-type", "attn_v=q8_0"], {"token_embd.weight": "Q4_K", "output.weight": "Q6_K", "blk.0.attn_v.weight": "Q8_0"}),
 ])  # fmt: skip
 def test_quantize_flags_and_odd_rows(tmp_path_factory, tmp_path, flags, changed):
-    """Rows of 352, which are no whole blocks, become Q4_0, as for upstream's ternary types."""
+    """Rows of 352, not a multiple of the block, become Q4_0, as for upstream's ternary types."""
     root = Path(tmp_path_factory.getbasetemp()) / "odd-rows"
     if not root.exists():
         small_models.make(root / "hf", "llama", latent=True, config={"intermediate_size": 352})
@@ -191,7 +191,7 @@ def test_quantize_weighs_by_an_importance_matrix(demo, tmp_path):
 
 @pytest.mark.parametrize("kind", ["TQ1_25", "STQ1_0"])
 def test_quantize_mixes_types_where_there_is_an_importance_matrix(demo, tmp_path, kind):
-    """What is quantized after training: the first layer's ffn_down and attn_v get more bits. --pure and trained models: none do."""
+    """For models quantized after training, the first layer's ffn_down and attn_v get more bits; not with --pure or for trained models."""
     _, f32, _ = demo
     (tmp_path / "text.txt").write_text(small_models.corpus()[:20000])
     code, text = run("llama-imatrix", "-m", f32, "-f", tmp_path / "text.txt", "-o", tmp_path / "im.gguf", "-c", 128, "-t", 2)
@@ -232,8 +232,8 @@ def test_quantize_refuses_what_no_block_can_hold(demo, tmp_path, value, message)
 
 
 def set_type(path, tensor, type_id, was=tq1_25.TYPE_ID, table=None):
-    """Change a tensor's type id in a GGUF: it stands right before the offset, the last 12 bytes of its table entry. `table`
-    is a file of the same tensors that the reader takes, where it does not take this one."""
+    """Change a tensor's type id in a GGUF. It precedes the offset, in the last 12 bytes of the table entry. If the reader refuses this
+    file, `table` is one with the same tensors that it accepts."""
     field = next(t for t in gguf.GGUFReader(table or path).tensors if t.name == tensor).field
     end = field.offset + sum(part.nbytes for part in field.parts)
     with open(path, "r+b") as file:
@@ -273,7 +273,7 @@ def test_check_tensors_finds_a_bad_scale(llama, tmp_path, d):
 
 @pytest.fixture(scope="session")
 def stq(demo, tmp_path_factory):
-    """The demo's weights in STQ1_0, by llama-quantize: not exact, since its groups are others."""
+    """The demo's weights in STQ1_0, by llama-quantize; not exact, since its groups differ."""
     path = tmp_path_factory.mktemp("stq") / "stq.gguf"
     code, text = run("llama-quantize", demo[1], path, "STQ1_0", 2)
     assert code == 0, text
@@ -290,8 +290,8 @@ def test_quantize_to_stq1_0_gives_what_the_reference_gives(demo, stq):
 
 @pytest.mark.parametrize("batch", [1, 40, 150])
 def test_stq1_0_with_and_without_repack(stq, logits, batch, demo, tmp_path):
-    """Both round activations to Q8_0, but repacked rows have them in another order: other 32 share a scale. So the two differ as
-    each of them differs from the same weights as F16, which is measured here, and neither is further from those."""
+    """Both round activations to Q8_0, but for repacked rows in another order: another 32 share a scale. So the two differ as much as each
+    differs from the same weights in F16, which is measured here, and neither is further from those."""
     (tmp_path / "text.txt").write_text((demo[0] / "held_out.txt").read_text()[:3000])
     assert cli.main(["transcode", str(stq), str(tmp_path / "f16.gguf"), "--to", "f16", "--require-exact"]) == 0
     exact, _ = logits(tmp_path / "f16.gguf", tmp_path / "text.txt", batch, 0)
@@ -305,7 +305,7 @@ def test_stq1_0_with_and_without_repack(stq, logits, batch, demo, tmp_path):
 
 
 def test_a_file_with_the_old_number_is_told_what_to_do(stq, tmp_path):
-    """As the first files of Sherry's authors: 42 for STQ1_0. After the command that llama-cli names, it runs, and says the same."""
+    """The first files of Sherry's authors have 42 for STQ1_0. After the command that llama-cli names, it runs and says the same."""
     old = shutil.copy(stq, tmp_path / "old.gguf")
     for name, t in tensors(stq).items():
         if t.tensor_type == stq1_0.TYPE.type_id:
@@ -388,7 +388,7 @@ def test_rpc_server_and_no_repack_give_the_same_text(demo):
 
 
 def test_a_draft_model_needs_the_type_of_speculation(llama):
-    """What the README says: without, the draft is loaded and not used. The draft is the model itself, so its tokens are accepted."""
+    """Without it the draft is loaded and not used. The draft is the model itself, so its tokens are accepted."""
     args = ["llama-cli", "-m", llama[1], "-md", llama[1], "-p", "def read(self):", "-n", 24, "--temp", 0, "-st", "-t", 2, "-c", 256,
             "--simple-io", "--chat-template", "chatml", "-lv", 4]  # fmt: skip
     text, _ = run_for("no implementations specified for speculative decoding", *args)
@@ -402,11 +402,11 @@ def test_a_draft_model_needs_the_type_of_speculation(llama):
 
 @pytest.fixture(scope="session")
 def logits(tmp_path_factory):
-    """logits(model, text, batch, repack): float32 (tokens, vocabulary) of a text's first 150 tokens, and what llama.cpp said."""
+    """logits(model, text, batch, repack): float32 (tokens, vocabulary) for a text's first 150 tokens, and llama.cpp's log."""
     root, source, lib = tmp_path_factory.mktemp("logits"), llama_cpp.source_dir(), llama_cpp.library("llama").parent
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-I", source / "include", "-I", source / "ggml" / "include",
-               HERE / "logits.cpp", "-L", lib, "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", f"-Wl,-rpath,{lib}",
-               "-o", root / "logits"]  # fmt: skip
+    includes = ["-I", source / "include", "-I", source / "ggml" / "include"]
+    libraries = ["-L", lib, "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", f"-Wl,-rpath,{lib}"]
+    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", *includes, HERE / "logits.cpp", *libraries, "-o", root / "logits"]
     subprocess.run(list(map(str, command)), check=True)
 
     def run_it(model, text, batch, repack, tokens=150):
@@ -430,11 +430,11 @@ def divergence(logits, others):
 
 
 def check_repack_changes_little(logits, model, text, batch):
-    """The integers are the same and float sums differ in their order alone (tests/llama_cpp/test_ops.py, exactly). In a model an
-    activation that such a difference takes over an edge of Q8_0 is a whole step off for the next matrix, so logits of
-    a token are either equal to 1e-5 or off by such steps. Measured: up to 0.5 % of the logits' standard deviation (root
-    mean square), KL divergence up to 1.1e-6 of random models and 1.0e-5 of the demo model, whose logits lie further apart.
-    Plain weights alone give 1 to 4 % between batches of 1 and of 150 (random models)."""
+    """The integers are equal, and float sums differ only in their order (tests/llama_cpp/test_ops.py, exactly). In a model such a
+    difference can push an activation over an edge of Q8_0, a whole step for the next matrix, so a token's logits are either equal to
+    1e-5 or off by such steps. Measured: up to 0.5 % of the logits' standard deviation (root mean square); KL divergence up to 1.1e-6
+    for random models and 1.0e-5 for the demo model, whose logits lie further apart. Plain weights alone give 1 to 4 % between batches
+    of 1 and of 150 (random models)."""
     plain, said = logits(model, text, batch, 0)
     assert "CPU_REPACK" not in said
     repacked, said = logits(model, text, batch, "default")
@@ -471,7 +471,7 @@ def test_tools_repack_unless_told_not_to(llama):
 
 
 def test_logits_of_the_demo_model(demo, tmp_path):
-    """KL divergence between upstream's F32 file and ours, of the same exact checkpoint, on text it was not trained on."""
+    """KL divergence between upstream's F32 file and ours, from the same exact checkpoint, on held-out text."""
     hf, f32, ours = demo
     held_out = tmp_path / "held-out.txt"
     held_out.write_text((hf / "held_out.txt").read_text()[:60000])
@@ -485,7 +485,7 @@ def test_logits_of_the_demo_model(demo, tmp_path):
 
 
 def test_text_of_the_demo_model_is_python(demo):
-    """It goes on with a class as Python does: an indented block with keywords."""
+    """It continues a class like Python: an indented block with keywords."""
     text = greedy(demo[2], prompt="class Reader:\n    def __init__(self", count=96)
     assert re.search(r"^ {4,}\S", text, re.M), text
     assert len(re.findall(r"\b(self|def|return|if|for|in|None|not|is|class|import|raise|else)\b", text)) >= 5, text
