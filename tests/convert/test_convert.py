@@ -296,6 +296,7 @@ def test_blocks_that_vanish_are_told(latent, tmp_path):
             assert re.search(r"blk\.\*\.ffn_up.*error <= 1.0000, cosine >= 0.0000", done.stdout)
 
 
+@pytest.mark.slow
 def test_columns_put_together_are_no_rows():
     """torch.cat along the rows is read piece by piece, along the columns as a whole."""
     script = """
@@ -367,6 +368,7 @@ def test_inexact_is_told(tmp_path):
 # ---- what is kept, and how ----
 
 
+@pytest.mark.slow
 def test_embedding_types(zoo, tmp_path):
     root, _ = zoo
     out = [tmp_path / f"{i}.gguf" for i in range(4)]
@@ -478,6 +480,7 @@ def test_other_checkpoints(tmp_path, dtype, safe):
     assert small_models.snapshot(model) == before
 
 
+@pytest.mark.slow
 def test_chunks(zoo, tmp_path):
     """Reading by a few rows gives the same file as reading at once."""
     root, _ = zoo
@@ -499,6 +502,7 @@ def test_fused_qkv(zoo, tmp_path):
     assert sherry("verify", tmp_path / "x.gguf", root / "llama").returncode == 1
 
 
+@pytest.mark.slow
 def test_peak_memory(zoo, tmp_path):
     """A model 100 times as large takes hardly more memory: tensors go through in chunks."""
     config = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)

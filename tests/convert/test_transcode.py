@@ -363,6 +363,7 @@ def test_a_second_run_replaces_the_first(model, tmp_path):
         assert cli.main(["transcode", str(model), str(tmp_path / "x.bin"), "--to", "f16"]) == 0
 
 
+@pytest.mark.slow
 def test_more_than_4_gib(tmp_path):
     """Offsets beyond 32 bits; a hole, which reads as a tensor of zeros, stays one."""
     x = ternary(tq1_25.TYPE, 4, 256)

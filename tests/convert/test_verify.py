@@ -274,6 +274,7 @@ def test_types(zoo, tmp_path, name, types, planned):
         differs(zoo, tmp_path / "x.gguf", told)
 
 
+@pytest.mark.slow
 def test_what_upstream_packs(zoo, copy, tmp_path):
     """MXFP4 experts are compared too."""
     root, _ = zoo

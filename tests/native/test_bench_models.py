@@ -129,6 +129,7 @@ def test_rows_that_do_not_fit_fall_back_and_the_tables_say_so(models, tmp_path, 
 def test_fallbacks_are_those_of_llama_quantize():
     source = (llama_cpp.source_dir() / "src" / "llama-quant.cpp").read_text()
     source = source[source.index("static ggml_type tensor_type_fallback(") :]
+    source = source.replace("SHERRY_TYPES(SHERRY_CASE)", "".join(f"case GGML_TYPE_{name}:\n" for name in gguf_type.TYPES))
     theirs, waiting = {}, []
     for case, other in re.findall(r"case GGML_TYPE_(\w+):(?:[^\n]*return_type = GGML_TYPE_(\w+))?", source.partition("\n}")[0]):
         waiting.append(case)
@@ -287,7 +288,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_made(tmp_path, 
     (["--models", "7b"], "no model '7b': there are 0.5b, 0.7b, 1b, 3b, tiny"),
     (["--types", "TQ1_25,NOPE"], "NOPE is not a type of the built ggml, which has F32,"),
     (["--types", "I8"], "weights cannot be quantized to I8"),
-    (["--embeddings", "NOPE-plain"], "NOPE-PLAIN is no type"),
+    (["--embeddings", "NOPE-plain"], "NOPE-PLAIN is not a type"),
     (["--threads", "0"], "--threads"),
     (["--depth", "-1"], "--depth"),
     (["--rounds", "0"], "--rounds and --vocab must be at least 1"),
