@@ -12,7 +12,7 @@ from .errors import ConvertError, NotBuilt
 
 # Verb to module and what it does. A module is imported only when its verb is used: some need PyTorch.
 VERBS = {
-    "convert": ("convert_command", "convert a Hugging Face model directory to a TQ1_25 GGUF"),
+    "convert": ("convert.command", "convert a Hugging Face model directory to a TQ1_25 GGUF"),
     "verify": ("verify", "prove that a TQ1_25 GGUF holds what a model directory holds"),
     "inspect": ("inspect", "show a GGUF's metadata, types, sizes, and what is exact"),
     "transcode": ("transcode", "change the type of a GGUF's ternary tensors"),

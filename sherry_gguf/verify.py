@@ -19,11 +19,17 @@ from typing import Any
 
 import numpy as np
 
-from . import convert, convert_command, llama_cpp, ternary, tq1_25
-from .convert import Grouping, Options, Tensor
+from . import llama_cpp, ternary, tq1_25
+from .convert import Options, command
+from .convert.checkpoint import Grouping, check_checkpoint, check_input, read_grouping
+from .convert.metadata import add_metadata, check_token_count, sherry_metadata, tokenizer_problem
+from .convert.plan import check_blocks, make_plan
+from .convert.provenance import Checkpoint
+from .convert.rows import CHUNK, computing
+from .convert.tensor import Tensor
+from .convert.upstream import collect, instantiate, upstream
 from .errors import QuantizeError
 from .gguf_file import Gguf, Stored, read_gguf
-from .provenance import Checkpoint
 from .report import progress_bar, starred
 
 
@@ -45,11 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("gguf", type=Path, metavar="GGUF", help="the GGUF; of a split, any of its files")
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="the model directory that it was made from")
-    convert_command.add_checkpoint_arguments(parser)
+    command.add_checkpoint_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    verdict = verify(args.gguf, args.model, convert_command.options(args))
+    verdict = verify(args.gguf, args.model, command.options(args))
     for problem in verdict.problems:
         print(f"differs: {problem}")
     for change, tensors in verdict.changed.items():
@@ -78,24 +84,24 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
     Raises ConvertError, NotBuilt.
     """
     options = options or Options()
-    convert.upstream()  # before gguf is imported from elsewhere
+    upstream()  # before gguf is imported from elsewhere
     model_dir = Path(model_dir)
     stored = read_gguf(path)
-    convert.check_input(model_dir, options)
+    check_input(model_dir, options)
     import torch
 
-    grouping = convert.read_grouping(model_dir, options)
+    grouping = read_grouping(model_dir, options)
     verdict = Verdict()
     with torch.inference_mode():
-        convert.check_checkpoint(model_dir)
-        plan = convert.make_plan(convert.instantiate(model_dir, options, "MOSTLY_F16", convert._Recorder), options, grouping)
-        model = convert.instantiate(model_dir, options, "ALL_F32", convert._Recorder)
-        expected = convert.collect(model)
+        check_checkpoint(model_dir)
+        plan = make_plan(instantiate(model_dir, options, "MOSTLY_F16"), options, grouping)
+        model = instantiate(model_dir, options, "ALL_F32")
+        expected = collect(model)
         checkpoint = Checkpoint(model)
         sources = {name: checkpoint.sources(name, info.tensor) for name, info in expected.items()}
-        convert.add_metadata(model)
-        convert.check_blocks(model, plan, options)
-        convert.check_token_count(model, plan)
+        add_metadata(model)
+        check_blocks(model, plan, options)
+        check_token_count(model, plan)
         for name in stored.tensors.keys() - expected.keys():
             verdict.problems.append(f"{name} is in the file and not in the checkpoint")
         sound = True  # all TQ1_25 tensors are as they must be
@@ -103,16 +109,16 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
             for t in bar:
                 info, found = expected.pop(t.name), stored.tensors.get(t.name)
                 if not t.raw:
-                    info.tensor = vars(model).get("wide", {}).pop(t.name, info.tensor)
+                    info.tensor = model.wide.pop(t.name, info.tensor)
                     t.changed = checkpoint.change(sources[t.name], functools.partial(_values, info.tensor, t))
                 if problem := _compare(model, info.tensor, t, found, grouping, verdict):
                     verdict.problems.append(t.name + problem)
                     sound = sound and tq1_25.NAME not in (t.type.name, (found or t).type.name)
                 t.data = info.tensor = None
         wanted = {key: (v.value, v.type, v.sub_type) for key, v in model.gguf_writer.kv_data[0].items()}
-        wanted |= convert.sherry_metadata([t for t in plan if t.type.name == tq1_25.NAME], grouping)
+        wanted |= sherry_metadata([t for t in plan if t.type.name == tq1_25.NAME], grouping)
         _compare_metadata(wanted, stored, sound, verdict)
-        if problem := convert.tokenizer_problem(model, stored.files[0], options):
+        if problem := tokenizer_problem(model, stored.files[0], options):
             verdict.problems.append(f"tokenizer: {problem}")
     return verdict
 
@@ -218,14 +224,14 @@ def _compare_blocks(tensor, planned: Tensor, t: Stored, grouping: Grouping, verd
             try:
                 reference = tq1_25.quantize(x)
             except QuantizeError as e:
-                raise convert._bad_row(planned, start + e.row, e.cause) from e
+                raise planned.bad_row(start + e.row, e.cause) from e
         else:
             lanes, d = ternary.sparse_absmean(x, size)
             if grouping.granularity == "per_tensor":
                 scale = _matrix_scales(tensor, planned) if scale is None else scale
                 d = scale[start : start + len(x), None]
             if (large := (d >= 65520).any(axis=1)).any():
-                raise convert._bad_row(planned, start + int(large.argmax()), tq1_25.OVERFLOW)
+                raise planned.bad_row(start + int(large.argmax()), tq1_25.OVERFLOW)
             reference = tq1_25.pack(lanes, np.repeat(d.astype(np.float16), size // tq1_25.BLOCK, axis=-1))
         exact = same.reshape(len(x), -1).all(axis=1)
         if (wrong := (reference != blocks).any(axis=1) & ~exact).any():
@@ -249,14 +255,14 @@ def _rows(tensor, t: Tensor) -> Iterator[tuple[int, np.ndarray]]:
     import gguf
 
     width = t.shape[-1] if t.shape else 1
-    start, step = 0, max(1, convert.CHUNK // width)
+    start, step = 0, max(1, CHUNK // width)
     pieces = (
         (load() for load in tensor._chunks)
         if isinstance(tensor, gguf.LazyChunkedTensor)
         else (gguf.LazyNumpyTensor.to_eager(whole) for whole in (tensor,))
     )
     while True:
-        with convert.computing(t):
+        with computing(t):
             piece = next(pieces, None)
         if piece is None:
             return
@@ -267,7 +273,7 @@ def _rows(tensor, t: Tensor) -> Iterator[tuple[int, np.ndarray]]:
             with np.errstate(over="ignore"):
                 finite = np.isfinite(x.astype(np.float32, copy=False)).all(axis=1)
             if not finite.all():
-                raise convert._bad_row(t, start + i + int(finite.argmin()), tq1_25.NOT_FINITE)
+                raise t.bad_row(start + i + int(finite.argmin()), tq1_25.NOT_FINITE)
             yield start + i, x
         start += len(piece)
 

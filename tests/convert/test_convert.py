@@ -13,7 +13,9 @@ import small_models
 import torch
 from conftest import sherry
 
-from sherry_gguf import convert, convert_command, gguf_file, gguf_type, llama_cpp, ternary, tq1_25
+from sherry_gguf import gguf_file, gguf_type, llama_cpp, ternary, tq1_25
+from sherry_gguf.convert import Options, command, encode, plan
+from sherry_gguf.convert.tensor import Tensor
 from sherry_gguf.errors import ConvertError
 
 gguf = gguf_type.register()
@@ -84,8 +86,8 @@ def test_rules_cover_what_llama_cpp_does():
     assert len(names) > 200 and len(ops) > 200
 
     def kept(name, arch="llama"):
-        t = convert.Tensor(name, "", (256, 256), gguf.GGMLQuantizationType.F16, 0, None)
-        return bool(convert._why_kept(t, arch, []))
+        t = Tensor(name, "", (256, 256), gguf.GGMLQuantizationType.F16, 0, None)
+        return bool(plan.why_kept(t, arch, []))
 
     wrong = [
         names[t]
@@ -149,8 +151,8 @@ MAMBA = ("ssm_in", "ssm_out", "ffn_up")
 )
 def test_missing_matrices(blocks, told):
     """A lost matrix is told, blocks of several kinds are not; with a list of figures by block anything goes."""
-    plan = [
-        convert.Tensor(f"blk.{i}.{name}.weight", "", (1, 128), None, 0, None)
+    tensors = [
+        Tensor(f"blk.{i}.{name}.weight", "", (1, 128), None, 0, None)
         for i, names in enumerate(blocks)
         for name in (*names, *["attn_norm"] * bool(names), *["time_mix_v1"] * (i > 0))
     ]
@@ -159,7 +161,7 @@ def test_missing_matrices(blocks, told):
         pairs = {"x.attention.head_count_kv": types.SimpleNamespace(value=figures)}
         writer = types.SimpleNamespace(arch="x", kv_data=[pairs])
         model = types.SimpleNamespace(gguf_writer=writer, block_count=len(blocks), find_hparam=lambda *_, **__: len(blocks), dir_model="m")
-        convert.check_blocks(model, plan, convert.Options())
+        plan.check_blocks(model, tensors, Options())
 
     check([2] * len(blocks))
     if told:
@@ -256,8 +258,8 @@ def test_one_ulp_is_not_exact(tmp_path, dtype):
 
 
 def tensor(x, y):
-    t = convert.Tensor("t", "", x.shape, None, 0, None)
-    t.add(x.size // 128, *convert.compare(x, y.copy()))
+    t = Tensor("t", "", x.shape, None, 0, None)
+    t.add(x.size // 128, *encode.compare(x, y.copy()))
     return t
 
 
@@ -301,14 +303,14 @@ def test_columns_put_together_are_no_rows():
     """torch.cat along the rows is read piece by piece, along the columns as a whole."""
     script = """
 import numpy as np, torch
-from sherry_gguf import convert
-lazy = convert.upstream().LazyTorchTensor
+from sherry_gguf.convert import rows as convert_rows, upstream
+lazy = upstream.upstream().LazyTorchTensor
 a, b = torch.arange(6.0).reshape(2, 3), torch.arange(6.0, 12).reshape(2, 3)
 for f, dim in (torch.cat, 0), (torch.cat, 1), (torch.cat, -1), (torch.stack, 0), (torch.stack, 1), (torch.stack, -1):
     for call in (lambda p: f(p, dim), lambda p: f(p, dim=dim)):
         wanted = f([a, b], dim).numpy()
         data = call([lazy.from_eager(a), lazy.from_eager(b)])
-        rows = [load() for _, load in convert.row_loaders(data, wanted.shape[-1])]
+        rows = [load() for _, load in convert_rows.row_loaders(data, wanted.shape[-1])]
         assert len(rows) == 1 + (dim == 0), (f, dim)
         assert np.array_equal(np.concatenate(rows), wanted.reshape(-1, wanted.shape[-1])), (f, dim)
 """
@@ -440,7 +442,7 @@ def test_largest_weights_of_bf16(tmp_path):
     """What rounds to infinity in BF16 is refused."""
     model = small_models.make(tmp_path / "m", "llama", dtype=torch.float32)
     for weight, code in (3.3895e38, 0), (3.4e38, 1):
-        small_models.edit_weights(model, lambda tensors: tensors["lm_head.weight"].view(-1)[:1].fill_(weight))
+        small_models.edit_weights(model, lambda tensors, w=weight: tensors["lm_head.weight"].view(-1)[:1].fill_(w))
         done = sherry("convert", model, "--outfile", tmp_path / "x.gguf", "--output-tensor-type", "bf16")
         assert done.returncode == code, done.stderr
     assert "output.weight (lm_head.weight) has a weight of magnitude 3.4e+38, BF16 holds none" in done.stderr
@@ -486,7 +488,7 @@ def test_chunks(zoo, tmp_path):
     root, _ = zoo
     for name in ("mixtral", "phi", "gpt2"):
         out = tmp_path / f"{name}.gguf"
-        patch = "from sherry_gguf import convert\nconvert.CHUNK = 2000"
+        patch = "from sherry_gguf.convert import rows\nrows.CHUNK = 2000"
         done = sherry("convert", root / name, "--outfile", out, *conftest.pre(name), patch=patch)
         assert done.returncode == 0, done.stderr
         assert out.read_bytes() == (root / f"{name}.gguf").read_bytes()
@@ -516,7 +518,7 @@ def test_peak_memory(zoo, tmp_path):
     for source in (zoo[0] / "llama", model):
         output, _ = conftest.python(script, "convert", source, "--outfile", tmp_path / "x.gguf").communicate()
         peaks.append(int(re.search(r"peak (\d+)", output)[1]) * 1024)
-    assert peaks[1] - peaks[0] < 120e6 + 30e6 * convert.WORKERS, peaks
+    assert peaks[1] - peaks[0] < 120e6 + 30e6 * encode.WORKERS, peaks
 
 
 # ---- files ----
@@ -570,10 +572,10 @@ def test_split_beside_others(zoo, tmp_path):
 
 
 def test_sizes():
-    assert [convert_command.size(text) for text in ("7", "2K", "3M", "4G")] == [7, 2000, 3_000_000, 4_000_000_000]
+    assert [command.size(text) for text in ("7", "2K", "3M", "4G")] == [7, 2000, 3_000_000, 4_000_000_000]
     for text in ("", "K", "-1", "1.5M", "1T", "\u0663M"):
         with pytest.raises(argparse.ArgumentTypeError, match="is not a number"):
-            convert_command.size(text)
+            command.size(text)
 
 
 def test_dry_run(zoo, tmp_path):

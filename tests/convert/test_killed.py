@@ -26,9 +26,10 @@ pytestmark = pytest.mark.slow
 SERVER = """
 import json, os, signal, sys, time
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-from sherry_gguf import convert, kernels
+from sherry_gguf import kernels
 from sherry_gguf.cli import main
-convert.upstream()
+from sherry_gguf.convert import command, upstream
+upstream.upstream()
 fsync = os.fsync
 os.fsync = lambda fd: (time.sleep(0.01), fsync(fd))  # a disk that takes its time: kills meet what waits for it too
 print("ready", flush=True)

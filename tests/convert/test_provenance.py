@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from transformers.integrations import bitnet
 
-from sherry_gguf import gguf_type, packed
-from sherry_gguf.provenance import Tally, fingerprint
+from sherry_gguf import gguf_type
+from sherry_gguf.convert import packed
+from sherry_gguf.convert.provenance import Tally, fingerprint
 
 pytestmark = pytest.mark.slow
 
@@ -31,13 +32,13 @@ def load(path):
 def bitnet_model(directory, one_scale=False, first=True):
     """A BitNet b1.58 with exact 3:4 sparse weights under the names of its first checkpoints, and a sentencepiece tokenizer."""
     config = transformers.BitNetConfig(
-        vocab_size=small_models.VOCAB, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=128, bos_token_id=1, eos_token_id=2, hidden_act="silu", tie_word_embeddings=True)  # fmt: skip
+        vocab_size=small_models.VOCAB, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, hidden_act="silu", tie_word_embeddings=True)  # fmt: skip
     torch.manual_seed(0)
     model = transformers.BitNetForCausalLM(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for name, module in model.model.named_modules():
+        for module in model.model.modules():
             if isinstance(module, torch.nn.Linear):
                 w = small_models.sparse_ternary(module.weight, generator)
                 module.weight.copy_(torch.sign(w) * 0.05 if one_scale else w)
@@ -78,7 +79,7 @@ def test_bitnet_weights_are_taken_as_they_are(tmp_path, one_scale):
 def test_bitnet_as_upstream_does_it_is_no_proof(tmp_path, one_scale, change):
     """The same with upstream's quantization left in place: told, refused where it must be exact, no success of verify."""
     model, out = bitnet_model(tmp_path / "m", one_scale), tmp_path / "x.gguf"
-    patch = "from sherry_gguf import convert; convert._AS_STORED.clear()"
+    patch = "from sherry_gguf.convert import upstream; upstream.AS_STORED.clear()"
     done = sherry("convert", model, "--outfile", out, "--require-exact", patch=patch)
     assert done.returncode == 1 and not out.exists()
     assert "--require-exact: 7 of 7 tensors do not hold the checkpoint's values: llama.cpp's BitnetModel changes blk." in done.stderr
@@ -116,8 +117,8 @@ def test_bitnet_as_transformers_has_it(tmp_path):
 # ---- a value that is changed inside a class of upstream's ----
 
 PATCH = """
-from sherry_gguf import convert
-convert.upstream()
+from sherry_gguf.convert.upstream import upstream
+upstream()
 from conversion.{module} import {cls}
 import torch
 modify = {cls}.modify_tensors

@@ -12,7 +12,8 @@ import transformers
 from conftest import sherry
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from sherry_gguf import llama_cpp, tokenizer_check, vocabulary
+from sherry_gguf import llama_cpp
+from sherry_gguf.convert import tokenizer_check, vocabulary
 from sherry_gguf.errors import CheckFailed
 
 pytestmark = pytest.mark.slow
@@ -43,9 +44,7 @@ def convert(model, *args):
 
 
 def of_file(model):
-    return {
-        key: field for key, field in re.findall(r"^  (tokenizer\.\S+) +(\S+)", sherry("inspect", model.parent / "out.gguf").stdout, re.M)
-    }
+    return dict(re.findall(r"^  (tokenizer\.\S+) +(\S+)", sherry("inspect", model.parent / "out.gguf").stdout, re.M))
 
 
 def save(tokenizer, directory, cls="PreTrainedTokenizerFast", **settings):
@@ -204,7 +203,7 @@ def smollm(directory):
     path.write_text(json.dumps(content))
 
 
-AS_UPSTREAM = "from sherry_gguf.vocabulary import Vocabulary as V; del V._set_vocab_llama_hf, V._set_vocab_sentencepiece"
+AS_UPSTREAM = "from sherry_gguf.convert.vocabulary import Vocabulary as V; del V._set_vocab_llama_hf, V._set_vocab_sentencepiece"
 
 
 def test_a_byte_level_tokenizer_of_a_llama_class(model):
@@ -229,7 +228,7 @@ def test_bos_is_put_before_a_text_where_the_tokenizer_says_so(model):
     small_models.edit_config(model, vocab_size=49152)
     done = convert(model, "--vocab-only", "--tokenizer-pre", "smollm")
     assert done.returncode == 0, done.stderr
-    patch = "from sherry_gguf.vocabulary import Vocabulary as V; del V.set_vocab"
+    patch = "from sherry_gguf.convert.vocabulary import Vocabulary as V; del V.set_vocab"
     done = sherry("convert", model, "--outfile", model.parent / "y.gguf", "--vocab-only", "--tokenizer-pre", "smollm", patch=patch)
     assert done.returncode == 1 and "Only the tokens around a text differ" in done.stderr
 
@@ -373,7 +372,7 @@ def test_wordpiece(tmp_path):
 def test_a_tokenizer_that_transformers_cannot_load(model):
     save(byte_level(pre_tokenizer("gpt-2")), model)
     patch = (
-        "import sherry_gguf.tokenizer_check as t; from sherry_gguf.errors import CheckFailed\n"
+        "import sherry_gguf.convert.tokenizer_check as t; from sherry_gguf.errors import CheckFailed\n"
         "def load(directory): raise CheckFailed('transformers cannot load the tokenizer')\nt.load_tokenizer = load"
     )
     done = sherry("convert", model, "--outfile", model.parent / "out.gguf", "--tokenizer-pre", "gpt-2", patch=patch)

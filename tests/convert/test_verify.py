@@ -310,7 +310,7 @@ def test_verify_bad_input(zoo, tmp_path):
     root, _ = zoo
     for args, told in [
         ((tmp_path / "none.gguf", root / "llama"), "none.gguf: no such file"),
-        ((root / "llama.gguf", tmp_path / "none"), "none is not there: no such directory"),
+        ((root / "llama.gguf", tmp_path / "none"), "none does not exist"),
         ((root / "llama.gguf", root / "llama.gguf"), "llama.gguf is not a directory"),
         ((tmp_path, root / "llama"), f"{tmp_path}: not an ordinary file"),
         ((root / "llama.gguf", tmp_path), "it has no config.json"),

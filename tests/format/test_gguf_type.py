@@ -124,8 +124,9 @@ torch.save(model.state_dict(), sys.argv[2])
 @pytest.mark.slow
 def test_the_pinned_package_agrees():
     script = """
-from sherry_gguf import convert, gguf_type, llama_cpp
-convert.upstream()
+from sherry_gguf import gguf_type, llama_cpp
+from sherry_gguf.convert.upstream import upstream
+upstream()
 import gguf, inspect
 assert str(llama_cpp.source_dir()) in gguf.__file__, gguf.__file__
 source = inspect.getsource(gguf.constants)

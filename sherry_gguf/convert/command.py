@@ -7,9 +7,12 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import convert, patterns, tq1_25
-from .convert import UPSTREAM_FLAGS, Options, Report, Tensor
-from .report import sizes, table
+from .. import patterns, tq1_25
+from ..report import sizes, table
+from . import Report, convert
+from .options import STORED_TYPES, UPSTREAM_FLAGS, Options
+from .tensor import Tensor
+from .upstream import upstream
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +51,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         ("--token-embedding-type", "token embeddings, and of the output if it shares them"),
         ("--output-tensor-type", "output tensor"),
     ):
-        add(flag, metavar="TYPE", help=f"type of the {what} (default: F16): {', '.join(convert.STORED_TYPES)}")
+        add(flag, metavar="TYPE", help=f"type of the {what} (default: F16): {', '.join(STORED_TYPES)}")
     add(
         "--fallback-type",
         metavar="TYPE",
@@ -96,11 +99,11 @@ def options(args: argparse.Namespace) -> Options:
 
 def run(args: argparse.Namespace) -> int:
     if args.print_supported_models:
-        print("\n".join(sorted(convert.upstream().TEXT_MODEL_MAP)))
+        print("\n".join(sorted(upstream().TEXT_MODEL_MAP)))
         return 0
     if args.model is None:
         args.usage_error("the following arguments are required: MODEL_DIR")
-    report = convert.convert(args.model, options(args))
+    report = convert(args.model, options(args))
     if args.dry_run:
         rows = [(t.name, t.type.name, " x ".join(map(str, t.shape)), t.nbytes, t.source) for t in report.tensors]
         print("\n".join(table(("tensor", "type", "shape", "bytes", "from"), rows)))

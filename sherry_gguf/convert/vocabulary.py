@@ -11,8 +11,9 @@ import logging
 import re
 from pathlib import Path
 
-from . import llama_cpp, tokenizer_check
-from .errors import CheckFailed, VocabularyError
+from .. import llama_cpp
+from ..errors import CheckFailed, VocabularyError
+from . import tokenizer_check
 
 SENTENCEPIECE = "tokenizer.model"
 NO_CHECK = "--no-tokenizer-check skips this check"

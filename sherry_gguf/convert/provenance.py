@@ -18,6 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from .rows import as_floats
+from .upstream import evaluate
+
 _CHUNK = 1 << 22  # values handled at a time
 _DESCRIBED = 1 << 20  # values that are looked at to say how they were changed
 
@@ -116,8 +119,8 @@ class Checkpoint:
 
     def __init__(self, model):
         self._tensors = model.model_tensors
-        self._decoded = vars(model).get("decoded", set())
-        self._given = vars(model).get("given", {})
+        self._decoded = model.decoded
+        self._given = model.given
 
         def of_all(measure: Callable[[Iterable[np.ndarray]], Any]) -> Callable[..., Any]:
             # the last is kept: the parts of a tensor that is split follow one another
@@ -140,15 +143,13 @@ class Checkpoint:
 
     def values(self, name: str) -> Iterator[np.ndarray]:
         """A tensor's values in their order, in chunks of float32, or float64 where it is float64."""
-        from . import convert
-
         tensor = self._tensors[name]()
-        place = next(_leaves(tensor), ())
+        place: tuple = next(_leaves(tensor), ())
         if name not in self._decoded and len(place) == 2:
             file, offset = place
             yield from _read(file, self._contents(file)[offset])
         else:  # decoded, or from a file of PyTorch's
-            yield _floats(convert.evaluate(tensor))
+            yield as_floats(evaluate(tensor)).reshape(-1)
 
     def change(self, sources: list[str], chunks: Callable[[], Iterable[np.ndarray]]) -> str:
         """How a tensor of the file differs from its `sources`, in words; "" where their values only moved.
@@ -206,17 +207,11 @@ def _read(file: Path, name: str) -> Iterator[np.ndarray]:
     with safetensors.safe_open(file, "pt") as f:
         part = f.get_slice(name)
         if not (shape := part.get_shape()):
-            yield _floats(part[...])
+            yield as_floats(part[...]).reshape(-1)
             return
         step = max(1, _CHUNK // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
-            yield _floats(part[start : start + step])
-
-
-def _floats(x) -> np.ndarray:
-    import torch
-
-    return (x if x.dtype is torch.float64 else x.to(torch.float32)).reshape(-1).numpy()
+            yield as_floats(part[start : start + step]).reshape(-1)
 
 
 def _described(x: np.ndarray, source: np.ndarray) -> str:

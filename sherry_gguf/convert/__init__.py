@@ -1,0 +1,102 @@
+"""Converts a Hugging Face model directory to a TQ1_25 GGUF with llama.cpp's own conversion classes.
+
+Upstream's class for the architecture prepares the tensors, metadata and tokenizer of an F16 file (`upstream`). `plan` chooses the
+tensors that become TQ1_25. `rows` and `encode` read and convert them in chunks, and `writer` reads the finished files back before they
+replace anything.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from .. import tq1_25
+from ..report import starred
+from .checkpoint import Grouping, check_checkpoint, check_input, read_grouping
+from .encode import WORKERS, Encoder
+from .metadata import add_metadata, check_token_count, check_tokenizer
+from .options import Options
+from .plan import check_blocks, check_fallbacks, kept_notes, make_plan
+from .provenance import Checkpoint
+from .tensor import Tensor
+from .upstream import activation_note, instantiate, read_json
+from .writer import changes, files_of, other_splits, set_tensors, target_of, write
+
+__all__ = ["Options", "Report", "convert"]
+
+_EARLY = 1 << 29  # bytes of tensors from which on the tokenizer is also checked before the conversion
+
+
+@dataclasses.dataclass
+class Report:
+    """What a conversion did, or would do with dry_run."""
+
+    files: list[Path]
+    tensors: list[Tensor]
+    notes: list[str]
+
+
+def convert(model_dir: Path, options: Options | None = None) -> Report:
+    """Convert a model directory. Raises ConvertError, NotBuilt; then nothing was written or replaced."""
+    model_dir, options = Path(model_dir), options or Options()
+    check_input(model_dir, options)
+    target = target_of(model_dir, options)
+    grouping = read_grouping(model_dir, options)
+    if options.metadata:
+        read_json(options.metadata)
+    import torch
+
+    with torch.inference_mode(), concurrent.futures.ThreadPoolExecutor(WORKERS) as pool:
+        model, plan = _prepared(model_dir, options, grouping)
+        names = model.gguf_writer.format_shard_names(target)
+        files = files_of(model_dir, target, names)
+        notes = [*kept_notes(plan), *filter(None, [activation_note(model)])]
+        if others := other_splits(target, names):
+            notes.append(f"files of another conversion beside it, left as they are: {', '.join(others)}")
+        if not options.dry_run:
+            if sum(t.nbytes for t in plan) > _EARLY:
+                check_tokenizer(model, options)
+            write(model, plan, target, files, Encoder(grouping, pool, Checkpoint(model)), grouping, options)
+            notes += _findings(model, plan, grouping)
+    return Report(files, plan, notes)
+
+
+def _prepared(model_dir: Path, options: Options, grouping: Grouping) -> tuple[Any, list[Tensor]]:
+    """Upstream's model object with its metadata, and the plan, both checked."""
+    if not options.vocab_only:
+        check_checkpoint(model_dir)
+    model = instantiate(model_dir, options, "MOSTLY_F16")
+    plan = [] if options.vocab_only else make_plan(model, options, grouping)
+    set_tensors(model.gguf_writer, plan, options)
+    add_metadata(model)
+    if options.require_exact:
+        check_fallbacks(plan)
+    if plan:
+        check_blocks(model, plan, options)
+        check_token_count(model, plan)
+    return model, plan
+
+
+def _findings(model: Any, plan: list[Tensor], grouping: Grouping) -> list[str]:
+    """Notes on what encoding has found in the tensors."""
+    notes = []
+    if vanished := [t for t in plan if t.vanished]:
+        notes.append(
+            f"{sum(t.vanished for t in vanished)} blocks that are not all zero became so, their mean magnitude is "
+            f"below what fp16 holds (6e-8): {starred(vanished)}"
+        )
+    if changed := [t for t in plan if t.changed and t.type.name == tq1_25.NAME]:
+        notes += [f"not the checkpoint's weights: {change}" for change in changes(model, changed)]
+    if dense := [t for t in plan if t.ternary]:
+        notes.append(
+            f"ternary weights that are not 3:4 sparse lose precision in {tq1_25.NAME} (relative error up to "
+            f"{max(t.relative_error for t in dense):.3f}): {starred(dense)}. TQ2_0 and TQ1_0 hold such weights"
+        )
+    if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if not t.is_exact]):
+        notes.append(
+            f"the checkpoint says that its weights are fake_quantized, yet these are not 3:4 sparse ternary "
+            f"in {grouping} and were quantized, with loss: {starred(inexact)}. --keep keeps them"
+        )
+    return notes

@@ -1,0 +1,255 @@
+"""Chooses each tensor's type, and checks that the tensors make a whole model.
+
+Of the tensors of upstream's F16 file, the blocks' weights become TQ1_25: those that llama-quantize would quantize. All others stay what
+upstream makes of them.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import re
+import shlex
+from typing import Any
+
+import numpy as np
+
+from .. import gguf_type, patterns, tq1_25
+from ..errors import ConvertError
+from ..report import starred
+from .checkpoint import Grouping
+from .options import Options
+from .rows import computing, load_chunk, row_loaders, unrounded
+from .tensor import Tensor, first_bad
+from .upstream import collect
+
+EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
+OUTPUT = "output.weight"
+FLOATS = ("F32", "F16", "BF16")
+
+_MISFIT = "rows of "  # begins `why` of a matrix whose rows are not a multiple of a block
+_IN_TRAINING = "full precision in training"
+_FALLBACK = "Q4_0"  # type of misfits, as in llama-quantize
+_LARGEST = {"BF16": float(np.uint32(0x7F7F0000).view(np.float32))}  # else 65504: F16, and scales are fp16
+_IN_BLOCK = re.compile(r"^((?:enc\.|dec\.)?blk)\.(\d+)\.")
+# Matrices of the blocks that stay: those that llama-quantize leaves alone (tensor_allows_quantization), those that the graphs use other
+# than as the weights of a matrix product (LLM_TENSOR_INFOS), the second embeddings and heads of multi-token prediction, and attn_k_b,
+# whose rows run along the outputs of the trained layer.
+_NOT_WEIGHTS = re.compile(
+    r"norm|altup|laurel|indexer|hc_|_ape\b|_res_score|sinks|_rel_b\b|\.rel_pos|position_embd|patch_(?:embd|merger)"
+    r"|ffn_gate_inp|tid2eid|exp_probs|ffn\.act\b|layer_output_scale|nextn\.(?:embed_tokens|shared_head_head)"
+    r"|conv1d|shortconv\.conv\b|conv_base|ssm_(?:a|d|beta|[fg]_[ab])\b|channel_mix_lerp"
+    r"|time_mix_(?:first|decay|lerp|ln|[wvag][0-2]|k_k|k_a|r_k)|attn_k_b\b"
+)
+_NOT_WEIGHTS_OF = {"glm5-next": re.compile(r"attn_kv_a_mqa|attn_v_b")}
+
+
+def make_plan(model: Any, options: Options, grouping: Grouping) -> list[Tensor]:
+    """The tensors of the file, each with its type. Raises ConvertError."""
+    gguf = gguf_type.register()
+    keep = [_compiled(p) for p in options.keep]
+    plan = []
+    for name, info in collect(model).items():
+        source, forced = model.asked.get(name, ("", None))
+        t = Tensor(name, source, tuple(int(n) for n in info.shape), info.dtype, info.nbytes, info.tensor)
+        if not t.weights:
+            raise ConvertError(f"{name} ({source}) has the shape {t.shape}: it holds no weights")
+        plan.append(t)
+        _choose(t, forced, gguf.MODEL_ARCH_NAMES[model.model_arch], keep, options, grouping)
+        if info.dtype == gguf.GGMLQuantizationType.F16:
+            t.data = unrounded(t.data)
+    _check_groups(model, plan, grouping, options.keep)
+    if options.output_tensor_type and not any(t.name == OUTPUT for t in plan):
+        raise ConvertError(
+            "--output-tensor-type: this model has no output tensor, its embeddings serve as both; use --token-embedding-type"
+        )
+    for p in keep:
+        if not any(_kept(t, [p]) for t in plan):
+            raise ConvertError(f"--keep {p.pattern}: no tensor has such a name; --dry-run without it lists them")
+    if not any(t.type.name == tq1_25.NAME for t in plan):
+        by_flag = [f"--keep keeps {sum(t.why == '--keep' for t in plan)} tensors"] * bool(keep)
+        raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME}. {'; '.join(by_flag + kept_notes(plan))}")
+    for t in plan:
+        if t.type.name not in ("F32", tq1_25.NAME) and not t.raw:
+            _fit(t, fixed=t.why.startswith("as "))
+    return plan
+
+
+def _choose(t: Tensor, forced: Any, arch: str, keep: list[re.Pattern], options: Options, grouping: Grouping):
+    """Set a tensor's type and why; `forced` is upstream's answer to `tensor_force_quant`."""
+    gguf = gguf_type.register()
+    types = gguf.GGMLQuantizationType
+    wanted = options.output_tensor_type if t.name == OUTPUT else options.token_embedding_type if t.name in EMBEDDINGS else None
+    if t.type != types.F16 or type(forced) is not bool:
+        if wanted:
+            raise ConvertError(f"{t.name}: llama.cpp wants it as {t.type.name}, not {wanted}")
+        t.why = "as upstream"
+        t.raw = t.type not in (types.F32, types.F16)
+        return
+    if wanted:
+        t.why = "as asked" + ", which overrules --keep" * _kept(t, keep)
+        _set_type(t, types[wanted.upper()])
+        return
+    t.why = why_kept(t, arch, keep, grouping.kept)
+    if not t.why:
+        _set_type(t, types[tq1_25.NAME])
+    elif options.fallback_type and t.why == _IN_TRAINING and (misfit := why_kept(t, arch, keep)):
+        t.why = misfit
+    if t.why.startswith(_MISFIT):
+        t.misfit = True
+        fallback = types[(options.fallback_type or _FALLBACK).upper()]
+        if t.shape[-1] % (block := gguf.GGML_QUANT_SIZES[fallback][0]) == 0:
+            _set_type(t, fallback)
+        else:
+            t.why += f" nor of {block}, which {fallback.name} needs"
+
+
+def _kept(t: Tensor, keep: list[re.Pattern]) -> bool:
+    return any(p.search(t.name) or p.search(t.source) for p in keep)
+
+
+def _compiled(pattern: str) -> re.Pattern:
+    try:
+        return re.compile(pattern)
+    except re.error as e:
+        raise ConvertError(f"--keep {pattern}: not a regular expression: {e}") from None
+
+
+def why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: frozenset[str] = frozenset()) -> str:
+    """Why a tensor does not become TQ1_25, or "" if it does."""
+    if _kept(t, keep):
+        return "--keep"
+    if t.source in in_training:
+        return _IN_TRAINING
+    if t.name in (*EMBEDDINGS, OUTPUT):
+        return "embeddings and output"
+    if not _IN_BLOCK.match(t.name) or not t.name.endswith(".weight") or len(t.shape) not in (2, 3):
+        return "not a block's weights"
+    if _NOT_WEIGHTS.search(t.name) or ((special := _NOT_WEIGHTS_OF.get(arch)) and special.search(t.name)):
+        return "not a block's weights"
+    if t.shape[-1] % tq1_25.BLOCK:
+        return f"{_MISFIT}{t.shape[-1]}, not a multiple of {tq1_25.BLOCK}"
+    return ""
+
+
+def _set_type(t: Tensor, qtype: Any):
+    block, size = gguf_type.register().GGML_QUANT_SIZES[qtype]
+    if t.shape[-1] % block:
+        raise ConvertError(
+            f"{t.name} has rows of {t.shape[-1]}, {qtype.name} needs a multiple of {block}: choose another type, such as Q8_0 or F16"
+        )
+    t.type, t.nbytes = qtype, t.weights // block * size
+
+
+def _fit(t: Tensor, fixed: bool):
+    """Make a tensor F32 if a weight is too large for its type or its type's scales; raise ConvertError if the type is `fixed`."""
+    limit = _LARGEST.get(t.type.name, 65504.0)
+    largest = 0.0
+    with computing(t):
+        for start, load in row_loaders(t.data, t.shape[-1]):
+            x = load_chunk(load, t)
+            largest = max(largest, float(x.max(initial=0)), -float(x.min(initial=0)))
+            if (bad := first_bad(x)) is not None:
+                raise t.bad_row(start + bad, tq1_25.NOT_FINITE)
+    if largest > limit:
+        if fixed:
+            raise ConvertError(
+                f"{t.name} ({t.source}) has a weight of magnitude {largest:.6g}, {t.type.name} holds "
+                f"none beyond {limit:.6g}: {'F32 does' if t.type.name == 'BF16' else 'BF16 or F32 does'}"
+            )
+        t.why = f"a weight of magnitude {largest:.6g}, too large for F16"
+        _set_type(t, gguf_type.register().GGMLQuantizationType.F32)
+
+
+# ---- checks ----
+
+
+def _check_groups(model: Any, plan: list[Tensor], grouping: Grouping, keep: tuple[str, ...]):
+    """Raise a ConvertError that names all tensors whose rows or scales TQ1_25 cannot hold in the checkpoint's groups."""
+    quantized = [t for t in plan if t.type.name == tq1_25.NAME]
+
+    def refuse(misfits: list[Tensor], what: str, flag: str):
+        names = {t.name for t in misfits}
+        pattern = patterns.matching(names, [t.name for t in quantized if t.name not in names])
+        flags = "".join(f"--keep {shlex.quote(p)} " for p in (*keep, pattern))
+        raise ConvertError(
+            f"{len(misfits)} of {len(quantized)} matrices {what}: {starred(misfits)}. To keep them unquantized:\n  {flags}\n"
+            f"or to quantize all weights again, with loss:\n  {flag}"
+        )
+
+    if grouping.granularity == "per_group" and (misfits := [t for t in quantized if t.shape[-1] % grouping.group_size]):
+        sizes = ", ".join(map(str, sorted({t.shape[-1] for t in misfits})))
+        refuse(misfits, f"have rows of {sizes}, not a multiple of the group size, {grouping.group_size}", f"--group-size {tq1_25.BLOCK}")
+    if grouping.granularity == "per_tensor":
+        whole = model.model_tensors
+        misfits = [t for t in quantized if t.source in whole and whole[t.source]().numel() not in (t.weights, math.prod(t.shape[-2:]))]
+        if misfits:
+            refuse(misfits, "are only parts of the checkpoint's tensors, so per_tensor's scale is lost", "--granularity per_channel")
+
+
+def check_blocks(model: Any, plan: list[Tensor], options: Options):
+    """Raise ConvertError if a block, or a matrix that its siblings have, is missing. To be called after `metadata.add_metadata`.
+
+    A matrix is missing if at most one block in eight (at least one block) lacks it, and if these blocks have nothing that half of the
+    others lack, as blocks of another kind do. Hybrid and pruned models list a figure for each block in the metadata: their blocks may
+    differ in any way, and only the last one must be there.
+    """
+    if options.mtp:
+        return
+    arch = model.gguf_writer.arch
+    hybrid = any(
+        key.startswith(f"{arch}.") and isinstance(v.value, (list, tuple)) and len(v.value) == model.block_count
+        for key, v in model.gguf_writer.kv_data[0].items()
+    )
+    wanted = model.find_hparam(["num_hidden_layers", "n_layers", "n_layer", "num_layers"], optional=True)
+    wanted = min(wanted, model.block_count) if type(wanted) is int else 0
+    stacks: dict[str, dict[int, set[str]]] = collections.defaultdict(lambda: collections.defaultdict(set))
+    for t in plan:
+        if m := _IN_BLOCK.match(t.name):
+            names = stacks[m[1]][int(m[2])]
+            if not _NOT_WEIGHTS.search(t.name) and "nextn." not in t.name:
+                names.add(t.name[m.end() :])
+    if (there := max((max(blocks) + 1 for blocks in stacks.values()), default=0)) < wanted:
+        raise ConvertError(
+            f"{model.dir_model}: its configuration has {wanted} blocks, its weights have {there}: "
+            "a weight file is missing, or the configuration is another model's"
+        )
+    for stack, blocks in stacks.items() if not hybrid else ():
+        n = max(blocks) + 1
+        count = collections.Counter(name for names in blocks.values() for name in names)
+        for i in range(n):
+            lacking = sorted(name for name in count if name not in blocks[i] and count[name] >= n - max(1, n // 8))
+            if lacking and not any(count[name] <= n / 2 for name in blocks[i]):
+                raise ConvertError(
+                    f"{model.dir_model}: {', '.join(f'{stack}.{i}.{name}' for name in lacking)} missing, which the "
+                    "other blocks have: the checkpoint is not whole, download it again"
+                )
+
+
+def check_fallbacks(plan: list[Tensor]):
+    """Raise ConvertError if a fallback type loses precision, for --require-exact."""
+    if lossy := [t for t in plan if t.misfit and t.type.name not in FLOATS]:
+        raise ConvertError(
+            f"--require-exact: {len(lossy)} tensors would be stored as {lossy[0].type.name}, with loss, since their rows are not "
+            f"a multiple of {tq1_25.BLOCK}: {starred(lossy)}. Pass --fallback-type F16 as well"
+        )
+
+
+def kept_notes(plan: list[Tensor]) -> list[str]:
+    """Notes on tensors that are not TQ1_25 although a user may expect it, or not what --keep asks for."""
+    by_why = collections.defaultdict(list)
+    for t in plan:
+        if t.misfit or any(word in t.why for word in ("magnitude", "overrules")):
+            by_why[t.type.name, t.why].append(t)
+    notes = [f"{'kept in' if name in FLOATS else 'stored as'} {name}, {why}: {starred(tensors)}" for (name, why), tensors in by_why.items()]
+    if misfits := [t for t in plan if t.misfit]:
+        sizes = ", ".join(f"{name} {_size_as(misfits, name) / 1e6:.1f} MB" for name in ("Q4_0", "Q8_0", "F16"))
+        notes.append(f"sizes of these by --fallback-type: {sizes}")
+    return notes
+
+
+def _size_as(tensors: list[Tensor], name: str) -> int:
+    """Bytes of tensors as this type, or as F16 if their rows are not a multiple of its block size."""
+    gguf = gguf_type.register()
+    block, nbytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]]
+    return sum(2 * t.weights if t.shape[-1] % block else t.weights // block * nbytes for t in tensors)
