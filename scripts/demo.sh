@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
 # From a bare machine to text from llama-cli: set up, train a small Sherry checkpoint, convert it, prove it, run it.
-# Every step is skipped where its result is there already; an interrupted run goes on where it stopped.
+# Steps whose result exists are skipped; after an interruption, run it again to resume.
 set -euo pipefail
 
 if [[ $# -gt 0 ]]; then
-    echo "usage: scripts/demo.sh    (no arguments; scripts/build_llama_cpp.py has the environment)" >&2
+    echo "usage: scripts/demo.sh    (no arguments; scripts/build_llama_cpp.py lists the environment variables)" >&2
     [[ $1 == -h || $1 == --help ]] && exit 0 || exit 2
 fi
 
 if [[ -n ${SHERRY_BUILD_DIR:-} ]]; then
-    SHERRY_BUILD_DIR=$(realpath -m -- "$SHERRY_BUILD_DIR") # what was meant in the caller's directory
+    SHERRY_BUILD_DIR=$(realpath -m -- "$SHERRY_BUILD_DIR") # relative to the caller's directory
     export SHERRY_BUILD_DIR
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,7 +21,7 @@ prompt='def read(self, size):'
 threads=$(getconf _NPROCESSORS_ONLN)
 name=start
 
-step() { # step NAME WHAT COMMAND...: say it, run it, time it
+step() { # step NAME WHAT COMMAND...: announce, run and time it
     name=$1
     echo "==> $name: $2"
     shift 2
@@ -40,13 +40,13 @@ convert() {
 }
 
 text() {
-    # llama-cli is a chat program; the checkpoint's chat template makes it go on with the prompt. -st: one answer, then
-    # exit. What it prints before the prompt is its banner.
+    # llama-cli is a chat program; the checkpoint's chat template makes it continue the prompt. -st: one answer, then exit.
+    # The sed drops its banner.
     local answer
     answer=$("$bin/llama-cli" -m "$gguf" -st -p "$prompt" -n 160 -c 256 -t "$threads" --seed 3 --temp 0.6 \
         --simple-io --color off --log-verbosity 1 </dev/null | sed -n '/^> /,$p')
     echo "$answer"
-    # it exits with 0 whether or not it answered
+    # its exit status is 0 even without an answer
     if [[ $answer == *"Error:"* || $(wc -l <<<"$answer") -lt 4 ]]; then
         echo "llama-cli gave no answer: run $bin/llama-cli -m $gguf to see why" >&2
         return 1

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""What quantization costs in training: time and memory of an optimizer step against the same step in full precision.
+"""Measure what quantization costs in training: time and memory of an optimizer step, against full precision.
 
-Every method trains the same Llama on the same random tokens. Times: the methods take turns in every round of one process;
-ratios are medians of the rounds' ratios. Memory: each in a process of its own, the most that a few steps take beyond what
-the process had before the model was made (on a GPU, the most that PyTorch allocated).
+Every method trains the same Llama on the same random tokens. For times, the methods take turns in every round of one process;
+ratios are medians over the rounds. For memory, each method has its own process: the figure is the peak of a few steps, less
+what the process had before it made the model (on a GPU, the most that PyTorch allocated).
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+PROGRAM = "bench/training.py"
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in sherry_gguf.qat.command
 
 try:
     import torch
@@ -25,7 +26,7 @@ try:
     from sherry_gguf import qat
     from sherry_gguf.bench import cpu_name
 except ImportError as error:
-    sys.exit(f"bench_training: {error}: run it as .venv/bin/python scripts/bench/training.py, after scripts/setup.sh")
+    sys.exit(f"{PROGRAM}: {error}: run it as .venv/bin/python scripts/bench/training.py, after scripts/setup.sh")
 
 WAYS = {  # method, λ of Arenas
     "full precision": ("full", 0.0),
@@ -78,8 +79,8 @@ class Training:
 
 
 def peak(way: str, a: argparse.Namespace) -> float:
-    """MiB of a few steps, in this process, which has done nothing else."""
-    torch.ones(256, 256) @ torch.ones(256, 256)  # the libraries' own buffers
+    """Peak memory of a few steps in MiB. Call it in a process that has done nothing else."""
+    torch.ones(256, 256) @ torch.ones(256, 256)  # makes the libraries allocate their buffers
     before = resident()
     training = Training(way, a)
     for _ in range(4):
@@ -97,14 +98,14 @@ def resident() -> float:
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--hidden", type=int, default=256, help="a multiple of 128")
-    p.add_argument("--intermediate", type=int, default=768, help="a multiple of 128")
+    p.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
+    p.add_argument("--intermediate", type=int, default=768, help="size of the feed-forward layers, a multiple of 128")
     p.add_argument("--vocab", type=int, default=2048)
     p.add_argument("--context", type=int, default=256)
     p.add_argument("--batch", type=int, default=8)
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--threads", type=int, default=os.cpu_count())
-    p.add_argument("--float32", action="store_true", help="float32 products, not bfloat16")
+    p.add_argument("--float32", action="store_true", help="multiply in float32, not bfloat16")
     p.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     a = p.parse_args()
     torch.set_num_threads(a.threads)
@@ -120,7 +121,7 @@ def main() -> int:
         command = [sys.executable, __file__, *sys.argv[1:], "--peak", way]
         result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
-            print(f"bench_training: {way}: {result.stderr.strip()[-500:]}", file=sys.stderr)
+            print(f"{PROGRAM}: {way}: {result.stderr.strip()[-500:]}", file=sys.stderr)
             return 1
         memory[way] = float(result.stdout)
     trainings = {way: Training(way, a) for way in WAYS}
@@ -128,7 +129,7 @@ def main() -> int:
         training.step()
     times: dict[str, list[float]] = {way: [] for way in WAYS}
     for n in range(a.rounds):
-        for way in list(WAYS)[:: 1 if n % 2 else -1]:  # in turns from either end
+        for way in list(WAYS)[:: 1 if n % 2 else -1]:  # forwards and backwards in turn
             times[way].append(trainings[way].step())
 
     model = trainings[FULL].model
