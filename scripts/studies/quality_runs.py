@@ -32,31 +32,15 @@ PUBLISHED = dict(peak=1.0, warmup=0.1, decay="cosine", end=1.0, rescale=False)
 # Settings of Arenas to try, each by its differences from the published ones.
 EXPLORED = {
     "pretrained": [
-        dict(),
-        dict(peak=0.5),
-        dict(peak=0.25),
-        dict(peak=0.1),
-        dict(end=0.5),
-        dict(peak=0.25, end=0.5),
-        dict(peak=0.1, end=0.5),
-        dict(warmup=0.0),
-        dict(decay="linear"),
-        dict(decay="exponential"),
-        dict(rescale=True),
-        dict(rescale=True, warmup=0.0, end=0.5),
-        dict(rescale=True, warmup=0.0, end=0.25),
-        dict(rescale=True, warmup=0.0, peak=4.0, end=0.5),
+        dict(), dict(peak=0.5), dict(peak=0.25), dict(peak=0.1), dict(end=0.5), dict(peak=0.25, end=0.5), dict(peak=0.1, end=0.5),
+        dict(warmup=0.0), dict(decay="linear"), dict(decay="exponential"), dict(rescale=True), dict(rescale=True, warmup=0.0, end=0.5),
+        dict(rescale=True, warmup=0.0, end=0.25), dict(rescale=True, warmup=0.0, peak=4.0, end=0.5),
         dict(rescale=True, warmup=0.0, peak=0.25, end=0.5),
     ],
     "scratch": [
-        dict(),
-        dict(peak=0.25),
-        dict(end=0.5),
-        dict(peak=0.25, end=0.5),
-        dict(rescale=True),
-        dict(rescale=True, warmup=0.0, end=0.5),
+        dict(), dict(peak=0.25), dict(end=0.5), dict(peak=0.25, end=0.5), dict(rescale=True), dict(rescale=True, warmup=0.0, end=0.5),
     ],
-}
+}  # fmt: skip
 RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-3)}
 FINALISTS = 2  # sweep the learning rate of this many explored settings of Arenas
