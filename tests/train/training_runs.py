@@ -1,0 +1,36 @@
+"""Shared by the tests of the training command: a text, a model to start from, and the flags of a small run."""
+
+import random
+from pathlib import Path
+
+import pytest
+import small_models
+import torch
+
+
+def make_text(folder: Path) -> Path:
+    rng = random.Random(0)
+    for i in range(12):
+        lines = [f"    {rng.choice('abc')} = {rng.choice('xyz')} + {rng.randrange(10)}" for _ in range(150)]
+        (folder / f"{i:02}.txt").write_text("\n".join(["def f(x, y, z):", *lines]))
+    return folder
+
+
+def make_start(folder: Path) -> Path:
+    return small_models.make(folder / "llama", "llama", latent=True)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """These models are too small for more; and the same everywhere, so that runs end alike."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def flags(start: Path, text: Path, out: Path, **more) -> list[str]:
+    settings = dict(model=start, train=text, output_dir=out, context=64, max_steps=6, per_device_train_batch_size=2,
+                    learning_rate=1e-3, monitor_every=2, logging_steps=2, use_cpu=True, eval_tokens=512, report_to="none",
+                    validation_share=0.2, arenas_peak=1) | more  # fmt: skip
+    return [x for k, v in settings.items() if v is not None for x in (f"--{k}", *(v if isinstance(v, list) else [str(v)]))]
