@@ -11,6 +11,8 @@ import train_sherry
 from training_runs import flags, make_start, make_text, one_thread  # noqa: F401
 from transformers import AutoModelForCausalLM
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:

@@ -22,6 +22,8 @@ from sherry_gguf.qat import run
 from sherry_gguf.qat.callbacks import Interrupt
 from sherry_gguf.qat.resume import last_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
