@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -81,3 +82,16 @@ def test_threads_of_the_demo_wait_without_spinning():
                           env={k: v for k, v in (os.environ | env).items() if v})  # fmt: skip
     spins = re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)
     assert done.returncode == 0 and spins and set(spins) == {"0"}
+
+
+@pytest.mark.parametrize("command", [[SCRIPTS / "train_sherry.py"], ["-m", "sherry_gguf.cli", "train"]])
+def test_interrupted_while_it_imports(command, tmp_path):
+    (tmp_path / "torch.py").write_text("import time\nprint('importing', flush=True)\ntime.sleep(60)\n")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(SCRIPTS.parent)])}
+    process = subprocess.Popen([sys.executable, *command], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=env,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
+    assert process.stdout.readline() == "importing\n"
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130 and errors.endswith(": interrupted; run the same command again to resume\n")
+    assert errors.count("\n") == 1
