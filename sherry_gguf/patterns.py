@@ -1,4 +1,4 @@
-"""Regular expressions for names of tensors and layers."""
+"""Names of tensors and layers: many as one, and regular expressions that match them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def star(name: str) -> str:
 
 
 def starred(names: Iterable[str]) -> str:
-    """The names, those that differ only in the number of a block as one: "blk.*.attn_q.weight (30 blocks), output.weight"."""
+    """List names, with those that differ only in the block's number as one: "blk.*.attn_q.weight (30 blocks), output.weight"."""
     alike: dict[str, list[str]] = {}
     for name in names:
         alike.setdefault(star(name), []).append(name)
@@ -20,7 +20,7 @@ def starred(names: Iterable[str]) -> str:
 
 
 def matching(names: Iterable[str], but: Iterable[str]) -> str:
-    """The shortest regular expression of a few kinds that re.search finds in each of `names` and in none of `but`."""
+    """A short regular expression that re.search finds in each of `names` and in none of `but`."""
     names, but = list(dict.fromkeys(names)), list(but)
 
     def last(name: str) -> str:

@@ -1,9 +1,8 @@
 """Proves that llama.cpp's conversion classes only move the checkpoint's values.
 
-Upstream's classes may permute, split, stack, transpose and rename tensors. Some also change values: BitNet's class
-quantizes its weights again, norms get + 1, RWKV's output matrices are divided. So each tensor that reaches the file is
-compared, as a multiset of values, with the tensors of the checkpoint that it was made from. These are read here, by the
-safetensors library, and not through upstream's classes.
+Upstream's classes may permute, split, stack, transpose and rename tensors. Some also change values: BitNet's class quantizes its weights
+again, norms get + 1, RWKV's output matrices are divided. So each tensor of the file is compared, as a multiset of values, with the
+checkpoint's tensors that it was made from. These are read with the safetensors library, not through upstream's classes.
 """
 
 from __future__ import annotations
@@ -22,11 +21,11 @@ from .rows import as_floats
 from .upstream import evaluate
 
 _CHUNK = 1 << 22  # values handled at a time
-_DESCRIBED = 1 << 20  # values that are looked at to say how they were changed
+_DESCRIBED = 1 << 20  # values to look at when a change is described
 
 
 class Tally:
-    """A multiset of finite floats: float64 values in ascending order, and int64 counts. Both zeros are one value."""
+    """A multiset of finite floats: float64 values in ascending order, and int64 counts. Both zeros are the same value."""
 
     def __init__(self, values: np.ndarray | None = None, counts: np.ndarray | None = None):
         self.values = np.empty(0) if values is None else values
@@ -34,7 +33,7 @@ class Tally:
 
     @classmethod
     def of(cls, chunks: Iterable[np.ndarray]) -> Tally:
-        """Of arrays of float32 or float64, of any shape."""
+        """Count the values of float32 or float64 arrays of any shape."""
         parts = [_count(part) for x in chunks for part in np.array_split(x.reshape(-1), -(-x.size // _CHUNK) or 1)]
         return cls.merged(cls(*part) for part in parts)
 
@@ -56,7 +55,7 @@ class Tally:
         return int(self.counts.sum())
 
     def lacks(self, other: Tally) -> bool:
-        """Whether the other has a value that is not here, or more often than here."""
+        """Whether the other has a value that is missing here, or has it more often."""
         place = np.searchsorted(self.values, other.values)
         if (place == len(self.values)).any() or (self.values[place] != other.values).any():
             return True
@@ -66,13 +65,13 @@ class Tally:
 def _count(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     x = x + x.dtype.type(0)  # -0 becomes 0
     if x.dtype == np.float32:
-        # Values of 16 bits, which most checkpoints hold, are counted and not sorted.
+        # Most checkpoints hold 16-bit values: these are counted without sorting.
         bits = x.view(np.uint32)
         if not (bits & 0xFFFF).any():
             counts = np.bincount(bits >> 16, minlength=1 << 16)
             found = np.flatnonzero(counts)
             return _sorted((found.astype(np.uint32) << 16).view(np.float32), counts[found])
-        with np.errstate(over="ignore", invalid="ignore"):  # NaN is found by others
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN is reported elsewhere
             half = x.astype(np.float16)
         if np.array_equal(half, x):
             counts = np.bincount(half.view(np.uint16), minlength=1 << 16)
@@ -89,7 +88,7 @@ def _sorted(values: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def fingerprint(chunks: Iterable[np.ndarray]) -> tuple[int, int]:
-    """How many values arrays of float32 or float64 have, and the sum of a hash of each, modulo 2^64: the same in any order."""
+    """The number of values in float32 or float64 arrays, and the sum of their hashes modulo 2^64, which is the same in any order."""
     count = total = 0
     for x in chunks:
         x = x.reshape(-1)
@@ -111,10 +110,10 @@ _MIXING = ((np.uint64(0xBF58476D1CE4E5B9), np.uint64(30)), (np.uint64(0x94D049BB
 
 
 class Checkpoint:
-    """The tensors of a checkpoint, as upstream's model object names them, and their values.
+    """A checkpoint's tensors, by upstream's names, and their values.
 
-    `model` must have been through `prepare_tensors`, where upstream replaces what a quantized checkpoint holds by
-    tensors that dequantize it: for these, `decoded` by name, the dequantized values count as the checkpoint's.
+    model: a `Recorder` after `prepare_tensors`, in which upstream replaces quantized tensors with ones that dequantize them. The values
+    of these, `model.decoded`, count as the checkpoint's.
     """
 
     def __init__(self, model):
@@ -123,7 +122,7 @@ class Checkpoint:
         self._given = model.given
 
         def of_all(measure: Callable[[Iterable[np.ndarray]], Any]) -> Callable[..., Any]:
-            # the last is kept: the parts of a tensor that is split follow one another
+            # keeps the last one: the parts of a split tensor follow one another
             return functools.lru_cache(1)(lambda *sources: measure(x for source in sources for x in self.values(source)))
 
         self._contents = functools.lru_cache(64)(_contents)
@@ -131,37 +130,36 @@ class Checkpoint:
 
     @functools.cached_property
     def _names(self) -> dict[Any, str]:
-        """Place in a file -> name of the tensor that is there, or that is decoded from what is there."""
+        """Place in a file to the name of the tensor that is stored there or decoded from there."""
         return {leaf: name for name, make in self._tensors.items() for leaf in _leaves(make())}
 
     def sources(self, name: str, tensor) -> list[str]:
-        """The checkpoint's tensors that upstream's lazy `tensor`, called `name` in the file, is computed from."""
+        """The checkpoint's tensors from which upstream computes a lazy tensor; `name`: its name in the file."""
         known = [self._names[leaf] for leaf in _leaves(tensor) if leaf in self._names]
-        # What upstream computed on the way has forgotten where it came from.
+        # Values that upstream has already computed do not know where they came from.
         known = known or [source for source in self._given.get(name, ()) if source in self._tensors]
         return list(dict.fromkeys(known))
 
     def values(self, name: str) -> Iterator[np.ndarray]:
-        """A tensor's values in their order, in chunks of float32, or float64 where it is float64."""
+        """A tensor's values in order, in chunks: float64 if it is float64, else float32."""
         tensor = self._tensors[name]()
         place: tuple = next(_leaves(tensor), ())
         if name not in self._decoded and len(place) == 2:
             file, offset = place
             yield from _read(file, self._contents(file)[offset])
-        else:  # decoded, or from a file of PyTorch's
+        else:  # decoded, or from a PyTorch file
             yield as_floats(evaluate(tensor)).reshape(-1)
 
     def change(self, sources: list[str], chunks: Callable[[], Iterable[np.ndarray]]) -> str:
-        """How a tensor of the file differs from its `sources`, in words; "" where their values only moved.
+        """How a tensor of the file differs from its `sources`, in words; "" if their values only moved.
 
-        chunks: gives its values in their order, float32 or float64. All values of the sources are compared by `fingerprint`; where
-        a tensor has only a part of them, or some twice, each value is counted.
+        chunks: returns its values in order, float32 or float64. `fingerprint` compares all values; if a tensor has only a part of the
+        sources' values, or some of them twice, they are counted one by one.
         """
         if not sources:
             return "made by llama.cpp"
         if self._fingerprint(*sources) == fingerprint(chunks()):
             return ""
-        # only a part of them, or with values twice: each one is counted
         here = Tally.of(chunks())
         there = self._tally(*sources)
         if not there.lacks(here):
@@ -171,7 +169,7 @@ class Checkpoint:
 
 
 def _leaves(tensor) -> Iterator[Any]:
-    """Where the data of a lazy tensor are: (file, offset), or (address, shape, strides) of a tensor that PyTorch loaded."""
+    """Where a lazy tensor's data comes from: (file, offset), or (address, shape, strides) of tensors that PyTorch loaded."""
     import gguf
     import torch
     from gguf.utility import LocalTensor
@@ -189,11 +187,11 @@ def _leaves(tensor) -> Iterator[Any]:
         elif isinstance(item, (list, tuple)):
             waiting += item
         elif isinstance(item, torch.Tensor) and item.device.type != "meta":
-            yield item.data_ptr(), tuple(item.shape), item.stride()  # tensors of a file may share its storage
+            yield item.data_ptr(), tuple(item.shape), item.stride()  # tensors of a file may share storage
 
 
 def _contents(file: Path) -> dict[int, str]:
-    """Offset in a safetensors file -> name of the tensor with elements that begins there."""
+    """Offset in a safetensors file to the name of the non-empty tensor there."""
     with open(file, "rb") as f:
         (length,) = struct.unpack("<Q", f.read(8))
         head = json.loads(f.read(length))
@@ -215,10 +213,10 @@ def _read(file: Path, name: str) -> Iterator[np.ndarray]:
 
 
 def _described(x: np.ndarray, source: np.ndarray) -> str:
-    """What was done to values, given as far as they are in the same order, or "" where that is not simple."""
+    """How values, in the same order, were changed, or "" if that is not simple."""
     n = min(x.size, source.size, _DESCRIBED)
     x, source = (np.asarray(a.reshape(-1)[:n], np.float64) for a in (x, source))
-    if np.array_equal(x, source):  # what was changed is further on
+    if np.array_equal(x, source):  # the change is further on
         return ""
     if np.allclose(x, source + (c := float(np.median(x - source))), rtol=1e-5, atol=1e-7):
         return f"each value {'plus' if c > 0 else 'minus'} {abs(c):.6g}"

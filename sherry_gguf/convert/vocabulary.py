@@ -1,7 +1,7 @@
-"""The tokenizer of a checkpoint on its way into a GGUF: what upstream's classes are told about it, and the proof.
+"""How a checkpoint's tokenizer gets into a GGUF, and the proof that llama.cpp splits text with it as transformers does.
 
-Upstream chooses llama.cpp's tokenizer by the files that are there and by a hash of a few tokens. Where that goes wrong
-the file is wrong without an error, so `problem` lets llama.cpp and transformers split the same texts.
+Upstream chooses llama.cpp's tokenizer by the files that exist and by a hash of a few tokens. A wrong choice makes a wrong file without
+an error, so `problem` lets llama.cpp and transformers split the same texts.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from . import tokenizer_check
 
 SENTENCEPIECE = "tokenizer.model"
 NO_CHECK = "--no-tokenizer-check skips this check"
-# The names that people know are tried and shown before others.
+# Well-known names, tried and shown before others.
 KNOWN = ("gpt-2", "llama-bpe", "qwen2", "smollm", "gpt-4o", "deepseek-llm", "deepseek-v3", "starcoder", "falcon", "command-r", "mpt")
 
 
 class Vocabulary:
     """Mixed in before upstream's class for an architecture: chooses the right kind of tokenizer.
 
-    tokenizer_pre: llama.cpp's name of how a byte-level BPE tokenizer splits text, instead of what upstream finds.
+    Attributes:
+        tokenizer_pre: llama.cpp's name for how a byte-level BPE tokenizer splits text, instead of what upstream finds.
+        unknown_pre: upstream does not know the tokenizer; "default" is stored until `unknown_pre` finds names that fit.
     """
 
     tokenizer_pre: str | None = None
-    unknown_pre = False  # upstream does not know the tokenizer: it is stored as tokenizer_check.matching is to find out
+    unknown_pre = False
 
     def get_vocab_base_pre(self, tokenizer):
         if self.tokenizer_pre:
@@ -40,7 +42,7 @@ class Vocabulary:
             return super().get_vocab_base_pre(tokenizer)
         except NotImplementedError:
             if _read(self.dir_model).get("model", {}).get("type") == "WordPiece":
-                return "default"  # which says nothing: llama.cpp has one way to split text for these
+                return "default"  # any name: llama.cpp has one way to split text for these
             if not byte_level(self.dir_model):
                 raise VocabularyError(
                     f"{self.dir_model} lacks {SENTENCEPIECE}: its tokenizer is a sentencepiece model, which llama.cpp takes from "
@@ -78,7 +80,7 @@ class Vocabulary:
             if cause := _damage(self.dir_model):
                 raise VocabularyError(cause) from None
             raise
-        # Some classes decide by the vocabulary's size, against what the tokenizer says of itself.
+        # Some classes decide by the vocabulary's size, and contradict the tokenizer.
         wanted = _around(self.dir_model)
         for part in self.gguf_writer.kv_data:
             for token in wanted.keys() & {"bos", "eos"}:
@@ -86,22 +88,22 @@ class Vocabulary:
                     value.value = wanted[token]
 
     def _set_vocab_sentencepiece(self, add_to_gguf=True):
-        # Some of upstream's classes know of no other tokenizer, though models of theirs have others.
+        # Some of upstream's classes know only sentencepiece, but their models may have other tokenizers.
         if not (self.dir_model / SENTENCEPIECE).is_file() and byte_level(self.dir_model):
             return self._set_vocab_gpt2()
         super()._set_vocab_sentencepiece(add_to_gguf)
         key = "tokenizer.ggml.add_space_prefix"
         if add_to_gguf and not _sentencepiece(self.dir_model).normalizer_spec.add_dummy_prefix:
-            if not any(key in part for part in self.gguf_writer.kv_data):  # upstream goes by tokenizer_config.json alone
+            if not any(key in part for part in self.gguf_writer.kv_data):  # upstream looks only at tokenizer_config.json
                 self.gguf_writer.add_add_space_prefix(False)
 
     def _set_vocab_llama_hf(self):
-        # Upstream goes by byte_fallback, which some byte-level tokenizers have set as well, to no effect.
+        # Upstream looks at byte_fallback, which some byte-level tokenizers set too, without effect.
         return self._set_vocab_gpt2() if byte_level(self.dir_model) else super()._set_vocab_llama_hf()
 
 
 def byte_level(model_dir: Path) -> bool:
-    """Whether the tokenizer.json of a model directory makes tokens of bytes, as GPT-2's does, and not of characters."""
+    """Whether a model directory's tokenizer.json makes tokens of bytes, as GPT-2's does, and not of characters."""
     tokenizer = _read(model_dir)
     steps = [tokenizer.get("pre_tokenizer"), tokenizer.get("decoder")]
     while steps:
@@ -114,16 +116,16 @@ def byte_level(model_dir: Path) -> bool:
 
 
 def _read(model_dir: Path) -> dict:
-    """The tokenizer.json of a model directory, empty where there is none that can be read."""
+    """A model directory's tokenizer.json, or {} if it cannot be read."""
     try:
         tokenizer = json.loads((model_dir / "tokenizer.json").read_text("utf-8"))
-    except (OSError, ValueError):  # who needs it says what is wrong with it
+    except (OSError, ValueError):  # `_damage` says what is wrong with it
         return {}
     return tokenizer if isinstance(tokenizer, dict) else {}
 
 
 def _around(model_dir: Path) -> dict[str, bool]:
-    """Whether the template of a tokenizer.json puts "bos" before and "eos" behind a text; nothing where it has none."""
+    """Whether a tokenizer.json's template puts "bos" before a text and "eos" after it; {} without a template."""
     import gguf
 
     processor = _read(model_dir).get("post_processor") or {}
@@ -139,14 +141,14 @@ def _around(model_dir: Path) -> dict[str, bool]:
 
 
 def _sentencepiece(model_dir: Path):
-    """The sentencepiece model of a model directory, as protobuf has it."""
+    """A model directory's sentencepiece model, as a protobuf message."""
     from sentencepiece import sentencepiece_model_pb2
 
     return sentencepiece_model_pb2.ModelProto.FromString((model_dir / SENTENCEPIECE).read_bytes())
 
 
 def _damage(model_dir: Path) -> str:
-    """What is wrong with the tokenizer's files, where that is plain, or ""."""
+    """What is obviously wrong with the tokenizer's files, or ""."""
     files = [path for path in model_dir.iterdir() if path.name.startswith(("tokenizer", "vocab", "spiece", "merges", "sentencepiece"))]
     if not [path for path in files if path.name != "tokenizer_config.json"]:
         return f"{model_dir} has no tokenizer: neither tokenizer.json nor {SENTENCEPIECE}. Copy it from the model that this one comes from"
@@ -161,7 +163,7 @@ def _damage(model_dir: Path) -> str:
 
 
 def check_files(model_dir: Path):
-    """Raise VocabularyError where tokenizer.model is of another kind than its name says."""
+    """Raise VocabularyError if tokenizer.model is not a sentencepiece model but another kind of file."""
     path = model_dir / SENTENCEPIECE
     if path.is_dir():
         raise VocabularyError(f"{path} is a directory and not a sentencepiece model")
@@ -171,30 +173,30 @@ def check_files(model_dir: Path):
         head = f.read(64)
     if head.startswith(b"GGUF"):
         raise VocabularyError(
-            f"{path} is a GGUF file and not a sentencepiece model: transformers writes it so where a model that was loaded from a "
-            "GGUF (gguf_file=) is saved. Put the tokenizer.model of the original model in its place; if that has none, as with "
+            f"{path} is a GGUF file and not a sentencepiece model: transformers writes that when it saves a model that was loaded from a "
+            "GGUF (gguf_file=). Put the tokenizer.model of the original model in its place; if that has none, as with "
             "byte-level BPE tokenizers, remove it"
         )
     if head.startswith(b"version https://git-lfs"):
-        raise VocabularyError(f"{path} is a pointer of Git LFS and not the file itself: fetch it with `git lfs pull`")
+        raise VocabularyError(f"{path} is a Git LFS pointer and not the file itself: fetch it with `git lfs pull`")
 
 
 def known_pres() -> list[str]:
-    """The values of tokenizer.ggml.pre that the pinned llama.cpp knows; none if its source is elsewhere than expected."""
+    """The values of tokenizer.ggml.pre that the pinned llama.cpp knows; none if its source has changed."""
     return sorted({name for names in _pres() for name in names})
 
 
 def _pres() -> list[list[str]]:
-    """The same, those together that llama.cpp treats alike."""
+    """The same, in groups that llama.cpp treats alike."""
     source = llama_cpp.source_dir() / "src" / "llama-vocab.cpp"
     text = source.read_text("utf-8") if source.is_file() else ""
     return [re.findall(r'"([^"]+)"', names) for names in re.findall(r'tokenizer_pre == (?:"[^"]+"(?:\s*\|\|\s*tokenizer_pre == )?)+', text)]
 
 
 def problem(gguf: Path, model_dir: Path, kind: str) -> str:
-    """How llama.cpp splits text otherwise than transformers, and what to do; "" where both agree.
+    """How llama.cpp splits text differently from transformers, and what to do; "" if both agree.
 
-    gguf: the file, whose tokenizer.ggml.model is `kind`. Raises NotBuilt.
+    gguf: the file; kind: its tokenizer.ggml.model. Raises NotBuilt.
     """
     try:
         with tokenizer_check.Splitting(gguf) as splitting:  # both load their tokenizer at the same time
@@ -212,7 +214,7 @@ def problem(gguf: Path, model_dir: Path, kind: str) -> str:
             advice = _sentencepiece_advice(model_dir)
     except OSError:  # NotBuilt among them
         raise
-    except Exception as e:  # tokenizers of transformers are not all alike
+    except Exception as e:  # transformers' tokenizers fail in many ways
         cause = e if isinstance(e, CheckFailed) else f"{type(e).__name__}: {e}"
         return f"the tokenizer cannot be proven: {cause}. {NO_CHECK}"
     first = tokenizer_check.describe(differences[0], tokenizer)
@@ -221,14 +223,14 @@ def problem(gguf: Path, model_dir: Path, kind: str) -> str:
 
 
 def unknown_pre(gguf: Path, model_dir: Path) -> str:
-    """What to do about a byte-level BPE tokenizer that upstream does not know, stored in `gguf` by any name."""
+    """What to do about a byte-level BPE tokenizer that upstream does not know; `gguf` stores it under any name."""
     try:
         advice = _pre_advice(gguf, tokenizer_check.load_tokenizer(model_dir))
     except CheckFailed as e:
         advice = str(e)
     return (
-        f"llama.cpp does not know the BPE tokenizer of {model_dir} (it goes by a hash of known ones): name the way it splits text "
-        f"before merging with --tokenizer-pre. {advice}"
+        f"llama.cpp does not know the BPE tokenizer of {model_dir} (it compares hashes with known ones): pass --tokenizer-pre with "
+        f"the name of the way it splits text before merging. {advice}"
     )
 
 
@@ -247,11 +249,11 @@ def _sentencepiece_advice(model_dir: Path) -> str:
     if path.is_file():
         model = _sentencepiece(model_dir)
         if model.trainer_spec.model_type == model.trainer_spec.UNIGRAM:
-            causes.append("it is of the unigram kind (llama.cpp merges pairs here, as BPE does)")
+            causes.append("it is a unigram model (llama.cpp merges pairs, as for BPE)")
         if model.normalizer_spec.precompiled_charsmap:
             causes.append(f"it normalizes characters ({model.normalizer_spec.name}; llama.cpp does not)")
         if model.normalizer_spec.remove_extra_whitespaces:
             causes.append("it removes extra whitespace (llama.cpp does not)")
-    found = f"The cause is in {path}: {', '.join(causes)}. Published models have a sentencepiece model of the BPE kind, trained with "
+    found = f"The cause is in {path}: {', '.join(causes)}. Published models have a sentencepiece BPE model, trained with "
     found += 'normalization_rule_name="identity" and remove_extra_whitespaces=False. '
     return f"{found * bool(causes)}{NO_CHECK}"

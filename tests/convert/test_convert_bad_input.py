@@ -708,7 +708,8 @@ def test_qwen3_next_without_its_multi_token_prediction(tmp_path, fails):
 
     config = transformers.Qwen3NextConfig(
         vocab_size=small_models.VOCAB, hidden_size=128, intermediate_size=128, num_hidden_layers=4, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=64, linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=128, linear_value_head_dim=128, num_experts=4,
+        num_key_value_heads=1, head_dim=64, linear_num_key_heads=1, linear_num_value_heads=2,
+        linear_key_head_dim=128, linear_value_head_dim=128, num_experts=4,
         num_experts_per_tok=2, moe_intermediate_size=128, shared_expert_intermediate_size=128, max_position_embeddings=128)  # fmt: skip
     model = tmp_path / "m"
     torch.manual_seed(0)

@@ -33,7 +33,8 @@ def bitnet_model(directory, one_scale=False, first=True):
     """A BitNet b1.58 with exact 3:4 sparse weights under the names of its first checkpoints, and a sentencepiece tokenizer."""
     config = transformers.BitNetConfig(
         vocab_size=small_models.VOCAB, hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128, bos_token_id=1, eos_token_id=2, hidden_act="silu", tie_word_embeddings=True)  # fmt: skip
+        num_key_value_heads=2, max_position_embeddings=128,
+        bos_token_id=1, eos_token_id=2, hidden_act="silu", tie_word_embeddings=True)  # fmt: skip
     torch.manual_seed(0)
     model = transformers.BitNetForCausalLM(config)
     generator = torch.Generator().manual_seed(0)

@@ -277,7 +277,7 @@ def test_sentencepiece_bpe(model, prefix):
     [
         (dict(normalization_rule_name="nmt_nfkc"), "it normalizes characters (nmt_nfkc"),
         (dict(remove_extra_whitespaces=True), "it removes extra whitespace"),
-        (dict(model_type="unigram"), "it is of the unigram kind"),
+        (dict(model_type="unigram"), "it is a unigram model"),
     ],
 )
 def test_sentencepiece_that_llama_cpp_does_otherwise(model, settings, cause):
@@ -336,8 +336,8 @@ def test_a_sentencepiece_model_that_is_missing(tmp_path):
 @pytest.mark.parametrize(
     "head, told",
     [
-        (b"GGUF\x03\0\0\0", "is a GGUF file and not a sentencepiece model: transformers writes it so"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
+        (b"GGUF\x03\0\0\0", "is a GGUF file and not a sentencepiece model: transformers writes that"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ],
 )
 def test_a_sentencepiece_model_that_is_something_else(model, head, told):
