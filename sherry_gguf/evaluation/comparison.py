@@ -1,7 +1,5 @@
 """Differences between models, doubts about them, and the final table."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,14 +16,9 @@ SUSPICIOUS_RATIO = 1.5
 
 @dataclasses.dataclass
 class Inputs:
-    """What a model was given.
+    """The tokens a model was given."""
 
-    Attributes:
-        requests: hashes of the tokens by (context, continuation).
-        text: the text's tokens.
-    """
-
-    requests: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)
+    requests: dict[tuple[str, str], int] = dataclasses.field(default_factory=dict)  # hashes of the tokens by (context, continuation)
     text: list[int] = dataclasses.field(default_factory=list)
 
 

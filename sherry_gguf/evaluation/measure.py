@@ -1,7 +1,5 @@
 """One run: every model on every task and on the text, and the JSON report."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -17,8 +15,7 @@ import torch
 import transformers
 
 from ..errors import NotBuilt, Stop
-from . import comparison, models, tasks, text
-from .messages import say
+from . import comparison, models, say, tasks, text
 
 
 def run(a: argparse.Namespace) -> int:
@@ -28,7 +25,11 @@ def run(a: argparse.Namespace) -> int:
         Stop: an argument cannot be used, or no task has data.
         OSError: the report cannot be written.
     """
-    _quiet_libraries()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    for name in "datasets", "lm_eval":
+        logging.getLogger(name).setLevel(logging.ERROR)
     torch.set_num_threads(a.threads)
     a.device = a.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -37,12 +38,8 @@ def run(a: argparse.Namespace) -> int:
     _check_output(a)
     content = _read(a.text) if a.text else None
     loaded, missing = tasks.load(a.tasks, a.include_path, a.num_fewshot, a.data)
-    report: dict[str, Any] = {
-        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "output"},
-        "missing": missing,
-        "models": [],
-        "compared": [],
-    }
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "output"}
+    report: dict[str, Any] = {"settings": settings, "missing": missing, "models": [], "compared": []}
     _save(a.output, report)  # fail now rather than after hours of work
     if a.tasks and not loaded and not a.text:
         raise Stop("no task has data: nothing was measured")
@@ -52,7 +49,7 @@ def run(a: argparse.Namespace) -> int:
         report["models"].append(result)
         inputs.append(comparison.Inputs())
         try:
-            _measure_model(Path(path), a, content, loaded, result, inputs[-1], lambda: _save(a.output, report))
+            _measure_model(a, Path(path), content, loaded, result, inputs[-1], lambda: _save(a.output, report))
         except (Stop, NotBuilt) as e:  # the other models are still worth measuring
             result["error"] = str(e)
             say(f"{path}: {e}")
@@ -65,23 +62,7 @@ def run(a: argparse.Namespace) -> int:
     return int(bool(missing) or any("error" in m for m in report["models"]))
 
 
-def _quiet_libraries() -> None:
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    for name in "datasets", "lm_eval":
-        logging.getLogger(name).setLevel(logging.ERROR)
-
-
-def _measure_model(
-    path: Path,
-    a: argparse.Namespace,
-    content: str | None,
-    loaded: dict[str, Any],
-    result: dict[str, Any],
-    inputs: comparison.Inputs,
-    save: Callable[[], None],
-) -> None:
+def _measure_model(a, path: Path, content: str | None, loaded: dict, result: dict, inputs: comparison.Inputs, save: Callable) -> None:
     """Fill in a model's `result` and `inputs`; call `save` after the text and after each task. Raises Stop, NotBuilt."""
     checkpoint = models.load(path, a.device, a.dtype) if path.is_dir() else None
     if content is not None:
@@ -95,7 +76,7 @@ def _measure_model(
         save()
     if not loaded:
         return
-    with models.torch_lm(*checkpoint, a) if checkpoint else models.server_lm(path, a) as lm:
+    with models.open_lm(path, checkpoint, a) as lm:
         for name, task in loaded.items():
             say(f"{path}: {name}")
             result["tasks"][name] = tasks.measure(lm, name, task, a.limit)
@@ -135,7 +116,7 @@ def _read(path: Path) -> str:
 
 
 def _save(path: Path | None, report: dict) -> None:
-    """Replace the report's file. Raises OSError, which ends the run: to go on would be useless."""
+    """Replace the report's file. Raises OSError, which ends the run: results that cannot be saved are useless."""
     if not path:
         return
     part = path.with_name(path.name + ".part")

@@ -1,7 +1,5 @@
 """lm-eval's view of a model: PyTorch runs a checkpoint, llama-server a GGUF."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import functools
@@ -15,34 +13,24 @@ from typing import Any
 import transformers
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.huggingface import HFLM
-from lm_eval.models.utils import (
-    handle_stop_sequences,
-    has_bos_prefix,
-    normalize_gen_kwargs,
-    postprocess_generated_text,
-    resolve_max_length,
-)
+from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normalize_gen_kwargs, postprocess_generated_text, resolve_max_length
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from tqdm import tqdm
 
 from ..errors import Stop
-from .messages import first_line, say
-from .server import Server, serve
+from . import first_line, say
+from .tools import Server, serve
 
 
 class _Recorder:
-    """Records the requests to a model, to compare them with another model's.
+    """Records the requests to a model, to compare them with another model's."""
 
-    Attributes:
-        requests: hashes of the tokens by (context, continuation).
-        truncated: how many requests were too long for the model.
-    """
-
-    truncated = 0
+    truncated = 0  # how many requests were too long for the model
     max_length: int
 
     @functools.cached_property
     def requests(self) -> dict[tuple[str, str], int]:
+        """Hashes of the tokens by (context, continuation)."""
         return {}
 
     def record(self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]]) -> None:
@@ -65,9 +53,7 @@ class TorchLM(_Recorder, HFLM):
 class ServerLM(_Recorder, TemplateLM):
     """A llama-server as an lm-eval model. It tokenizes and truncates as HFLM does.
 
-    Args:
-        server: a ready server.
-        max_length: longest input in tokens, limited to what the server's slots hold.
+    max_length: longest input in tokens, limited to what the server's slots hold.
     """
 
     max_gen_toks = 256  # HFLM's default
@@ -103,7 +89,7 @@ class ServerLM(_Recorder, TemplateLM):
                 total, greedy = total + logprob, greedy and best
             return total, greedy
 
-        # Requests with the same context share a slot, one after the other. The longest come first, so the bar never promises too much.
+        # Requests with the same context share a slot, one after the other. The longest come first: the bar's estimate is never too low.
         order = sorted(range(len(requests)), key=lambda i: (-len(requests[i][1]), requests[i][1:]))
         groups = [list(g) for _, g in itertools.groupby(order, key=lambda i: requests[i][1])]
         return self._in_slots(groups, score, len(requests), "Running loglikelihood requests", disable_tqdm)
@@ -160,7 +146,7 @@ class ServerLM(_Recorder, TemplateLM):
                     bar.update(done.result())
             except BaseException as e:
                 over.set()
-                if not isinstance(e, Exception):  # interrupted: nobody waits for what is still being computed
+                if not isinstance(e, Exception):  # interrupted: don't wait for what is still being computed
                     self.server.tool.process.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
@@ -168,16 +154,15 @@ class ServerLM(_Recorder, TemplateLM):
 
 
 @contextlib.contextmanager
-def torch_lm(model, tokenizer, a: argparse.Namespace) -> Iterator[TorchLM]:
-    length = min(a.max_length, resolve_max_length(model.config, tokenizer) - 1)  # as in a server's slot
-    yield TorchLM(pretrained=model, tokenizer=tokenizer, batch_size=a.batch_size, max_length=length)
-
-
-@contextlib.contextmanager
-def server_lm(path: Path, a: argparse.Namespace) -> Iterator[ServerLM]:
-    """Raises Stop, NotBuilt."""
-    with serve(path, a.batch_size, a.max_length, a.threads) as server:
-        yield ServerLM(server, a.max_length)
+def open_lm(path: Path, checkpoint: tuple[Any, Any] | None, a: argparse.Namespace) -> Iterator[TorchLM | ServerLM]:
+    """A loaded checkpoint, or else the GGUF at `path` in a llama-server, as an lm-eval model. Raises Stop, NotBuilt."""
+    if checkpoint:
+        model, tokenizer = checkpoint
+        length = min(a.max_length, resolve_max_length(model.config, tokenizer) - 1)  # as in a server's slot
+        yield TorchLM(pretrained=model, tokenizer=tokenizer, batch_size=a.batch_size, max_length=length)
+    else:
+        with serve(path, a.batch_size, a.max_length, a.threads) as server:
+            yield ServerLM(server, a.max_length)
 
 
 def load(path: Path, device: str, dtype: str) -> tuple[Any, Any]:
@@ -189,8 +174,7 @@ def load(path: Path, device: str, dtype: str) -> tuple[Any, Any]:
         model = model.to(device)
     except Exception as e:  # transformers, safetensors and PyTorch raise many kinds
         raise Stop(f"transformers cannot load it: {first_line(e)}") from e
-    lacking = [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]
-    if lacking:  # transformers would go on with random weights
+    if lacking := [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]:  # transformers would use random weights
         raise Stop(f"the checkpoint lacks {len(lacking)} of its model's tensors, such as {lacking[0]}")
     if (getattr(model.config, "sherry_config", None) or {}).get("weights") == "latent":
         say(f"{path}: PyTorch runs its latent weights unquantized; export the model to evaluate it as trained")

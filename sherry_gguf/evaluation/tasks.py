@@ -1,7 +1,5 @@
 """lm-eval's tasks, with data from the hub, the cache or local files."""
 
-from __future__ import annotations
-
 import difflib
 import glob
 import os
@@ -19,14 +17,14 @@ from lm_eval.tasks._factory import TaskFactory
 from lm_eval.tasks._yaml_loader import load_yaml
 
 from ..errors import Stop
-from .messages import first_line, say
+from . import first_line, say
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "tasks"  # the paper's five tasks on local files
-FOLDERS = ("piqa", "arc", "hellaswag", "winogrande")  # where lm-eval defines those five; to read all folders takes seconds
+FOLDERS = ("piqa", "arc", "hellaswag", "winogrande")  # where lm-eval defines those five; reading all folders takes seconds
 
 
 class _LocalFactory(TaskFactory):
-    """lm-eval's task factory, which finds a task's data_files in `directory`, plain or compressed."""
+    """lm-eval's task factory, but it looks up a task's data_files in `directory`, plain or compressed."""
 
     FORMATS = ("json", "csv", "parquet", "text", "arrow")  # a dataset_path that means local files, not a data set on the hub
 
@@ -76,8 +74,7 @@ def load(wanted: list[str], include: Path | None, shots: int, data: Path | None 
     sources = {name: _source(name, manager.task_index[name].cfg or {}) for name in wanted}
     hub_problem = _hub_problem() if any(hub for hub, _ in sources.values()) else None
     tasks, missing = {}, {}
-    for name in wanted:
-        hub, files = sources[name]
+    for name, (hub, files) in sources.items():
         try:
             loaded = manager.load([name])["tasks"]
         except Exception as e:  # data sets fail in many ways
@@ -136,7 +133,7 @@ def _unreadable(include: Path | None) -> Iterator[str]:
 
 
 def _source(name: str, config: dict) -> tuple[bool, str]:
-    """Whether a task's data come from the hub, as far as its configuration shows, and their name."""
+    """Whether a task's configuration takes data from the hub, and the data's name."""
     path, more = config.get("dataset_path"), config.get("dataset_kwargs") or {}
     files = more.get("data_files") or more.get("data_dir")
     if files:
@@ -146,7 +143,7 @@ def _source(name: str, config: dict) -> tuple[bool, str]:
 
 
 def _hub_problem() -> str | None:
-    """Why the hub cannot be reached, within seconds. The cache is then used without asking the hub."""
+    """Why the hub cannot be reached, found within seconds; from then on only the cache is used. None if the hub answers."""
     constants = huggingface_hub.constants
     if constants.HF_HUB_OFFLINE or datasets.config.HF_HUB_OFFLINE:
         return "offline mode is on (HF_HUB_OFFLINE, HF_DATASETS_OFFLINE)"

@@ -1,7 +1,5 @@
 """The loss on a text, by llama-perplexity's protocol."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import math
@@ -16,9 +14,8 @@ from lm_eval.models.utils import resolve_max_length
 from tqdm import tqdm
 
 from ..errors import Stop
-from .messages import first_line
-from .server import serve
-from .tools import tool
+from . import first_line
+from .tools import serve, tool
 
 # llama-perplexity sometimes loses its last lines: how often to run it, at least, and for how many seconds.
 TRIES, PATIENCE = 3, 30.0
@@ -27,19 +24,12 @@ MEAN = re.compile(r"\s*\d+\s+{0}\s+({0})\s+{0}$".format(r"-?(?:\d+\.\d+|nan|inf)
 
 @dataclasses.dataclass
 class Loss:
-    """The loss on a text.
+    """The loss on a text."""
 
-    Attributes:
-        nats: mean loss of the scored tokens.
-        scored: how many tokens were scored.
-        chunks: how many whole chunks were used.
-        tokens: tokens in the whole text.
-    """
-
-    nats: float
-    scored: int
-    chunks: int
-    tokens: int
+    nats: float  # mean loss of the scored tokens
+    scored: int  # tokens that were scored
+    chunks: int  # whole chunks that were used
+    tokens: int  # tokens in the whole text
 
     @property
     def perplexity(self) -> float:
@@ -115,7 +105,7 @@ def perplexity(model: Path, text: Path, tokens: int, a: argparse.Namespace) -> L
     """`held_out_loss` of a GGUF on a text of `tokens` tokens, by llama-perplexity. Raises Stop, NotBuilt."""
     chunks, scored = _count_chunks(tokens, a.context, a.chunks)
     began, tries = time.monotonic(), 0
-    while True:  # a thread writes the log, and llama-perplexity may exit before that thread is done
+    while True:  # llama-perplexity may exit before its thread that writes the log is done
         with tool("llama-perplexity", "-m", model, "-f", text, "-c", a.context, "-t", a.threads, "--chunks", chunks,
                   "-b", min(2048, 256 * a.context), "--ppl-output-type", 1, "-fit", "off") as process, \
              tqdm(total=chunks, desc="Running chunks", unit="chunk", mininterval=0.5) as bar:  # fmt: skip

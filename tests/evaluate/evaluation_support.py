@@ -8,7 +8,7 @@ from datasets.arrow_writer import ArrowWriter
 from lm_eval.api.instance import Instance
 
 from sherry_gguf.evaluation import command
-from sherry_gguf.evaluation.options import PAPER
+from sherry_gguf.evaluation.command import PAPER
 from sherry_gguf.evaluation.tasks import EXAMPLES
 
 REPO = Path(__file__).parents[2]

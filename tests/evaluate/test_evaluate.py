@@ -34,12 +34,12 @@ from evaluation_support import (
     state,
 )
 
-from sherry_gguf.evaluation import options
-from sherry_gguf.evaluation.models import ServerLM, load, torch_lm
-from sherry_gguf.evaluation.options import PAPER
-from sherry_gguf.evaluation.server import serve
+from sherry_gguf.evaluation import command
+from sherry_gguf.evaluation.command import PAPER
+from sherry_gguf.evaluation.models import ServerLM, load, open_lm
 from sherry_gguf.evaluation.tasks import load as load_tasks
 from sherry_gguf.evaluation.tasks import measure
+from sherry_gguf.evaluation.tools import serve
 
 pytest_plugins = "evaluation_fixtures"
 pytestmark = pytest.mark.usefixtures("offline")
@@ -71,7 +71,7 @@ def test_the_server_gives_pytorchs_numbers(models, kind):
         )
 
     tasks, _ = load_tasks(PAPER, None, 0, DATA)
-    with torch_lm(model, tokenizer, argparse.Namespace(max_length=2048, batch_size=2)) as wanted:
+    with open_lm(hf, (model, tokenizer), argparse.Namespace(max_length=2048, batch_size=2)) as wanted:
         scores, totals, generated = answers(wanted)
         measured = {name: measure(wanted, name, task, None) for name, task in tasks.items()}
     with serve(f32, 2, 2048, 1, *EXACT) as server:
@@ -210,7 +210,7 @@ def test_bad_arguments(models, tmp_path, capsys, args, message):
                                            (["--context", "3"], "use at least 4 tokens")])  # fmt: skip
 def test_wrong_arguments(capsys, args, message):
     with pytest.raises(SystemExit) as e:
-        options.parse(["model", *args], "evaluate")
+        command.parse(["model", *args], "evaluate")
     assert e.value.code == 2 and message in capsys.readouterr().err
 
 

@@ -8,8 +8,7 @@ from evaluation_support import state
 
 from sherry_gguf.errors import Stop
 from sherry_gguf.evaluation.models import ServerLM
-from sherry_gguf.evaluation.server import FLOOR, Server, serve
-from sherry_gguf.evaluation.tools import Tool
+from sherry_gguf.evaluation.tools import FLOOR, Server, Tool, serve
 
 pytest_plugins = "evaluation_fixtures"
 

@@ -13,7 +13,7 @@ import huggingface_hub
 import pytest
 from evaluation_support import DATA, DOCUMENTS, REPO, TERNARY_NATS, cached, in_the_hubs_form, local_task, report_of, run
 
-from sherry_gguf.evaluation.options import PAPER
+from sherry_gguf.evaluation.command import PAPER
 from sherry_gguf.evaluation.tasks import load as load_tasks
 
 pytest_plugins = "evaluation_fixtures"
