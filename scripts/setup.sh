@@ -31,7 +31,7 @@ wanted="$here
 $version
 $(cat requirements.txt)"
 if [ "$(cat .venv/requirements.stamp 2>/dev/null)" != "$wanted" ]; then
-  # Make it anew for another Python, or in another place, where its programs would not start.
+  # Start over for another Python, or in another directory: the programs in .venv would not start there.
   if [ "$(.venv/bin/python -c 'import sys; print(sys.version)' 2>/dev/null)" != "$version" ] ||
     ! grep -qF "$here/.venv/bin/python" .venv/bin/pip 2>/dev/null; then
     say "making .venv with $("$python" --version)"
