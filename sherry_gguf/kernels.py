@@ -39,25 +39,7 @@ def available() -> list[str]:
 
 def available_repacked() -> list[str]:
     """The sets in `available()` that have kernels for repacked rows, best first; empty on a CPU with scalar kernels only."""
-    return [name for name, entry in _compiled().items() if _supported(entry) and entry.gemv[0] != ffi.NULL]
-
-
-def _entry(isa: str | None):
-    if isa is None:
-        isa = os.environ.get("SHERRY_ISA") or available()[0]
-    entry = _compiled().get(isa)
-    if entry is None or not _supported(entry):
-        lacking = "no such kernel is compiled in" if entry is None else "this CPU lacks it"
-        raise ValueError(f"instruction set {isa}: {lacking}; it runs {', '.join(available())}")
-    return entry
-
-
-def _repacked_entry(isa: str | None):
-    entry = _entry(isa)
-    if entry.gemv[0] == ffi.NULL:
-        raise ValueError(f"instruction set {ffi.string(entry.name).decode()} has no kernels for repacked rows; "
-                         f"those that this CPU runs: {', '.join(available_repacked()) or 'none'}")  # fmt: skip
-    return ffi.addressof(entry)
+    return [name for name in available() if _compiled()[name].gemv[0] != ffi.NULL]
 
 
 def available_panels() -> list[str]:
@@ -65,15 +47,30 @@ def available_panels() -> list[str]:
     return [name for name in available_repacked() if _compiled()[name].gemm != ffi.NULL]
 
 
+def _entry(isa: str | None):
+    if isa is None:
+        isa = os.environ.get("SHERRY_ISA") or available()[0]
+    entry = _compiled().get(isa)
+    if entry is None or not _supported(entry):
+        why = "no such kernel is compiled in" if entry is None else "this CPU lacks it"
+        raise ValueError(f"instruction set {isa}: {why}; it runs {', '.join(available())}")
+    return entry
+
+
 def _floats(x: np.ndarray):
     """A float * to an array, or to a contiguous and aligned copy. The pointer keeps it alive."""
     return ffi.from_buffer("float[]", np.require(x, np.float32, ["C", "ALIGNED"]))
 
 
-def _blocks(b: np.ndarray, ctype: str):
-    """The same for blocks, which need an even address for their fp16."""
+def _even(b: np.ndarray) -> np.ndarray:
+    """Contiguous bytes at an even address, which the fp16 in blocks need."""
     b = np.ascontiguousarray(b)
-    return ffi.from_buffer(f"{ctype}[]", b.copy() if b.ctypes.data % 2 else b)
+    return b.copy() if b.ctypes.data % 2 else b
+
+
+def _blocks(b: np.ndarray, ctype: str):
+    """A pointer to blocks, which keeps them alive."""
+    return ffi.from_buffer(f"{ctype}[]", _even(b))
 
 
 def _function(kind: BlockType, name: str):
@@ -130,6 +127,10 @@ def dequantize(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
     return out
 
 
+def _q8_0_bytes(n: int) -> int:
+    return n // lib.TQ1_25_QK8_0 * Q8_0_BYTES
+
+
 def quantize_q8_0(y: np.ndarray) -> np.ndarray:
     """Quantize activations, float32 (n,) with n a multiple of 32, to Q8_0, uint8 (n / 32 * 34,), with the bytes of ggml's reference.
 
@@ -138,7 +139,7 @@ def quantize_q8_0(y: np.ndarray) -> np.ndarray:
     y = np.asarray(y)
     if y.dtype != np.float32 or y.ndim != 1 or y.size % lib.TQ1_25_QK8_0:
         raise ValueError(f"activations are {y.dtype} {y.shape}, not float32 (n,), n a multiple of {lib.TQ1_25_QK8_0}")
-    out = np.empty(y.size // lib.TQ1_25_QK8_0 * Q8_0_BYTES, np.uint8)
+    out = np.empty(_q8_0_bytes(y.size), np.uint8)
     lib.tq1_25_quantize_q8_0(_floats(y), _blocks(out, "tq1_25_q8_0"), y.size)
     return out
 
@@ -154,9 +155,9 @@ def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None, ki
     if b_row.ndim != 1:
         raise ValueError(f"the packed row has shape {b_row.shape}, not one axis")
     n = b_row.size // kind.bytes * kind.size
-    if q8_0.dtype != np.uint8 or q8_0.shape != (n // lib.TQ1_25_QK8_0 * Q8_0_BYTES,):
-        raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, the row of {n} weights needs "
-                         f"uint8 ({n // lib.TQ1_25_QK8_0 * Q8_0_BYTES},)")  # fmt: skip
+    if q8_0.dtype != np.uint8 or q8_0.shape != (_q8_0_bytes(n),):
+        need = f"the row of {n} weights needs uint8 ({_q8_0_bytes(n)},)"
+        raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, {need}")
     out = ffi.new("float *")
     kernel = entry.vec_dot if kind is tq1_25.TYPE else entry.vec_dot_stq1_0
     kernel(n, out, _blocks(b_row, f"block_{kind.name.lower()}"), _blocks(q8_0, "tq1_25_q8_0"))
@@ -206,25 +207,44 @@ def repack(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
     return out
 
 
-def _check_repacked(
-    kind: BlockType, repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, pieces: int
-) -> tuple[np.ndarray, int, int, np.ndarray, int]:
-    """The checked arguments, with Python's integers, since NumPy's overflow."""
-    repacked, q8_0 = np.asarray(repacked), np.asarray(q8_0)
-    rows, n, pieces = operator.index(rows), operator.index(n), operator.index(pieces)
-    if n <= 0 or n % kind.size or rows < 0:
-        raise ValueError(f"{rows} rows of {n} weights: rows are not whole blocks of {kind.size}, at least one")
-    size = rows * (n // kind.size) * kind.bytes
-    if repacked.dtype != np.uint8 or repacked.shape != (size,):
-        raise ValueError(f"repacked rows are {repacked.dtype} {repacked.shape}, "
-                         f"{rows} rows of {n} weights need uint8 ({size},)")  # fmt: skip
-    width = n // lib.TQ1_25_QK8_0 * Q8_0_BYTES
-    if q8_0.dtype != np.uint8 or q8_0.ndim != 2 or q8_0.shape[1] != width:
-        raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, rows of {n} weights need "
-                         f"uint8 (columns, {width})")  # fmt: skip
-    if pieces < 1:
-        raise ValueError(f"{pieces} pieces: at least 1 is needed")
-    return repacked, rows, n, q8_0, pieces
+class _Product:
+    """The checked arguments of a product of repacked rows, as C takes them, and its result, `out`. Raises ValueError."""
+
+    def __init__(self, repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None, pieces: int, kind: BlockType):
+        entry = _entry(isa)
+        if entry.gemv[0] == ffi.NULL:
+            raise _lacking(entry, "kernels for repacked rows", available_repacked())
+        repacked, q8_0 = np.asarray(repacked), np.asarray(q8_0)
+        rows, n, pieces = operator.index(rows), operator.index(n), operator.index(pieces)  # NumPy's integers overflow
+        if n <= 0 or n % kind.size or rows < 0:
+            raise ValueError(f"{rows} rows of {n} weights: rows are not whole blocks of {kind.size}, at least one")
+        size = rows * (n // kind.size) * kind.bytes
+        if repacked.dtype != np.uint8 or repacked.shape != (size,):
+            need = f"{rows} rows of {n} weights need uint8 ({size},)"
+            raise ValueError(f"repacked rows are {repacked.dtype} {repacked.shape}, {need}")
+        width = _q8_0_bytes(n)
+        if q8_0.dtype != np.uint8 or q8_0.ndim != 2 or q8_0.shape[1] != width:
+            need = f"rows of {n} weights need uint8 (columns, {width})"
+            raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, {need}")
+        if pieces < 1:
+            raise ValueError(f"{pieces} pieces: at least 1 is needed")
+        self.isa, self.kind, self.rows, self.n, self.columns, self.pieces = ffi.addressof(entry), _kind(kind), rows, n, len(q8_0), pieces
+        self.x, self._q8_0, self.out = _blocks(repacked, "uint8_t"), _even(q8_0), np.empty((len(q8_0), rows), np.float32)
+        self.y, self.s = _pointers("const tq1_25_q8_0 *", self._q8_0), _pointers("float *", self.out)
+
+    def ranges(self, count: int) -> list[tuple[int, int]]:
+        """0 .. count in `pieces` ranges, last first, since none may rely on an earlier one."""
+        cuts = [count * i // self.pieces for i in range(self.pieces + 1)]
+        return list(zip(cuts, cuts[1:]))[::-1]
+
+    def tiles(self) -> list[tuple[int, int]]:
+        """The ranges of the tile rows."""
+        return self.ranges(-(-self.rows // lib.TQ1_25_TILE))
+
+
+def _lacking(entry, what: str, others: list[str]) -> ValueError:
+    name = ffi.string(entry.name).decode()
+    return ValueError(f"instruction set {name} has no {what}; those that this CPU runs: {', '.join(others) or 'none'}")
 
 
 def _aligned(size: int) -> np.ndarray:
@@ -239,17 +259,6 @@ def _pointers(ctype: str, arrays: np.ndarray):
     return ffi.new(f"{ctype}[]", [ffi.cast(ctype, row.ctypes.data) for row in arrays])
 
 
-def _columns(q8_0: np.ndarray) -> np.ndarray:
-    q8_0 = np.ascontiguousarray(q8_0)
-    return q8_0.copy() if q8_0.ctypes.data % 2 else q8_0
-
-
-def _pieces(count: int, pieces: int) -> list[tuple[int, int]]:
-    """0 .. count in `pieces` ranges, last first, since none may rely on an earlier one."""
-    cuts = [count * i // pieces for i in range(pieces + 1)]
-    return list(zip(cuts, cuts[1:]))[::-1]
-
-
 def mul_tables(
     repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
 ) -> np.ndarray:
@@ -260,21 +269,16 @@ def mul_tables(
     pieces: cuts tables and tile rows into as many, as threads do; the result has the same bits.
     Raises ValueError for a missing set or another dtype, shape or length.
     """
-    isa = _repacked_entry(isa)
-    repacked, rows, n, q8_0, pieces = _check_repacked(kind, repacked, rows, n, q8_0, pieces)
-    q8_0, columns = _columns(q8_0), len(q8_0)
-    y = _pointers("const tq1_25_q8_0 *", q8_0)
-    size = lib.tq1_25_table_size(isa, n)
-    tables = _aligned(columns * size).reshape(columns, size)
+    p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
+    size = lib.tq1_25_table_size(p.isa, p.n)
+    tables = _aligned(p.columns * size).reshape(p.columns, size)
     to_tables = _pointers("void *", tables)
-    for begin, end in _pieces(n // tq1_25.BLOCK, pieces):
-        for c in range(columns):
-            lib.tq1_25_make_table(isa, n, begin * tq1_25.BLOCK, end * tq1_25.BLOCK, y[c], to_tables[c])
-    out = np.empty((columns, rows), np.float32)
-    x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
-    for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
-        lib.tq1_25_mul_tables(isa, _kind(kind), rows, n, x, begin, end, columns, y, to_tables, s)
-    return out
+    for begin, end in p.ranges(p.n // tq1_25.BLOCK):
+        for c in range(p.columns):
+            lib.tq1_25_make_table(p.isa, p.n, begin * tq1_25.BLOCK, end * tq1_25.BLOCK, p.y[c], to_tables[c])
+    for begin, end in p.tiles():
+        lib.tq1_25_mul_tables(p.isa, p.kind, p.rows, p.n, p.x, begin, end, p.columns, p.y, to_tables, p.s)
+    return p.out
 
 
 def mul_codes(
@@ -284,20 +288,14 @@ def mul_codes(
 
     pieces: cuts the tile rows into as many.
     """
-    isa = _repacked_entry(isa)
-    repacked, rows, n, q8_0, pieces = _check_repacked(kind, repacked, rows, n, q8_0, pieces)
-    q8_0, columns = _columns(q8_0), len(q8_0)
-    y = _pointers("const tq1_25_q8_0 *", q8_0)
-    scratch = _aligned(ffi.sizeof("struct tq1_25_code_scratch"))
-    out = np.empty((columns, rows), np.float32)
-    x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
-    groups = lib.tq1_25_code_groups(columns)
+    p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
+    scratch = ffi.from_buffer("struct tq1_25_code_scratch *", _aligned(ffi.sizeof("struct tq1_25_code_scratch")))
+    groups = lib.tq1_25_code_groups(p.columns)
     for group in range(groups):
-        first, last = (lib.tq1_25_first_of_group(columns, groups, k) for k in (group, group + 1))
-        for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
-            lib.tq1_25_mul_codes(isa, _kind(kind), rows, n, x, begin, end, last - first, y + first, s + first,
-                                 ffi.from_buffer("struct tq1_25_code_scratch *", scratch))  # fmt: skip
-    return out
+        first, last = (lib.tq1_25_first_of_group(p.columns, groups, k) for k in (group, group + 1))
+        for begin, end in p.tiles():
+            lib.tq1_25_mul_codes(p.isa, p.kind, p.rows, p.n, p.x, begin, end, last - first, p.y + first, p.s + first, scratch)
+    return p.out
 
 
 def mul_panels(
@@ -307,25 +305,18 @@ def mul_panels(
 
     pieces: cuts the making of panels, the tile rows and the panels of the product into as many.
     """
-    isa = _repacked_entry(isa)
-    if isa.gemm == ffi.NULL:
-        raise ValueError(f"instruction set {ffi.string(isa.name).decode()} has no panels; "
-                         f"those that this CPU runs: {', '.join(available_panels()) or 'none'}")  # fmt: skip
-    repacked, rows, n, q8_0, pieces = _check_repacked(kind, repacked, rows, n, q8_0, pieces)
-    q8_0, columns = _columns(q8_0), len(q8_0)
-    y = _pointers("const tq1_25_q8_0 *", q8_0)
-    panels = _aligned(lib.tq1_25_panel_size(n, columns))
-    count = lib.tq1_25_panels(columns)
-    for p in range(count):
-        first, last = (lib.tq1_25_first_column(columns, k) for k in (p, p + 1))
-        panel = ffi.from_buffer("uint8_t[]", panels) + lib.tq1_25_panel_size(n, first)
-        for begin, end in _pieces(n // lib.TQ1_25_QK8_0, pieces):
-            lib.tq1_25_make_panel(begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, last - first, y + first, panel)
-    scratch = _aligned(ffi.sizeof("struct tq1_25_panel_scratch"))
-    out = np.empty((columns, rows), np.float32)
-    x, s = _blocks(repacked, "uint8_t"), _pointers("float *", out)
-    for begin, end in _pieces(-(-rows // lib.TQ1_25_TILE), pieces):
-        for first, last in _pieces(count, pieces):
-            lib.tq1_25_mul_panels(isa, _kind(kind), rows, n, x, begin, end, columns, first, last, ffi.from_buffer(panels), s,
-                                  ffi.from_buffer("struct tq1_25_panel_scratch *", scratch))  # fmt: skip
-    return out
+    p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
+    if p.isa.gemm == ffi.NULL:
+        raise _lacking(p.isa, "panels", available_panels())
+    panels = ffi.from_buffer("uint8_t[]", _aligned(lib.tq1_25_panel_size(p.n, p.columns)))
+    count = lib.tq1_25_panels(p.columns)
+    for panel in range(count):
+        first, last = (lib.tq1_25_first_column(p.columns, k) for k in (panel, panel + 1))
+        out = panels + lib.tq1_25_panel_size(p.n, first)
+        for begin, end in p.ranges(p.n // lib.TQ1_25_QK8_0):
+            lib.tq1_25_make_panel(begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, last - first, p.y + first, out)
+    scratch = ffi.from_buffer("struct tq1_25_panel_scratch *", _aligned(ffi.sizeof("struct tq1_25_panel_scratch")))
+    for begin, end in p.tiles():
+        for first, last in p.ranges(count):
+            lib.tq1_25_mul_panels(p.isa, p.kind, p.rows, p.n, p.x, begin, end, p.columns, first, last, panels, p.s, scratch)
+    return p.out
