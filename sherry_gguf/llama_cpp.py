@@ -61,31 +61,21 @@ struct ggml_type_traits {
     void (*to_float)(const void *, float *, int64_t);
     void (*from_float_ref)(const float *, void *, int64_t);
 };
-struct ggml_type_traits_cpu {
-    void (*from_float)(const float *, void *, int64_t);
-    void (*vec_dot)(int, float *, size_t, const void *, size_t, const void *, size_t, int);
-    int vec_dot_type;
-    int64_t nrows;
-};
 const struct ggml_type_traits * ggml_get_type_traits(int);
-const struct ggml_type_traits_cpu * ggml_get_type_traits_cpu(int);
 size_t ggml_row_size(int, int64_t);
 bool ggml_quantize_requires_imatrix(int);
 size_t ggml_quantize_chunk(int, const float *, void *, int64_t, int64_t, int64_t, const float *);
 bool ggml_validate_row_data(int, const void *, size_t);
-void ggml_cpu_init(void);
 """
 
 
 class Ggml:
-    """The built libggml-base and libggml-cpu through their C interface. Raises NotBuilt."""
+    """The built libggml-base through its C interface. Raises NotBuilt."""
 
     def __init__(self) -> None:
         self._ffi = cffi.FFI()
         self._ffi.cdef(_CDEF)
         self._base = self._ffi.dlopen(str(library("ggml-base")))
-        self._cpu = self._ffi.dlopen(str(library("ggml-cpu")))
-        self._cpu.ggml_cpu_init()
         self.types: dict[str, int] = {}  # name in capitals to id
         for type_id in range(tq1_25.TYPE_ID + 1):  # TQ1_25's id is the last; unused ids have no name, removed types no block size
             traits = self._base.ggml_get_type_traits(type_id)
@@ -104,13 +94,10 @@ class Ggml:
 
     def row_size(self, name: str, n: int) -> int:
         """Bytes of a row of n weights. Raises ValueError if n is not a multiple of the block size."""
-        self._check_row(name, n)
+        weights, _ = self.block(name)
+        if n <= 0 or n % weights:
+            raise ValueError(f"rows of {n} weights are not a multiple of {weights}, the block of {name}")
         return self._base.ggml_row_size(self.type_id(name), n)
-
-    def vec_dot_type(self, name: str) -> str:
-        """The type that the activations of a dot product are quantized to."""
-        wanted = self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).vec_dot_type
-        return next(other for other, type_id in self.types.items() if type_id == wanted)
 
     def quantize(self, name: str, x: np.ndarray, imatrix: np.ndarray | None = None) -> np.ndarray:
         """`ggml_quantize_chunk`: float32 (rows, n) to uint8 (rows, bytes of a row).
@@ -142,51 +129,8 @@ class Ggml:
         b = self._array(b, np.uint8, 2)
         return self._base.ggml_validate_row_data(self.type_id(name), self._pointer(b, "const void *"), b.nbytes)
 
-    def dequantize(self, name: str, b: np.ndarray) -> np.ndarray:
-        """The type's `to_float`: uint8 (rows, bytes) to float32 (rows, n)."""
-        b = self._array(b, np.uint8, 2)
-        weights, size = self.block(name)
-        if b.shape[1] % size:
-            raise ValueError(f"rows of {b.shape[1]} bytes are not a multiple of {size}, the block of {name}")
-        out = np.empty((b.shape[0], b.shape[1] // size * weights), np.float32)
-        to_float = self._function(name, "to_float", self._traits(name).to_float)
-        to_float(self._pointer(b, "const void *"), self._pointer(out, "float *"), out.size)
-        return out
-
-    def from_float(self, name: str, x: np.ndarray) -> np.ndarray:
-        """The CPU backend's `from_float`, for activations: float32 (n,) to uint8 (bytes,)."""
-        x = self._array(x, np.float32, 1)
-        out = np.empty(self.row_size(name, x.size), np.uint8)
-        self._function(name, "from_float", self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).from_float)(
-            self._pointer(x, "const float *"), self._pointer(out, "void *"), x.size
-        )
-        return out
-
-    def vec_dot(self, name: str, b_row: np.ndarray, y: np.ndarray) -> float:
-        """The CPU backend's `vec_dot`: a packed row, uint8 (bytes,), and its packed activations, uint8 (bytes,)."""
-        b_row, y = self._array(b_row, np.uint8, 1), self._array(y, np.uint8, 1)
-        weights, size = self.block(name)
-        n = b_row.size // size * weights
-        if b_row.size % size or y.size != self.row_size(self.vec_dot_type(name), n):
-            raise ValueError(f"a row of {b_row.size} bytes of {name} and {y.size} bytes of {self.vec_dot_type(name)}")
-        out = np.empty(1, np.float32)
-        self._function(name, "vec_dot", self._cpu.ggml_get_type_traits_cpu(self.type_id(name)).vec_dot)(
-            n, self._pointer(out, "float *"), 0, self._pointer(b_row, "void *"), 0, self._pointer(y, "void *"), 0, 1
-        )
-        return float(out[0])
-
     def _traits(self, name: str):
         return self._base.ggml_get_type_traits(self.type_id(name))
-
-    def _function(self, name: str, what: str, pointer):
-        if pointer == self._ffi.NULL:
-            raise ValueError(f"{name} has no {what}")
-        return pointer
-
-    def _check_row(self, name: str, n: int) -> None:
-        weights, _ = self.block(name)
-        if n <= 0 or n % weights:
-            raise ValueError(f"rows of {n} weights are not a multiple of {weights}, the block of {name}")
 
     @staticmethod
     def _array(a: np.ndarray, dtype: type, ndim: int) -> np.ndarray:
@@ -204,8 +148,3 @@ class Ggml:
 def ggml() -> Ggml:
     """The built ggml, opened once. Raises NotBuilt."""
     return Ggml()
-
-
-def quantize_rows(x: np.ndarray, type_name: str) -> np.ndarray:
-    """float32 (rows, n) to uint8 (rows, bytes) of any type of the built ggml; see `Ggml.quantize`."""
-    return ggml().quantize(type_name, x)

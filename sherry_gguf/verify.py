@@ -283,4 +283,4 @@ def _round(x: np.ndarray, qtype) -> np.ndarray:
 
     if qtype.name in ("F32", "F16", "BF16", "Q8_0"):
         return gguf.quants.quantize(x, qtype)
-    return llama_cpp.quantize_rows(x, qtype.name)
+    return llama_cpp.ggml().quantize(qtype.name, x)

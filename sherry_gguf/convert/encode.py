@@ -87,7 +87,7 @@ class Encoder:
             return _bytes(gguf_type.register().quants.quantize(x, t.type)), x.size, 0, 0, 0, 0.0
         if t.type.name != tq1_25.NAME:
             try:
-                return _bytes(llama_cpp.quantize_rows(x, t.type.name)), x.size, 0, 0, 0, 0.0
+                return _bytes(llama_cpp.ggml().quantize(t.type.name, x)), x.size, 0, 0, 0, 0.0
             except ValueError as e:
                 raise ConvertError(f"{t.name} ({t.source}) cannot be stored as {t.type.name}: {e}") from e
         if self.grouping.of_blocks:

@@ -250,7 +250,7 @@ def retyped(name, qtype):
                 elif qtype.name == "IQ2_XXS":
                     x = np.zeros((*x.shape[:-1], x.shape[-1] // block * size), np.uint8)
                 elif qtype.name != "F32":
-                    x = llama_cpp.quantize_rows(x.reshape(-1, x.shape[-1]), qtype.name).reshape(*x.shape[:-1], -1)
+                    x = llama_cpp.ggml().quantize(qtype.name, x.reshape(-1, x.shape[-1])).reshape(*x.shape[:-1], -1)
                 t = t._replace(data=x, tensor_type=qtype)
             yield t
 

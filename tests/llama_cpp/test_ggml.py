@@ -3,9 +3,11 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from built_ggml import CpuGgml
 from vectors import BLOCKS, DOTS
 
 from sherry_gguf import kernels, llama_cpp, reader, retag, stq1_0, tq1_25
@@ -16,7 +18,7 @@ KINDS = pytest.mark.parametrize("kind", [tq1_25.TYPE, stq1_0.TYPE])
 
 @pytest.fixture(scope="module")
 def ggml():
-    return llama_cpp.ggml()
+    return CpuGgml()
 
 
 @pytest.fixture
@@ -75,27 +77,29 @@ def test_vec_dot_is_the_best_kernel(ggml, x, monkeypatch, kind):
         assert ggml.vec_dot(kind.name, row, q8_0) == kernels.vec_dot_q8_0(row, q8_0, kind=kind)
 
 
+HERE = Path(__file__).parent
 IN_ANOTHER_PROCESS = """
 import numpy as np
-from sherry_gguf import kernels, llama_cpp, tq1_25
+from built_ggml import CpuGgml
+from sherry_gguf import kernels, tq1_25
 x = np.random.default_rng(0).standard_normal(896).astype(np.float32)
 row, q8_0 = tq1_25.quantize(x), kernels.quantize_q8_0(x)
-print(llama_cpp.ggml().vec_dot("TQ1_25", row, q8_0), kernels.vec_dot_q8_0(row, q8_0))
+print(CpuGgml().vec_dot("TQ1_25", row, q8_0), kernels.vec_dot_q8_0(row, q8_0))
 """
 
 
 @pytest.mark.parametrize("isa", kernels.available())
 def test_the_environment_chooses_the_kernel(isa, monkeypatch):
     monkeypatch.setenv("SHERRY_ISA", isa)
-    result = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], capture_output=True, text=True, check=True)
+    result = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], cwd=HERE, capture_output=True, text=True, check=True)
     built, ours = map(float, result.stdout.split())
     assert built == ours
 
 
 def test_a_missing_instruction_set_ends_the_process_with_its_name():
-    code = "import os; os.environ['SHERRY_ISA'] = 'mmx'; from sherry_gguf import llama_cpp, kernels; import numpy as np; " \
-           "llama_cpp.ggml().vec_dot('TQ1_25', np.zeros(22, np.uint8), np.zeros(136, np.uint8))"  # fmt: skip
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    code = "import os; os.environ['SHERRY_ISA'] = 'mmx'; from built_ggml import CpuGgml; import numpy as np; " \
+           "CpuGgml().vec_dot('TQ1_25', np.zeros(22, np.uint8), np.zeros(136, np.uint8))"  # fmt: skip
+    result = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert result.returncode == 1
     assert f"SHERRY_ISA=mmx: there is no such instruction set in this build; this CPU runs {' '.join(kernels.available())}" in result.stderr
 
