@@ -45,13 +45,8 @@ __all__ = [
     "gguf_type", "inspect", "kernels", "llama_cpp", "quantize", "read_gguf", "retag", "transcode", "verify",
 ]  # fmt: skip
 
-_MODULES = {
-    "convert": ("Options",),
-    "errors": ("ConvertError", "NotBuilt", "QuantizeError"),
-    "gguf_file": ("Gguf", "Stored", "read_gguf"),
-    "kernels": ("dequantize", "quantize"),
-}
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+_MODULE_OF = {"Options": "convert", "ConvertError": "errors", "NotBuilt": "errors", "QuantizeError": "errors", "Gguf": "gguf_file",
+              "Stored": "gguf_file", "read_gguf": "gguf_file", "dequantize": "kernels", "quantize": "kernels"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Puts files in place whole or not at all, whenever a command fails, is interrupted or is killed.
+"""Puts files in place whole or not at all, even if a command fails, is interrupted or is killed.
 
 Files are written to a staging directory beside the target, flushed, read back, and renamed.
 """
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 from . import signals
 from .errors import ConvertError, NotBuilt
+from .gguf_file import Stored
 from .reader import open_gguf
 
 _STAGING = ".sherry-gguf-"
@@ -36,8 +37,10 @@ class Written(Protocol):
 
 
 def writable(target: Path) -> Path:
-    """The path to write for a target, with symbolic links resolved. Raises ConvertError if only an ordinary file could go there, and
-    something else is there or the directory is missing."""
+    """The path to write for a target, with symbolic links resolved.
+
+    Raises ConvertError if the directory is missing or something other than an ordinary file is there.
+    """
     try:
         if target.is_symlink():
             target = target.resolve()  # written through, as by any program
@@ -58,7 +61,7 @@ def staging(target: Path, needed: int, holes: int = 0) -> Iterator[Path]:
     """A new directory beside the target, removed at the end in any case.
 
     needed: bytes that will be written; holes: how many of these take no space. Raises ConvertError if they exceed the free space, and
-    in place of any OSError but NotBuilt.
+    for any OSError within the block but NotBuilt.
     """
     directory = lock = None
     try:
@@ -85,18 +88,15 @@ def staging(target: Path, needed: int, holes: int = 0) -> Iterator[Path]:
 
 
 def _disk_full(target: Path, needed: int, free: int) -> str:
-    return (
-        f"no room for {target}: it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there (or a quota or file size limit is "
-        "reached). Nothing was written"
-    )
+    sizes = f"it takes {needed / 1e6:.1f} MB, {free / 1e6:.1f} MB are free there"
+    return f"no room for {target}: {sizes} (or a quota or file size limit is reached). Nothing was written"
 
 
 def _lock(directory: Path, wait: bool = False) -> int | None:
-    """A descriptor that locks a directory until it is closed or the process ends; None if another process has the lock or if this
-    system cannot lock.
+    """Lock a directory until the returned descriptor is closed or the process ends; None if another process has the lock or this system
+    cannot lock.
 
-    The directory itself is locked, and not a file in it as by filelock: nothing may stay beside the target, and a target in the
-    staging directory may have any name.
+    filelock would need a file: that would stay beside the target, or take a name in the staging directory that a target may have.
     """
     try:
         import fcntl
@@ -115,7 +115,7 @@ def _lock(directory: Path, wait: bool = False) -> int | None:
 
 
 def _sweep(directory: Path):
-    """Remove the staging directories of killed processes: nobody locks them any more."""
+    """Remove the staging directories of killed processes, which nobody locks any more."""
     for old in directory.glob(f"{_STAGING}{'?' * 8}.staging"):
         if (lock := _lock(old)) is not None:
             if not _holds_older(old):
@@ -124,24 +124,21 @@ def _sweep(directory: Path):
 
 
 def _holds_older(directory: Path) -> bool:
-    """Whether a staging directory still has older files of a split, perhaps the only copies: `commit` neither replaced them nor put
-    them back."""
+    """Whether a staging directory has older files of a split that `commit` neither replaced nor put back: perhaps the only copies."""
     return any((directory / _SET_ASIDE).glob("*"))
 
 
 def reread(path: Path, expected: Sequence[Written]):
-    """Flush a GGUF file to the disk and read it back from there. Raises ConvertError if its tensors are not `expected`."""
+    """Flush a GGUF file to the disk and read it back. Raises ConvertError if its tensors are not the expected ones."""
     with open(path, "r+b") as f:
         os.fsync(f.fileno())
         if hasattr(os, "posix_fadvise"):  # forget the cached pages
             os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        stored = [
-            (r.name, tuple(int(n) for n in reversed(r.shape)), r.tensor_type, r.data_offset, r.n_bytes) for r in open_gguf(path).tensors
-        ]
-        good = [s[:3] for s in stored] == [(t.name, t.shape, t.type) for t in expected]
-        for t, (*_, offset, left) in zip(expected, stored if good else ()):
-            f.seek(offset)
-            digest = hashlib.sha256()
+        stored = [Stored.of(tensor, path) for tensor in open_gguf(path).tensors]
+        good = [(s.name, s.shape, s.type) for s in stored] == [(t.name, t.shape, t.type) for t in expected]
+        for t, s in zip(expected, stored if good else ()):
+            f.seek(s.offset)
+            digest, left = hashlib.sha256(), s.nbytes
             while left and (data := f.read(min(left, 1 << 24))):
                 digest.update(data)
                 left -= len(data)
@@ -153,7 +150,7 @@ def reread(path: Path, expected: Sequence[Written]):
 def commit(staged: list[Path], files: list[Path]):
     """Move staged files to their places, all or none, with the permissions of the files that they replace.
 
-    A split is found by its first file. So the old first file is removed first and the new one installed last: if this process is
+    Programs find a split by its first file. So the old first file is removed first and the new one installed last: if this process is
     killed, nobody meets files of two conversions. Another commit of a split to the same directory waits.
     """
 

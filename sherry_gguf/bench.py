@@ -20,7 +20,7 @@ from tqdm import tqdm
 from . import llama_cpp, signals
 from .report import markdown_table
 
-FIRST = 16  # tokens of the prompt that warms up
+WARM_UP = 16  # tokens of the prompt that warms up
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def llama_bench(file: Path, threads: int, test: Test, repack: bool = True) -> di
     prompt, generate = (str(test.tokens), 0) if test.kind == "pp" else (0, test.tokens)
     warm_up = []
     if test.kind == "pp" and test.depth:
-        warm_up = ["--no-warmup"]  # filling the context is one
-    elif test.kind == "pp" and test.tokens > FIRST:
-        # llama-bench would read the whole prompt twice; without any warm-up the first touch of the mapped file shows
-        prompt, warm_up = f"{FIRST},{prompt}", ["--no-warmup"]
+        warm_up = ["--no-warmup"]  # filling the context warms up
+    elif test.kind == "pp" and test.tokens > WARM_UP:
+        # llama-bench's own warm-up would read the whole prompt; without any, the first touch of the mapped file would count
+        prompt, warm_up = f"{WARM_UP},{prompt}", ["--no-warmup"]
     result = llama_cpp.run("llama-bench", "-m", file, "-o", "json", "-r", 1, "-t", threads, "-p", prompt, "-n", generate,
                            "-d", test.depth, "-b", test.batch, "-ub", test.ubatch, "--repack", int(repack), *warm_up,
                            stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
@@ -70,12 +70,12 @@ def llama_bench(file: Path, threads: int, test: Test, repack: bool = True) -> di
 
 
 def rotated(items: list, by: int) -> list:
-    """The same items, starting with another: who comes first changes from round to round."""
+    """The items, starting with another one each round."""
     return items[by % len(items) :] + items[: by % len(items)]
 
 
 def median_ratio(ours: Iterable[float], theirs: Iterable[float]) -> float | None:
-    """The median of the ratios of the rounds that both have, which met the same disturbances; None without any."""
+    """The median ratio over the rounds that both have, which met the same disturbances; None without any."""
     ratios = [a / b for a, b in zip(ours, theirs)]
     return statistics.median(ratios) if ratios else None
 
@@ -90,20 +90,19 @@ def plural(threads: int) -> str:
 
 
 def compare(files: list[Path], threads: list[int], tests: list[Test], rounds: int, report: dict) -> Iterator[str]:
-    """Measure every file, and fill `report` as it goes; yields what comes next.
+    """Run each test on each file in each round, and fill `report` as it goes; yields what comes next.
 
-    Each round runs each test on each file. `report` gets "cpu", "rounds", "llama_cpp", "files" (name, type, bytes,
-    parameters) and "speed" (file, threads, test, and "rates" in tokens a second, one a round).
-    Raises what `llama_bench` does.
+    `report` gets "cpu", "date", "rounds", "llama_cpp", "files" (file, type, bytes, parameters) and "speed" (file, threads, test, and
+    "rates", tokens a second in each round). Raises what `llama_bench` does.
     """
     measured: list[dict] = []
     report |= {"cpu": cpu_name(), "date": time.strftime("%Y-%m-%d"), "rounds": rounds, "files": measured, "speed": []}
-    for file in files:  # brings the file into memory, too
+    for file in files:  # this also brings it into memory
         yield f"{file.name}, first look"
         record = llama_bench(file, max(threads), Test("tg", 1))
         report["llama_cpp"] = record["build_commit"]
-        measured.append({"file": str(file), "type": record["model_type"], "bytes": record["model_size"],
-                                "parameters": record["model_n_params"]})  # fmt: skip
+        kind, size, parameters = record["model_type"], record["model_size"], record["model_n_params"]
+        measured.append({"file": str(file), "type": kind, "bytes": size, "parameters": parameters})
     groups = list(itertools.product(threads, tests))
     speed: dict[tuple, dict] = {
         (file, *group): {"file": str(file), "threads": group[0], "test": str(group[1]), "rates": []} for group in groups for file in files
@@ -117,7 +116,7 @@ def compare(files: list[Path], threads: list[int], tests: list[Test], rounds: in
 
 
 def tables(report: dict) -> str:
-    """A report as Markdown: a table for each number of threads, with the ratio of each rate to the first file's."""
+    """A report as Markdown: for each number of threads a table with each rate and its ratio to the first file's."""
     lines = [
         f"{report['cpu']}; llama.cpp {report['llama_cpp']}; {report['date']}.",
         f"Tokens a second, medians of {report['rounds']} rounds (pp: read a prompt, tg: generate); x: ratio to the first file.",
@@ -158,7 +157,7 @@ def parse(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
         prog=prog, description="Compare how fast models run: llama-bench on each file in turn, for several rounds. "
         "Prints medians, and the median ratio to the first file.")  # fmt: skip
     add = parser.add_argument
-    add("files", type=Path, nargs="+", metavar="FILE", help="a GGUF; of a split, its first file")
+    add("files", type=Path, nargs="+", metavar="FILE", help="a GGUF; for a split, its first file")
     add("--threads", type=thread_counts, default="all", metavar="LIST", help="numbers of threads, such as 1,2 (default: all)")
     add("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt to read; 0: none (default: 512)")
     add("--generate", type=int, default=128, metavar="N", help="tokens to generate; 0: none (default: 128)")
@@ -199,7 +198,3 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
     return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

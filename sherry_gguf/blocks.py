@@ -1,7 +1,7 @@
-"""Block types of 3:4 sparse ternary weights: bytes to lanes and scales, and back. The NumPy reference of the C kernels.
+"""Block types of 3:4 sparse ternary weights: bytes to lanes and scales, and back. The NumPy reference for the C kernels.
 
-A block holds four bits for each group, its slot; then one bit for each, its sign; then an fp16 scale. `tq1_25` and `stq1_0` differ in
-the length of a block, in the weights that make a group, and in the order of the nibbles (docs/format.md).
+A block holds a 4-bit slot for each group, then a sign bit for each, then an fp16 scale. `tq1_25` and `stq1_0` differ in the length of a
+block, in the weights that form a group, and in the order of the nibbles (docs/format.md).
 """
 
 from __future__ import annotations
@@ -76,6 +76,12 @@ class BlockType:
         if b.ndim == 0 or b.shape[-1] % self.bytes:
             raise ValueError(f"packed rows of shape {b.shape} are not a multiple of {self.bytes} bytes")
         return b
+
+    def check_row(self, b_row: np.ndarray) -> np.ndarray:
+        """`check_blocks` of a single row, which has one axis."""
+        if (b_row := self.check_blocks(b_row)).ndim != 1:
+            raise ValueError(f"the packed row has shape {b_row.shape}, not one axis")
+        return b_row
 
     def pack(self, lanes: np.ndarray, d: np.ndarray) -> np.ndarray:
         """Lanes int8 (..., n) of -1, 0, +1 and scales float16 (..., n / size) to uint8 (..., n / size * bytes).
@@ -161,8 +167,8 @@ class BlockType:
     def is_exact(self, x: np.ndarray) -> np.ndarray:
         """Whether dequantize(quantize(x)) equals x in all weights of each block: bool (..., n / size).
 
-        -0 equals 0 here; the format has no signed zeros. Takes what `quantize` takes. A block with a NaN, an infinity or
-        too large a mean is not exact, and no error. Raises ValueError for another dtype or length.
+        -0 equals 0 here; the format has no signed zeros. Takes what `quantize` takes. A block with a NaN, an infinity or too large a mean
+        is not exact. Raises ValueError for another dtype or length.
         """
         x = self.check_weights(x)
         exact = np.empty(x.size // self.size, bool)
@@ -191,14 +197,12 @@ class BlockType:
     def vec_dot(self, b_row: np.ndarray, y: np.ndarray) -> float:
         """The dot product of a packed row, uint8 (nb,), and activations, float32 (nb / bytes * size,) (docs/format.md).
 
-        The activations go through Q8_0: 32 int8 and an fp16 scale. The integer sums are exact, the rest is float64.
+        The activations are first quantized to Q8_0: 32 int8 and an fp16 scale. Integer sums are exact, the rest is float64.
         Raises ValueError for another dtype, for lengths that differ, and for a length that is not a multiple of `bytes`.
         """
         from gguf import GGMLQuantizationType, quants  # late: a converting process first chooses its gguf package
 
-        b_row = self.check_blocks(b_row)
-        if b_row.ndim != 1:
-            raise ValueError(f"the packed row has shape {b_row.shape}, not one axis")
+        b_row = self.check_row(b_row)
         lanes, d = self.unpack(b_row)
         y = self.check_activations(b_row, y)
         if not lanes.size:
@@ -215,7 +219,7 @@ def dot_q8_0(lanes: np.ndarray, d: np.ndarray, q8_0: np.ndarray) -> float:
 
 
 def _swapped(x: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """x (..., n), with pieces of n seen in `shape` and its last two axes swapped; unchanged if `shape` has one axis."""
+    """x (..., n) with each piece of n viewed in `shape` and its last two axes swapped; unchanged if `shape` has one axis."""
     if len(shape) == 1:
         return x
     return np.ascontiguousarray(x.reshape(*x.shape[:-1], x.shape[-1] // math.prod(shape), *shape).swapaxes(-1, -2)).reshape(x.shape)

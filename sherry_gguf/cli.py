@@ -10,7 +10,7 @@ import sys
 from . import signals
 from .errors import ConvertError, NotBuilt
 
-# Verb to module and what it does. A module is imported only when its verb is used: some need PyTorch.
+# Verb to its module and what it does. A module is imported only when its verb is used: some need PyTorch.
 VERBS = {
     "convert": ("convert.command", "convert a Hugging Face model directory to a TQ1_25 GGUF"),
     "verify": ("verify", "prove that a TQ1_25 GGUF holds what a model directory holds"),
@@ -22,7 +22,7 @@ VERBS = {
     "evaluate": ("evaluation.command", "measure perplexity and accuracy of models"),
     "bench": ("bench", "compare how fast models run"),
 }
-WITH_MAIN = ("train", "evaluate", "bench")  # verbs that parse their own arguments
+WITH_MAIN = ("train", "evaluate", "bench")  # these parse their own arguments
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
@@ -75,8 +75,7 @@ def _run(module, args: argparse.Namespace) -> int:
         print(f"error: {memory}{str(e) or type(e).__name__}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, signals.Interrupted) as e:
-        in_place = getattr(args, "in_place", False)
-        left = "run the same command again to finish" if in_place else "no half-written file is left"
+        left = "run the same command again to finish" if getattr(args, "in_place", False) else "no half-written file is left"
         print(f"interrupted: {left}", file=sys.stderr)
         return e.exit_code if isinstance(e, signals.Interrupted) else 130
 

@@ -17,7 +17,7 @@ _TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Show what is in a GGUF: metadata, types, sizes, and which tensors are exact."
-    parser.add_argument("gguf", type=Path, help="the GGUF; of a split, any of its files")
+    parser.add_argument("gguf", type=Path, help="the GGUF; for a split, any of its files")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
 
 
@@ -55,25 +55,17 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
     yield from table(("type", "tensors", "weights", "bytes", "bits/weight"), rows)
     if tensors:
         yield ""
-        yield from table(
-            ("tensor", "type", "shape", "exact", "least and largest scale"),
-            [
-                (t.name, t.type.name, " x ".join(map(str, t.shape)), _yes_or_no(exact.get(t.name)), _scales(t))
-                for t in model.tensors.values()
-            ],
-        )
+        flags = {name: {True: "yes", False: "no"}.get(flag, "") for name, flag in exact.items()}
+        rows = [(t.name, t.type.name, " x ".join(map(str, t.shape)), flags.get(t.name, ""), _scales(t)) for t in model.tensors.values()]
+        yield from table(("tensor", "type", "shape", "exact", "least and largest scale"), rows)
 
 
 def _exact_flags(model: Gguf) -> dict[str, Any]:
-    """The converter's exactness flags of the tensors that are still TQ1_25: other programs copy the flags when they change the type."""
+    """The converter's exactness flags of tensors that are still TQ1_25: other programs copy the flags when they change a type."""
     names, flags = (model.fields.get(f"sherry.tensor.{key}") for key in ("names", "exact"))
     if not (isinstance(names, list) and isinstance(flags, list)):
         return {}
     return {name: flag for name, flag in zip(names, flags) if name in model.tensors and model.tensors[name].type.name == tq1_25.NAME}
-
-
-def _yes_or_no(flag: Any) -> str:
-    return {True: "yes", False: "no"}.get(flag, "")
 
 
 def _short(value: Any) -> str:

@@ -151,9 +151,7 @@ def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None, ki
     Raises ValueError for a missing set or another dtype, shape or length.
     """
     entry = _entry(isa)
-    b_row, q8_0 = kind.check_blocks(b_row), np.asarray(q8_0)
-    if b_row.ndim != 1:
-        raise ValueError(f"the packed row has shape {b_row.shape}, not one axis")
+    b_row, q8_0 = kind.check_row(b_row), np.asarray(q8_0)
     n = b_row.size // kind.bytes * kind.size
     if q8_0.dtype != np.uint8 or q8_0.shape != (_q8_0_bytes(n),):
         need = f"the row of {n} weights needs uint8 ({_q8_0_bytes(n)},)"

@@ -1,4 +1,4 @@
-"""`sherry-gguf quantize`: llama-quantize, with checks before and a target that is whole or as it was."""
+"""`sherry-gguf quantize`: llama-quantize, with earlier checks and an output file that appears only when complete."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import atomic, llama_cpp, tq1_25
 from .errors import ConvertError
 from .gguf_file import split_files
 
-# llama-quantize's flags: (flag, metavar of its value or None, help, repeatable).
+# llama-quantize's flags: flag, metavar or None, help, whether it is repeatable.
 FLAGS: tuple[tuple[str, str | None, str, bool], ...] = (
     ("--imatrix", "FILE", "importance matrix, from llama-imatrix", False),
     ("--include-weights", "NAME", "use the importance matrix for this tensor only", True),
@@ -34,12 +34,12 @@ FLAGS: tuple[tuple[str, str | None, str, bool], ...] = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] INPUT OUTPUT [TYPE] [THREADS]"
     parser.description = (
-        "Quantize the GGUF of any model with llama-quantize. A model that was not trained for TQ1_25 or STQ1_0 loses much in them: "
+        "Quantize the GGUF of any model with llama-quantize. A model that was not trained for TQ1_25 or STQ1_0 loses much quality in them: "
         "train it first, or convert a Sherry checkpoint with `sherry-gguf convert`."
     )
     add = parser.add_argument
-    add("input", type=Path, metavar="INPUT", help="the GGUF to read; of a split, its first file")
-    add("output", type=Path, metavar="OUTPUT", help="the GGUF to write; it replaces an older one once it is whole")
+    add("input", type=Path, metavar="INPUT", help="the GGUF to read; for a split, its first file")
+    add("output", type=Path, metavar="OUTPUT", help="the GGUF to write; it replaces an older one only when complete")
     add("type", metavar="TYPE", nargs="?", default=tq1_25.NAME, help="the type, by llama-quantize's name (default: %(default)s)")
     add("threads", metavar="THREADS", nargs="?", type=int, help="number of threads (default: all)")
     passed = parser.add_argument_group("llama-quantize's options")
@@ -47,9 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if metavar is None:
             passed.add_argument(flag, action="store_true", help=text)
         else:
-            passed.add_argument(
-                flag, metavar=metavar, action="append" if repeatable else "store", help=f"{text}; repeatable" if repeatable else text
-            )
+            passed.add_argument(flag, metavar=metavar, action=("store", "append")[repeatable], help=text + "; repeatable" * repeatable)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,9 +65,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def quantize(source: Path, target: Path, kind: str = tq1_25.NAME, flags: Sequence[str] = (), threads: int | None = None) -> list[Path]:
-    """Run llama-quantize; its output goes to stdout and stderr. Returns the files that were written.
+    """Run llama-quantize; its output goes to stdout and stderr. Returns the files that it wrote.
 
-    kind: a type's name there, such as "TQ1_25"; flags: its own. With --dry-run among them nothing is written.
+    kind: llama-quantize's name of a type, such as "TQ1_25"; flags: its own; with --dry-run it writes nothing.
     Raises ConvertError, also if llama-quantize fails, and NotBuilt; then the target is as it was.
     """
     if not source.is_file():
@@ -98,4 +96,4 @@ def _checked(target: Path, source: Path) -> Path:
 def _run(arguments: list[str]) -> None:
     done = llama_cpp.run("llama-quantize", *arguments, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise ConvertError(f"llama-quantize failed with exit code {done.returncode}: its messages are above. Nothing was written")
+        raise ConvertError(f"llama-quantize failed with exit code {done.returncode}: see its messages above. Nothing was written")

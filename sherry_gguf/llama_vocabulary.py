@@ -1,5 +1,6 @@
-"""llama.cpp's tokenizer through its C interface, for a process of its own: llama.cpp ends the process on a vocabulary that it does not
-expect. Imports only what that process needs.
+"""llama.cpp's tokenizer through its C interface, for a process of its own, since llama.cpp ends the process on an unexpected vocabulary.
+
+Imports only what that process needs.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .errors import CheckFailed
 
 @dataclasses.dataclass(frozen=True)
 class Text:
-    """A text to split. special: with the tokens around a text, such as BOS; parse: names of special tokens stand for them."""
+    """A text to split. special: add the tokens around a text, such as BOS; parse: read names of special tokens as these tokens."""
 
     text: str
     special: bool = False
@@ -27,8 +28,8 @@ class Text:
 class Vocabulary:
     """llama.cpp's tokenizer for a GGUF. Loads only the vocabulary.
 
-    header, library: paths of llama.h and of the library that belongs to it; pre: replaces the file's tokenizer.ggml.pre. Raises
-    CheckFailed if llama.cpp refuses the file.
+    header, library: paths of llama.h and its library; pre: replaces the file's tokenizer.ggml.pre. Raises CheckFailed if llama.cpp refuses
+    the file.
     """
 
     def __init__(self, gguf: str, header: str, library: str, pre: str = ""):
@@ -83,16 +84,15 @@ int32_t llama_tokenize(const struct llama_vocab *, const char *, int32_t, int32_
 
 
 def _struct(header: str, name: str) -> str:
-    """A structure as llama.h declares it, with int for enums and void * for the header's other types."""
+    """A structure as llama.h declares it, with int for enums and void * for other types of the header."""
     found = re.search(rf"struct {name} \{{\n.*?\n    \}};", header, re.S)
     assert found, name
-    body = re.sub(r"//.*", "", found[0])
-    body = re.sub(r"\benum \w+", "int", body)
+    body = re.sub(r"\benum \w+", "int", re.sub(r"//.*", "", found[0]))
     return re.sub(r"\b(?:ggml_backend_dev_t|llama_progress_callback)\b", "void *", body)
 
 
 def serve() -> None:
-    """Answer a request on standard input: a line of JSON, {"gguf", "header", "library", "pres"}, and a line of texts, perhaps later.
+    """Answer a request on standard input: two lines of JSON, {"gguf", "header", "library", "pres"} and, perhaps later, the texts.
 
     Prints a line for each of "pres": the token ids of each text, or {"error"}.
     """

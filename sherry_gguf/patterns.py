@@ -1,4 +1,4 @@
-"""Names of tensors and layers: many as one, and regular expressions that match them."""
+"""Names of tensors and layers: lists with many as one, and regular expressions that match them."""
 
 from __future__ import annotations
 

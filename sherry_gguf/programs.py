@@ -1,4 +1,4 @@
-"""What the programs in scripts/ share: running a command, and ending with a message."""
+"""Helpers for the programs in scripts/: run a command, end with a message."""
 
 from __future__ import annotations
 

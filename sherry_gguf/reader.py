@@ -1,4 +1,4 @@
-"""Opens GGUF files from untrusted sources: gguf's own reader, but each length, offset and type is checked before it is used."""
+"""Opens GGUF files from untrusted sources: gguf's own reader, with every length, offset and type checked before use."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Entry:
 
 
 def open_gguf(path: Path, types: bool = True):
-    """A gguf.GGUFReader of a file that also has the tensor table, `table`: a list of Entry. Raises ConvertError.
+    """A gguf.GGUFReader of a file, with its tensor table, `table`: a list of Entry. Raises ConvertError.
 
-    Each tensor is then known to lie whole within the file, aligned, apart from the others, and to have a known type. With `types=False`
-    only the table is parsed and there are no `tensors`; call `problem()` to validate it.
+    Each tensor has a known type and lies whole within the file, aligned and apart from the others. With `types=False` only the table is
+    parsed and there are no `tensors`; call `problem()` to validate it.
     """
     path = Path(path)
     if not path.is_file():
@@ -48,13 +48,18 @@ def open_gguf(path: Path, types: bool = True):
         raise ConvertError(f"{path} is not a GGUF file, or is truncated or damaged: {type(e).__name__}: {e}") from e
 
 
+def part_at(field: Any, i: int) -> int:
+    """The offset in the file of a part of a gguf.ReaderField."""
+    return int(field.offset) + sum(int(part.nbytes) for part in field.parts[:i])
+
+
 def padded(n: int, alignment: int) -> int:
     """`n` rounded up to a multiple of `alignment`."""
     return -(-n // alignment) * alignment
 
 
 class _Table:
-    """The tensor table of a reader, and what may be wrong with it."""
+    """A reader's tensor table, and its checks."""
 
     path: Path
     data: np.ndarray  # the file's bytes
@@ -70,10 +75,10 @@ class _Table:
         field = self.fields.get("general.file_type")
         if field is None or field.types not in ([V.UINT32], [V.INT32]):
             return None
-        return int(field.offset) + sum(int(part.nbytes) for part in field.parts[:-1])
+        return part_at(field, -1)
 
     def problem(self, old: bool = False) -> str:
-        """What is wrong with a tensor, by name, or ""; with `old`, type 42 is taken for STQ1_0."""
+        """What is wrong with a tensor, by name, or ""; `old` takes type 42 for STQ1_0."""
         import gguf
 
         ends, names, alignment = [], set(), int(self.alignment)
@@ -105,10 +110,10 @@ class _Table:
         return self._wrong_space(ends, alignment)
 
     def _wrong_space(self, ends: list[tuple], alignment: int) -> str:
-        """Which tensor has more bytes in the file than its type takes: its number stands for another type, perhaps a fork's.
+        """Which tensor has more bytes in the file than its type takes: its number stands for another type, perhaps a fork's; or "".
 
-        llama.cpp is as strict, with two exceptions: it wants the tensors in the table's order, and it ignores junk behind the last
-        tensor. Junk is refused here, since nothing else tells that tensor's type.
+        llama.cpp is as strict, except that it wants the tensors in the table's order and ignores junk after the last one. Here junk is an
+        error, since nothing else tells that tensor's type.
         """
         if ends and ends[0][0] != self.data_start:
             start, _, name, *_ = ends[0]
@@ -127,7 +132,7 @@ class _Table:
 
 @functools.cache
 def _reader():
-    """The reader's class; made late, because a converting process first chooses its gguf package."""
+    """The reader's class, made late because a converting process first chooses its gguf package."""
     gguf = gguf_type.register()
 
     class Reader(_Table, gguf.GGUFReader):
@@ -138,7 +143,7 @@ def _reader():
                 raise ConvertError(f"{path} has the other byte order, which 3:4 sparse ternary blocks do not support")
 
         def _get(self, offset, dtype, count=1, override_order=None):
-            # gguf's returns what there is, so that a count beyond the file's end loops on and on
+            # gguf's returns what there is, and then a count beyond the file's end loops on and on
             end = int(offset) + np.dtype(dtype).itemsize * int(count)
             if end > len(self.data):
                 raise EOFError(f"data from byte {int(offset)} would end at byte {end} of {len(self.data)}")
@@ -151,7 +156,7 @@ def _reader():
                 return super()._get_field_parts(orig_offs, raw_type)
             count = self._get(orig_offs + 4, np.uint64)
             types = [V.ARRAY] + [V(int(kind[0]))] * bool(count[0])
-            # gguf's makes an array or two of each element: 15 us and 700 bytes a number, 20 us and 1700 bytes a string
+            # gguf's makes one or two arrays for each element: 15 us and 700 bytes a number, 20 us and 1700 bytes a string
             if kind[0] != V.STRING:
                 values = self._get(orig_offs + 12, self.gguf_scalar_to_np[V(int(kind[0]))], count[0])
                 return 12 + values.nbytes, [kind, count, values], [2], types
@@ -178,8 +183,8 @@ def _reader():
             self.data_start = int(start_offs)
             for field in fields:
                 shape = tuple(int(n) for n in field.parts[3])
-                type_at = int(field.offset) + sum(int(part.nbytes) for part in field.parts[:4])
-                self.table.append(Entry(field.name, shape, int(field.parts[4][0]), type_at, int(start_offs) + int(field.parts[5][0])))
+                type_id, start = int(field.parts[4][0]), self.data_start + int(field.parts[5][0])
+                self.table.append(Entry(field.name, shape, type_id, part_at(field, 4), start))
             if self.types:
                 if problem := self.problem():
                     raise ConvertError(f"{self.path}: {problem}")

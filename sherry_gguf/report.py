@@ -1,4 +1,4 @@
-"""What commands show: progress bars, tables, and names of tensors."""
+"""What commands print: progress bars, tables, and names of tensors."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from . import patterns
 
 
 def progress_bar(wanted: bool, **settings) -> tqdm:
-    """A tqdm that shows on standard error if `wanted` and if that is a terminal; `settings` go to tqdm."""
+    """A tqdm on standard error, shown if `wanted` and on a terminal; `settings` go to tqdm."""
     return tqdm(disable=None if wanted and sys.stderr else True, **settings)
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[Any]], left: Sequence[int] = (0,)) -> list[str]:
-    """The lines of a table: the columns with numbers in `left` are left-aligned, the others right-aligned."""
+    """The lines of a table. The columns in `left` are left-aligned, the others right-aligned."""
     aligned = ["left" if i in left else "right" for i in range(len(head))]
-    text = tabulate([head, *rows], tablefmt="plain", colalign=aligned, disable_numparse=True)  # as headers they would be wider
+    text = tabulate([head, *rows], tablefmt="plain", colalign=aligned, disable_numparse=True)  # tabulate would widen a header
     return [line.rstrip() for line in text.splitlines()]
 
 
@@ -38,5 +38,5 @@ def sizes(tensors: Iterable[Any]) -> tuple[str, str, str]:
 
 
 def starred(tensors: Iterable[Any]) -> str:
-    """The tensors' names, with those that differ only in the block's number as one."""
+    """The tensors' names; those that differ only in the block's number appear as one."""
     return patterns.starred(t.name for t in tensors)

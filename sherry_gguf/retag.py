@@ -1,7 +1,7 @@
-"""Renumbers the type of old STQ1_0 files. They have 42, which upstream's llama.cpp has since given to Q2_0.
+"""Renumbers the type of old STQ1_0 files. They have 42, which upstream has since given to Q2_0.
 
-The space that a tensor takes in the file tells the two types apart: 256 weights take 42 bytes as STQ1_0 and 72 as Q2_0. Nothing else in
-the file is trusted, and a tensor of any other size stops the command.
+A tensor's size tells the two types apart: 256 weights take 42 bytes as STQ1_0 and 72 as Q2_0. Nothing else in the file is trusted, and a
+tensor of any other size stops the command.
 
 general.file_type has the same history: it is 41 (now Q2_0's) or 42 in the first files and becomes 43 with the tensors.
 """
@@ -50,12 +50,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def old_tensors(path: Path) -> list[Entry]:
-    """The STQ1_0 tensors with the old number. Raises ConvertError if a tensor of type 42 may be anything else."""
-    return _old_tensors(open_gguf(path, types=False))
-
-
-def _old_tensors(reader) -> list[Entry]:
+def old_tensors(reader) -> list[Entry]:
+    """The STQ1_0 tensors with the old number, of `open_gguf(path, types=False)`. Raises ConvertError if type 42 may be anything else."""
     path, alignment = reader.path, int(reader.alignment)
     starts = sorted({e.start for e in reader.table})
     size = path.stat().st_size
@@ -97,9 +93,9 @@ def _fits(e: Entry, space: int, last: bool, alignment: int, block: int, nbytes: 
 
 
 def _changes(path: Path) -> tuple[int, dict[int, int]]:
-    """The number of tensors to change, and the new 32-bit values by their offset in the file."""
+    """How many tensors change, and the new 32-bit values by their offset in the file."""
     reader = open_gguf(path, types=False)
-    found = _old_tensors(reader)
+    found = old_tensors(reader)
     numbers = {e.type_at: stq1_0.TYPE.type_id for e in found}
     if (at := reader.file_type_at()) is not None and reader.fields["general.file_type"].contents() in OLD_FILE_TYPES:
         if found or any(map(_has_stq1_0, split_files(path))):
@@ -111,7 +107,7 @@ def _has_stq1_0(path: Path) -> bool:
     """Whether a file has STQ1_0 tensors with either number: an earlier retag may have changed the tensors' numbers alone."""
     try:
         reader = open_gguf(path, types=False)
-        return any(e.type_id == stq1_0.TYPE.type_id for e in reader.table) or bool(_old_tensors(reader))
+        return any(e.type_id == stq1_0.TYPE.type_id for e in reader.table) or bool(old_tensors(reader))
     except ConvertError:  # another file of the split that is missing, or nothing that retag changes
         return False
 
@@ -143,10 +139,10 @@ def retag(source: Path, target: Path) -> tuple[int, bool]:
 
 
 def retag_in_place(path: Path) -> tuple[int, bool]:
-    """`retag`, but of the file itself. Raises ConvertError; also for a symbolic link, whose file may have other users.
+    """`retag` the file itself. Raises ConvertError, also for a symbolic link, whose file may have other users.
 
-    The file's head, up to the last number that changes, is kept beside it until the new head is on the disk. The next run undoes a run
-    that was cut off in between.
+    A copy of the file's head, up to the last number that changes, stays beside it until the new head is on the disk. The next run undoes
+    one that was cut off in between.
     """
     path = Path(path)
     backup = path.with_name(path.name + BACKUP)
@@ -200,15 +196,14 @@ def _check(path: Path, numbers: dict[int, int]) -> None:
 
 
 def _restore(path: Path, backup: Path) -> None:
-    """Put back the head that a cut-off retag kept. It is complete: it got its name by a rename."""
+    """Put back the head that a cut-off retag kept. The backup is complete: it got its name by a rename."""
     if backup.is_symlink() or not backup.is_file():
         raise ConvertError(f"{backup} is in the way of a retag in place, and is not an ordinary file: remove it")
     head = backup.read_bytes()
     with _os_errors(path), open(path, "r+b") as f:
         now = f.read(len(head))
-        # Only the renumbered bytes may differ: somebody may have put another file in its place.
-        differing = [i for i, (a, b) in enumerate(zip(now, head)) if a != b]
-        if len(now) != len(head) or any((now[i], head[i]) not in _CHANGED for i in differing):
+        # Only the renumbered bytes may differ, or else somebody has put another file in its place.
+        if len(now) != len(head) or any(a != b and (a, b) not in _CHANGED for a, b in zip(now, head)):
             raise ConvertError(
                 f"{backup} belongs to a retag that was cut off, but not to this {path.name}: remove it if {path.name} is whole"
             )
@@ -221,7 +216,7 @@ def _restore(path: Path, backup: Path) -> None:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Lock the file if the system can: a run must not undo the unfinished work of another.
+    """Lock the file if the system can, so that no run undoes the unfinished work of another.
 
     The file itself is locked. filelock would truncate it, and a lock file beside it would stay.
     """
@@ -231,14 +226,13 @@ def _locked(path: Path) -> Iterator[None]:
         yield
         return
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # old_tensors says what is wrong with the file
-            if not path.is_file():  # opening a pipe would wait
-                raise FileNotFoundError
-            f = stack.enter_context(open(path, "rb"))
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConvertError(f"{path} is being changed by another retag: wait for its end") from None
+        try:
+            if path.is_file():  # opening a pipe would wait
+                fcntl.flock(stack.enter_context(open(path, "rb")), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConvertError(f"{path} is being changed by another retag: wait for its end") from None
+        except OSError:
+            pass  # open_gguf says what is wrong with the file
         yield
 
 

@@ -1,7 +1,7 @@
 """Changes the type of a GGUF file's ternary tensors and copies the rest, byte for byte.
 
-Ternary are TQ1_25, STQ1_0, TQ1_0 and TQ2_0 tensors, and F32, F16, BF16 and Q8_0 matrices if every block of the new type holds their
-values: so a Sherry model comes back from these types. Exact means that each value decodes to what it was.
+TQ1_25, STQ1_0, TQ1_0 and TQ2_0 tensors are ternary. So are F32, F16, BF16 and Q8_0 matrices if blocks of the new type hold all their
+values, so that a Sherry model comes back from these types. Exact means that every value decodes to what it was.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from . import atomic, gguf_type
 from .blocks import NOT_FINITE, BlockType
 from .errors import ConvertError, QuantizeError
 from .gguf_file import Stored, check_shard, is_shard
-from .reader import open_gguf, padded
+from .reader import open_gguf, padded, part_at
 from .report import progress_bar
 
 TARGETS = ("tq1_25", "stq1_0", "tq2_0", "q8_0", "f16")
@@ -43,7 +43,7 @@ class Transcoded:
     nbytes: int
     source: Stored
     why: str = ""  # a ternary tensor keeps its type
-    # Of a tensor whose type changes, once it is written:
+    # Known once a tensor whose type changes is written:
     blocks: int = 0  # of the new type
     exact: int = 0  # of the blocks
     squared_error: float = 0.0
@@ -81,11 +81,11 @@ def run(args: argparse.Namespace) -> int:
 def transcode(source: Path, target: Path, to: str, require_exact: bool = False, progress: bool = False) -> tuple[list[Transcoded], int]:
     """Write `source` with its ternary tensors as `to`, one of `TARGETS`.
 
-    Handles one file; of a split, only the one given. Returns its tensors, and how many tensors of the split's other files lost their
-    exactness flag: the first file has the flags of all tensors, but only its own can be checked.
+    Handles one file, also of a split. Returns its tensors, and how many tensors in the split's other files lost their exactness flag: the
+    first file has the flags of all tensors, but only its own can be checked.
 
-    Raises ConvertError; then the target is as it was. Having nothing to transcode is an error, and so are values that the type cannot
-    hold, and with `require_exact` those that it cannot hold exactly.
+    Raises ConvertError if there is nothing to transcode, for values that the type cannot hold, and with `require_exact` for those that
+    it cannot hold exactly; then the target is as it was.
     """
     gguf = gguf_type.register()
     if to not in TARGETS:
@@ -159,19 +159,20 @@ def _write(out: BinaryIO, t: Transcoded, alignment: int, bar, gguf) -> None:
 
 
 def _fits(stored: Stored, wanted, gguf) -> bool:
+    """Whether blocks of the wanted type hold a matrix exactly. All zeros is an unused matrix, not a ternary one."""
     try:
-        zero = True
+        used = False
         for x, _, exact, _ in _encoded(stored, wanted, gguf):
             if not exact.all():
                 return False
-            zero = zero and not x.any()
-        return not zero  # all zeros is an unused matrix or a bias, not a ternary matrix
+            used = used or bool(x.any())
+        return used
     except ConvertError:  # NaN, or too large
         return False
 
 
 def _encoded(stored: Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
-    """Chunk by chunk of rows: float32 values, encoded bytes, which blocks are exact, decoded values."""
+    """For each chunk of rows: float32 values, encoded bytes, which blocks are exact, decoded values."""
     size = gguf.GGML_QUANT_SIZES[wanted][0]
     n, rows = stored.shape[-1], math.prod(stored.shape[:-1])
     step = max(1, _CHUNK // n)
@@ -181,28 +182,31 @@ def _encoded(stored: Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, np.ndar
             _check_scales(stored, start, raw, gguf_type.TYPES[stored.type.name])
         with np.errstate(all="ignore"):  # NaN and infinities are found below
             x = gguf.quants.dequantize(raw, stored.type).reshape(-1, n)
-        if not (finite := np.isfinite(x).all(axis=1)).all():
-            raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + int(finite.argmin())}: {NOT_FINITE}")
+        _check_finite(stored, start, x, NOT_FINITE)
         try:
             data = _encode(x, wanted, gguf)
         except QuantizeError as e:
-            raise ConvertError(f"{stored.path}: tensor {stored.name}, row {start + e.row}: {e.cause}") from e
+            raise _bad_row(stored, start + e.row, e.cause) from e
         back = gguf.quants.dequantize(data, wanted).reshape(x.shape)
-        if not (finite := np.isfinite(back).all(axis=1)).all():
-            raise ConvertError(
-                f"{stored.path}: tensor {stored.name}, row {start + int(finite.argmin())}: a weight is beyond what {wanted.name} holds"
-            )
+        _check_finite(stored, start, back, f"a weight is beyond what {wanted.name} holds")
         yield x, data, (back == x).reshape(-1, size).all(axis=1), back
+
+
+def _bad_row(stored: Stored, row: int, cause: str) -> ConvertError:
+    return ConvertError(f"{stored.path}: tensor {stored.name}, row {row}: {cause}")
+
+
+def _check_finite(stored: Stored, start: int, x: np.ndarray, cause: str) -> None:
+    if not (finite := np.isfinite(x).all(axis=1)).all():
+        raise _bad_row(stored, start + int(finite.argmin()), cause)
 
 
 def _check_scales(stored: Stored, start: int, rows: np.ndarray, kind: BlockType):
     d = rows.reshape(len(rows), -1, kind.bytes)[..., -2:].copy().view("<f2")[..., 0]
     if (bad := ~np.isfinite(d) | np.signbit(d)).any():
         row, block = np.argwhere(bad)[0]
-        raise ConvertError(
-            f"{stored.path}: tensor {stored.name}, row {start + row}, block {block}: its scale is {d[row, block]}, which no "
-            f"{kind.name} has: the file is damaged"
-        )
+        cause = f"the scale of block {block} is {d[row, block]}, which no {kind.name} has: the file is damaged"
+        raise _bad_row(stored, start + row, cause)
 
 
 def _encode(x: np.ndarray, wanted, gguf) -> np.ndarray:
@@ -219,7 +223,7 @@ def _encode(x: np.ndarray, wanted, gguf) -> np.ndarray:
 
 
 def _q8_0(x: np.ndarray, gguf) -> np.ndarray:
-    """ggml's Q8_0, except for ternary blocks: its scale, a 127th of the largest value, would round them."""
+    """ggml's Q8_0, but exact for ternary blocks, which its scale, a 127th of the largest value, would round."""
     data = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
     blocks, out = x.reshape(-1, 32), data.reshape(-1, 34)
     d = np.abs(blocks).max(axis=1, keepdims=True)
@@ -238,8 +242,7 @@ def _data(t: Transcoded, gguf) -> Iterator[bytes | memoryview]:
             f.seek(t.source.offset)
             left = t.nbytes
             while left:
-                data = f.read(min(left, _COPY))
-                if not data:
+                if not (data := f.read(min(left, _COPY))):
                     raise ConvertError(f"{t.source.path} ends within the tensor {t.name}")
                 left -= len(data)
                 yield data
@@ -253,7 +256,7 @@ def _data(t: Transcoded, gguf) -> Iterator[bytes | memoryview]:
 
 
 def _head(reader, plan: list[Transcoded], to: str) -> bytes:
-    """The file up to the tensors' data: the old metadata with the new file type, and a new table."""
+    """The file's bytes before the tensors' data: the old metadata with the new file type, and a new table."""
     first = min((int(t.field.offset) for t in reader.tensors), default=len(reader.data))
     head = bytearray(reader.data[:first].tobytes())
     if (at := reader.file_type_at()) is not None:
@@ -271,11 +274,10 @@ def _head(reader, plan: list[Transcoded], to: str) -> bytes:
 def _clear_flags(reader, plan: list[Transcoded], out: BinaryIO, others: bool) -> int:
     """Clear the converter's exactness flags that this transcode invalidates, and update the relative errors.
 
-    With `others`, flags of tensors that are not in this file are cleared too, and their errors become NaN. Returns how many these are.
+    With `others`, flags of tensors that are not in this file are cleared too, and their errors become NaN. Returns the number of these.
     """
-    names, exact, errors, every = (
-        reader.fields.get(f"sherry.{k}") for k in ("tensor.names", "tensor.exact", "tensor.relative_error", "exact")
-    )
+    keys = ("tensor.names", "tensor.exact", "tensor.relative_error", "exact")
+    names, exact, errors, every = (reader.fields.get(f"sherry.{key}") for key in keys)
     if names is None or exact is None or exact.parts[-1].dtype != np.bool_:
         return 0
     try:
@@ -285,19 +287,15 @@ def _clear_flags(reader, plan: list[Transcoded], out: BinaryIO, others: bool) ->
     here = {t.name for t in plan}
     unknown = [name for name, flag in zip(listed, exact.parts[-1]) if others and flag and name not in here]
     error_of = {t.name: t.relative_error for t in plan if t.exact < t.blocks} | dict.fromkeys(unknown, math.nan)
-
-    def last_part(field) -> int:
-        return int(field.offset) + sum(int(p.nbytes) for p in field.parts[:-1])
-
     for i, name in enumerate(listed[: len(exact.parts[-1])]):
         if name in error_of:
-            out.seek(last_part(exact) + i)
+            out.seek(part_at(exact, -1) + i)
             out.write(b"\0")
             if errors is not None and errors.parts[-1].dtype == np.float32 and i < len(errors.parts[-1]):
-                out.seek(last_part(errors) + 4 * i)
+                out.seek(part_at(errors, -1) + 4 * i)
                 out.write(struct.pack("<f", math.hypot(errors.parts[-1][i], error_of[name])))  # as if the errors were independent
             if every is not None and every.parts[-1].dtype == np.bool_:
-                out.seek(last_part(every))
+                out.seek(part_at(every, -1))
                 out.write(b"\0")
     return len(unknown)
 

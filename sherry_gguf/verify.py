@@ -1,8 +1,8 @@
-"""Proves that a TQ1_25 GGUF holds what the checkpoint holds that it was made from.
+"""Proves that a TQ1_25 GGUF holds what its checkpoint holds.
 
 The conversion code says which type each tensor must have, and upstream's classes make the tensors, whole, as for an F32 file. The NumPy
-reference decodes the file's blocks, or quantizes the tensor and gives the bytes that must be there. Nothing that the file says about
-itself is trusted.
+reference decodes the file's blocks, or quantizes the tensor to the bytes that must be there. It trusts nothing that the file says about
+itself.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from .convert.metadata import add_metadata, check_token_count, sherry_metadata, 
 from .convert.plan import check_blocks, make_plan
 from .convert.provenance import Checkpoint
 from .convert.rows import CHUNK, computing
-from .convert.tensor import Tensor
+from .convert.tensor import Tensor, first_bad
 from .convert.upstream import collect, instantiate, upstream
 from .errors import QuantizeError
 from .gguf_file import Gguf, Stored, read_gguf
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Give the flags below that the conversion had."
     )
-    parser.add_argument("gguf", type=Path, metavar="GGUF", help="the GGUF; of a split, any of its files")
+    parser.add_argument("gguf", type=Path, metavar="GGUF", help="the GGUF; for a split, any of its files")
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="the model directory that it was made from")
     command.add_checkpoint_arguments(parser)
 
@@ -256,24 +256,19 @@ def _rows(tensor, t: Tensor) -> Iterator[tuple[int, np.ndarray]]:
 
     width = t.shape[-1] if t.shape else 1
     start, step = 0, max(1, CHUNK // width)
-    pieces = (
-        (load() for load in tensor._chunks)
-        if isinstance(tensor, gguf.LazyChunkedTensor)
-        else (gguf.LazyNumpyTensor.to_eager(whole) for whole in (tensor,))
-    )
-    while True:
+    chunked = isinstance(tensor, gguf.LazyChunkedTensor)
+    loaders: Iterable[Callable] = tensor._chunks if chunked else [lambda: gguf.LazyNumpyTensor.to_eager(tensor)]
+    for load in loaders:
         with computing(t):
-            piece = next(pieces, None)
-        if piece is None:
-            return
+            piece = load()
         piece = np.asarray(piece).reshape(-1, width)
         for i in range(0, len(piece), step):
             x = piece[i : i + step]
             x = x if x.dtype == np.float64 else x.astype(np.float32, copy=False)
             with np.errstate(over="ignore"):
-                finite = np.isfinite(x.astype(np.float32, copy=False)).all(axis=1)
-            if not finite.all():
-                raise t.bad_row(start + i + int(finite.argmin()), tq1_25.NOT_FINITE)
+                bad = first_bad(x.astype(np.float32, copy=False))
+            if bad is not None:
+                raise t.bad_row(start + i + bad, tq1_25.NOT_FINITE)
             yield start + i, x
         start += len(piece)
 

@@ -183,7 +183,7 @@ def test_bad_scales(tmp_path, capsys, kind, scale):
     writer.close()
     for to in {"stq1_0", "tq1_25", "f16", "q8_0", "tq2_0"} - {kind.name.lower()}:
         assert cli.main(["transcode", str(file), str(tmp_path / "x.gguf"), "--to", to]) == 1
-        assert f"bad.gguf: tensor w, row 1, block 1: its scale is {scale}, which no {kind.name} has" in capsys.readouterr().err
+        assert f"bad.gguf: tensor w, row 1: the scale of block 1 is {scale}, which no {kind.name} has" in capsys.readouterr().err
     assert os.listdir(tmp_path) == ["bad.gguf"]
 
 

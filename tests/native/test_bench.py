@@ -67,7 +67,7 @@ def two(tmp_path_factory):
 
 
 def verb(*args, **kwargs):
-    return subprocess.run([sys.executable, "-m", "sherry_gguf.bench", *map(str, args)], capture_output=True, text=True, **kwargs)
+    return subprocess.run([sys.executable, "-m", "sherry_gguf.cli", "bench", *map(str, args)], capture_output=True, text=True, **kwargs)
 
 
 def test_files_are_compared(two, tmp_path):
