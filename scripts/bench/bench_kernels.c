@@ -1,5 +1,5 @@
-// Times vec_dot of the named types, and of TQ1_25 with each instruction set, in one thread on rows that stay in the L1 cache. Types take
-// turns in each round, so that disturbances hit all of them.
+// Times vec_dot of the named types, TQ1_25's with each instruction set, in one thread on rows that stay in the L1 cache. Types take turns in
+// each round, so that disturbances hit all of them.
 // usage: bench_kernels N ROUNDS TYPE...     prints "name seconds" for each type and round; seconds per 1e9 weights
 
 #define _POSIX_C_SOURCE 199309L
@@ -8,12 +8,11 @@
 #include "ggml.h"
 #include "sherry/repack.h"
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
+#include "bench.h"
 
-enum { ROWS = 4, MAX_KERNELS = 64 }; // rows of 4096 weights of any type fit an L1 cache of 32 KiB with the activations
+#include <stdio.h>
+
+enum { ROWS = 4, MAX_KERNELS = 64 }; // so many rows of 4096 weights of any type, with the activations, fit an L1 cache of 32 KiB
 
 struct kernel {
     const char * name;
@@ -23,19 +22,7 @@ struct kernel {
     void * y;
 };
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
-}
-
-static float * noise(size_t n) {
-    float * x = malloc(n * sizeof(float));
-    for (size_t i = 0; i < n; ++i) {
-        x[i] = (float) rand() / (float) RAND_MAX - 0.5f;
-    }
-    return x;
-}
+static float * floats(size_t n, float least) { return noise(malloc(n * sizeof(float)), n, least); }
 
 static volatile float sink;
 
@@ -69,18 +56,12 @@ int main(int argc, char ** argv) {
         fprintf(stderr, "rows of %d weights and %d rounds: both are at least 1, rows at most %d\n", n, rounds, 1 << 20);
         return 1;
     }
-    float *x = noise((size_t) n * ROWS), *activations = noise((size_t) n), *importance = noise((size_t) n);
-    for (int i = 0; i < n; ++i) {
-        importance[i] += 1.0f;
-    }
+    const float *x = floats((size_t) n * ROWS, -0.5f), *activations = floats((size_t) n, -0.5f), *importance = floats((size_t) n, 0.5f);
     struct kernel kernels[MAX_KERNELS];
     int count = 0;
     for (int a = 3; a < argc; ++a) {
-        int type = 0;
-        while (type < GGML_TYPE_COUNT && (!ggml_type_name(type) || strcmp(ggml_type_name(type), argv[a]) != 0)) {
-            ++type;
-        }
-        if (type == GGML_TYPE_COUNT || ggml_blck_size(type) == 0 || n % ggml_blck_size(type)) {
+        const enum ggml_type type = type_of(argv[a], n);
+        if (type == GGML_TYPE_COUNT) {
             fprintf(stderr, "%s: no such type, or rows of %d are not whole blocks of it\n", argv[a], n);
             return 1;
         }
@@ -105,7 +86,7 @@ int main(int argc, char ** argv) {
     int repeats[MAX_KERNELS];
     for (int i = 0; i < count; ++i) {
         const double once = run(&kernels[i], n, 10) * n * ROWS * 1e-9; // warms up as well
-        repeats[i] = once < 2e-3 ? (int) (2e-3 / once) + 1 : 1;        // about 2 ms a turn
+        repeats[i] = once < 2e-3 ? (int) (2e-3 / once) + 1 : 1; // about 2 ms a turn
     }
     for (int round = 0; round < rounds; ++round) {
         for (int i = 0; i < count; ++i) {

@@ -7,16 +7,9 @@
 
 #include "llama.h"
 
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <time.h>
+#include "bench.h"
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
-}
+#include <stdio.h>
 
 static long status(const char * key) {
     FILE * f = fopen("/proc/self/status", "r");

@@ -1,6 +1,6 @@
-// Times matrix products in one thread. One vector, weights from memory: each type's vec_dot row by row, and repacked TQ1_25 with each
-// instruction set. More vectors: TQ1_25 by tables, codes and panels. Also the CPU's peak rate of multiplications.
-// usage: bench_matmul MIB TYPE...     runs one round per line of input, so that other things can be measured between rounds
+// Times matrix products in one thread. By one vector, with weights from memory: each type's vec_dot row by row, and repacked TQ1_25 with each
+// instruction set. By more vectors: TQ1_25 by tables, codes and panels. Also the CPU's peak rate of multiplications.
+// usage: bench_matmul MIB TYPE...     runs a round for each line of input, so that the caller can measure other things in between
 // prints "vector NAME RATE", "columns ISA KERNEL COLUMNS RATE", "tables ISA COLUMNS" and "codes ISA COLUMNS" (the limits in use),
 // "peak ISA RATE" and "end"; rates are 1e9 multiply-adds per second
 
@@ -10,12 +10,11 @@
 #include "ggml.h"
 #include "sherry/repack.h"
 
+#include "bench.h"
+
 #include <stdbool.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <time.h>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -23,20 +22,14 @@
 
 enum {
     N = 2048, // weights of a row
-    DIFFERENT = 256,  // distinct rows
-    MOST = 512,  // columns
-    FEW = 64,   // up to so many columns the whole matrix is used, so that weights come from memory
-    SOME_ROWS = 2048, // beyond
+    DIFFERENT = 256, // distinct rows
+    MOST = 512, // columns
+    FEW = 64, // products with up to so many columns use the whole matrix, so that weights come from memory
+    SOME_ROWS = 2048, // those with more use so many rows
     HUGE_PAGE = 2 << 20,
     MAX_TYPES = 64,
-    PEAK_CHAINS = 12,   // independent sums
+    PEAK_CHAINS = 12, // independent sums
 };
-
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
-}
 
 static void * allocate(size_t size) {
     size = (size + HUGE_PAGE - 1) / HUGE_PAGE * HUGE_PAGE;
@@ -49,13 +42,7 @@ static void * allocate(size_t size) {
     return p;
 }
 
-static float * noise(size_t n, float above) {
-    float * x = allocate(n * sizeof(float));
-    for (size_t i = 0; i < n; ++i) {
-        x[i] = (float) rand() / (float) RAND_MAX - above;
-    }
-    return x;
-}
+static float * floats(size_t n, float least) { return noise(allocate(n * sizeof(float)), n, least); }
 
 // ---- peak rate: nothing but multiplications, in registers ----
 
@@ -179,16 +166,13 @@ int main(int argc, char ** argv) {
         return 2;
     }
     ggml_cpu_init();
-    const float *x = noise((size_t) N * DIFFERENT, 0.5f), *y = noise((size_t) N * MOST, 0.5f), *importance = noise(N, -0.5f);
+    const float *x = floats((size_t) N * DIFFERENT, -0.5f), *y = floats((size_t) N * MOST, -0.5f), *importance = floats(N, 0.5f);
     struct matrix types[MAX_TYPES];
     int count = 0;
     for (int a = 2; a < argc; ++a) {
-        int type = 0;
-        while (type < GGML_TYPE_COUNT && (!ggml_type_name(type) || strcmp(ggml_type_name(type), argv[a]) != 0)) {
-            ++type;
-        }
-        if (type == GGML_TYPE_COUNT || ggml_blck_size(type) == 0) {
-            fprintf(stderr, "%s: no such type\n", argv[a]);
+        const enum ggml_type type = type_of(argv[a], N);
+        if (type == GGML_TYPE_COUNT) {
+            fprintf(stderr, "%s: no such type, or rows of %d are not whole blocks of it\n", argv[a], N);
             return 1;
         }
         types[count++] = make(type, (size_t) mib << 20, x, y, importance);
@@ -214,7 +198,7 @@ int main(int argc, char ** argv) {
         if (in != '\n') {
             continue;
         }
-        // The order alternates, since whatever comes first meets a machine that was busy with something else.
+        // The order alternates, since what comes first runs on a machine that was busy with something else.
         const bool types_first = round++ % 2 == 0;
         for (int t = 0; t < count && types_first; ++t) {
             by_vec_dot(&types[t], results);

@@ -1,21 +1,16 @@
-// Measures how fast this machine reads memory, the limit for anything that streams its weights.
+// Measures how fast this machine reads memory, which limits anything that streams its weights.
 // usage: bench_memory THREADS ROUNDS     prints "threads GB/s" for each round; 1 GB is 1e9 bytes
 // Each thread reads its share of 512 MiB in order with the CPU's widest loads, which suits hardware prefetchers best. Software prefetches and
 // several streams at once were slower on AMD Zen 4.
 
 #define _GNU_SOURCE // madvise
 
+#include "bench.h"
+
 #include <pthread.h>
 #include <stdint.h>
 #include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 #include <sys/mman.h>
-#include <time.h>
-
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 enum {
     HUGE_PAGE = 2 << 20,
@@ -28,44 +23,31 @@ enum {
 
 typedef uint64_t (*reader_t)(const char * p, size_t n); // n: a multiple of STEP; the result depends on every byte
 
-// Four independent sums, each in a register.
-
-static uint64_t read_scalar(const char * p, size_t n) {
-    const uint64_t * q = (const uint64_t *) p;
-    uint64_t a = 0, b = 0, c = 0, d = 0;
-    for (size_t i = 0; i < n / 8; i += 4) {
-        a ^= q[i];
-        b ^= q[i + 1];
-        c ^= q[i + 2];
-        d ^= q[i + 3];
+// Four independent sums, each in a register of this type.
+#define READER(name, attribute, type)                                                            \
+    attribute static uint64_t name(const char * p, size_t n) {                                   \
+        type a = { 0 }, b = a, c = a, d = a;                                                     \
+        for (const type *q = (const type *) p, *end = (const type *) (p + n); q < end; q += 4) { \
+            a ^= q[0];                                                                           \
+            b ^= q[1];                                                                           \
+            c ^= q[2];                                                                           \
+            d ^= q[3];                                                                           \
+        }                                                                                        \
+        a ^= b ^ c ^ d;                                                                          \
+        uint64_t parts[sizeof(type) / 8], sum = 0;                                               \
+        memcpy(parts, &a, sizeof(type));                                                         \
+        for (size_t i = 0; i < sizeof(type) / 8; ++i) {                                          \
+            sum ^= parts[i];                                                                     \
+        }                                                                                        \
+        return sum;                                                                              \
     }
-    return a ^ b ^ c ^ d;
-}
 
+READER(read_scalar, , uint64_t)
 #if defined(__x86_64__)
-__attribute__((target("avx2"))) static uint64_t read_avx2(const char * p, size_t n) {
-    __m256i a = _mm256_setzero_si256(), b = a, c = a, d = a;
-    for (const __m256i * q = (const __m256i *) p; q < (const __m256i *) (p + n); q += 4) {
-        a = _mm256_xor_si256(a, _mm256_load_si256(q));
-        b = _mm256_xor_si256(b, _mm256_load_si256(q + 1));
-        c = _mm256_xor_si256(c, _mm256_load_si256(q + 2));
-        d = _mm256_xor_si256(d, _mm256_load_si256(q + 3));
-    }
-    uint64_t parts[4];
-    _mm256_storeu_si256((__m256i *) parts, _mm256_xor_si256(_mm256_xor_si256(a, b), _mm256_xor_si256(c, d)));
-    return parts[0] ^ parts[1] ^ parts[2] ^ parts[3];
-}
-
-__attribute__((target("avx512f"))) static uint64_t read_avx512(const char * p, size_t n) {
-    __m512i a = _mm512_setzero_si512(), b = a, c = a, d = a;
-    for (const __m512i * q = (const __m512i *) p; q < (const __m512i *) (p + n); q += 4) {
-        a = _mm512_xor_si512(a, _mm512_load_si512(q));
-        b = _mm512_xor_si512(b, _mm512_load_si512(q + 1));
-        c = _mm512_xor_si512(c, _mm512_load_si512(q + 2));
-        d = _mm512_xor_si512(d, _mm512_load_si512(q + 3));
-    }
-    return (uint64_t) _mm512_reduce_add_epi64(_mm512_xor_si512(_mm512_xor_si512(a, b), _mm512_xor_si512(c, d)));
-}
+typedef uint64_t of_32_bytes __attribute__((vector_size(32)));
+typedef uint64_t of_64_bytes __attribute__((vector_size(64)));
+READER(read_avx2, __attribute__((target("avx2"))), of_32_bytes)
+READER(read_avx512, __attribute__((target("avx512f"))), of_64_bytes)
 #endif
 
 static reader_t best_reader(void) {
@@ -85,7 +67,7 @@ struct share {
     pthread_t thread;
     char * start;
     size_t size;
-    reader_t reader; // NULL: fill the share, which puts its pages on the node of the thread
+    reader_t reader; // NULL: fill the share, which puts its pages on the thread's memory node
     uint64_t sum;
 };
 
@@ -114,12 +96,6 @@ static void in_parallel(struct share * shares, int threads) {
     }
 }
 
-static double now(void) {
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (double) t.tv_sec + 1e-9 * (double) t.tv_nsec;
-}
-
 int main(int argc, char ** argv) {
     const int threads = argc == 3 ? atoi(argv[1]) : 0, rounds = argc == 3 ? atoi(argv[2]) : 0;
     if (threads < 1 || threads > MAX_THREADS || rounds < 1 || rounds > MAX_ROUNDS) {
@@ -132,7 +108,7 @@ int main(int argc, char ** argv) {
         return 1;
     }
 #if defined(MADV_HUGEPAGE)
-    madvise(buffer, BUFFER, MADV_HUGEPAGE); // page walks are not part of the limit; without huge pages the result is only lower
+    madvise(buffer, BUFFER, MADV_HUGEPAGE); // page walks are not part of the limit; without huge pages the result is just lower
 #endif
     static struct share shares[MAX_THREADS];
     const size_t steps = BUFFER / STEP;

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the C programs beside them, and how fast memory can be read."""
+"""What the benchmarks share: compiling the C programs beside them, and measuring memory bandwidth."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def program(name: str, *libraries: str) -> Path:
     """
     source, out = Path(__file__).with_name(f"{name}.c"), llama_cpp.root() / name
     found = [llama_cpp.library(library) for library in libraries]
-    if out.exists() and out.stat().st_mtime >= max(file.stat().st_mtime for file in [source, *found]):
+    if out.exists() and out.stat().st_mtime >= max(file.stat().st_mtime for file in [source, source.with_name("bench.h"), *found]):
         return out
     tree = llama_cpp.root() / "llama.cpp"
     includes = [f"-I{tree / part}" for part in ("include", "ggml/include", "ggml/src")] if libraries else []
-    # rpath-link finds the libraries that the libraries need
+    # rpath-link: where to find the libraries that these libraries need
     link = [arg for file in found for arg in (file, f"-Wl,-rpath,{file.parent}", f"-Wl,-rpath-link,{file.parent}")]
-    part = out.with_name(f"{name}.{os.getpid()}.part")  # two processes may compile it at once
+    part = out.with_name(f"{name}.{os.getpid()}.part")  # several processes may compile it at once
     out.parent.mkdir(parents=True, exist_ok=True)
     try:
         command = [os.environ.get("CC", "cc"), "-std=c11", "-O2", *includes, source, *link, "-pthread", "-o", part]

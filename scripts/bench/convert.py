@@ -80,7 +80,7 @@ def main() -> None:
     model, out = args.dir / "llama-1b", args.dir / "llama-1b-TQ1_25.gguf"
     tokenizer = llama_cpp.root() / "demo" / "hf"
     if not (tokenizer / "tokenizer.model").exists():
-        raise Stop("it needs the demo's tokenizer: run scripts/demo.sh first")
+        raise Stop("this needs the demo's tokenizer: run scripts/demo.sh first")
     if not model.exists():
         make(model, tokenizer)
     parameters = HIDDEN * (VOCAB + 1) + LAYERS * HIDDEN * (2 * HIDDEN + 2 * KV + 3 * INTERMEDIATE + 2)

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Count the instructions that kernels for 64-bit ARM execute under qemu-aarch64, per 128 weights of a row and vector.
 
-They are counted, not timed: an emulator doesn't know what takes long. The count is the difference between rows of 4096 and of
-2048 weights, so that the fixed cost of a call drops out. Making tables of the activations, once for all rows, has a line of
-its own. Upstream's kernels are compiled from the patched llama.cpp for each level, with the same compiler and -O3.
+It counts instead of timing: an emulator doesn't know what takes long. The count is the difference between rows of 4096 and
+of 2048 weights, so that the fixed cost of a call drops out. Making the tables of the activations, once for all rows, has its
+own line. Upstream's kernels are compiled from the patched llama.cpp for each level, with the same compiler and -O3.
 
 Needs scripts/build_llama_cpp.py, and what scripts/build/arm.py needs.
 """
@@ -49,7 +49,7 @@ def build(work: Path) -> None:
         flags = ["-O3", "-D_GNU_SOURCE", f"-march={march}", *include, "-c"]
         call(gcc, "-std=c11", *flags, arm / "quants.c", "-o", work / f"quants-{level}.o")
         call(gxx, "-std=c++17", *flags, arm / "repack.cpp", "-o", work / f"repack-{level}.o")
-        # what they need for other types is never called
+        # the kernels never call what is unresolved: it is for other types
         call(gxx, "-static", work / "ours.o", work / f"quants-{level}.o", work / f"repack-{level}.o", "-lm",
              "-Wl,--unresolved-symbols=ignore-all", "-o", work / level)  # fmt: skip
 

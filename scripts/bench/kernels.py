@@ -51,7 +51,7 @@ def in_cache(n: int, rounds: int) -> dict[str, list[float]]:
 
 
 def matmul(mib: int, rounds: int) -> dict[str, list[float]]:
-    """{a line of bench_matmul without its rate: the rounds' rates, in 1e9 multiply-adds a second}; "memory" is in GB/s."""
+    """{a line of bench_matmul without its rate: its rounds, in 1e9 multiply-adds a second}; "memory" is in GB/s."""
     command = [program("bench_matmul", "ggml-cpu", "ggml-base"), str(mib), *PEERS]
     rates: dict[str, list[float]] = {}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -95,7 +95,7 @@ def show_vector(rates: dict[str, list[float]], mib: int, rounds: int) -> None:
 
 
 def show_columns(rates: dict[str, list[float]]) -> None:
-    """By several vectors; nothing on a CPU without repacked kernels, no share of a peak that is not known (0)."""
+    """Show products with several vectors, if this CPU has repacked kernels; no share of a peak that is not known (0)."""
     columns: dict[str, dict[str, dict[int, list[float]]]] = {}  # instruction set -> kernel -> columns -> rounds
     for key, own in rates.items():
         if key.startswith("columns "):
@@ -103,7 +103,7 @@ def show_columns(rates: dict[str, list[float]]) -> None:
             columns.setdefault(isa, {}).setdefault(kernel, {})[int(count)] = own
     if not columns:
         return
-    print("\nMatrix by vectors, 1e9 multiply-adds/s: by tables / by codes / by panels; in bold what is used\n")
+    print("\nMatrix by vectors, 1e9 multiply-adds/s: by tables / by codes / by panels; bold: what llama.cpp uses\n")
     counts = sorted(next(iter(columns.values()))["codes"])
     rows = []
     for isa, of in columns.items():
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=101, help="rounds of vec_dot in L1 (default: 101)")
     parser.add_argument("--matmul-rounds", type=int, default=7, help="rounds of the matrix products (default: 7)")
     parser.add_argument("--mib", type=int, default=128, help="size of a matrix, far above the last-level cache (default: 128)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write every round there, too")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write every round to FILE")
     args = parser.parse_args()
     print(f"{cpu_name()}; one thread\n")
     rates = in_cache(args.n, args.rounds)

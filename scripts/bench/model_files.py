@@ -15,7 +15,7 @@ from sherry_gguf import llama_cpp, tq1_25
 
 OURS = tq1_25.NAME
 PLAIN = "-plain"  # after a type's name: weights stay as in the file, without repacking
-FILE_VERSION = 1  # raise it when `write_model` writes something else, or SHAPES changes
+FILE_VERSION = 1  # increment it when `write_model` or SHAPES changes
 BANK = 128  # random rows of each length; a tensor repeats them
 
 
@@ -41,7 +41,7 @@ SHAPES = {  # all tied: the embeddings' matrix is also the output matrix
     "tiny": Shape("tiny (for tests)", "llama", 256, 2, 4, 2, 64, 512, 1e4),
 }
 
-# What llama-quantize uses for rows that are not a multiple of the type's block. If these don't fit either, it is F16.
+# What llama-quantize uses for rows that are not a multiple of the type's block; F16 if they do not fit these types either.
 FALLBACK = (
     dict.fromkeys("Q2_0 Q2_K Q3_K STQ1_0 TQ1_0 TQ1_25 TQ2_0".split(), "Q4_0")
     | dict.fromkeys("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_XS".split(), "IQ4_NL")
@@ -66,7 +66,7 @@ def base(label: str) -> str:
 
 
 def stored_type(type_name: str, n: int) -> str:
-    """The type that stores rows of n weights when `type_name` is asked for. Raises ValueError if none does."""
+    """The type that stores rows of n weights when `type_name` is wanted. Raises ValueError if there is none."""
     if n % llama_cpp.ggml().block(type_name)[0] == 0:
         return type_name
     other = FALLBACK.get(type_name)
@@ -109,7 +109,7 @@ def facts(shape: Shape, type_name: str, vocab: int, embeddings: str) -> dict:
 
 
 def write_model(path: Path, shape: Shape, tensors: list[Tensor], vocab: int, done: Callable[[int], object]) -> None:
-    """Write a planned model to `path`, which appears only when complete. Calls `done` with the bytes of each tensor."""
+    """Write a planned model to `path`, which appears only when complete. Calls `done` with the size of each tensor."""
     random = np.random.default_rng(0)
     banks: dict[tuple[str, int], np.ndarray] = {}  # uint8 (BANK, bytes of a row)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -130,7 +130,7 @@ def write_model(path: Path, shape: Shape, tensors: list[Tensor], vocab: int, don
         writer.add_vocab_size(vocab)
         writer.add_tokenizer_model("no_vocab")
         for t in tensors:
-            # the id as a number: the published gguf package lacks some types that llama.cpp has
+            # a number, since the published gguf package lacks some of llama.cpp's types
             writer.add_tensor_info(t.name, t.shape, np.dtype(np.int8), t.bytes, llama_cpp.ggml().type_id(t.type))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()

@@ -14,7 +14,7 @@ SAME = ("model", "type", "threads", "test")  # what identifies an entry of a rep
 
 
 def summarize(report: dict) -> None:
-    """Add the medians, ratios and shares to a report."""
+    """Add medians, ratios and shares to a report."""
     report["bandwidth_median"] = {t: statistics.median(r) for t, r in report["bandwidth"].items() if r}
     report["bandwidth_maximum"] = {t: max(r) for t, r in report["bandwidth"].items() if r}
     by_key = {tuple(entry[k] for k in SAME): entry for entry in report["speed"]}
@@ -60,12 +60,9 @@ def markdown(report: dict) -> str:
         rounds, highest = len(report["bandwidth"][threads]), report["bandwidth_maximum"][threads]
         out.append(f"* {plural(int(threads))}: {rate:.1f} GB/s, the median of {rounds} rounds (highest {highest:.1f})")
     for key, model in report["models"].items():
-        shape = (
-            f"{model['parameters'] / 1e6:,.0f} M parameters: {model['layers']} layers, hidden {model['hidden']}, "
-            f"feed-forward {model['ffn']}, {model['heads']} heads of {model['head_dim']}, {model['kv_heads']} for keys "
-            "and values."
-        )
-        out += ["", f"## {model['name']}", "", shape]
+        size = f"{model['parameters'] / 1e6:,.0f} M parameters: {model['layers']} layers, hidden {model['hidden']}"
+        heads = f"{model['heads']} heads of {model['head_dim']}, {model['kv_heads']} for keys and values"
+        out += ["", f"## {model['name']}", "", f"{size}, feed-forward {model['ffn']}, {heads}."]
         entries = [e for e in report["speed"] if e["model"] == key]
         for threads in dict.fromkeys(e["threads"] for e in entries):
             out += speed_table(model, [e for e in entries if e["threads"] == threads], threads)
@@ -74,12 +71,12 @@ def markdown(report: dict) -> str:
 
 
 def fallen_back(file: dict, label: str) -> dict[str, float]:
-    """The types that store block weights in place of the one asked for, and their shares."""
+    """The types that store block weights in place of the wanted one, and their shares."""
     return {name: share for name, share in file["stored"].items() if name != base(label)}
 
 
 def speed_table(model: dict, entries: list[dict], threads: int) -> list[str]:
-    """The rates of one model with so many threads: a row for each type, with footnotes."""
+    """One model's rates with this number of threads: a row for each type, and footnotes."""
     notes: list[str] = []
 
     def note(text: str) -> str:
@@ -114,7 +111,7 @@ def speed_table(model: dict, entries: list[dict], threads: int) -> list[str]:
 
 
 def load_table(entries: list[dict]) -> list[str]:
-    """What loading one model takes: a row for each type."""
+    """What loading a model takes: a row for each type."""
     entries = [e for e in entries if e["rounds"]]
     if not entries:
         return []
@@ -132,7 +129,7 @@ COLOURS = {OURS: "#c8102e", OURS + PLAIN: "#e8899a", "TQ1_0": "#1f5a96", "TQ2_0"
 
 
 def draw_bar(ax, y: int, end: float, entry: dict, others: dict[str, float]) -> None:
-    """One type's bar at height `y`, with its rate and, as a line, its limit; the axis ends at `end`."""
+    """A type's bar at height `y`, its rate, and its limit as a line; the axis ends at `end`."""
     ax.barh(y, entry["median"], 0.74, color=COLOURS.get(entry["type"], "#a9a9c9"), zorder=2)
     text = number(entry["median"]) + " *" * (entry["run"] != entry["common"])
     if others:

@@ -2,9 +2,9 @@
 """Measure whole models of real shapes in the built llama.cpp: TQ1_25 against types of a similar size.
 
 The weights are random, since speed does not depend on them. Each shape and type is a file in build/bench/models, made once.
-In every round the types take turns, and each test is a llama-bench process of its own. The tables show medians, and medians
-of the rounds' ratios. Between rounds the memory bandwidth is measured, because generating reads every weight for every
-token. On Linux, loading is measured too: its time and its memory.
+In every round the types take turns, and each test runs llama-bench in a new process. The tables show medians, and medians
+of the rounds' ratios. Memory bandwidth is measured between rounds, because generating reads every weight for every token.
+On Linux it also measures the time and memory of loading.
 
 Needs scripts/build_llama_cpp.py and a C compiler. To compare your own files: sherry-gguf bench.
 """
@@ -50,7 +50,7 @@ def measure(file: Path, label: str, threads: int, test: Test) -> dict:
 
 
 def load(file: Path, label: str, threads: int) -> dict[str, dict[str, float]]:
-    """How long a model and its first token take, in seconds, and the memory then, in MiB; see bench_load.c."""
+    """How long a model and its first token take, in seconds, and memory afterwards, in MiB; see bench_load.c."""
     command = [program("bench_load", *LOAD_LIBRARIES), file, str(int(not label.endswith(PLAIN))), str(threads)]
     result = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     if result.returncode:
@@ -63,7 +63,7 @@ def load(file: Path, label: str, threads: int) -> dict[str, dict[str, float]]:
 
 
 def shortened(tokens: int, rate: float, seconds: float) -> int:
-    """`tokens`, halved while it takes longer than `seconds` (0: no limit) at `rate` tokens a second, to 8 at least."""
+    """Halve `tokens`, down to 8, while they take longer than `seconds` (0: no limit) at `rate` tokens a second."""
     while seconds and tokens // 2 >= 8 and tokens / rate > seconds:
         tokens //= 2
     return tokens
@@ -72,8 +72,8 @@ def shortened(tokens: int, rate: float, seconds: float) -> int:
 def lengths(tests: list[Test], rates: dict[str, dict[str, float]], threads: int, most: int, seconds: float) -> dict:
     """Shorten each test: maps it to (the common test, {type: its own test}).
 
-    All types run one length, which the median type finishes in `seconds`; only a type that would take twice as long gets
-    less. rates: for each type, tokens a second of "pp" and "tg" with `most` threads.
+    All types run the length that the median type finishes in `seconds`; only a type that would take twice as long runs less.
+    rates: for each type, tokens a second of "pp" and "tg" with `most` threads.
     """
     out = {}
     for test in tests:
@@ -107,14 +107,12 @@ class Run:
             files = {base(label): facts(shape, base(label), args.vocab, args.embeddings) for label in args.types}
             weights = sum(math.prod(t.shape) for t in plan(shape, "F16", args.vocab, "F16"))
             self.report["models"][key] = asdict(shape) | {"parameters": weights, "types": files}
-        prompts = itertools.product(args.prompt, args.depth, args.batch, args.ubatch)
-        self.tests = [Test("pp", *sizes) for sizes in prompts]
+        self.tests = [Test("pp", *sizes) for sizes in itertools.product(args.prompt, args.depth, args.batch, args.ubatch)]
         self.tests += [Test("tg", *sizes) for sizes in itertools.product(args.generate, args.depth)]
         self.load_types = [label for label in LOAD_TYPES if label in args.types] if args.load_rounds else []
 
     def path(self, key: str, label: str) -> Path:
-        name = f"{key}-{self.args.vocab}-{self.args.embeddings}-{base(label)}.v{FILE_VERSION}.gguf"
-        return self.args.dir / name
+        return self.args.dir / f"{key}-{self.args.vocab}-{self.args.embeddings}-{base(label)}.v{FILE_VERSION}.gguf"
 
     def missing(self) -> Iterator[tuple[str, str, int]]:
         """(model, type, bytes) of each file still to be made."""
@@ -124,7 +122,7 @@ class Run:
                     yield key, type_name, file["bytes"]
 
     def estimate(self) -> float:
-        """Roughly how many seconds it takes: each thread does 20e9 weights a second, and starting a process maps 1.5 GB/s."""
+        """Roughly how many seconds it takes, if a thread does 20e9 weights a second and a new process maps 1.5 GB/s."""
         args, total = self.args, sum(size for *_, size in self.missing()) / 3e8
         for model in self.report["models"].values():
             for label in args.types:
@@ -144,16 +142,16 @@ class Run:
         free = shutil.disk_usage(self.args.dir).free
         if needed * 1.02 > free:
             raise OSError(f"{self.args.dir}: the models need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-        sizes = {key: sum(f["bytes"] for f in model["types"].values()) for key, model in self.report["models"].items()}
-        print(f"{cpu_name()}: about {self.estimate() / 60:.0f} min; {needed / 1e9:.1f} GB of models to make in {self.args.dir}",
-              file=sys.stderr)  # fmt: skip
-        program("bench_memory")  # so that a compiler error comes now
+        minutes, size = f"{self.estimate() / 60:.0f} min", f"{needed / 1e9:.1f} GB"
+        print(f"{cpu_name()}: about {minutes}; {size} of models to make in {self.args.dir}", file=sys.stderr)
+        program("bench_memory")  # so that a compiler error shows now
         if self.load_types:
             program("bench_load", *LOAD_LIBRARIES)
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if max(sizes.values()) > 0.8 * memory:
-            print(f"a model's files take {max(sizes.values()) / 1e9:.1f} GB, more than {memory / 1e9:.0f} GB of memory can cache: loading "
-                  "will show the disk's speed; choose fewer --types", file=sys.stderr)  # fmt: skip
+        largest = max(sum(file["bytes"] for file in model["types"].values()) for model in self.report["models"].values())
+        if largest > 0.8 * memory:
+            print(f"a model's files take {largest / 1e9:.1f} GB, more than {memory / 1e9:.0f} GB of memory can cache: loading will show "
+                  "the disk's speed; choose fewer --types", file=sys.stderr)  # fmt: skip
 
     def make(self) -> None:
         missing = list(self.missing())
@@ -185,7 +183,7 @@ class Run:
             bar.update()
             return self.path(key, label)
 
-        # A first look at each file brings it into the page cache and shows how long a test would take.
+        # A first look brings each file into the page cache and shows how long a test would take.
         rates = {}
         for label in args.types:
             file = step(label, "first look")
@@ -234,12 +232,8 @@ def model_names(text: str) -> list[str]:
 
 
 def type_names(text: str) -> list[str]:
-    names = []
-    for part in text.split(","):
-        name = part.strip().upper()
-        label = f"{one_type(name.removesuffix(PLAIN.upper()))}{PLAIN * name.endswith(PLAIN.upper())}"
-        names.append(label)
-    return list(dict.fromkeys(names))
+    names, plain = [part.strip().upper() for part in text.split(",")], PLAIN.upper()
+    return list(dict.fromkeys(one_type(name.removesuffix(plain)) + PLAIN * name.endswith(plain) for name in names))
 
 
 def one_type(text: str) -> str:
@@ -257,36 +251,33 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     build = llama_cpp.root() / "bench"
     parser = argparse.ArgumentParser(prog="models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add(flag: str, said: str, text: str, **kwargs) -> None:
-        parser.add_argument(flag, help=f"{text} (default: {said})", **kwargs)
+    def add(flag: str, default: str, text: str, **kwargs) -> None:
+        parser.add_argument(flag, help=f"{text} (default: {default})", **{"default": default, "metavar": "LIST"} | kwargs)
 
-    every, size = {"metavar": "LIST"}, {"metavar": "LIST", "type": numbers}
-    add("--models", ",".join(MODELS), f"of {', '.join(SHAPES)}", type=model_names, **every)
-    add("--types", ",".join(TYPES), f"append {PLAIN} for weights without repacking", type=type_names, default=TYPES, **every)
-    add("--threads", "1,all", "numbers of threads", type=thread_counts, default="1,all", **every)
-    add("--prompt", "512", "tokens of a prompt", **size)
-    add("--generate", "128", "tokens to generate", **size)
-    add("--depth", "0", "tokens in the context before", type=depths, default=[0], **every)
-    add("--batch", "2048", "llama-bench -b, for prompts", default=[2048], **size)
-    add("--ubatch", "512", "llama-bench -ub, for prompts", default=[512], **size)
+    add("--models", ",".join(MODELS), f"of {', '.join(SHAPES)}", type=model_names)
+    add("--types", ",".join(TYPES), f"append {PLAIN} for weights without repacking", type=type_names)
+    add("--threads", "1,all", "numbers of threads", type=thread_counts)
+    add("--prompt", "512", "tokens of a prompt", type=numbers)
+    add("--generate", "128", "tokens to generate", type=numbers)
+    add("--depth", "0", "tokens in the context before", type=depths)
+    add("--batch", "2048", "llama-bench -b, for prompts", type=numbers)
+    add("--ubatch", "512", "llama-bench -ub, for prompts", type=numbers)
     add("--rounds", "3", "rounds of each test", type=int, metavar="N")
     add("--load-rounds", "3", "rounds of loading; 0: none", type=int, metavar="N")
-    text = "halve the tokens of a test until it takes no longer, and say so in the tables; 0: never"
+    text = "halve the tokens of a test until it takes no longer than this, and say so in the tables; 0: never"
     add("--longest", "5", text, type=float, metavar="SECONDS")
-    text = "a first look: 0.5b, 128 and 32 tokens, one round, 2 seconds"
-    parser.add_argument("--quick", action="store_true", help=text)
-    add("--vocab", "32000", "tokens of the vocabulary", type=int, default=32000, metavar="N")
-    add("--embeddings", "Q4_0", "type of the embeddings, which are the output matrix too", type=one_type, default="Q4_0")
-    add("--dir", "build/bench/models", "directory of the models", type=Path, default=build / "models")
+    parser.add_argument("--quick", action="store_true", help="a first look: 0.5b, 128 and 32 tokens, one round, 2 seconds")
+    add("--vocab", "32000", "tokens of the vocabulary", type=int, metavar="N")
+    add("--embeddings", "Q4_0", "type of the embeddings, which are the output matrix too", type=one_type, metavar="TYPE")
+    add("--dir", "build/bench/models", "directory of the models", type=Path, default=build / "models", metavar="DIR")
     add("--json", "build/bench/models.json", "file for every round", type=Path, default=build / "models.json", metavar="FILE")
     add("--markdown", "build/bench/models.md", "file for the tables", type=Path, default=build / "models.md", metavar="FILE")
-    add("--plot", "the name of --markdown with .png, if matplotlib is installed", "file for the bars", type=Path, metavar="FILE")
+    text = "the name of --markdown with .png, if matplotlib is installed"
+    add("--plot", text, "file for the bars", type=Path, default=None, metavar="FILE")
     args = parser.parse_args(argv)
-    defaults = {"models": MODELS, "prompt": [512], "generate": [128], "rounds": 3, "load_rounds": 3, "longest": 5.0}
-    quick = {"models": ["0.5b"], "prompt": [128], "generate": [32], "rounds": 1, "load_rounds": 1, "longest": 2.0}
-    for key, value in (quick if args.quick else defaults).items():
-        if getattr(args, key) is None:
-            setattr(args, key, value)
+    if args.quick:
+        parser.set_defaults(models="0.5b", prompt="128", generate="32", rounds=1, load_rounds=1, longest=2.0)
+        args = parser.parse_args(argv)
     if args.rounds < 1 or args.load_rounds < 0 or args.longest < 0 or args.vocab < 1:
         parser.error("--rounds and --vocab must be at least 1, --load-rounds and --longest at least 0")
     if args.load_rounds and sys.platform != "linux":
