@@ -251,8 +251,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     build = llama_cpp.root() / "bench"
     parser = argparse.ArgumentParser(prog="models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 
-    def add(flag: str, default: str, text: str, **kwargs) -> None:
-        parser.add_argument(flag, help=f"{text} (default: {default})", **{"default": default, "metavar": "LIST"} | kwargs)
+    def add(flag: str, shown: str, text: str, **kwargs) -> None:
+        parser.add_argument(flag, help=f"{text} (default: {shown})", **{"default": shown, "metavar": "LIST"} | kwargs)
 
     add("--models", ",".join(MODELS), f"of {', '.join(SHAPES)}", type=model_names)
     add("--types", ",".join(TYPES), f"append {PLAIN} for weights without repacking", type=type_names)
