@@ -83,6 +83,7 @@ bool ggml_backend_dev_supports_op(void * device, const void * op);
 F32, I32, I64 = 0, 26, 27
 
 
+# One function, since all steps share ggml's context and the helpers over it.
 def main(kind, threads):
     import cffi
     import numpy as np
@@ -177,6 +178,7 @@ def main(kind, threads):
     print("set_rows")
 
 
+# One function, for the same reason; its steps are listed by what it prints.
 def main_repacked(kind, expected):
     """Weights in the CPU_REPACK buffer; the inputs' sums are exact, so results equal NumPy's to the last bit."""
     import cffi
