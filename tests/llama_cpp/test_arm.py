@@ -1,4 +1,19 @@
-"""ARM under emulation: the tests of the kernels, in a Python for ARM, on CPUs with and without each variant; and llama.cpp's tools."""
+"""ARM under emulation: the tests of the kernels, in a Python for ARM, on CPUs with and without each variant; and llama.cpp's tools.
+
+Emulation is slow, so not every test runs on every CPU. The best instruction set of max is i8mm, of neoverse-n1 dotprod, of
+cortex-a72 neon:
+
+| what | max | neoverse-n1 | cortex-a72 |
+|---|---|---|---|
+| kernels' tests | i8mm, scalar, all that names no set | dotprod, golden vectors | neon, golden vectors |
+| ggml's operations against NumPy | TQ1_25 | STQ1_0 | TQ1_25 |
+| test-backend-ops | both types | TQ1_25 | STQ1_0 |
+| test-quantize-fns, text of the demo model (TQ1_25) | yes | yes | yes |
+
+So each type meets each instruction set in llama.cpp. What runs natively alone: ggml's operations with the other type of each
+CPU, the slowest tests of NumPy's code (any_bytes_decode_and_pack, exact_means, sparse_absmean), and the converter.
+No emulated CPU has SVE of more than 256 bits, SME or big-endian memory.
+"""
 
 import json
 import os
@@ -61,9 +76,9 @@ def test_each_cpu_has_its_variants(python, cpu):
 
 
 @pytest.mark.parametrize("cpu, tests, least", [
-    ("max", "not (dotprod or neon or any_bytes_decode_and_pack or exact_means or sparse_absmean)", 350),
-    ("neoverse-n1", "dotprod or golden", 100),
-    ("cortex-a72", "neon or golden", 80),
+    ("max", "not (dotprod or neon or any_bytes_decode_and_pack or exact_means or sparse_absmean)", 370),
+    ("neoverse-n1", "dotprod or golden", 162),
+    ("cortex-a72", "neon or golden", 122),
 ])  # fmt: skip
 def test_the_tests_of_the_kernels(python, cpu, tests, least):
     """Each instruction set on a CPU that lacks the next; the rest on the one that has everything, but for long tests of NumPy alone."""
@@ -71,10 +86,10 @@ def test_the_tests_of_the_kernels(python, cpu, tests, least):
     done = run(python, cpu, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *files, "-k", tests)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)
-    assert passed and int(passed[1]) > least, done.stdout[-2000:]
+    assert passed and int(passed[1]) >= least, done.stdout[-2000:]
 
 
-@pytest.mark.parametrize("cpu, kind", [(MAX, "TQ1_25"), ("neoverse-n1", "STQ1_0")])
+@pytest.mark.parametrize("cpu, kind", [(MAX, "TQ1_25"), ("neoverse-n1", "STQ1_0"), ("cortex-a72", "TQ1_25")])
 def test_operations_of_ggml(python, tools, cpu, kind, tmp_path):
     """tests/llama_cpp/test_ops.py on the libraries that these CPUs load: against NumPy."""
     (tmp_path / "lib").mkdir()
@@ -121,7 +136,7 @@ def test_variants_share_nothing(tools):
     assert not shared_symbols(tools, PREFIX)
 
 
-@pytest.mark.parametrize("cpu, kinds", [(MAX, ["tq1_25", "stq1_0"]), ("neoverse-n1", ["stq1_0"]), ("cortex-a72", ["tq1_25"])])
+@pytest.mark.parametrize("cpu, kinds", [(MAX, ["tq1_25", "stq1_0"]), ("neoverse-n1", ["tq1_25"]), ("cortex-a72", ["stq1_0"])])
 def test_backend_ops(tools, cpu, kinds):
     text = backend_ops(emulated(cpu, tools / "test-backend-ops"), kinds)
     assert set(loaded(text)) == {f"libggml-cpu-{VARIANTS[cpu]}.so"}, text
