@@ -10,7 +10,7 @@ from pathlib import Path
 
 import portable as portable_py
 import pytest
-from conftest import LONG, backend_ops, greedy, loaded, only, portable, shared_symbols
+from conftest import LONG, WHOLE_ARCHIVES, backend_ops, greedy, loaded, only, portable, shared_symbols
 
 from sherry_gguf import kernels, llama_cpp
 
@@ -24,12 +24,41 @@ VARIANTS = {  # our instruction set on such a CPU
     "cooperlake": "avx512vnni", "zen4": "zen4", "sapphirerapids": "avx512vnni",
 }  # fmt: skip
 TESTED = portable_py.TESTED["x86_64"].split(";")  # our code carries its own flags: of those with one instruction set, one will do
+BUILT = list(VARIANTS) if WHOLE_ARCHIVES else TESTED
 here = pytest.mark.skipif(platform.machine() != "x86_64" or sys.platform != "linux", reason="a build for x86-64 Linux is made there only")
 
 
 @pytest.fixture(scope="session")
 def x86(tmp_path_factory):
     return portable("x86_64", tmp_path_factory.mktemp("x86_64"))
+
+
+def upstreams_variants(system, platform=""):
+    """The variants in the pinned llama.cpp's CMake for a system (and its platform), each with its features."""
+    text = (llama_cpp.source_dir() / "ggml" / "src" / "CMakeLists.txt").read_text()
+    text = (
+        text.split("\nif (GGML_CPU_ALL_VARIANTS)")[1].split(f'GGML_SYSTEM_ARCH STREQUAL "{system}"')[1].split("elseif(GGML_SYSTEM_ARCH")[0]
+    )
+    if platform:
+        text = text.split(f'CMAKE_SYSTEM_NAME MATCHES "{platform}"')[1].split("elseif (")[0]
+    return {name: features.split() for name, features in re.findall(r"^\s*ggml_add_cpu_backend_variant\((\S+?)(?: +(.*))?\)", text, re.M)}
+
+
+def test_variants_of_the_pinned_llama_cpp():
+    """VARIANTS are upstream's, with the instruction sets that their features give; the tested ones run every instruction set."""
+    ours = {"AVX512_VNNI": "avx512vnni", "AVX512": "avx512", "AVX_VNNI": "avxvnni", "AVX2": "avx2"}
+    x86 = {
+        name: next((isa for feature, isa in ours.items() if feature in features), "scalar")
+        for name, features in upstreams_variants("x86").items()
+    }
+    assert x86 | {"zen4": "zen4"} == VARIANTS and x86["zen4"] == "avx512vnni"
+    ours = {"MATMUL_INT8": "i8mm", "DOTPROD": "dotprod"}
+    arm = {
+        name: next((isa for feature, isa in ours.items() if feature in features), "neon")
+        for name, features in upstreams_variants("ARM", "Linux").items()
+    }
+    assert len(arm) == 8  # two of which need SME
+    assert {arm[variant] for variant in portable_py.TESTED["aarch64"].split(";")} == {*arm.values()}
 
 
 def score(files, variant):
@@ -42,7 +71,7 @@ def score(files, variant):
 @here
 def test_has_its_variants_and_needs_nothing_from_here(x86):
     assert {VARIANTS[variant] for variant in TESTED} >= {*VARIANTS.values()} - {"avx512vnni"}  # which zen4's library runs on Intel's
-    assert {p.name for p in x86.glob("libggml-cpu*")} == {f"libggml-cpu-{variant}.so" for variant in TESTED}
+    assert {p.name for p in x86.glob("libggml-cpu*")} == {f"libggml-cpu-{variant}.so" for variant in BUILT}
     assert not [p for p in x86.iterdir() if p.is_symlink()]
     for file in x86.iterdir():
         if not file.name.startswith("LICENSE"):
@@ -60,7 +89,7 @@ def test_variants_share_nothing(x86):
 
 @here
 def test_the_best_variant_is_taken(x86):
-    best = max(TESTED, key=lambda variant: score(x86, variant))
+    best = max(BUILT, key=lambda variant: score(x86, variant))
     done = subprocess.run(
         [x86 / "test-backend-ops", "test", "-b", "CPU", "-o", "CPY", "-p", "tq1_25"], capture_output=True, text=True, env={}
     )
@@ -68,7 +97,7 @@ def test_the_best_variant_is_taken(x86):
 
 
 @here
-@pytest.mark.parametrize("variant", TESTED)
+@pytest.mark.parametrize("variant", BUILT)
 def test_variant(x86, variant, demo, tmp_path):
     """llama.cpp's own test of our types passes with the kernels of such a CPU, and the text is the native build's with these and with
     this CPU's."""
