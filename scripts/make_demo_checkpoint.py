@@ -5,16 +5,12 @@ The model is a Llama with a sentencepiece tokenizer, trained from scratch. Ctrl-
 again to resume. A finished run is not repeated.
 """
 
-from __future__ import annotations
-
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import signal
 import sys
-import sysconfig
 from pathlib import Path
 
 from sherry_gguf import signals
@@ -28,12 +24,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sherry_gguf.qat.comma
 with signals.exit_at_once(INTERRUPTED):
     import python_corpus
     import torch
-    from filelock import FileLock, Timeout
 
     from sherry_gguf import qat
     from sherry_gguf.errors import Stop
     from sherry_gguf.qat import command
-    from sherry_gguf.qat.files import write
+    from sherry_gguf.qat.files import LOCK, differences, locked, undamaged, write
     from sherry_gguf.qat.quantizer import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,28 +50,15 @@ def main(argv: list[str] | None = None) -> int:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "build/demo/hf", help="directory to write")
-    p.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")), help="directory of .py files")
-    p.add_argument("--corpus-bytes", type=int, default=12_000_000, help="read at most this many bytes of it")
-    p.add_argument("--vocab", type=int, default=2048, help="tokens of the tokenizer")
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
-    p.add_argument("--intermediate", type=int, default=768, help="size of the feed-forward layers, a multiple of 128")
-    p.add_argument("--context", type=int, default=256, help="tokens of a training sequence")
-    p.add_argument("--batch", type=int, default=8, help="sequences per step")
+    python_corpus.add_corpus(p, 12_000_000)
+    python_corpus.add_sizes(p, context=256)
     p.add_argument("--steps", type=int, default=1500)
     p.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     p.add_argument(
-        "--method",
-        choices=list(METHODS),
-        default="sherry",
-        help="how to quantize; full trains in full precision, for quantizing afterwards",
+        "--method", choices=list(METHODS), default="sherry", help="how to quantize; full trains in full precision, to quantize later"
     )
-    p.add_argument(
-        "--precision",
-        choices=["auto", "float32", "bfloat16"],
-        default="auto",
-        help="precision of the matrix products; auto measures which is faster",
-    )
+    p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
+                   help="precision of the matrix products; auto measures which is faster")  # fmt: skip
     p.add_argument("--seed", type=int, default=0)
     return p.parse_args(argv)
 
@@ -85,9 +67,9 @@ def run(a: argparse.Namespace) -> int:
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "out"}
     record = a.out / "demo.json"
     if record.is_file():
-        with undamaged(record, a.out):
+        with undamaged(record, f"remove {a.out} to start over"):
             done = json.loads(record.read_text(encoding="utf-8"))
-            changed, loss = differences(done["settings"], settings), float(done["loss"])
+            changed, loss = differences({"method": "sherry"} | done["settings"], settings), float(done["loss"])  # old ones have no method
         if changed:
             raise Stop(f"{a.out} was trained with other settings ({changed}): remove it, or choose another --out")
         print(f"checkpoint {a.out}: already trained, held-out loss {loss:.3f}", flush=True)
@@ -98,16 +80,11 @@ def run(a: argparse.Namespace) -> int:
 
     work = a.out.with_name(a.out.name + ".training")
     work.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(work / "lock").acquire(blocking=False)
-    except Timeout:
-        raise Stop(f"another run is training in {work}: wait for it, or choose another --out") from None
-    with lock:
+    with locked(work, "--out"):
         begin(work, settings)
         if not (work / "start/config.json").is_file():
             prepare(work, a)
-        status = train(work, a)
-        if status:
+        if status := train(work, a):
             return status
         trained = json.loads((work / "hf/training.json").read_text(encoding="utf-8"))
         loss = trained["loss"]["held_out"]
@@ -120,17 +97,12 @@ def run(a: argparse.Namespace) -> int:
     return 0
 
 
-def differences(old: dict, new: dict) -> str:
-    old = {"method": "sherry"} | old  # earlier versions recorded no method
-    return ", ".join(f"{k}: {old.get(k)} then, {new.get(k)} now" for k in {**old, **new} if old.get(k) != new.get(k))
-
-
 def begin(work: Path, settings: dict) -> None:
-    """Leave in `work` only files of an earlier run with the same settings, from which this one can resume. Raises Stop."""
+    """Empty `work`, unless it holds a run with the same settings, from which this one resumes. Raises Stop."""
     mark = work / "settings.json"
-    rest = [path for path in work.iterdir() if path.name not in ("lock", "settings.json.part")]
+    rest = [path for path in work.iterdir() if path.name not in (LOCK, "settings.json.part")]
     if mark.is_file():
-        with undamaged(mark, work):
+        with undamaged(mark, f"remove {work} to start over"):
             changed = differences(json.loads(mark.read_text(encoding="utf-8")), settings)
         if not changed:
             return
@@ -140,15 +112,6 @@ def begin(work: Path, settings: dict) -> None:
     for path in rest:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     write(mark, json.dumps(settings))
-
-
-@contextlib.contextmanager
-def undamaged(path: Path, directory: Path):
-    """Raise any error that a file of an earlier run causes as Stop."""
-    try:
-        yield
-    except Exception as e:
-        raise Stop(f"{path} is damaged ({type(e).__name__}: {e}): remove {directory} to start over") from e
 
 
 def prepare(work: Path, a: argparse.Namespace) -> None:
@@ -169,7 +132,7 @@ def prepare(work: Path, a: argparse.Namespace) -> None:
 
 def train(work: Path, a: argparse.Namespace) -> int:
     """Run the training command, which leaves its result in work/hf; its exit status."""
-    if "OMP_NUM_THREADS" not in os.environ:  # PyTorch's own default leaves out what it takes for hyperthreads
+    if "OMP_NUM_THREADS" not in os.environ:  # PyTorch's default does not use what it takes for hyperthreads
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     measured = work / "precision"  # once: a resumed run must not change it
     if not measured.is_file():

@@ -1,8 +1,8 @@
 """A corpus that every machine has, the source of Python's standard library; a sentencepiece tokenizer and a small Llama for it."""
 
-from __future__ import annotations
-
+import argparse
 import io
+import sysconfig
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +21,26 @@ LINES = 1_000_000  # train a tokenizer on at most this many: more take minutes a
 EMBEDDING_STD = 0.1  # in runs as short as those on a CPU, transformers' 0.02 costs 0.2 nats of held-out loss
 
 
+def add_corpus(parser: argparse.ArgumentParser, limit: int) -> None:
+    parser.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")), help="directory of .py files")
+    parser.add_argument("--corpus-bytes", type=int, default=limit, help="read at most this many bytes of it")
+
+
+def add_sizes(parser: argparse.ArgumentParser, context: int) -> None:
+    """Flags for the sizes of `small_llama` and of its batches."""
+    parser.add_argument("--vocab", type=int, default=2048, help="tokens of the tokenizer")
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
+    parser.add_argument("--intermediate", type=int, default=768, help="size of the feed-forward layers, a multiple of 128")
+    parser.add_argument("--context", type=int, default=context, help="tokens of a training sequence")
+    parser.add_argument("--batch", type=int, default=8, help="sequences per step")
+
+
 def read(directory: Path, limit: int, everything: bool = False) -> tuple[list[str], list[str]]:
     """The texts to train on and the held-out ones: at most `limit` bytes of the .py files below a directory.
 
-    `everything` includes tests, tables and the like: three times as much text, and more varied.
-
-    Raises Stop if there is no such directory, or too little text in it.
+    `everything` includes tests, tables and the like: three times as much text, and more varied. Raises Stop for a missing directory, or
+    too little text in it.
     """
     if not directory.is_dir():
         raise Stop(f"--corpus {directory}: no such directory")
@@ -62,23 +76,10 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
     n = min(len(lines), LINES)
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=(lines[i * len(lines) // n] for i in range(n)),
-            model_writer=model,
-            model_type="bpe",
-            vocab_size=vocab,
-            byte_fallback=True,
-            character_coverage=0.9999,
-            split_digits=True,
-            normalization_rule_name="identity",
-            remove_extra_whitespaces=False,
-            add_dummy_prefix=False,
-            allow_whitespace_only_pieces=True,
-            unk_id=0,
-            bos_id=BOS,
-            eos_id=EOS,
-            pad_id=-1,
-            minloglevel=2,
-        )
+            sentence_iterator=(lines[i * len(lines) // n] for i in range(n)), model_writer=model, model_type="bpe", vocab_size=vocab,
+            byte_fallback=True, character_coverage=0.9999, split_digits=True, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
+            unk_id=0, bos_id=BOS, eos_id=EOS, pad_id=-1, minloglevel=2)  # fmt: skip
     except RuntimeError as e:
         raise Stop(f"sentencepiece made no tokenizer of {vocab} pieces: {e}") from None
     return model.getvalue()
@@ -86,9 +87,8 @@ def train_tokenizer(texts: list[str], vocab: int) -> bytes:
 
 def hf_tokenizer(model: Path, context: int) -> LlamaTokenizer:
     """The Hugging Face tokenizer of a sentencepiece model file."""
-    tokenizer = LlamaTokenizer(
-        str(model), legacy=True, add_prefix_space=False, model_max_length=context, clean_up_tokenization_spaces=False
-    )
+    tokenizer = LlamaTokenizer(str(model), legacy=True, add_prefix_space=False, model_max_length=context,
+                               clean_up_tokenization_spaces=False)  # fmt: skip
     # With this template a chat program continues the user's text, which is all that a base model can do.
     tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     return tokenizer
@@ -112,20 +112,9 @@ def small_llama(vocab: int, layers: int, hidden: int, intermediate: int, context
     check_sizes(hidden, intermediate)
     heads = hidden // 64
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=vocab,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=heads // 2,
-            head_dim=64,
-            max_position_embeddings=context,
-            tie_word_embeddings=False,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
-        )
-    )
+    model = LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads // 2, head_dim=64, max_position_embeddings=context, tie_word_embeddings=False, bos_token_id=BOS,
+        eos_token_id=EOS))  # fmt: skip
     torch.nn.init.normal_(model.model.embed_tokens.weight, std=EMBEDDING_STD)
     return model

@@ -1,7 +1,5 @@
 """What a command does when Ctrl-C, SIGTERM or SIGHUP asks it to end."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -6,8 +6,6 @@ ratios are medians over the rounds. For memory, each method has its own process:
 what the process had before it made the model (on a GPU, the most that PyTorch allocated).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import resource
@@ -15,16 +13,20 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 PROGRAM = "bench/training.py"
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in sherry_gguf.qat.command
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python_corpus
+
 try:
+    import python_corpus
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
     from sherry_gguf import qat
     from sherry_gguf.bench import cpu_name
+    from sherry_gguf.errors import Stop
 except ImportError as error:
     sys.exit(f"{PROGRAM}: {error}: run it as .venv/bin/python scripts/bench/training.py, after scripts/setup.sh")
 
@@ -44,22 +46,9 @@ class Training:
 
     def __init__(self, way: str, a: argparse.Namespace):
         method, residual = WAYS[way]
-        torch.manual_seed(0)
         self.a, self.device = a, "cuda" if torch.cuda.is_available() else "cpu"
-        self.model = LlamaForCausalLM(
-            LlamaConfig(
-                vocab_size=a.vocab,
-                hidden_size=a.hidden,
-                intermediate_size=a.intermediate,
-                num_hidden_layers=a.layers,
-                num_attention_heads=a.hidden // 64,
-                num_key_value_heads=max(1, a.hidden // 128),
-                head_dim=64,
-                max_position_embeddings=a.context,
-                tie_word_embeddings=False,
-                use_cache=False,
-            )
-        ).to(self.device)
+        self.model = python_corpus.small_llama(a.vocab, a.layers, a.hidden, a.intermediate, a.context, seed=0).to(self.device)
+        self.model.config.use_cache = False
         qat.prepare(self.model, qat.QuantConfig(method))
         qat.set_residual(self.model, residual)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
@@ -97,12 +86,7 @@ def resident() -> float:
 
 def main() -> int:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
-    p.add_argument("--intermediate", type=int, default=768, help="size of the feed-forward layers, a multiple of 128")
-    p.add_argument("--vocab", type=int, default=2048)
-    p.add_argument("--context", type=int, default=256)
-    p.add_argument("--batch", type=int, default=8)
+    python_corpus.add_sizes(p, context=256)
     p.add_argument("--rounds", type=int, default=15)
     p.add_argument("--threads", type=int, default=os.cpu_count())
     p.add_argument("--float32", action="store_true", help="multiply in float32, not bfloat16")
@@ -112,10 +96,10 @@ def main() -> int:
     if a.peak:
         print(peak(a.peak, a))
         return 0
-    for name in "hidden", "intermediate":
-        if getattr(a, name) % 128 or getattr(a, name) <= 0:
-            p.error(f"--{name} {getattr(a, name)}: it must be a multiple of 128")
-
+    try:
+        python_corpus.check_sizes(a.hidden, a.intermediate)
+    except Stop as e:
+        p.error(str(e))
     memory = {}
     for way in WAYS:
         command = [sys.executable, __file__, *sys.argv[1:], "--peak", way]
@@ -134,10 +118,8 @@ def main() -> int:
 
     model = trainings[FULL].model
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu_name()}; {a.threads} threads used"
-    print(
-        f"{model.num_parameters() / 1e6:.1f} M parameters, {a.batch} x {a.context} tokens a step, "
-        f"{'float32' if a.float32 else 'bfloat16'} products, {where}; medians of {a.rounds} rounds\n"
-    )
+    print(f"{model.num_parameters() / 1e6:.1f} M parameters, {a.batch} x {a.context} tokens a step, "
+          f"{'float32' if a.float32 else 'bfloat16'} products, {where}; medians of {a.rounds} rounds\n")  # fmt: skip
     print("| method | ms a step | x full precision | MiB | x full precision |\n|---|---|---|---|---|")
     for way in WAYS:
         ratio = statistics.median(t / full for t, full in zip(times[way], times[FULL]))

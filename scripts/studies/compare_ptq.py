@@ -6,9 +6,8 @@ It becomes a BF16 GGUF. llama-imatrix measures the importance of its inputs on t
 type, with or without that matrix. Embeddings and output are always Q8_0, so that only the blocks' weights differ.
 """
 
-from __future__ import annotations
-
 import argparse
+import collections
 import json
 import re
 import subprocess
@@ -19,6 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))  # python_corpus
 
 import numpy as np
+from quality_report import grid
 
 from sherry_gguf import llama_cpp
 from sherry_gguf.bench import cpu_name
@@ -42,10 +42,9 @@ RUNS = {
 
 
 def prepare(a: argparse.Namespace) -> tuple[Path, Path]:
-    """The BF16 GGUF and the importance matrix; makes what is missing."""
-    if subprocess.run(
-        [sys.executable, ROOT / "scripts/make_demo_checkpoint.py", "--method", "full", "--out", a.model, *a.training]
-    ).returncode:
+    """Make the BF16 GGUF and the importance matrix, unless they are there; returns their paths."""
+    command = [sys.executable, ROOT / "scripts/make_demo_checkpoint.py", "--method", "full", "--out", a.model, *a.training]
+    if subprocess.run(command).returncode:
         raise Stop("make_demo_checkpoint.py failed; see its message above")
     bf16, matrix, text = a.work / "bf16.gguf", a.work / "imatrix.gguf", a.work / "calibration.txt"
     made, wanted = a.work / "made.json", [json.loads((a.model / "demo.json").read_text()), a.calibration, a.context]
@@ -73,10 +72,8 @@ def prepare(a: argparse.Namespace) -> tuple[Path, Path]:
 def blocks_of(path: Path) -> tuple[float, dict[str, int]]:
     """Bits per weight of the blocks' matrices, and how many matrices have each type."""
     matrices = [t for t in open_gguf(path).tensors if t.name.startswith("blk.") and len(t.shape) > 1]
-    types = [t.tensor_type.name for t in matrices]
-    return 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices), {
-        name: types.count(name) for name in dict.fromkeys(types)
-    }
+    types = collections.Counter(t.tensor_type.name for t in matrices)
+    return 8 * sum(t.n_bytes for t in matrices) / sum(t.n_elements for t in matrices), types
 
 
 def measure(a: argparse.Namespace) -> dict:
@@ -100,19 +97,13 @@ def measure(a: argparse.Namespace) -> dict:
 
 def table(results: dict) -> str:
     rows, settings = results["rows"], results["model"]["settings"]
-    lines = [
-        f"Llama of {settings['layers']} layers, hidden {settings['hidden']}, trained in full precision for {settings['steps']} steps; "
-        f"held-out text of the Python standard library, {rows[0]['scored']} tokens scored, context {results['context']}. "
-        f"{results['machine']}.",
-        "",
-        "| blocks' weights | bits a weight | loss | against BF16 | perplexity | tensors |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        against = f"{100 * (row['nats'] / rows[0]['nats'] - 1):+.2f} %"
-        types = ", ".join(f"{n} {name}" for name, n in row["types"].items())
-        lines.append(f"| {row['label']} | {row['bits']:.3f} | {row['nats']:.4f} | {against} | {row['perplexity']:.2f} | {types} |")
-    return "\n".join(lines) + "\n"
+    about = (f"Llama of {settings['layers']} layers, hidden {settings['hidden']}, trained in full precision for {settings['steps']} steps; "
+             f"held-out text of the Python standard library, {rows[0]['scored']} tokens scored, context {results['context']}. "
+             f"{results['machine']}.")  # fmt: skip
+    head = ("blocks' weights", "bits a weight", "loss", "against BF16", "perplexity", "tensors")
+    cells = [(row["label"], f"{row['bits']:.3f}", f"{row['nats']:.4f}", f"{100 * (row['nats'] / rows[0]['nats'] - 1):+.2f} %",
+              f"{row['perplexity']:.2f}", ", ".join(f"{n} {name}" for name, n in row["types"].items())) for row in rows]  # fmt: skip
+    return f"{about}\n\n{grid(head, cells)}\n"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -4,13 +4,11 @@
 There are two settings: `pretrained`, quantization-aware training that starts from a trained full-precision model, as in the
 paper, and `scratch`. To be fair, the learning rate of every method is swept with seed 0, by factors of 2 until the best lies
 between two worse ones, judged on one half of the held-out text; so are Arenas' settings. Then every method trains with other
-seeds at its best rate, and the report shows their loss on the other half. If a second choice came so close that one seed can't
+seeds at its best rate, and the report shows their loss on the other half. If a second choice comes too close for one seed to
 tell, both train with these seeds, and their losses on the half for choices decide.
 
 Finished runs are kept in --work: an interrupted comparison resumes there, and a larger one reuses them.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
@@ -19,7 +17,6 @@ import os
 import signal
 import sys
 import sysconfig
-import zipfile
 from pathlib import Path
 
 # As in sherry_gguf.qat.command; the processes that train inherit both.
@@ -29,21 +26,20 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python_corpus.py
 
 import numpy as np
-from filelock import FileLock, Timeout
 from quality_report import report, suffixed
 from quality_runs import LENGTHS, PUBLISHED, RATES, Comparison, Run, Runs
 
+from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
+from sherry_gguf.qat.files import differences, locked, undamaged, write
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "compare_quality.py"
 
 
 def prepare(a: argparse.Namespace) -> dict:
-    """Put the tokens into --work; their figures for the report. Raises Stop."""
+    """Put the tokens into --work; returns their figures for the report. Raises Stop."""
     import python_corpus
-
-    from sherry_gguf.qat.files import write
 
     python_corpus.check_sizes(a.hidden, a.intermediate)
     a.work.mkdir(parents=True, exist_ok=True)
@@ -51,11 +47,9 @@ def prepare(a: argparse.Namespace) -> dict:
              if k not in ("out", "work", "jobs", "threads", "seeds", "settings", "steps", "explored", "lengths")}  # fmt: skip
     mark = a.work / "sizes.json"
     if mark.is_file():
-        try:
-            then = dict(json.loads(mark.read_text(encoding="utf-8")))
-        except (ValueError, TypeError) as e:
-            raise Stop(f"{mark} is damaged ({e}): remove {a.work}, with the runs in it") from e
-        if other := ", ".join(f"{k}: {then.get(k)} then, {v} now" for k, v in sizes.items() if then.get(k) != v):
+        with undamaged(mark, f"remove {a.work}, with the runs in it"):
+            other = differences(json.loads(mark.read_text(encoding="utf-8")), sizes)
+        if other:
             raise Stop(f"{a.work} was begun with other settings ({other}): choose another --work, or remove it")
     tokens = a.work / "tokens.npz"
     if not tokens.is_file() or not mark.is_file():  # without the mark they may come from other settings
@@ -65,11 +59,8 @@ def prepare(a: argparse.Namespace) -> dict:
         part = a.work / "part.npz"
         np.savez(part, train=python_corpus.encode(model, train_texts), held_out=python_corpus.encode(model, held_out))
         os.replace(part, tokens)
-    try:
-        with np.load(tokens) as z:
-            size, held_out = len(z["train"]), len(z["held_out"]) // (a.context - 1)
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
-        raise Stop(f"{tokens} is damaged ({e}): remove it, so that it is made again") from e
+    with undamaged(tokens, "remove it to make it again"), np.load(tokens) as z:
+        size, held_out = len(z["train"]), len(z["held_out"]) // (a.context - 1)
     if held_out < 2 or size < a.batch * a.context:
         raise Stop(f"{a.corpus} gives {size} tokens to train on and {held_out} held-out blocks: use a larger --corpus")
     if not mark.is_file():
@@ -81,22 +72,18 @@ def prepare(a: argparse.Namespace) -> dict:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    import python_corpus
+
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "scripts/results/quality", help="writes OUT.md, .json and .png")
     p.add_argument("--work", type=Path, default=ROOT / "build/quality", help="directory for tokens and finished runs")
-    p.add_argument("--corpus", type=Path, default=Path(sysconfig.get_path("stdlib")), help="directory of .py files")
-    p.add_argument("--corpus-bytes", type=int, default=60_000_000, help="read at most this many bytes of it")
+    python_corpus.add_corpus(p, 60_000_000)
+    python_corpus.add_sizes(p, context=128)
     p.add_argument("--settings", default="pretrained,scratch", help="settings to compare in")
     p.add_argument("--explored", metavar="JSON", default=argparse.SUPPRESS, help="""try these settings of Arenas instead of ours: a
         list of their differences from the published ones, such as '[{"peak": 0.1, "end": 0.5}]'""")  # fmt: skip
     p.add_argument("--lengths", metavar="X,Y", default=argparse.SUPPRESS, help="""also compare Arenas with none in runs of these multiples
         of --steps, or '' (default: 0.25,4 from a trained model, 0.25 from scratch)""")  # fmt: skip
-    p.add_argument("--vocab", type=int, default=2048, help="tokens of the tokenizer")
-    p.add_argument("--layers", type=int, default=4)
-    p.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
-    p.add_argument("--intermediate", type=int, default=768, help="size of the feed-forward layers, a multiple of 128")
-    p.add_argument("--context", type=int, default=128, help="tokens of a sequence")
-    p.add_argument("--batch", type=int, default=8, help="sequences per step")
     p.add_argument("--steps", type=int, default=600, help="steps of every run")
     p.add_argument("--base-steps", type=int, default=3000, help="steps of the full-precision model that `pretrained` starts from")
     p.add_argument("--base-batch", type=int, default=16)
@@ -155,20 +142,11 @@ def lengths(text: str, p: argparse.ArgumentParser) -> list[float]:
     return multiples
 
 
-def gpu() -> bool:
+def gpu() -> str:
+    """The GPU's name, or ""."""
     import torch
 
-    return torch.cuda.is_available()
-
-
-def machine() -> str:
-    if gpu():
-        import torch
-
-        return torch.cuda.get_device_name()
-    from sherry_gguf.bench import cpu_name
-
-    return cpu_name()
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -176,11 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers too
     try:
         a.work.mkdir(parents=True, exist_ok=True)
-        try:
-            lock = FileLock(a.work / "lock").acquire(blocking=False)
-        except Timeout:
-            raise Stop(f"another comparison is running in {a.work}: wait for it, or choose another --work") from None
-        with lock:
+        with locked(a.work, "--work"):
             run(a)
     except (Stop, OSError) as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)
@@ -195,7 +169,7 @@ def main(argv: list[str] | None = None) -> int:
 def run(a: argparse.Namespace) -> None:
     figures = prepare(a)
     sizes = {k: v for k, v in vars(a).items() if isinstance(v, int)}
-    results = {"sizes": sizes, "machine": machine(), **figures, "settings": {}}
+    results = {"sizes": sizes, "machine": gpu() or cpu_name(), **figures, "settings": {}}
     with Runs(a) as runs:
         if "pretrained" in a.settings:
             base = Run("base", "full", a.base_lr, 0, (), a.base_steps)

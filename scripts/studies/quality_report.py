@@ -1,7 +1,5 @@
 """The report of compare_quality.py: tables in Markdown, and a plot."""
 
-from __future__ import annotations
-
 import json
 import statistics
 from collections.abc import Iterable

@@ -1,7 +1,5 @@
 """The runs of compare_quality.py: training one, keeping them, sweeping the learning rate, and which runs a comparison needs."""
 
-from __future__ import annotations
-
 import argparse
 import concurrent.futures
 import dataclasses
@@ -16,6 +14,8 @@ import time
 from pathlib import Path
 
 import numpy as np
+
+from sherry_gguf.qat.files import write
 
 WARMUP = 0.05  # share of the steps during which the learning rate rises
 EXTEND = 3  # extend a sweep at most this many times on either side
@@ -44,7 +44,7 @@ EXPLORED = {
 RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-3)}
 FINALISTS = 2  # sweep the learning rate of this many explored settings of Arenas
-TIE, LEADERS = 3e-3, 2  # losses that differ by less may differ by the seed alone; so many such choices get all seeds
+TIE, LEADERS = 3e-3, 2  # the seed alone may explain a smaller difference; at most this many such choices get all seeds
 # Multiples of the steps for comparing Arenas with none, at each one's best rate there: does a longer run change the result?
 LENGTHS = {"pretrained": [0.25, 4], "scratch": [0.25]}
 
@@ -72,7 +72,7 @@ def arenas(**changed) -> tuple[tuple[str, object], ...]:
 
 
 def train(run: Run, a: dict) -> dict:
-    """Train one run in this process; the losses (nats per token), the training's curve and its time in seconds."""
+    """Train one run in this process; returns its losses (nats per token), training curve and time in seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
     import python_corpus
     import torch
@@ -97,13 +97,8 @@ def train(run: Run, a: dict) -> dict:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     monitored = run.method != "full" and run.seed == 1  # the report shows these
     monitor = qat.TrainingMonitor(max(2, run.steps // 20)) if monitored else None
-    trainer = qat.SherryTrainer(
-        model,
-        trainer_arguments(run, a, device),
-        train_dataset=Blocks(blocks),
-        monitor=monitor,
-        arenas=qat.Arenas(**dict(run.arenas)) if run.arenas else None,
-    )
+    schedule = qat.Arenas(**dict(run.arenas)) if run.arenas else None
+    trainer = qat.SherryTrainer(model, trainer_arguments(run, a, device), train_dataset=Blocks(blocks), monitor=monitor, arenas=schedule)
     trainer.remove_callback(PrinterCallback)
     at_once = 8 if device == "cpu" else 64
     before = mean_loss(model, held_out[1::2], at_once)
@@ -128,27 +123,14 @@ def train(run: Run, a: dict) -> dict:
 def trainer_arguments(run: Run, a: dict, device: str):
     from transformers import TrainingArguments
 
+    base = run.setting == "base"
     return TrainingArguments(
-        output_dir=str(Path(a["work"]) / "trainer"),
-        max_steps=run.steps,
-        per_device_train_batch_size=a["base_batch" if run.setting == "base" else "batch"],
-        learning_rate=run.lr,
-        lr_scheduler_type="cosine",
-        warmup_steps=round(run.steps * WARMUP),
-        weight_decay=0.0,
-        adam_beta2=0.95,
-        optim="adamw_torch_fused",
-        bf16=a["bf16"],
-        use_cpu=device == "cpu",
-        seed=run.seed,
-        data_seed=1000 if run.setting == "base" else 2000 + run.seed,  # other blocks than the base saw first
-        logging_steps=max(1, run.steps // 40),
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        dataloader_pin_memory=device == "cuda",
-        average_tokens_across_devices=False,
-    )
+        output_dir=str(Path(a["work"]) / "trainer"), max_steps=run.steps, per_device_train_batch_size=a["base_batch" if base else "batch"],
+        learning_rate=run.lr, lr_scheduler_type="cosine", warmup_steps=round(run.steps * WARMUP), weight_decay=0.0, adam_beta2=0.95,
+        optim="adamw_torch_fused", bf16=a["bf16"], use_cpu=device == "cpu", dataloader_pin_memory=device == "cuda", seed=run.seed,
+        data_seed=1000 if base else 2000 + run.seed,  # other blocks than the base saw first
+        logging_steps=max(1, run.steps // 40), save_strategy="no", report_to="none", disable_tqdm=True,
+        average_tokens_across_devices=False)  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- many runs
@@ -158,8 +140,6 @@ class Runs:
     """Runs, each trained once and kept in work/runs.jsonl. As a context manager, it ends its processes."""
 
     def __init__(self, a: argparse.Namespace):
-        from sherry_gguf.qat.files import write
-
         self.a, self.path = a, a.work / "runs.jsonl"
         self.pool = concurrent.futures.ProcessPoolExecutor(a.jobs, mp_context=multiprocessing.get_context("spawn"))
         self.done: dict[str, dict] = {}
@@ -171,15 +151,15 @@ class Runs:
                     run = result["run"] | {"arenas": tuple(tuple(x) for x in result["run"]["arenas"])}
                     self.done[Run(**run).key()] = result
                     intact.append(line + "\n")
-                except (ValueError, KeyError, TypeError):  # the last line of a run that was cut off
+                except (ValueError, KeyError, TypeError):  # the line that an interruption cut off
                     print(f"line {number} of {self.path} is damaged; that run is repeated", flush=True)
             write(self.path, "".join(intact))
 
-    def __enter__(self) -> Runs:
+    def __enter__(self):
         return self
 
     def __exit__(self, kind, *_):
-        if kind is not None:  # they ignore the signal, and would train to the end
+        if kind is not None:  # the processes ignore the signal and would train to the end
             for process in list(self.pool._processes.values()):
                 process.kill()
         self.pool.shutdown(cancel_futures=True)
@@ -195,12 +175,12 @@ class Runs:
         return run.key() in self.done
 
     def need(self, runs: list[Run]) -> None:
-        """Train those that are not done yet, `jobs` at a time."""
+        """Train the runs that are not done yet, `jobs` at a time."""
         wanted = [run for run in dict.fromkeys(runs) if run not in self]
         if not wanted:
             return
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.a).items()}
-        if wanted[0].setting == "base":  # runs alone
+        if wanted[0].setting == "base":  # it runs alone
             settings["threads"] *= self.a.jobs
         futures = {self.pool.submit(train, run, settings): run for run in wanted}
         for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
@@ -216,14 +196,12 @@ def ordered(loss: float) -> float:
 
 
 def describe(run: Run) -> str:
-    text = f"{run.setting} {run.method} lr {run.lr:g} seed {run.seed}"
-    if run.arenas:
-        text += " Arenas " + arenas_text(dict(run.arenas))
-    return text
+    settings = f" Arenas {arenas_text(dict(run.arenas))}" if run.arenas else ""
+    return f"{run.setting} {run.method} lr {run.lr:g} seed {run.seed}{settings}"
 
 
 def arenas_text(settings: dict) -> str:
-    """How it differs from the published settings."""
+    """How settings of Arenas differ from the published ones."""
     changed = [f"{k} {v}" for k, v in sorted(settings.items()) if PUBLISHED[k] != v]
     return ", ".join(changed) or "as published"
 
@@ -298,15 +276,11 @@ class Comparison:
         sweeps["arenas"] = next(sweep for sweep in finals if sweep.template.arenas == reported["arenas"][0].arenas)
         print(f"{self.setting}: shorter and longer runs", flush=True)
         lengths = self.lengths(sweeps, {m: reported[m][0] for m in ("sherry", "arenas", "arenas-published")})
-        return {
-            "before": self.runs[reported["sherry"][0]]["before"],
-            "methods": {m: self.method(sweeps[m], reported[m], fresh[m]) for m in METHODS},
-            **exploration,
-            "lengths": lengths,
-        }
+        methods = {m: self.method(sweeps[m], reported[m], fresh[m]) for m in METHODS}
+        return {"before": self.runs[reported["sherry"][0]]["before"], "methods": methods, **exploration, "lengths": lengths}
 
     def explore(self, sweeps: dict[str, Sweep]) -> tuple[list[Sweep], dict]:
-        """The sweeps of the best settings of Arenas, and the result's part about all that were tried."""
+        """The sweeps of Arenas' best settings, and the part of the result about all settings that were tried."""
         runs, a = self.runs, self.a
         rates = sorted({run.lr for m in ("sherry", "arenas-published") for run in leaders([sweeps[m]])})
         print(f"{self.setting}: Arenas' settings, at the best rates without Arenas and with the published settings", flush=True)
@@ -320,11 +294,8 @@ class Comparison:
             lr = min(explored[settings], key=runs.choice).lr
             finals.append(Sweep(runs, Run(self.setting, "sherry", 0.0, 0, settings, a.steps), (lr / 2, lr, lr * 2)))
         complete(finals)
-        return finals, {
-            "explored": [{"arenas": dict(settings), "losses": [runs[run]["choice"] for run in explored[settings]]} for settings in best],
-            "explored_rates": rates,
-            "without": [runs[run]["choice"] for run in without],
-        }
+        tried = [{"arenas": dict(settings), "losses": [runs[run]["choice"] for run in explored[settings]]} for settings in best]
+        return finals, {"explored": tried, "explored_rates": rates, "without": [runs[run]["choice"] for run in without]}
 
     def with_seeds(self, of_method: dict[str, list[Sweep]]) -> dict[str, list[list[Run]]]:
         """The leaders of each method, each trained with all seeds."""

@@ -66,17 +66,14 @@ def doubts(models: list[dict]) -> Iterator[str]:
     measured = [(m["model"], m["text"]) for m in models if "text" in m]
     for path, t in measured:
         if t["nats"] > NEAR_GUESSING * t["guessing"]:
-            yield (
-                f"{path}: its loss on the text, {t['nats']:.2f} nats, is close to the {t['guessing']:.2f} of guessing among its "
-                f"{t['vocabulary']} tokens: it is untrained or damaged, or its tokenizer belongs to another model"
-            )
+            guess = f"the {t['guessing']:.2f} of guessing among its {t['vocabulary']} tokens"
+            yield (f"{path}: its loss on the text, {t['nats']:.2f} nats, is close to {guess}: it is untrained or damaged, or its tokenizer "
+                   "belongs to another model")  # fmt: skip
     for path, t in measured[1:]:
         ratio = measured[0][1]["bytes_per_token"] / t["bytes_per_token"]
         if max(ratio, 1 / ratio) >= SUSPICIOUS_RATIO:
-            yield (
-                f"{path} splits the text into {ratio:.2f} times as many tokens as {measured[0][0]}: one of the tokenizers may be "
-                "wrong; compare nats/byte, not nats/token"
-            )
+            yield (f"{path} splits the text into {ratio:.2f} times as many tokens as {measured[0][0]}: one of the tokenizers may be wrong; "
+                   "compare nats/byte, not nats/token")  # fmt: skip
 
 
 def summary(report: dict) -> Iterator[str]:
@@ -91,10 +88,8 @@ def summary(report: dict) -> Iterator[str]:
     for c in report["compared"]:
         parts = []
         if "same_choice" in c:
-            parts.append(
-                f"the same choice in {100 * c['same_choice']:.1f} % of {c['documents']} documents, "
-                f"log-likelihoods {100 * c['log_likelihood']:.3f} % apart on average"
-            )
+            parts.append(f"the same choice in {100 * c['same_choice']:.1f} % of {c['documents']} documents, log-likelihoods "
+                         f"{100 * c['log_likelihood']:.3f} % apart on average")  # fmt: skip
         if "text" in c:
             parts.append(f"loss on the text {100 * c['text']:+.3f} %" + " per byte" * ("tokens" in c))
         if "tokens" in c:

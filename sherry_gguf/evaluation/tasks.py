@@ -83,20 +83,16 @@ def load(wanted: list[str], include: Path | None, shots: int, data: Path | None 
             else:
                 if isinstance(e, ConnectionError) and not hub_problem:
                     hub_problem = _go_offline(f"the hub {huggingface_hub.constants.ENDPOINT} does not answer")
-                missing[name] = (
-                    f"its data set {files} is unavailable: {hub_problem or first_line(e)}, and it is not in the cache "
-                    f"{datasets.config.HF_DATASETS_CACHE}"
-                )
+                cache = datasets.config.HF_DATASETS_CACHE
+                missing[name] = f"its data set {files} is unavailable: {hub_problem or first_line(e)}, and it is not in the cache {cache}"
             say(f"{name}: {missing[name]}")
             continue
         for task_name, task in loaded.items():
             task.set_config("num_fewshot", shots)
             tasks[task_name] = task
     if any(sources[name][0] for name in missing):
-        say(
-            "run this once on a machine that reaches the hub, copy its cache here and set HF_DATASETS_CACHE to it; "
-            "or pass the data as files with --data (see examples/tasks/README.md)"
-        )
+        say("run this once on a machine that reaches the hub, copy its cache here and set HF_DATASETS_CACHE to it; or pass the data as "
+            "files with --data (see examples/tasks/README.md)")  # fmt: skip
     return tasks, missing
 
 
@@ -114,12 +110,8 @@ def _manager(wanted: list[str], include: Path | None, data: Path | None) -> lm_e
     unknown = [name for name in wanted if name not in manager.task_index]
     if unknown:
         near = difflib.get_close_matches(unknown[0], manager.all_tasks)
-        raise Stop(
-            f"--tasks {unknown[0]}: no such task in lm-eval"
-            + f" or {include}" * bool(include)
-            + f"; similar: {', '.join(near)}" * bool(near)
-            + "".join(_unreadable(include))
-        )
+        also = f" or {include}" * bool(include) + f"; similar: {', '.join(near)}" * bool(near) + "".join(_unreadable(include))
+        raise Stop(f"--tasks {unknown[0]}: no such task in lm-eval{also}")
     return manager
 
 

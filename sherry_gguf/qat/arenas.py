@@ -1,7 +1,5 @@
 """Arenas: the annealed residual λ·X·W beside the quantized product (Sherry, Eq. 7), scheduled by optimizer steps."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 
@@ -56,9 +54,9 @@ class Arenas:
 class ArenasCallback(TrainerCallback, ExportableState):
     """Sets λ of a model that went through `prepare`, in a Hugging Face Trainer.
 
-    It counts the Trainer's optimizer steps, so gradient accumulation and checkpointing do not move the schedule. Each
-    checkpoint holds its settings and λ in trainer_state.json. Training resumes at the λ of its step, and refuses to resume with
-    other settings, including none (a peak of 0). After training λ is 0.
+    It counts the Trainer's optimizer steps, so gradient accumulation and checkpointing do not move the schedule. Checkpoints hold
+    the settings and λ in trainer_state.json. Training resumes at the λ of its step, and refuses other settings, including none (a
+    peak of 0). After training λ is 0.
     """
 
     def __init__(self, arenas: Arenas | dict = Arenas()):
@@ -81,9 +79,8 @@ class ArenasCallback(TrainerCallback, ExportableState):
             now = dataclasses.asdict(self.arenas) | {"steps": state.max_steps}
             if then != now and (then["peak"] or now["peak"]):
                 other = ", ".join(f"{k} {then.get(k)}, now {v}" for k, v in now.items() if then.get(k) != v)
-                raise ValueError(
-                    f"the checkpoint was trained with other settings of Arenas ({other}): use the same ones, or start over from its weights"
-                )
+                raise ValueError(f"the checkpoint was trained with other settings of Arenas ({other}): use the same ones, or start over "
+                                 "from its weights")  # fmt: skip
         state.stateful_callbacks.setdefault(name, self.state())  # the Trainer saves it from there
         self.steps = state.max_steps
         self._set(model, state.global_step)

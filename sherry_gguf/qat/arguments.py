@@ -1,7 +1,5 @@
 """The training command's own flags and the text of its --help, without PyTorch and transformers, which take seconds to import."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 

@@ -1,10 +1,9 @@
-"""The training command's callbacks: interruption, a time estimate, and the progress bar."""
-
-from __future__ import annotations
+"""What the training command shows, and how it is interrupted: callbacks and a plot."""
 
 import math
 import sys
 import time
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -16,22 +15,18 @@ ESTIMATE_AFTER = 60  # seconds of training until a line estimates the rest
 
 
 class Finished(Exception):
-    """The checkpoint to resume from has all steps. The Trainer would take one more."""
+    """The checkpoint to resume from has all steps; the Trainer would take one more."""
 
 
 class Interrupt(TrainerCallback):
-    """Once `ask` was called in any process, ends training in all of them after the same step, with a checkpoint.
+    """Ends training in all processes after the same step, with a checkpoint, once `ask` was called in any of them.
 
-    Ends it without a checkpoint if the loss is not finite.
-
-    Attributes:
-        asked: this process was asked to end.
-        agreed: all processes know that one was asked.
-        stepped: training has begun.
+    Raises Stop if the loss is not finite.
     """
 
-    def __init__(self):
-        self.asked = self.agreed = self.stepped = False
+    asked = False  # this process was asked to end
+    agreed = False  # all processes know that one was asked
+    stepped = False  # training has begun
 
     def ask(self, signal_number: int) -> None:
         self.asked = True
@@ -52,14 +47,12 @@ class Interrupt(TrainerCallback):
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not math.isfinite(logs.get("loss", 0.0)):  # a mean over the processes, so all of them see it
-            raise Stop(
-                f"the loss is not finite at step {state.global_step}: training diverged. Use a lower --learning_rate; "
-                f"earlier checkpoints are in {args.output_dir}"
-            )
+            raise Stop(f"the loss is not finite at step {state.global_step}: training diverged. Use a lower --learning_rate; earlier "
+                       f"checkpoints are in {args.output_dir}")  # fmt: skip
 
 
 class Estimate(TrainerCallback):
-    """Prints once, after a minute of training, how long the rest will take: for those who see no progress bar."""
+    """Prints once, after a minute of training, how long the rest will take, for logs without a progress bar."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first, self.printed = time.monotonic(), state.global_step, not state.is_world_process_zero
@@ -70,13 +63,13 @@ class Estimate(TrainerCallback):
             return
         self.printed = True
         rest = (state.max_steps - state.global_step) * seconds / done
-        tqdm.write(f"training: step {state.global_step} of {state.max_steps}, {seconds / done:.2f} s a step: about "
-                   f"{duration(rest)} to go", file=sys.stdout)  # fmt: skip
+        pace = f"step {state.global_step} of {state.max_steps}, {seconds / done:.2f} s a step"
+        tqdm.write(f"training: {pace}: about {duration(rest)} to go", file=sys.stdout)
         sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:
-    """`seconds` in a unit that makes it a short number."""
+    """`seconds` in words, in the largest unit that gives 2 or more."""
     units = ("days", 86400), ("hours", 3600), ("minutes", 60), ("seconds", 1)
     unit, size = next((u for u in units if seconds >= 2 * u[1]), units[-1])
     return f"{seconds / size:.0f} {unit}"
@@ -97,3 +90,42 @@ class Progress(ProgressCallback):
             shown = [f"{name} {logs[key]:.3f}" for key, name in names.items() if key in logs]
             if shown:  # the very last entry has none of these
                 self.training_bar.set_postfix_str(", ".join(shown), refresh=False)
+
+
+def plot(history: list[dict], path: Path) -> None:
+    """Draw training.png: loss, λ, effective ranks and flips by step, from a Trainer's log."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    def draw(axis, key, label, **style):
+        points = [(e["step"], e[key]) for e in history if key in e]
+        if points:
+            axis.plot(*zip(*points), label=label, lw=1.3, **style)
+
+    figure, (loss, rank, flips) = plt.subplots(3, 1, figsize=(9, 9), sharex=True)
+    draw(loss, "loss", "training loss")
+    draw(loss, "eval_loss", "held-out loss", marker="o", ms=3)
+    loss.set_ylabel("nats per token")
+    if any("residual" in entry for entry in history):
+        residual = loss.twinx()
+        draw(residual, "residual", "λ", color="tab:green", ls="--")
+        residual.set_ylabel("λ of Arenas")
+    draw(rank, "gradient_rank", "of the gradients")
+    draw(rank, "activation_rank", "of the layers' inputs")
+    rank.set_ylabel("effective rank")
+    draw(flips, "flips", "ternary values changed by a step")
+    draw(flips, "sign_flips", "of these, sign changes")
+    draw(flips, "near_zeroing", "groups close to another choice of the zero", ls=":")
+    draw(flips, "near_sign", "latent weights close to 0", ls=":")
+    flips.set_ylabel("share")
+    flips.set_yscale("log")
+    flips.set_xlabel("optimizer step")
+    for axis in loss, rank, flips:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=90)
+    plt.close(figure)

@@ -1,7 +1,5 @@
 """The training command: `sherry-gguf train` and scripts/train_sherry.py."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys
@@ -15,15 +13,10 @@ from .arguments import help_text
 def main(argv: list[str] | None = None, prog: str = "train_sherry.py", trained: bool = True) -> int:
     """Train, and return the exit status: 1 for a problem the user can fix, 130 if interrupted.
 
-    Under torchrun every process but the first ends here.
+    Under torchrun every process but the first ends here. Raises SystemExit for wrong arguments.
 
-    Args:
-        argv: arguments; None takes those of the process.
-        prog: name of the program in messages.
-        trained: whether --model names a trained model. One with random weights may guess without a warning.
-
-    Raises:
-        SystemExit: wrong arguments.
+    argv: arguments; None: those of the process. prog: the program's name in messages.
+    trained: whether --model names a trained model. One with random weights may guess without a warning.
     """
     argv = sys.argv[1:] if argv is None else argv
     if {"-h", "--help"} & set(argv):
@@ -52,9 +45,9 @@ def main(argv: list[str] | None = None, prog: str = "train_sherry.py", trained: 
             print(interrupted, file=sys.stderr, flush=True)
         status = 128 + signal.SIGINT
     if torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_rank():
-        # A Gloo thread that releases a tensor while Python finalizes aborts the process, and torchrun then ends the first
-        # one, which may still be evaluating the export. Only the first one owns trackers and files. Destroying the process
-        # group first does not help: that waits for the thread with the GIL held, and the thread waits for the GIL.
+        # A Gloo thread that releases a tensor while Python finalizes aborts the process, and torchrun then ends the first one, which
+        # may still be evaluating the export. Only the first one owns trackers and files. Destroying the process group first would hang:
+        # it waits for the thread with the GIL held, and the thread waits for the GIL.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)

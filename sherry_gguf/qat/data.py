@@ -1,7 +1,5 @@
 """Tokens for training and evaluation: blocks of one length, each beginning as a prompt does."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 
@@ -9,8 +7,7 @@ import torch
 def pack(ids: np.ndarray, context: int, bos: int | None) -> np.ndarray:
     """Cut a stream of tokens (n,) into blocks (m, context) of the same dtype, each with BOS first; the rest is dropped.
 
-    llama.cpp's tools begin every context with BOS as well if the model has one. Raises ValueError for a context without room
-    for a token to predict.
+    llama.cpp's tools begin every context with BOS as well if the model has one. Raises ValueError for a context below 2.
     """
     step = context - (bos is not None)
     if context < 2:
@@ -24,8 +21,7 @@ def pack(ids: np.ndarray, context: int, bos: int | None) -> np.ndarray:
 def labelled(ids: torch.Tensor) -> dict[str, torch.Tensor]:
     """Tokens, int64 (..., context), as a causal language model's input and labels.
 
-    The first token has no prediction, so its label is -100: otherwise the Trainer would count it and divide the loss by one
-    token per sequence too many.
+    The first token has no prediction, so its label is -100: otherwise the Trainer would count it in the mean loss.
     """
     labels = ids.clone()
     labels[..., 0] = -100

@@ -1,6 +1,4 @@
-"""Files and directories that appear whole or not at all."""
-
-from __future__ import annotations
+"""A run's files: directories that appear whole or not at all, a lock, and the settings of an earlier run."""
 
 import contextlib
 import errno
@@ -9,6 +7,34 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from sherry_gguf.errors import Stop
+
+LOCK = "lock"  # file in a run's directory, locked while a process trains there
+
+
+def locked(directory: Path, flag: str) -> contextlib.AbstractContextManager:
+    """Lock a directory until the end of the `with` block. Raises Stop, which names the directory's flag, if another process has it."""
+    try:
+        return FileLock(directory / LOCK).acquire(blocking=False)
+    except Timeout:
+        raise Stop(f"another run is training in {directory}: wait for it, or choose another {flag}") from None
+
+
+@contextlib.contextmanager
+def undamaged(path: Path, remedy: str) -> Iterator[None]:
+    """Raise any error that a file of an earlier run causes as Stop, with the `remedy`."""
+    try:
+        yield
+    except Exception as e:
+        raise Stop(f"{path} is damaged ({type(e).__name__}: {e}): {remedy}") from e
+
+
+def differences(then: dict, now: dict) -> str:
+    """The settings that differ from those of an earlier run, such as "steps: 6 then, 7 now", or ""."""
+    return ", ".join(f"{k}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v)
 
 
 def write(path: Path, data: bytes | str) -> None:
@@ -21,10 +47,10 @@ def write(path: Path, data: bytes | str) -> None:
 
 @contextlib.contextmanager
 def appearing(directory: str | os.PathLike) -> Iterator[Path]:
-    """Yield an empty directory to fill. At the end its files are in `directory` and on the disk; after an error, nothing is.
+    """Yield an empty directory to fill. At the end its files are in `directory` and on the disk; after an error, none are.
 
-    A directory that exists already stays, as it may be a mount point or the target of a link: the files are renamed into it one by
-    one, config.json last. A new one appears at once.
+    A new directory appears at once. An existing one stays, as it may be a mount point or the target of a link: the files are renamed
+    into it one by one, config.json last.
 
     Raises:
         FileExistsError: the directory is not empty.
@@ -62,7 +88,7 @@ def appearing(directory: str | os.PathLike) -> Iterator[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Otherwise a rename may reach the disk before the data."""
+    """Flush a file or directory to the disk, which a rename may otherwise reach before the data."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,7 +1,5 @@
 """Export a trained model as a standard Hugging Face directory."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os
@@ -15,13 +13,8 @@ from .linear import QuantizedLayer, quantized_layers, sherry_config
 logger = logging.getLogger(__name__)
 
 
-def export(
-    model,
-    directory: str | os.PathLike,
-    tokenizer=None,
-    dtype: torch.dtype = torch.float16,
-    state: dict[str, torch.Tensor] | None = None,
-) -> Path:
+def export(model, directory: str | os.PathLike, tokenizer=None, dtype: torch.dtype = torch.float16,
+           state: dict[str, torch.Tensor] | None = None) -> Path:  # fmt: skip
     """Save `model` with its fake-quantized weights, its tokenizer, and for Sherry `sherry_config` in config.json.
 
     Weights of quantized layers are stored as evaluation uses them: 0 or +-d with an fp16 d, exact in `dtype`. The other
@@ -30,7 +23,7 @@ def export(
 
     Args:
         model: a transformers `PreTrainedModel` that went through `prepare`, with any method.
-        directory: must not exist yet, or be empty. It appears complete or not at all (`files.appearing`).
+        directory: must be new or empty. It appears complete or not at all (`files.appearing`).
         tokenizer: a transformers tokenizer, or None to save none.
         dtype: torch.float16 or torch.float32.
         state: the state dict to save, with latent weights, if the model itself does not hold all of it (FSDP, DeepSpeed:
@@ -42,25 +35,20 @@ def export(
     Raises:
         FileExistsError: the directory is not empty.
         TypeError: another dtype.
-        ValueError: a parameter is not finite in `dtype`, `state` lacks a quantized one, or the model was loaded with latent
-            weights and has not gone through `prepare`.
+        ValueError: a parameter is not finite in `dtype`, `state` lacks a quantized one, or the model was loaded with latent weights
+            and has not gone through `prepare`.
     """
     if dtype not in (torch.float16, torch.float32):
         raise TypeError(f"dtype is {dtype}: use torch.float16 or torch.float32, which hold an fp16 scale")
     layers = quantized_layers(model)
     claimed = getattr(getattr(model, "config", None), "sherry_config", None)
     if not layers and isinstance(claimed, dict) and claimed.get("weights") == "latent":
-        raise ValueError(
-            "the model's config says that its weights are latent, but its layers do not quantize them: call "
-            "prepare(model, QuantConfig(...)) first, as in its training"
-        )
+        raise ValueError("the model's weights are latent, says its config, but its layers do not quantize them: call "
+                         "prepare(model, QuantConfig(...)) first, as in its training")  # fmt: skip
     sherry = sherry_config(model, "fake_quantized")
     if sherry and sherry.get("group_size", 128) % 128:
-        logger.warning(
-            "group size %d: TQ1_25 stores blocks of 128 weights under one scale, so it cannot store these weights without loss",
-            sherry["group_size"],
-        )
-
+        logger.warning("group size %d: TQ1_25 stores blocks of 128 weights under one scale, so it cannot store these weights without loss",
+                       sherry["group_size"])  # fmt: skip
     with appearing(directory) as part:
         model.save_pretrained(part, state_dict=_quantized(state or model.state_dict(), layers, dtype))
         if tokenizer is not None:

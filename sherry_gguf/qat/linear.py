@@ -1,7 +1,5 @@
 """Linear layers that train quantized weights, with Arenas' residual; `prepare` puts them into a model."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses
@@ -21,10 +19,10 @@ from . import quantizer
 
 logger = logging.getLogger(__name__)
 
-# Layers that are never quantized, in a GGUF neither: the head, and the routers of a mixture of experts.
+# Layers that neither training nor the converter quantizes: the head, and the routers of a mixture of experts.
 KEEP = r"(^|\.)(lm_head|router|gate|shared_expert_gate)$"
 
-# What wrappers for distributed training and checkpointing add to the names of modules.
+# What wrappers for distributed training and checkpointing add to module names.
 _WRAPPED = re.compile(r"(^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.)")
 
 
@@ -62,7 +60,7 @@ class QuantizedLayer(nn.Module):
         return weight.t() if self.transposed else weight
 
     def quantized_weight(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight that evaluation multiplies by, shaped like `weight`; of another latent weight if one is given."""
+        """The weight that evaluation multiplies by, from the layer's latent weight or the given one, in the same shape."""
         weight = self.weight if weight is None else weight
         return self.rows(quantizer.fake_quantize(self.rows(weight), **dataclasses.asdict(self.quant)))
 
@@ -126,9 +124,9 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
     Args:
         model: any module with nn.Linear or transformers' Conv1D.
         quant: how to quantize; the method `full` changes nothing, for a comparison with full precision.
-        keep: regular expression; layers whose dotted name it finds stay as they are, as do those of `KEEP` and the head that
+        keep: regular expression; layers whose dotted name matches stay as they are, as do those of `KEEP` and the head that
             `get_output_embeddings()` names. The checkpoint tells the converter.
-        only: regular expression; layers whose name it does not find stay as they are.
+        only: regular expression; layers whose name does not match stay as they are.
 
     Returns:
         The names of the layers that now train quantized weights.
@@ -140,7 +138,7 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
     already = quantized_layers(model)
     for name, m in already.items():
         if m.quant != quant:
-            raise ValueError(f"{name} is quantized already, by {m.quant}: a checkpoint can state only one way")
+            raise ValueError(f"{name} is quantized already, by {m.quant}: a checkpoint can state only one method")
     head = _head(model)
     found: dict[str, Any] = {
         name: m for name, m in model.named_modules()
@@ -150,14 +148,12 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
     if quant.method == "full":
         found = {}
     elif not found:
-        raise ValueError(
-            f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r})"
-            + f", besides the {len(already)} that are quantized already" * bool(already)
-        )
+        besides = f", besides the {len(already)} that are quantized already" * bool(already)
+        raise ValueError(f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r}){besides}")
     if misfits := [name for name, m in found.items() if _inputs(m) % quantizer.divisor(**dataclasses.asdict(quant))]:
         raise ValueError(_misfits(found, misfits, quant, keep))
     config: Any = getattr(model, "config", None)
-    if config is not None:  # that of a Sherry checkpoint, if training starts from one
+    if config is not None:  # training may start from a Sherry checkpoint
         config.__dict__.pop("sherry_config", None)
     if not found:
         return []
@@ -178,14 +174,14 @@ def _inputs(m: nn.Linear | Conv1D) -> int:
 
 
 def _misfits(layers: dict[str, Any], misfits: list[str], quant: QuantConfig, keep: str) -> str:
-    """The error message about layers whose inputs do not fit, with a `keep` that leaves out exactly these."""
+    """The error message about layers whose inputs do not fit, with a `keep` that matches exactly these."""
     sizes = collections.defaultdict(list)
     for name in misfits:
         sizes[_inputs(layers[name])].append(name)
     listed = "; ".join(f"{n} inputs: {patterns.starred(names)}" for n, names in sorted(sizes.items()))
     divisor = quantizer.divisor(**dataclasses.asdict(quant))
-    message = (f"{len(misfits)} of {len(layers)} layers have inputs that are not a multiple of {divisor}, as {quant.method} "
-               f"{quant.granularity} needs ({listed})")  # fmt: skip
+    needs = f"a multiple of {divisor}, as {quant.method} {quant.granularity} needs"
+    message = f"{len(misfits)} of {len(layers)} layers have inputs that are not {needs} ({listed})"
     if len(misfits) == len(layers):
         return f"{message}. None is left to quantize"
     pattern = patterns.matching(misfits, set(layers) - set(misfits))
@@ -209,7 +205,7 @@ def sherry_config(model: nn.Module, weights: str) -> dict | None:
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
-    """The layers that `prepare` made quantized, by name. The model may be wrapped meanwhile."""
+    """The layers that `prepare` quantized, by their names before any wrapping (DDP, FSDP, ...)."""
     return {_WRAPPED.sub("", name): m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}
 
 

@@ -1,7 +1,5 @@
 """The training command's models: the one that trains, its tokenizer, and its teacher."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -28,13 +26,12 @@ def load(s: SherryArguments):
         raise Stop("give a model to start from, --model DIR, or the config of a new one, --config DIR")
     with _stop_at_errors(s.model or s.config):
         if s.model:
-            # float32 on purpose: bfloat16 loses small optimizer steps; --bf16 makes only the products bfloat16
+            # float32, as bfloat16 loses small optimizer steps; --bf16 makes only the products bfloat16
             loaded: Any = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32, output_loading_info=True)
             model, info = loaded
             if lacking := [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]:
-                raise Stop(
-                    f"{s.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {sorted(lacking)[0]}"
-                )
+                first = sorted(lacking)[0]
+                raise Stop(f"{s.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {first}")
         else:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(s.config), dtype=torch.float32)
     tokenizer = load_tokenizer(name := s.tokenizer or s.model or s.config)
@@ -42,16 +39,11 @@ def load(s: SherryArguments):
     if (n := len(tokenizer)) > (m := model.get_input_embeddings().num_embeddings):
         raise Stop(f"the tokenizer {name} has {n} tokens, the model only {m} embeddings: they do not belong together")
     if s.context > (most := positions(model)):
-        raise Stop(
-            f"--context {s.context}{' (the default)' * (s.context == SherryArguments.context)}: the model's positions end at "
-            f"{most}. Pass --context {most}, or less"
-        )
+        default = " (the default)" * (s.context == SherryArguments.context)
+        raise Stop(f"--context {s.context}{default}: the model's positions end at {most}. Pass --context {most}, or less")
     sherry = getattr(model.config, "sherry_config", None)
     if isinstance(sherry, dict) and sherry.get("weights") == "fake_quantized":
-        warn(
-            "the model's weights are already ternary (an export). Training continues better from its latent weights, which are "
-            "in the checkpoints of the run that made it"
-        )
+        warn("the model's weights are already ternary (an export). Better continue from the latent weights in its run's checkpoints")
     return model, tokenizer
 
 
@@ -64,14 +56,14 @@ def load_tokenizer(name: str):
 
 
 def repair_generation_config(model) -> None:
-    """Make generation_config.json one that transformers saves; those of some checkpoints, Llama 2 among them, are not."""
+    """Make generation_config.json one that transformers saves. It refuses those of some checkpoints, such as Llama 2."""
     generation = getattr(model, "generation_config", None)
     if generation is None:
         return
     with contextlib.suppress(ValueError):
         generation.validate(strict=True)
         return
-    generation.do_sample = True  # what a temperature or a top_p implies
+    generation.do_sample = True  # a temperature or a top_p implies it
     try:
         generation.validate(strict=True)
     except ValueError as e:

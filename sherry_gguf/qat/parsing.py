@@ -1,7 +1,5 @@
 """The training command's arguments as dataclasses: its own flags and those of transformers' TrainingArguments."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import importlib.util
@@ -38,10 +36,8 @@ class Arguments(TrainingArguments):
         cpu = self.use_cpu or self.no_cuda
         if (self.bf16 or self.bf16_full_eval) and not cpu and not torch.accelerator.is_available() and not is_torch_xla_available():
             # transformers says only that the set-up does not support it
-            raise ValueError(
-                "--bf16 true: PyTorch finds no GPU here; leave it out, or add --use_cpu true to compute in bfloat16 "
-                "on the CPU, which is faster than float32 only if the CPU has instructions for it"
-            )
+            raise ValueError("--bf16 true: PyTorch finds no GPU here; leave it out, or add --use_cpu true to compute in bfloat16 "
+                             "on the CPU, which is faster than float32 only if the CPU has instructions for it")  # fmt: skip
         super().__post_init__()
 
     @property

@@ -1,7 +1,5 @@
 """Fake quantization of weights with a straight-through gradient: Sparse-AbsMean, and other methods for comparison."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch
@@ -68,12 +66,12 @@ def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int
     multiple = divisor(method, granularity, group_size)
     if len(shape) == 0 or shape[-1] % multiple:
         raise ValueError(
-            f"a weight has shape {shape}: its inputs (the last axis) must be a multiple of {multiple} for {method} {granularity}"
+            f"a weight has shape {shape}: {method} {granularity} needs inputs (the last axis) that are a multiple of {multiple}"
         )
 
 
 def divisor(method: str, granularity: str, group_size: int) -> int:
-    """A layer's inputs must be a multiple of this."""
+    """The number that a layer's inputs must be a multiple of."""
     if method == "full":
         return 1
     return group_size if granularity == "per_group" else GROUP if method == "sherry" else 1
@@ -114,7 +112,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _quantize(weight: torch.Tensor, method: str, size: int) -> torch.Tensor:
-    rows = weight.reshape(-1, size).contiguous()  # reshape may keep a transposed weight as it is
+    rows = weight.reshape(-1, size).contiguous()  # reshape may return a transposed weight unchanged
     if rows.dtype == torch.bfloat16:
         rows = rows.float()
     zero, d = METHODS[method](rows.abs())
@@ -142,8 +140,8 @@ def _sherry(magnitude: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if zero.count_nonzero() != len(lanes):  # equal magnitudes, or NaN
         zero = smallest_lane(lanes)
     zero = zero.view(magnitude.shape)
-    # The reference adds in order, which is slow here. Any order gives the same fp16 number, unless the sum is so close to a
-    # rounding boundary that the order may decide.
+    # The reference adds in order, which is slow here. Any order gives the same fp16 number, unless the mean is very close to a
+    # rounding boundary.
     margin = mean * (4 * magnitude.shape[-1] * torch.finfo(torch.float64).eps)
     unsure = (_round_to_half(mean - margin) != _round_to_half(mean + margin)) & mean.isfinite()
     if unsure.any():
@@ -176,8 +174,8 @@ METHODS: dict[str, Any] = {"sherry": _sherry, "absmean": _absmean, "twn": _twn, 
 def smallest_lane(magnitude: torch.Tensor) -> torch.Tensor:
     """(n, 4) magnitudes -> (n, 4) bool, True at the smallest of each row, the first among equals.
 
-    It compares whole lanes, which is twice as fast as argmin and scatter over rows of four, and makes no tensor from a number,
-    as that would be copied to a GPU while both wait.
+    Comparing whole lanes is twice as fast as argmin and scatter over rows of four. A tensor made from a number would be copied to a
+    GPU while both wait, so there is none.
     """
     m0, m1, m2, m3 = magnitude.unbind(-1)
     second, fourth = m1 < m0, m3 < m2

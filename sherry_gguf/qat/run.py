@@ -1,7 +1,5 @@
 """One run of the training command, from its arguments to the evaluated export."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -15,25 +13,23 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PrinterCallback, ProgressCallback
 
 from sherry_gguf import signals
 from sherry_gguf.errors import Stop
 
-from . import dataset, models
+from . import models, text
 from .arenas import Arenas
 from .arguments import SherryArguments
-from .callbacks import Estimate, Finished, Interrupt, Progress
+from .callbacks import Estimate, Finished, Interrupt, Progress, plot
 from .data import mean_loss
-from .files import appearing, write
+from .files import appearing, locked, write
 from .linear import QuantConfig, full_precision, prepare, quantized_layers
 from .models import warn
 from .monitor import TrainingMonitor
 from .parsing import Arguments
-from .plot import plot
-from .resume import LOCK, SETTINGS, check_settings, resume_from, settings
+from .resume import SETTINGS, check_settings, resume_from, settings
 from .trainer import SherryTrainer, bf16_time
 
 RECORD = "training.json"  # in the export
@@ -45,13 +41,9 @@ NO_SPACE = 1 << 26  # a failure to write is put down to a full disk below this m
 
 
 def run(s: SherryArguments, args: Arguments, trained: bool) -> int:
-    """Train, export and evaluate; the exit status.
+    """Train, export and evaluate; returns the exit status. `trained`: as in `command.main`.
 
-    trained: as in `command.main`.
-
-    Raises:
-        Stop: a problem the user can fix.
-        KeyboardInterrupt: interrupted; there is a checkpoint if training had begun.
+    Raises Stop, and KeyboardInterrupt if interrupted; there is a checkpoint then if training had begun.
     """
     transformers.utils.logging.set_verbosity_warning()
     try:
@@ -80,16 +72,12 @@ def _alone(s: SherryArguments, args: Arguments) -> Iterator[tuple[Path, dict, Pa
         return
     check_target(out, args)
     args.directory.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(args.directory / LOCK).acquire(blocking=False)
-    except Timeout:
-        raise Stop(f"another run is training in {args.output_dir}: wait for it, or choose another --output_dir") from None
-    with lock:
+    with locked(args.directory, "--output_dir"):
         yield found
 
 
 def check(s: SherryArguments, args: Arguments) -> None:
-    """Raises Stop for numbers with which nothing can be trained."""
+    """Raises Stop for numbers that training cannot use."""
     if s.monitor_every == 1 or s.monitor_every < 0:
         raise Stop(f"--monitor_every {s.monitor_every}: use 2 or more, or 0 to turn the monitor off")
     if s.context < 2:
@@ -165,7 +153,7 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
 
 def set_up(
     s: SherryArguments, args: Arguments, now: dict, checkpoint: Path | None, interrupt: Interrupt
-) -> tuple[SherryTrainer, dataset.Texts]:
+) -> tuple[SherryTrainer, text.Texts]:
     """The trainer and its texts. Raises Stop."""
     try:
         quant = QuantConfig(s.method, s.granularity, s.group_size)
@@ -181,7 +169,7 @@ def set_up(
     except (ValueError, re.error) as e:
         raise Stop(str(e)) from e
     with args.main_process_first(desc="tokenizing"):
-        texts = dataset.load(s, tokenizer)
+        texts = text.load(s, tokenizer)
     if args.dataloader_drop_last and len(texts.train) < args.train_batch_size * args.world_size:
         raise Stop(f"--dataloader_drop_last: the text has {len(texts.train)} sequences, less than one batch")
     begun = checkpoint.resolve().parent if checkpoint else args.directory
@@ -189,22 +177,11 @@ def set_up(
     teacher = models.load_teacher(s, tokenizer, torch.bfloat16 if args.bf16 else torch.float32) if s.teacher else None
     try:
         trainer = SherryTrainer(
-            model,
-            args,
-            data_collator=dataset.collate,
-            train_dataset=texts.train,
-            eval_dataset=texts.held_out,
-            processing_class=tokenizer,
-            arenas=arenas if names else None,
-            monitor=TrainingMonitor(s.monitor_every) if s.monitor_every and names else None,
-            teacher=teacher,
-            distill=s.distill,
-            temperature=s.temperature,
-            callbacks=[interrupt],
-        )
+            model, args, data_collator=text.collate, train_dataset=texts.train, eval_dataset=texts.held_out, processing_class=tokenizer,
+            arenas=arenas if names else None, monitor=TrainingMonitor(s.monitor_every) if s.monitor_every and names else None,
+            teacher=teacher, distill=s.distill, temperature=s.temperature, callbacks=[interrupt, Estimate()])  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as e:  # something is not installed, or settings contradict each other
         raise Stop(f"{type(e).__name__}: {e}") from e
-    trainer.add_callback(Estimate())
     trainer.remove_callback(PrinterCallback if args.disable_tqdm else ProgressCallback)
     if not args.disable_tqdm:
         trainer.add_callback(Progress)
@@ -212,9 +189,9 @@ def set_up(
 
 
 def announce(
-    s: SherryArguments, args: Arguments, trainer: SherryTrainer, texts: dataset.Texts, rows: np.ndarray, trained: bool
+    s: SherryArguments, args: Arguments, trainer: SherryTrainer, texts: text.Texts, rows: np.ndarray, trained: bool
 ) -> dict | None:
-    """Print what will be trained, and warn about what looks wrong; returns what `before_training` does."""
+    """Print what will be trained, warn about what looks wrong, and return the losses of `before_training`."""
     model: Any = trainer.model
     density = texts.bytes_per_token
     print(f"text: {density['train']:.2f} bytes per token in the training text, {density['held_out']:.2f} in the held-out text", flush=True)
@@ -222,20 +199,17 @@ def announce(
         warn(f"--bf16 true: on this CPU bfloat16 products take {slower:.3g} times as long as float32: leave it out")
     before = before_training(s, args, model, rows, trained)
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    print(
-        f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(quantized_layers(model))} matrices by {s.method}, sequences of "
-        f"{s.context} tokens, {sequences} a step, {len(texts.train)} to train on and {len(texts.held_out)} held out, "
-        f"{args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}",
-        flush=True,
-    )
+    print(f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(quantized_layers(model))} matrices by {s.method}, sequences of "
+          f"{s.context} tokens, {sequences} a step, {len(texts.train)} to train on and {len(texts.held_out)} held out, "
+          f"{args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}", flush=True)  # fmt: skip
     return before
 
 
 def before_training(s: SherryArguments, args: Arguments, model, rows: np.ndarray, trained: bool) -> dict | None:
     """The held-out loss that training starts from, printed and returned for `RECORD`; None under DeepSpeed.
 
-    full_precision: the loss of the model as given. A loss close to guessing shows that model, tokenizer and text don't belong
-    together, and a warning says so. The quantized loss could not show that: quantization makes a good model guess, too.
+    full_precision: the loss of the model as given. If it is close to guessing, a warning says that model, tokenizer and text don't
+    belong together. The quantized loss could not show that: quantization makes a good model guess, too.
     quantized: the loss of the model that the first step trains.
     """
     if args.deepspeed:  # no process may have the whole model
@@ -248,15 +222,13 @@ def before_training(s: SherryArguments, args: Arguments, model, rows: np.ndarray
             loss = mean_loss(model, rows, batch)
         quantized = mean_loss(model, rows, batch) if quantized_layers(model) else loss
     given = "as given" if s.model else "with random weights"
-    print(f"start: held-out loss before the first step ({rows.size} tokens): {loss:.4f} {given}"
-          + f", {quantized:.4f} quantized by {s.method}" * (s.method != "full"), flush=True)  # fmt: skip
+    then = f", {quantized:.4f} quantized by {s.method}" * (s.method != "full")
+    print(f"start: held-out loss before the first step ({rows.size} tokens): {loss:.4f} {given}{then}", flush=True)
     vocabulary = model.get_input_embeddings().num_embeddings
     if s.model and trained and loss > NEAR_GUESSING * math.log(vocabulary):
-        warn(
-            f"before the first step {s.model} has a held-out loss of {loss:.2f}; guessing among its {vocabulary} tokens would have "
-            f"{math.log(vocabulary):.2f}. If the model is trained: is {s.tokenizer or s.model} its tokenizer, and does it know "
-            "this kind of text?"
-        )
+        warn(f"before the first step {s.model} has a held-out loss of {loss:.2f}; guessing among its {vocabulary} tokens would have "
+             f"{math.log(vocabulary):.2f}. If the model is trained: is {s.tokenizer or s.model} its tokenizer, and does it know this kind "
+             "of text?")  # fmt: skip
     return {"full_precision": loss, "quantized": quantized, "tokens": rows.size}
 
 
@@ -275,8 +247,6 @@ def train(trainer: SherryTrainer, interrupt: Interrupt, checkpoint: Path | None)
             raise
         if not checkpoint:  # something is not installed, or settings contradict each other
             raise Stop(f"training does not begin: {type(e).__name__}: {e}") from e
-        here = not args.resume_from_checkpoint
-        raise Stop(
-            f"cannot resume from {checkpoint} ({type(e).__name__}: {e})"
-            + f": remove it to resume from an earlier one, or remove {args.output_dir} to start over" * here
-        ) from e
+        ours = not args.resume_from_checkpoint
+        remedy = f": remove it to resume from an earlier one, or remove {args.output_dir} to start over" * ours
+        raise Stop(f"cannot resume from {checkpoint} ({type(e).__name__}: {e}){remedy}") from e

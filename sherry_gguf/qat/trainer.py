@@ -1,7 +1,5 @@
 """A Hugging Face Trainer for quantized models: Arenas, monitoring, distillation, export."""
 
-from __future__ import annotations
-
 import os
 import time
 from pathlib import Path
@@ -44,15 +42,15 @@ class SherryTrainer(Trainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
-        if self.args.label_smoothing_factor:  # that loss is a mean over the micro-batch, so accumulation must divide it
+        if self.args.label_smoothing_factor:  # its loss is a mean over the micro-batch, so accumulation must divide it
             self.model_accepts_loss_kwargs = False
         if not 0 <= distill <= 1 or temperature <= 0:
-            raise ValueError(f"distill is {distill} and temperature {temperature}: they must be within 0 and 1, and above 0")
+            raise ValueError(f"distill is {distill} and temperature {temperature}: use 0 <= distill <= 1 and a temperature above 0")
         trained: Any = self.model
         if teacher is not None and (n := teacher.config.get_text_config().vocab_size) != (m := trained.config.get_text_config().vocab_size):
             raise ValueError(f"the teacher has {n} tokens, the model {m}: distillation needs the same vocabulary")
         self.monitor = monitor
-        if quantized_layers(trained):  # without Arenas too, so that checkpoints say so
+        if quantized_layers(trained):  # without Arenas too, so that checkpoints record it
             self.add_callback(ArenasCallback(arenas or Arenas(peak=0.0)))
         elif arenas is not None:
             raise ValueError("Arenas has nothing to act on: call prepare(model) before the Trainer is made")
@@ -65,20 +63,20 @@ class SherryTrainer(Trainer):
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         states = self.accelerator.state, PartialState()  # each new AcceleratorState copies the PartialState
-        if self.args.device.type == "cpu":  # with several processes it is cpu:0, cpu:1, ..., and nothing can be loaded there
+        if self.args.device.type == "cpu":  # with several processes it is cpu:0, cpu:1, ..., which nothing can be loaded to
             self.args.__dict__["_setup_devices"] = torch.device("cpu")  # a functools.cached_property
             for state in states:
                 state.device = torch.device("cpu")
         # Accelerate supports FSDP only on accelerators: on CPUs (gloo) it would silently train with DDP.
         if self.args.fsdp and self.args.world_size > 1 and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
-            # Its other settings come from the environment. Version 1 crashes on CPUs when it gathers a state dict.
+            # Its other settings come from the environment. FSDP 1 crashes on CPUs when it gathers a state dict.
             self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
             for state in states:
                 state.distributed_type = DistributedType.FSDP
             self.is_fsdp_enabled = True
         if self.is_fsdp_enabled:
-            # Accelerate's policy would lower the precision of latent weights and, with FSDP 2, of the loss: training would
-            # quantize weights otherwise than the export does. Autocast lowers the precision of the products anyway.
+            # Accelerate's policy would lower the precision of latent weights, so that training and export would quantize them
+            # differently, and with FSDP 2 that of the loss. Autocast lowers the precision of the products anyway.
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -132,7 +130,7 @@ class SherryTrainer(Trainer):
 
 
 def bf16_time() -> float:
-    """How many times as long as in float32 a product takes in bfloat16 on this CPU, which may emulate it."""
+    """Time of a bfloat16 product on this CPU, which may emulate it, divided by that of a float32 product."""
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
         x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype)

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sherry_gguf.qat.text import TextError, load
+from sherry_gguf.qat.text import TextError, read
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +33,8 @@ def test_every_kind_of_file(tmp_path):
     for name, kind in ("h.parquet", pyarrow.string()), ("i.parquet", pyarrow.large_string()):
         pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([name, None], kind), "n": [1, 2]}), tmp_path / name)
     found = ["one\ntwo", "drei €", "four", "five", "six", "seven", "eight", "nine", "", "h.parquet", "i.parquet"]
-    assert load([tmp_path])["text"] == found  # a .log is not searched for
-    assert load([tmp_path / "g.log", tmp_path / "a.txt"])["text"] == ["ten", "one\ntwo"]
+    assert read([tmp_path])["text"] == found  # a .log is not searched for
+    assert read([tmp_path / "g.log", tmp_path / "a.txt"])["text"] == ["ten", "one\ntwo"]
 
 
 @pytest.mark.parametrize("name", ["a[1].txt", "a*.txt", "what? really.txt", "a{b,c}.txt", "**", "é ü.txt", "a.txt"])
@@ -42,18 +42,18 @@ def test_names_are_no_patterns(tmp_path, name):
     for other in {"a1.txt", "ab.txt", "x", "a.txt"} - {name}:
         (tmp_path / other).write_text("not asked for")
     (tmp_path / name).write_text("mine")
-    assert load([tmp_path / name])["text"] == ["mine"]
+    assert read([tmp_path / name])["text"] == ["mine"]
 
 
 def test_a_changed_file_is_read_again(tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("old")
     stat = path.stat()
-    assert load([path])["text"] == ["old"]
+    assert read([path])["text"] == ["old"]
     path.write_text("new")
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert path.stat().st_size == stat.st_size and path.stat().st_mtime_ns == stat.st_mtime_ns
-    assert load([path])["text"] == ["new"]
+    assert read([path])["text"] == ["new"]
 
 
 @pytest.mark.parametrize("name, data, says", [
@@ -76,7 +76,7 @@ def test_what_is_no_text_is_named(tmp_path, name, data, says):
     if name:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(TextError) as e:
-        load([*([tmp_path / "b.txt"] if data else []), tmp_path / (name or "nowhere")])
+        read([*([tmp_path / "b.txt"] if data else []), tmp_path / (name or "nowhere")])
     assert says in str(e.value)
 
 
@@ -84,14 +84,14 @@ def test_files_of_which_none_has_text(tmp_path):
     for name in "a.jsonl", "b.jsonl":
         (tmp_path / name).write_text('{"text": null}')
     with pytest.raises(TextError, match=r"a\.jsonl and 1 more: there is no text in it"):
-        load([tmp_path])
+        read([tmp_path])
     (tmp_path / "c.txt").write_text("some")  # is enough
-    assert load([tmp_path])["text"] == ["some"]
+    assert read([tmp_path])["text"] == ["some"]
 
 
 def test_numbers_and_wrong_columns_of_parquet(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
     with pytest.raises(TextError, match="row 1: 'text' is int, and not a string"):
-        load([tmp_path / "a.parquet"])
+        read([tmp_path / "a.parquet"])
     with pytest.raises(TextError, match="it has no column 'body', only 'text'"):
-        load([tmp_path / "a.parquet"], "body")
+        read([tmp_path / "a.parquet"], "body")

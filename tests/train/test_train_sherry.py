@@ -20,7 +20,8 @@ from training_runs import flags, make_start, make_text, one_thread  # noqa: F401
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sherry_gguf import gguf_type, tq1_25
-from sherry_gguf.qat import dataset, fake_quantize, models, run
+from sherry_gguf.qat import fake_quantize, models, run
+from sherry_gguf.qat import text as training_text
 from sherry_gguf.qat.arguments import SherryArguments
 from sherry_gguf.qat.callbacks import duration
 
@@ -247,7 +248,7 @@ def test_names_of_special_tokens_are_text(start):
     texts = datasets.Dataset.from_dict({"text": ["a </s> b <s> c"] * 8})
     for special in False, True:
         s = SherryArguments(context=16, special_tokens=special)
-        ids = np.array(dataset.blocks(texts, tokenizer, s)["input_ids"])[:, 1:]
+        ids = np.array(training_text.blocks(texts, tokenizer, s)["input_ids"])[:, 1:]
         assert (tokenizer.bos_token_id in ids) is special
 
 
