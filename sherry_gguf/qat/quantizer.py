@@ -13,14 +13,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 1 << 22  # weights per step of a sum in order
 
 
-def fake_quantize(
-    weight: torch.Tensor,
-    method: str = "sherry",
-    granularity: str = "per_group",
-    group_size: int = GROUP_SIZE,
-    residual: float = 0.0,
-    rescale: bool = False,
-) -> torch.Tensor:
+def fake_quantize(weight: torch.Tensor, method: str = "sherry", granularity: str = "per_group", group_size: int = GROUP_SIZE,
+                  residual: float = 0.0, rescale: bool = False) -> torch.Tensor:  # fmt: skip
     """T*a of `weight`, by a method of `METHODS`, plus `residual` times the weight itself (Sherry, Eq. 7).
 
     X·(T*a + λ·W) is X·T*a + λ·X·W with one product instead of two. The gradient is straight-through: T*a counts as the

@@ -47,7 +47,7 @@ def run(s: SherryArguments, args: Arguments, trained: bool) -> int:
     """
     transformers.utils.logging.set_verbosity_warning()
     try:
-        with _alone(s, args) as (out, now, checkpoint):
+        with begin(s, args) as (out, now, checkpoint):
             return train_and_export(s, args, out, now, checkpoint, trained)
     except (SafetensorError, RuntimeError) as e:  # how safetensors and PyTorch report a failure to write
         free = shutil.disk_usage(args.directory).free if args.directory.is_dir() else NO_SPACE
@@ -58,7 +58,7 @@ def run(s: SherryArguments, args: Arguments, trained: bool) -> int:
 
 
 @contextlib.contextmanager
-def _alone(s: SherryArguments, args: Arguments) -> Iterator[tuple[Path, dict, Path | None]]:
+def begin(s: SherryArguments, args: Arguments) -> Iterator[tuple[Path, dict, Path | None]]:
     """Check the arguments and lock --output_dir; yields --export, the run's settings and the checkpoint to resume from."""
     out = Path(s.export or args.directory / "hf")
     check(s, args)
@@ -151,9 +151,8 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
     return 0
 
 
-def set_up(
-    s: SherryArguments, args: Arguments, now: dict, checkpoint: Path | None, interrupt: Interrupt
-) -> tuple[SherryTrainer, text.Texts]:
+def set_up(s: SherryArguments, args: Arguments, now: dict, checkpoint: Path | None,
+           interrupt: Interrupt) -> tuple[SherryTrainer, text.Texts]:  # fmt: skip
     """The trainer and its texts. Raises Stop."""
     try:
         quant = QuantConfig(s.method, s.granularity, s.group_size)
@@ -188,9 +187,8 @@ def set_up(
     return trainer, texts
 
 
-def announce(
-    s: SherryArguments, args: Arguments, trainer: SherryTrainer, texts: text.Texts, rows: np.ndarray, trained: bool
-) -> dict | None:
+def announce(s: SherryArguments, args: Arguments, trainer: SherryTrainer, texts: text.Texts, rows: np.ndarray,
+             trained: bool) -> dict | None:  # fmt: skip
     """Print what will be trained, warn about what looks wrong, and return the losses of `before_training`."""
     model: Any = trainer.model
     density = texts.bytes_per_token

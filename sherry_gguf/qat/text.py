@@ -40,7 +40,7 @@ class Texts:
 
 def load(s: SherryArguments, tokenizer) -> Texts:
     """Raises Stop if the text cannot be read or is too short."""
-    train, held_out = (blocks(documents_, tokenizer, s) for documents_ in documents(s))
+    train, held_out = (blocks(table, tokenizer, s) for table in documents(s))
     for what, table in ("to train on", train), ("held out", held_out):
         if not len(table):
             raise Stop(f"the text {what} is shorter than one context of {s.context} tokens: give more, or a smaller --context")
@@ -169,7 +169,7 @@ def _rows(files: tuple[tuple, ...], column: str) -> Iterator[dict[str, str]]:
                     rows += 1
                     yield {column: text}
                 elif text is not None:
-                    raise TextError(f"{where}: {column!r} is {type(text).__name__}, and not a string")
+                    raise TextError(f"{where}: {column!r} must be a string, not {type(text).__name__}")
         except UnicodeDecodeError as e:
             raise TextError(f"{name}: byte {e.start} is not UTF-8") from e
         except TextError as e:

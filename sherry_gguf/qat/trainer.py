@@ -31,16 +31,8 @@ class SherryTrainer(Trainer):
         ValueError: the teacher has another vocabulary, or `distill` is not between 0 and 1.
     """
 
-    def __init__(
-        self,
-        *args,
-        arenas: Arenas | None = None,
-        monitor: TrainingMonitor | None = None,
-        teacher: PreTrainedModel | None = None,
-        distill: float = 0.5,
-        temperature: float = 1.0,
-        **kwargs,
-    ):
+    def __init__(self, *args, arenas: Arenas | None = None, monitor: TrainingMonitor | None = None, teacher: PreTrainedModel | None = None,
+                 distill: float = 0.5, temperature: float = 1.0, **kwargs):  # fmt: skip
         super().__init__(*args, **kwargs)
         if self.args.label_smoothing_factor:  # its loss is a mean over the micro-batch, so accumulation must divide it
             self.model_accepts_loss_kwargs = False

@@ -1,4 +1,4 @@
-"""scripts/studies/compare_quality.py at a tiny size: it is fair as it says, goes on after an interruption, and reports what it ran."""
+"""scripts/studies/compare_quality.py at a tiny size: the comparison is fair, resumes after an interruption, and reports what it ran."""
 
 import argparse
 import contextlib
@@ -60,7 +60,7 @@ def test_sweep_ends_between_two_worse_rates(best, rates):
     assert sweep.best() == min(rates, key=lambda lr: abs(lr - best))
 
 
-def test_seeds_decide_where_one_cannot_tell():
+def test_other_seeds_decide_if_one_cannot():
     """Two rates, or two of Arenas' settings, as good as each other with seed 0."""
     ahead = dict(quality_runs.PUBLISHED, end=0.5)
     close = dict(quality_runs.PUBLISHED, peak=0.25, end=0.5)
@@ -95,7 +95,7 @@ def test_seeds_decide_where_one_cannot_tell():
 
 
 def test_best_rates_that_differ():
-    """Without Arenas each of its settings is compared with at the same rate."""
+    """Each setting of Arenas is compared with none at the same rate."""
 
     def loss(run):
         return 3.0 + abs(math.log2(run.lr / (8e-3 if dict(run.arenas) == quality_runs.PUBLISHED else 1e-3)))
@@ -147,7 +147,7 @@ def test_paired_differences():
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory, corpus):
-    """One whole comparison, in both settings, of models that are as small as can be."""
+    """A complete comparison, in both settings, of the smallest possible models."""
     work = tmp_path_factory.mktemp("compared")
     arguments = ["--work", str(work / "work"), "--out", str(work / "quality"), "--corpus", str(corpus), "--layers", "1",
                  "--hidden", "128", "--intermediate", "128", "--vocab", "300", "--context", "32", "--batch", "2", "--base-batch",
@@ -180,17 +180,17 @@ def test_reports_what_was_run(compared):
     assert all("gradient_rank" in str(results["settings"][s]["methods"]["arenas"]["curve"]) for s in results["settings"])
 
 
-def test_goes_on_where_it_stopped(compared, capfd):
+def test_resumes_where_it_stopped(compared, capfd):
     work, arguments = compared
     log = work / "work/runs.jsonl"
     lines = log.read_text().splitlines(keepends=True)
     before = json.loads((work / "quality.json").read_text())
-    log.write_text("".join(lines[:-2]) + lines[-2][:50])  # one gone, and one that was being written
+    log.write_text("".join(lines[:-2]) + lines[-2][:50])  # one missing, and one half written
     with fewer_runs():
         assert compare_quality.main(arguments) == 0
         out = capfd.readouterr().out
         assert "damaged; that run is repeated" in out
-        assert len(re.findall(r"^  \d of \d: ", out, re.M)) == 2  # what was done is not trained again
+        assert len(re.findall(r"^  \d of \d: ", out, re.M)) == 2  # finished runs are not trained again
         assert compare_quality.main(arguments) == 0
     out = capfd.readouterr().out
     assert "damaged" not in out and not re.findall(r"^  \d of \d: ", out, re.M)
@@ -209,7 +209,9 @@ def test_wrong_input(compared, corpus, tmp_path, capfd):
     assert "no such directory" in capfd.readouterr().err
     small = ["--work", str(tmp_path / "small"), "--corpus", str(corpus), "--vocab", "300"]
     assert compare_quality.main([*small, "--context", "99999"]) == 1
-    assert f"{corpus} gives " in capfd.readouterr().err and not (tmp_path / "small/sizes.json").exists()  # so that others may be tried
+    assert (
+        f"{corpus} gives " in capfd.readouterr().err and not (tmp_path / "small/sizes.json").exists()
+    )  # other settings may still be tried
     for wrong, says in [(["--settings", "tuned"], "--settings tuned: choose from pretrained, scratch"),
                         (["--settings", ""], "--settings: choose from pretrained, scratch"), (["--seeds", "0"], "--seeds 0: at least 1"),
                         (["--steps", "1"], "--steps 1: at least 4"), (["--jobs", "0"], "--jobs 0: at least 1"),
@@ -240,7 +242,7 @@ def test_results_are_named_as_asked(tmp_path):
 
 
 def test_a_setting_that_diverged_is_not_chosen():
-    """NaN is not in order with anything: sorting by it would leave the others where they were."""
+    """NaN has no order: sorting by it would leave the others where they were."""
     best = dict(quality_runs.PUBLISHED, peak=0.25, end=0.5)
 
     def loss(run):
@@ -257,7 +259,7 @@ def test_published_settings_are_the_defaults_of_arenas():
     assert dict(arenas()) == vars(Arenas()) == quality_runs.PUBLISHED
 
 
-def test_state_is_that_of_the_middle():
+def test_state_is_that_of_the_middle_looks():
     looks = [{"step": i, "gradient_rank": float(i), "flips": i / 100} for i in range(8)]
     state = quality_report.state_of([{"loss": 1.0}, *looks])
     assert state["gradient_rank"] == 3.5 and state["flips"] == pytest.approx(0.035)

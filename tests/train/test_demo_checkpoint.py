@@ -44,7 +44,7 @@ def corpus(tmp_path_factory):
 
 
 def heed_interrupts():
-    """In a child: a shell lets what it starts in the background ignore Ctrl-C."""
+    """In a child process: a shell makes background programs ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -149,7 +149,7 @@ def test_missing_and_empty_corpus(run, tmp_path):
     assert "too few to train on" in run(tmp_path / "hf", tmp_path).stderr
 
 
-def test_interrupted_run_goes_on_and_ends_the_same(run, tmp_path, corpus):
+def test_interrupted_run_resumes_and_ends_the_same(run, tmp_path, corpus):
     steps = 300
     whole = run(tmp_path / "whole", corpus, steps=steps)
     assert whole.status == 0, whole.stderr

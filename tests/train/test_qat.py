@@ -84,7 +84,7 @@ def test_scale_is_rounded_once():
 
 
 def test_sums_are_those_of_the_reference():
-    """Means that are at the edge of a rounding when summed in order, and beyond it in another order."""
+    """Means at a rounding boundary when summed in order, and beyond it in another order."""
     edge, others = 96 * (1.5 + 2**-11), 0
     for seed in range(100):
         x = np.random.default_rng(seed).uniform(1.2, 1.8, (1, 128))
@@ -227,7 +227,7 @@ def llama(tied: bool = True) -> LlamaForCausalLM:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_prepare_turns_the_blocks_only(tied):
+def test_prepare_quantizes_only_the_blocks(tied):
     model = llama(tied)
     before = {id(p) for p in model.parameters()}
     names = prepare(model)
@@ -250,13 +250,13 @@ def test_prepare_turns_the_blocks_only(tied):
     assert {id(p) for p in model.parameters()} == before
 
 
-def test_prepare_keeps_what_it_is_told():
+def test_prepare_keeps_named_layers():
     assert not any("layers.0" in n for n in prepare(llama(), keep=r"layers\.0\.|lm_head"))
     assert all("mlp" in n for n in prepare(llama(), only="mlp"))
     assert prepare(llama(), QuantConfig("full")) == []
 
 
-def test_prepare_tells_what_it_cannot_turn(caplog):
+def test_prepare_warns_about_what_it_cannot_quantize(caplog):
     model = llama()
     model.model.layers[0].register_parameter("experts", torch.nn.Parameter(torch.zeros(2, 128, 128)))
     prepare(model)
@@ -275,7 +275,7 @@ def test_prepare_changes_nothing_on_error():
     said = model.config.sherry_config
     with pytest.raises(ValueError, match="besides the 14 that are quantized already"):
         prepare(model)
-    assert model.config.sherry_config is said  # or its checkpoints would be converted as if they were not Sherry's
+    assert model.config.sherry_config is said  # otherwise its checkpoints would no longer be converted as Sherry's
     model = torch.nn.Sequential(torch.nn.Linear(256, 4), torch.nn.Linear(96, 4))
     with pytest.raises(ValueError):
         prepare(model)
@@ -310,7 +310,7 @@ def test_export_stores_what_evaluation_computes(tmp_path, tied, dtype):
 
 
 def test_export_of_ties_and_zeros(tmp_path):
-    """Equal magnitudes, zeros in the latent weights, a block of zeros: all of it is exact in the export."""
+    """Equal magnitudes, zeros in the latent weights, a block of zeros: all are exact in the export."""
     model = llama()
     names = prepare(model)
     with torch.no_grad():
@@ -340,7 +340,7 @@ def test_export_says_the_granularity(tmp_path, granularity):
         assert tq1_25.is_exact(loaded.get_submodule(name).weight.detach().float().numpy()).all()
 
 
-def test_export_of_a_baseline_is_no_sherry(tmp_path):
+def test_export_of_a_baseline_does_not_claim_sherry(tmp_path):
     model = llama().eval()
     prepare(model, QuantConfig("absmean"))
     export(model, tmp_path / "out", dtype=torch.float32)
@@ -357,13 +357,13 @@ def test_small_groups_are_warned_about(tmp_path, caplog):
 
 
 def test_saved_latent_weights_say_so(tmp_path):
-    """What a Trainer saves on the way: the converter quantizes them as training did."""
+    """A Trainer's checkpoints: the converter quantizes them as training did."""
     model = llama()
     prepare(model)
     model.save_pretrained(tmp_path / "out")
     assert json.loads((tmp_path / "out/config.json").read_text())["sherry_config"]["weights"] == "latent"
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    prepare(again, QuantConfig("absmean"))  # what was Sherry's is no more
+    prepare(again, QuantConfig("absmean"))  # no longer Sherry's
     assert not hasattr(again.config, "sherry_config")
     half = llama().bfloat16()
     prepare(half)  # training rounds its scales further than the converter
@@ -383,7 +383,7 @@ def test_export_of_half_precision_models(tmp_path, dtype):
 
 
 def test_experts(tmp_path):
-    """Each expert's matrices are ternary; routers stay, whatever else is to be kept."""
+    """Each expert's matrices are ternary; routers always stay."""
     torch.manual_seed(0)
     model = Qwen2MoeForCausalLM(Qwen2MoeConfig(
         vocab_size=64, hidden_size=128, intermediate_size=128, moe_intermediate_size=128, shared_expert_intermediate_size=128,
@@ -451,7 +451,7 @@ def test_export_of_latent_weights_as_they_are_is_refused(tmp_path):
 
 
 def test_falcon(tmp_path):
-    """Its layers are of a class of their own, which computes what nn.Linear does."""
+    """Its layers have a class of their own, which computes what nn.Linear does."""
     torch.manual_seed(0)
     model = FalconForCausalLM(FalconConfig(vocab_size=64, hidden_size=128, num_hidden_layers=2, num_attention_heads=2, bias=True))
     x = torch.arange(16).view(1, 16)
@@ -472,12 +472,12 @@ def test_falcon(tmp_path):
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "full"])
 def test_a_gpu_does_not_wait(method, monkeypatch):
-    """A tensor made of a number is copied to the GPU in every call, and both wait for that."""
+    """A tensor made from a number is copied to the GPU in every call, and both wait for it."""
 
     def tensor(*_, **__):
         raise AssertionError("a tensor of a number")
 
-    weight = torch.empty(256, 256, device="meta", requires_grad=True)  # which takes a GPU's way
+    weight = torch.empty(256, 256, device="meta", requires_grad=True)  # takes the GPU's path
     monkeypatch.setattr(torch, "tensor", tensor)
     fake_quantize(weight, method, residual=0.5, rescale=True).sum().backward()
     assert weight.grad.shape == weight.shape

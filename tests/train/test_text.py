@@ -1,4 +1,4 @@
-"""Text for training: what files hold, whatever they are called, and what is said of those that hold something else."""
+"""Text for training: every kind of file, under any name, and the errors about files without text."""
 
 import gzip
 import json
@@ -38,7 +38,7 @@ def test_every_kind_of_file(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a[1].txt", "a*.txt", "what? really.txt", "a{b,c}.txt", "**", "é ü.txt", "a.txt"])
-def test_names_are_no_patterns(tmp_path, name):
+def test_names_are_not_patterns(tmp_path, name):
     for other in {"a1.txt", "ab.txt", "x", "a.txt"} - {name}:
         (tmp_path / other).write_text("not asked for")
     (tmp_path / name).write_text("mine")
@@ -59,7 +59,7 @@ def test_a_changed_file_is_read_again(tmp_path):
 @pytest.mark.parametrize("name, data, says", [
     ("a.txt", "naïve".encode("latin-1"), "a.txt: byte 2 is not UTF-8"),
     ("a.jsonl", rows("fine").encode() + b'{"text": ', "a.jsonl: line 2: "),
-    ("a.jsonl", b'{"text": ["x", "y"]}', "a.jsonl: line 1: 'text' is list, and not a string"),
+    ("a.jsonl", b'{"text": ["x", "y"]}', "a.jsonl: line 1: 'text' must be a string, not list"),
     ("a.jsonl", b'{"body": "x"}', "a.jsonl: line 1 has no column 'text', only 'body'"),
     ("a.jsonl", b"3", "a.jsonl: line 1 is not an object"),
     ("a.jsonl", b"", "a.jsonl: there is no text in it"),
@@ -71,7 +71,7 @@ def test_a_changed_file_is_read_again(tmp_path):
     ("a.csv.gz", b"", "a.csv.gz: .gz files are not supported"),
     (None, b"", "nowhere: no such file or directory"),
 ])  # fmt: skip
-def test_what_is_no_text_is_named(tmp_path, name, data, says):
+def test_errors_name_the_file_and_the_problem(tmp_path, name, data, says):
     (tmp_path / "b.txt").write_text("fine")
     if name:
         (tmp_path / name).write_bytes(data)
@@ -80,7 +80,7 @@ def test_what_is_no_text_is_named(tmp_path, name, data, says):
     assert says in str(e.value)
 
 
-def test_files_of_which_none_has_text(tmp_path):
+def test_files_without_any_text(tmp_path):
     for name in "a.jsonl", "b.jsonl":
         (tmp_path / name).write_text('{"text": null}')
     with pytest.raises(TextError, match=r"a\.jsonl and 1 more: there is no text in it"):
@@ -91,7 +91,7 @@ def test_files_of_which_none_has_text(tmp_path):
 
 def test_numbers_and_wrong_columns_of_parquet(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "a.parquet")
-    with pytest.raises(TextError, match="row 1: 'text' is int, and not a string"):
+    with pytest.raises(TextError, match="row 1: 'text' must be a string, not int"):
         read([tmp_path / "a.parquet"])
     with pytest.raises(TextError, match="it has no column 'body', only 'text'"):
         read([tmp_path / "a.parquet"], "body")

@@ -1,4 +1,4 @@
-"""train_sherry.py's --help: ours first, within 80 columns, at once; and what it says twice is said alike."""
+"""train_sherry.py's --help: our flags first, within 80 columns, at once; and what is written twice agrees."""
 
 import dataclasses
 import os
@@ -25,7 +25,7 @@ def run(*args, **kwargs) -> subprocess.CompletedProcess:
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
 def test_help(flag, tmp_path):
-    for name in "torch", "transformers", "numpy":  # whose imports take seconds
+    for name in "torch", "transformers", "numpy":  # importing them takes seconds
         (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
     done = run(SCRIPTS / "train_sherry.py", "--context", "64", flag, PYTHONPATH=os.pathsep.join([str(tmp_path), str(SCRIPTS.parent)]))
     assert done.returncode == 0 and not done.stderr
@@ -50,7 +50,7 @@ def test_help_all(capsys):
         assert not field.init or f"--{field.name}" in out
 
 
-def test_choices_and_defaults_are_those_that_are_used():
+def test_choices_and_defaults_are_those_in_use():
     ours = {f.name: f for f in dataclasses.fields(arguments.SherryArguments)}
     assert ours["method"].metadata["choices"] == list(METHODS)
     assert ours["granularity"].metadata["choices"] == list(GRANULARITIES)
@@ -60,7 +60,7 @@ def test_choices_and_defaults_are_those_that_are_used():
     for name, (default, _) in arguments.RECIPE.items():
         assert theirs[name].default == default
     for name, _, default, help in arguments.COMMON:
-        if name not in arguments.RECIPE and name != "output_dir":  # which TrainingArguments names when it is made
+        if name not in arguments.RECIPE and name != "output_dir":  # TrainingArguments sets it when it is made
             assert help and str(theirs[name].default) == default, name
     assert parsing.parse(["--use_cpu", "true"], "train")[1].output_dir == {c[0]: c[2] for c in arguments.COMMON}["output_dir"]
 
@@ -75,7 +75,7 @@ def test_pytorch_is_loaded_with_threads_that_wait_without_spinning(tmp_path):
 
 
 def test_threads_of_the_demo_wait_without_spinning():
-    """The same by what OpenMP says, with everything that the demo imports, which loads PyTorch first."""
+    """The same for the demo, whose other imports load PyTorch first, as OpenMP reports it."""
     env = {"OMP_DISPLAY_ENV": "VERBOSE", "PYTHONPATH": os.pathsep.join([str(SCRIPTS), str(SCRIPTS.parent)])}
     env |= {"OMP_WAIT_POLICY": "", "GOMP_SPINCOUNT": ""}
     done = subprocess.run([sys.executable, "-c", "import make_demo_checkpoint"], capture_output=True, text=True, timeout=300,

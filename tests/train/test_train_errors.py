@@ -83,8 +83,8 @@ def test_wrong_flags_are_one_line(start, text, tmp_path, capfd, monkeypatch, mor
     assert re.fullmatch(r"train_sherry\.py: .*\n", error) and says in error
 
 
-def test_places_where_nothing_can_be_exported(start, text, tmp_path, capfd, monkeypatch):
-    """All of it is said before training, and whatever is there stays."""
+def test_unusable_export_directories(start, text, tmp_path, capfd, monkeypatch):
+    """Each is reported before training, and existing files stay."""
     run = tmp_path / "runs/run"
     (tmp_path / "file").write_text("precious")
     for export, says in ((run, "that is for checkpoints"), (run.parent, "that is for checkpoints"), (run / "exporting", "that is for"),
@@ -105,7 +105,7 @@ def test_places_where_nothing_can_be_exported(start, text, tmp_path, capfd, monk
     AutoModelForCausalLM.from_pretrained(".")
 
 
-def test_models_that_are_not_whole(start, text, tmp_path, capfd):
+def test_incomplete_models(start, text, tmp_path, capfd):
     model = tmp_path / "model"
     shutil.copytree(start, model)
     small_models.edit_weights(model, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))

@@ -43,7 +43,7 @@ def finished(start, text, tmp_path_factory) -> Path:
     return out / "run"
 
 
-def test_interrupted_run_goes_on_and_ends_the_same(start, text, tmp_path, capfd):
+def test_interrupted_run_resumes_and_ends_the_same(start, text, tmp_path, capfd):
     """The whole run and the resumed one are in this process, which has imported PyTorch already."""
     steps = 100
 
@@ -66,7 +66,7 @@ def test_interrupted_run_goes_on_and_ends_the_same(start, text, tmp_path, capfd)
         assert not (tmp_path / "cut/hf").exists()
     assert len(list((tmp_path / "cut").glob("checkpoint-*"))) == 2
     settings = (tmp_path / "cut/settings.json").stat().st_mtime_ns
-    # a checkpoint whose writing was cut off is passed over
+    # an incomplete checkpoint is skipped
     (tmp_path / "cut/checkpoint-9999").mkdir()
 
     capfd.readouterr()
@@ -92,9 +92,9 @@ def test_other_settings_and_foreign_directories(start, text, finished, tmp_path,
     assert "settings.json is damaged" in capfd.readouterr().err
 
 
-def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd, monkeypatch):
-    """Killed, or out of memory, between the export and its evaluation. Nothing is where the result will be until it is whole."""
-    flags = functools.partial(globals()["flags"], lr_scheduler_type="constant")  # so that one more step would be seen
+def test_interrupted_export_is_made_again(start, text, tmp_path, capfd, monkeypatch):
+    """Killed, or out of memory, between the export and its evaluation. The result appears only when it is complete."""
+    flags = functools.partial(globals()["flags"], lr_scheduler_type="constant")  # so that one more step would show
     weights = []
 
     def fails(model, rows, batch=None):
@@ -111,7 +111,7 @@ def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd, mon
         assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1
     assert "MB are free there (RuntimeError): make room" in capfd.readouterr().err
     assert not (tmp_path / "run/hf").exists()
-    # what came to be there meanwhile is not ours
+    # a file that appeared there meanwhile is not ours
     (tmp_path / "run/hf").mkdir()
     (tmp_path / "run/hf/thesis").write_text("precious")
     assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1
@@ -121,15 +121,15 @@ def test_export_that_was_cut_off_is_made_again(start, text, tmp_path, capfd, mon
 
     assert train_sherry.main(flags(start, text, tmp_path / "run")) == 0
     assert "resuming from" in capfd.readouterr().out
-    # 6 steps, not one more, which the Trainer would take
+    # 6 steps; the Trainer would take one more
     assert {(tmp_path / "run/hf/model.safetensors").read_bytes()} == set(weights)
     assert json.loads((tmp_path / "run/hf/training.json").read_text())["steps"] == 6
     assert not list((tmp_path / "run").glob("*exporting*"))
     assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1  # complete now, so it is left alone
 
 
-def test_what_it_cannot_go_on_from(start, text, tmp_path, capfd, monkeypatch):
-    """A lost optimizer, other text, other noise: each would go on without a word, to another result."""
+def test_what_cannot_be_resumed(start, text, tmp_path, capfd, monkeypatch):
+    """A lost optimizer, other text, other noise: each would silently lead to another result."""
     folder = tmp_path / "text"
     shutil.copytree(text, folder)
     more = dict(max_steps=4, save_steps=2, save_total_limit=9, lr_scheduler_type="constant")
@@ -164,7 +164,7 @@ def test_what_it_cannot_go_on_from(start, text, tmp_path, capfd, monkeypatch):
     assert main()[0] == 0
 
 
-def test_settings_that_failed_do_not_bind(start, text, tmp_path, capfd):
+def test_settings_of_a_failed_start_are_not_kept(start, text, tmp_path, capfd):
     assert train_sherry.main(flags(start, text, tmp_path / "run", teacher=start, distill=2)) == 1
     assert "distill is 2.0" in capfd.readouterr().err
     assert train_sherry.main(flags(start, text, tmp_path / "run", teacher=start, distill=0.5)) == 0
@@ -182,7 +182,7 @@ def test_the_best_model_is_exported_again(start, text, tmp_path):
 
 def test_two_processes(start, text, tmp_path):
     """Under torchrun, with accumulation: cut off, resumed, and exported by one of them; the other never finalizes Python."""
-    (tmp_path / "sitecustomize.py").write_text(  # aborts every time where a thread of Gloo does by chance
+    (tmp_path / "sitecustomize.py").write_text(  # always aborts where a Gloo thread does by chance
         "import atexit, os\nif os.environ.get('RANK') == '1':\n    atexit.register(os.abort)\n"
     )
     path = os.pathsep.join(filter(None, [str(tmp_path), os.environ.get("PYTHONPATH")]))
@@ -218,7 +218,7 @@ def test_two_processes(start, text, tmp_path):
     again = load_file(tmp_path / "run/hf/model.safetensors")
     assert all(torch.equal(again[k], weights[k]) for k in weights)
     shutil.rmtree(tmp_path / "run/hf")
-    # one process alone would take half as much a step
+    # a single process would take half as much text a step
     assert train_sherry.main(flags(start, text, tmp_path / "run", gradient_accumulation_steps=2, save_steps=3)) == 1
 
 

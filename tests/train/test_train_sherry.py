@@ -67,7 +67,7 @@ def test_from_a_model(trained, capfd):
     state = json.loads((directory / "checkpoint-6/trainer_state.json").read_text())
     assert state["stateful_callbacks"]["ArenasCallback"]["args"]["arenas"]["peak"] == 1.0
     assert any("gradient_rank" in entry for entry in state["log_history"])
-    # what a Trainer saved on the way is latent, and says so
+    # checkpoints hold latent weights, and say so
     assert AutoConfig.from_pretrained(directory / "checkpoint-6").sherry_config["weights"] == "latent"
     assert train_sherry.main(arguments) == 1
     assert "already has something in it" in capfd.readouterr().err
@@ -98,7 +98,7 @@ def learned(start, text, tmp_path_factory) -> Path:
 
 
 def test_loss_before_the_first_step(learned, text, tmp_path, capfd):
-    """That of the model as it was given, and quantized; with the text's bytes a token, so that tokenizers compare."""
+    """The loss of the model as given, and quantized; and bytes per token, which make tokenizers comparable."""
     more = dict(validation=text / "03.txt", eval_tokens=1 << 20)
     assert train_sherry.main(flags(learned, text, tmp_path / "run", **more)) == 0
     out, err = capfd.readouterr()
@@ -129,7 +129,7 @@ def test_loss_before_the_first_step(learned, text, tmp_path, capfd):
 
 
 def test_model_and_tokenizer_that_do_not_belong_together(learned, start, text, tmp_path, capfd):
-    """As many tokens, other ones: nothing fails, and the model guesses. One that is made from a config does so by nature."""
+    """Another tokenizer of the same size: nothing fails, but the model guesses. A model made from a config always does."""
     other = tmp_path / "tokenizer"
     other.mkdir()
     small_models.save_tokenizer(other, "bpe")
@@ -145,14 +145,14 @@ def test_model_and_tokenizer_that_do_not_belong_together(learned, start, text, t
 
 
 def test_looking_before_the_first_step_changes_nothing(start, text, tmp_path, monkeypatch):
-    """Dropout draws as it would have."""
+    """Dropout draws the same random numbers."""
     model = tmp_path / "model"
     shutil.copytree(start, model)
     small_models.edit_config(model, attention_dropout=0.2)
     assert train_sherry.main(flags(model, text, tmp_path / "with")) == 0
     real = run.before_training
 
-    def draws(*args):  # as a model might whose evaluation is random
+    def draws(*args):  # like a model whose evaluation is random
         with monkeypatch.context() as patch:
             mean_loss = run.mean_loss
             patch.setattr(run, "mean_loss", lambda *a: torch.rand(7).sum().item() + mean_loss(*a))
@@ -166,11 +166,11 @@ def test_looking_before_the_first_step_changes_nothing(start, text, tmp_path, mo
     assert all(a == b for b in others)
 
 
-def test_time_that_is_left_is_said_once(start, text, tmp_path, capfd, monkeypatch):
+def test_remaining_time_is_printed_once(start, text, tmp_path, capfd, monkeypatch):
     now = [0.0]
 
     def later():
-        now[0] += 25  # more than twice a step: the Trainer looks as well
+        now[0] += 25  # more than twice a step, as the Trainer asks too
         return now[0]
 
     monkeypatch.setattr("time.monotonic", later)
@@ -189,7 +189,7 @@ def test_duration(seconds, says):
 
 
 def test_tokenizer_is_in_the_result_and_in_checkpoints(trained, text, tmp_path):
-    """There each is needed: a checkpoint converts, and another training starts from it."""
+    """Both need it: checkpoints can be converted, and training can start from them."""
     directory = trained[1]
     names = {"tokenizer.model", "tokenizer_config.json"}
     for name in "hf", "checkpoint-6":
@@ -232,7 +232,7 @@ def test_bf16_that_is_slow_on_this_cpu(start, text, tmp_path, capfd, monkeypatch
 
 
 def test_generation_config_that_cannot_be_saved(start, text, tmp_path):
-    """As Llama 2 has it."""
+    """Like that of Llama 2."""
     model = tmp_path / "model"
     shutil.copytree(start, model)
     (model / "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
@@ -255,8 +255,8 @@ def test_names_of_special_tokens_are_text(start):
 @pytest.mark.parametrize("granularity, group_size", [("per_group", 128), ("per_group", 256), ("per_channel", 128),
                                                      ("per_tensor", 128)])  # fmt: skip
 def test_gguf_holds_what_training_computed(start, text, tmp_path, granularity, group_size):
-    """The export converts bit for bit; and what the Trainer saved, latent weights, to the very same blocks."""
-    # the model's feed-forward layer is no multiple of 256; what is kept, the checkpoint tells the converter
+    """The export converts bit for bit, and the checkpoint with its latent weights to the same blocks."""
+    # the feed-forward layer is not a multiple of 256; the checkpoint tells the converter what is kept
     more = dict(granularity=granularity, group_size=group_size, only="attn|up_proj", keep="layers.1.*up_proj")
     assert train_sherry.main(flags(start, text, tmp_path / "run", **more)) == 0
     files = {"hf": tmp_path / "hf.gguf", "checkpoint-6": tmp_path / "latent.gguf"}

@@ -60,7 +60,7 @@ def model(seed: int = 0, **more) -> LlamaForCausalLM:
 
 @pytest.fixture(scope="module")
 def blocks() -> np.ndarray:
-    """Sequences that can be learned: each token follows from the one before, but for some noise."""
+    """Learnable sequences: each token follows from the previous one, with some noise."""
     rng = np.random.default_rng(0)
     ids = np.zeros((256, 32), np.int64)
     ids[:, 0] = rng.integers(0, 64, 256)
@@ -76,7 +76,7 @@ def arguments(out: Path, **more) -> TrainingArguments:
 
 
 def lambdas(m) -> list[float]:
-    """Filled with λ as each forward pass of the first layer in training has it."""
+    """A list that collects λ in each training pass of the first layer."""
     seen = []
     layer = next(iter(quantized_layers(m).values()))
     layer.register_forward_pre_hook(lambda module, _: seen.append(module.residual) if module.training else None)
@@ -151,7 +151,7 @@ def test_accumulation_and_checkpointing_change_nothing(tmp_path, blocks):
 
 
 def test_label_smoothing_and_accumulation(tmp_path, blocks):
-    """Its loss is a mean over the micro-batch, the teacher's part of the loss as well."""
+    """The smoothed loss is a mean over the micro-batch, and so is the teacher's part."""
     losses = []
     for more in (dict(per_device_train_batch_size=8), dict(per_device_train_batch_size=2, gradient_accumulation_steps=4)):
         m = model()
@@ -274,7 +274,7 @@ def test_effective_rank():
 
 
 def test_monitor_sees_what_training_does(tmp_path, blocks):
-    """Its figures against those computed beside it, from the weights before and after each step."""
+    """Its figures equal those computed here from the weights before and after each step."""
     m = model()
     prepare(m)
     name = "model.layers.1.mlp.up_proj"
@@ -324,7 +324,7 @@ def test_monitor_under_gradient_checkpointing(tmp_path, blocks):
 
 
 def test_monitor_of_experts_and_frozen_layers(tmp_path, blocks):
-    """Experts that see no token in one of the two steps, and layers without gradient, leave the figures of the others."""
+    """Experts that see no token in one of the two steps, and layers without gradient, do not spoil the figures of the others."""
     torch.manual_seed(0)
     m = MixtralForCausalLM(MixtralConfig(
         vocab_size=64, hidden_size=128, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
@@ -339,7 +339,7 @@ def test_monitor_of_experts_and_frozen_layers(tmp_path, blocks):
     looks = [e for e in trainer.state.log_history if "flips" in e]
     assert len(looks) == 4
     assert all(0 < e["gradient_rank"] < 128 for e in looks)
-    # what an expert was in a step long ago is not compared with
+    # an expert is not compared with its state long ago
     stale = next(look for look in monitor._looks.values())
     stale.before = torch.zeros(1)
     monitor.on_step_begin(args, TrainerState(global_step=4, max_steps=9), None)
@@ -425,7 +425,7 @@ def test_mean_loss_weighs_blocks_alike(blocks):
 
 
 def two_processes(out: Path, blocks: np.ndarray, mode: str) -> dict:
-    """tests/two_processes.py under torchrun with gloo; what each process saw, by rank."""
+    """tests/two_processes.py under torchrun with gloo; returns what each process saw, by rank."""
     np.save(out / "blocks.npy", blocks)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0",
                "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0", HERE / "two_processes.py", out, mode]  # fmt: skip
@@ -445,10 +445,10 @@ def test_two_processes(tmp_path, blocks, mode):
     one.export(tmp_path / "one/hf", torch.float32)
 
     seen = two_processes(tmp_path, blocks, mode + "-bf16" * bf16)
-    assert seen[0]["forward"] == "torch.float32"  # what is quantized, also where the products are bfloat16
+    assert seen[0]["forward"] == "torch.float32"  # weights are quantized in float32 even if products are bfloat16
     assert seen[0]["type"] == {"ddp": "MULTI_CPU", "fsdp": "FSDP"}[mode]
     assert seen[0]["wrapper"] == {"ddp": "DistributedDataParallel", "fsdp": "FSDPLlamaForCausalLM"}[mode]
-    if mode == "fsdp":  # each holds its part
+    if mode == "fsdp":  # each process holds its part
         assert sum(s["held"] for s in seen.values()) < 1.1 * m.num_parameters()
     expected = [Arenas(warmup=0.25).at(step, STEPS) for step in range(STEPS)]
     assert seen[0]["lambdas"] == seen[1]["lambdas"] == expected
@@ -464,7 +464,7 @@ def test_two_processes(tmp_path, blocks, mode):
         weight = b[f"{name}.weight"]
         assert tq1_25.is_exact(weight.numpy()).all(), name
         changed += (weight.sign() != a[f"{name}.weight"].sign()).sum().item()
-    # sums in another order take a weight over the edge here and there
+    # another order of summation moves a few weights across a boundary
     assert changed < (1e-2 if bf16 else 1e-3) * sum(layer.weight.numel() for layer in quantized_layers(m).values())
     one_loss, two_loss = (mean_loss(AutoModelForCausalLM.from_pretrained(d / "hf", dtype=torch.float32), blocks[:64])
                           for d in (tmp_path / "one", tmp_path))  # fmt: skip

@@ -22,7 +22,7 @@ def make_start(folder: Path) -> Path:
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """These models are too small for more; and the same everywhere, so that runs end alike."""
+    """These models are too small for more threads, and the same number everywhere gives the same results."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

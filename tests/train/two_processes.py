@@ -1,4 +1,4 @@
-"""One process of the two that tests/train/test_training.py starts: trains, exports, and writes down what it saw."""
+"""One process of the two that tests/train/test_training.py starts: trains, exports, and records what it saw."""
 
 import json
 import os
