@@ -12,6 +12,7 @@ SOURCES = ROOT / "ggml_patch" / "src"
 FLAGS = ["-std=c11", "-O3"]
 
 HEADERS = ["tq1_25.h", "tile.h", "isas.h", "repack.h"]
+BODY = r"(?: .*\n|\n)*?\}"  # indented lines, then a brace; cffi gets code of any other layout as it is
 
 
 def declarations(header: str) -> str:
@@ -22,14 +23,24 @@ def declarations(header: str) -> str:
     text = re.sub(r"//.*", "", header)
     constants = re.findall(r"^#define (\w+) +[(\d]", text, re.M)
     text = re.sub(r"^#ifdef __cplusplus\n(?:.*\n)*?#endif|^ *#.*(?:\\\n.*)*|TQ1_25_ASSERT.*;|TQ1_25_API", "", text, flags=re.M)
-    text = re.sub(r"^((?:typedef )?(?:struct|union)(?! tq1_25_isa)[^;{]*)\{\n(?:.*\n)*?\}", r"\1{ ...; }", text, flags=re.M)  # types
-    text = re.sub(r"^static inline (.*\)) \{(?:.*\}$|\n(?:.*\n)*?\})", r"\1;", text, flags=re.M)  # functions
-    text = re.sub(r" = \{\n(?:.*\n)*?\}", "", text)  # arrays
+    text = re.sub(r"^((?:typedef )?(?:struct|union)(?! tq1_25_isa)[^;{]*)\{\n" + BODY, r"\1{ ...; }", text, flags=re.M)  # types
+    text = re.sub(r"^static inline (.*\)) \{(?:.*\}$|\n" + BODY + ")", r"\1;", text, flags=re.M)  # functions
+    text = re.sub(r" = \{\n" + BODY, "", text)  # arrays
     return "".join(f"#define {name} ...\n" for name in constants) + re.sub(r"\[[A-Z]\w*\]", "[...]", text)
 
 
-ffibuilder = cffi.FFI()
-ffibuilder.cdef("".join(declarations((SOURCES / name).read_text()) for name in HEADERS))
+def builder(directory: Path) -> cffi.FFI:
+    """The declarations of our headers in `directory`. Raises ValueError, which names the header that can't be parsed."""
+    ffi = cffi.FFI()
+    for name in HEADERS:
+        try:
+            ffi.cdef(declarations((directory / name).read_text()))
+        except (cffi.CDefError, cffi.FFIError) as error:
+            raise ValueError(f"{directory / name}: format it with clang-format, or extend declarations() in {__file__}: {error}") from error
+    return ffi
+
+
+ffibuilder = builder(SOURCES)
 ffibuilder.set_source(
     "sherry_gguf._kernels",
     "".join(f'#include "{name}"\n' for name in HEADERS),
