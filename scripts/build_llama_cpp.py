@@ -5,7 +5,8 @@ Fills build/llama.cpp (patched source), build/bin (tools) and build/lib (shared 
 and an interrupted run continues where it stopped. Uses ccache or sccache if one is installed.
 
 environment:
-  LLAMA_CPP_SRC     copy this llama.cpp checkout instead of fetching the pinned one; it stays unchanged
+  LLAMA_CPP_SRC     copy this llama.cpp checkout instead of fetching the
+                    pinned one; it stays unchanged
   SHERRY_BUILD_DIR  the build directory (default: build)
 """
 
@@ -28,7 +29,7 @@ try:
     from tqdm import tqdm
 
     from sherry_gguf.errors import Stop
-    from sherry_gguf.programs import compiler_cache, run
+    from sherry_gguf.programs import Help, compiler_cache, run
 except ImportError as error:
     sys.exit(f"build_llama_cpp.py: {error}: run scripts/setup.sh, then .venv/bin/python scripts/build_llama_cpp.py")
 
@@ -259,8 +260,8 @@ def publish(tools: dict[str, str]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s [-h] [--tools NAME,...] [CMAKE_ARG ...]")  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
+                                     usage="%(prog)s [--tools NAME,...] [CMAKE_ARG ...]")  # fmt: skip
     parser.add_argument("--tools", default=",".join(TOOLS), metavar="NAME,...", help="build only these tools of build/bin (default: all)")
     parser.add_argument("others", nargs="*", metavar="CMAKE_ARG", help="an argument for CMake, such as -DGGML_NATIVE=OFF")
     ours = "-h", "--help", "--tools"

@@ -1,10 +1,13 @@
 #!/usr/bin/env python3
 """Feed damaged GGUF files to the patched llama.cpp and to the Python readers, starting from the stored corpus.
 
-loader   llama.cpp loads the file with --check-tensors and multiplies by its tensors of our types (tests/fuzz/fuzz_loader.cpp),
-         under libFuzzer and AddressSanitizer. Needs clang (Debian: apt-get install clang); the first build takes four minutes.
-readers  inspect, retag and transcode read the file (tests/fuzz/fuzz_readers.py), under Atheris, which setup.sh installs on
-         Linux on x86-64.
+loader   llama.cpp loads the file with --check-tensors and multiplies by its
+         tensors of our types (tests/fuzz/fuzz_loader.cpp), under libFuzzer and
+         AddressSanitizer. Needs clang (Debian: apt-get install clang); the
+         first build takes four minutes.
+readers  inspect, retag and transcode read the file
+         (tests/fuzz/fuzz_readers.py), under Atheris, which setup.sh installs
+         on Linux on x86-64.
 
 Inputs that crash one, or make it hang for 20 seconds or use 4 GiB, are left in build/fuzz/crashes/TARGET, and the exit code
 is 1. --keep DIR keeps inputs that reach new code; without it they are lost at the end.
@@ -28,7 +31,7 @@ try:
 
     from sherry_gguf import llama_cpp
     from sherry_gguf.errors import Stop
-    from sherry_gguf.programs import call, compiler_cache, last_lines
+    from sherry_gguf.programs import Help, call, compiler_cache, last_lines
     from sherry_gguf.programs import run as run_program
 except ImportError as error:
     sys.exit(f"fuzz.py: {error}: run it as .venv/bin/python scripts/fuzz.py, after scripts/setup.sh")
@@ -117,7 +120,7 @@ def code_of(command: list, env: dict[str, str], output) -> int:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.add_argument("targets", nargs="*", metavar="loader|readers", help="what to fuzz (default: both, one after the other)")
     p.add_argument("--seconds", type=int, default=60, metavar="N", help="seconds for each (default: 60)")
     p.add_argument("--jobs", type=int, default=os.cpu_count(), metavar="N", help="processes of the loader (default: all CPUs)")

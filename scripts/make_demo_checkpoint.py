@@ -27,6 +27,7 @@ with signals.exit_at_once(INTERRUPTED):
 
     from sherry_gguf import qat
     from sherry_gguf.errors import Stop
+    from sherry_gguf.programs import HelpWithDefaults
     from sherry_gguf.qat import command
     from sherry_gguf.qat.files import LOCK, differences, locked, undamaged, write
     from sherry_gguf.qat.quantizer import METHODS
@@ -48,18 +49,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     p.add_argument("--out", type=Path, default=ROOT / "build/demo/hf", help="directory to write")
     python_corpus.add_corpus(p, 12_000_000)
     python_corpus.add_sizes(p, context=256)
-    p.add_argument("--steps", type=int, default=1500)
+    p.add_argument("--steps", type=int, default=1500, help="training steps")
     p.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     p.add_argument(
         "--method", choices=list(METHODS), default="sherry", help="how to quantize; full trains in full precision, to quantize later"
     )
     p.add_argument("--precision", choices=["auto", "float32", "bfloat16"], default="auto",
                    help="precision of the matrix products; auto measures which is faster")  # fmt: skip
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--seed", type=int, default=0, help="seed of the weights and of the order of the data")
     return p.parse_args(argv)
 
 

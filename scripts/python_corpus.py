@@ -29,7 +29,7 @@ def add_corpus(parser: argparse.ArgumentParser, limit: int) -> None:
 def add_sizes(parser: argparse.ArgumentParser, context: int) -> None:
     """Flags for the sizes of `small_llama` and of its batches."""
     parser.add_argument("--vocab", type=int, default=2048, help="tokens of the tokenizer")
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the model")
     parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
     parser.add_argument("--intermediate", type=int, default=768, help="size of the feed-forward layers, a multiple of 128")
     parser.add_argument("--context", type=int, default=context, help="tokens of a training sequence")

@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from . import llama_cpp, signals
-from .report import markdown_table
+from .report import counted, markdown_table
 
 WARM_UP = 16  # tokens of the prompt that warms up
 
@@ -85,10 +85,6 @@ def number(x: float | None) -> str:
     return "" if x is None else f"{x:.0f}" if abs(x) >= 100 else f"{x:.1f}" if abs(x) >= 10 else f"{x:.2f}"
 
 
-def plural(threads: int) -> str:
-    return f"{threads} thread{'s' * (threads != 1)}"
-
-
 def compare(files: list[Path], threads: list[int], tests: list[Test], rounds: int, report: dict) -> Iterator[str]:
     """Run each test on each file in each round, and fill `report` as it goes; yields what comes next.
 
@@ -111,7 +107,7 @@ def compare(files: list[Path], threads: list[int], tests: list[Test], rounds: in
     for turn in range(rounds):
         for count, test in groups:
             for file in rotated(files, turn):
-                yield f"{file.name}, {test}, {plural(count)}, round {turn + 1}"
+                yield f"{file.name}, {test}, {counted(count, 'thread')}, round {turn + 1}"
                 speed[file, count, test]["rates"].append(llama_bench(file, count, test)["avg_ts"])
 
 
@@ -134,7 +130,7 @@ def tables(report: dict) -> str:
                 row += [number(statistics.median(own) if own else None), "" if ratio is None else f"{ratio:.2f}"]
             rows.append(row)
         head = ["file", "model", "MiB", *itertools.chain.from_iterable((test, "x") for test in tests)]
-        lines += ["", f"{plural(threads)}:", "", markdown_table(head, rows)]
+        lines += ["", f"{counted(threads, 'thread')}:", "", markdown_table(head, rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -154,7 +150,8 @@ def thread_counts(text: str) -> list[int]:
 
 def parse(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog=prog, description="Compare how fast models run: llama-bench on each file in turn, for several rounds. "
+        prog=prog, usage="%(prog)s [options] FILE ...",
+        description="Compare how fast models run: llama-bench on each file in turn, for several rounds. "
         "Prints medians, and the median ratio to the first file.")  # fmt: skip
     add = parser.add_argument
     add("files", type=Path, nargs="+", metavar="FILE", help="a GGUF; for a split, its first file")
@@ -167,14 +164,12 @@ def parse(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     args.tests = [Test(kind, tokens) for kind, tokens in (("pp", args.prompt), ("tg", args.generate)) if tokens]
     if min(args.prompt, args.generate) < 0 or not args.tests or args.rounds < 1:
         parser.error("--prompt and --generate must be at least 0 and not both 0, --rounds at least 1")
-    if absent := [str(file) for file in args.files if not file.is_file()]:
-        parser.error(f"no such file: {', '.join(absent)}")
     args.files = list(dict.fromkeys(args.files))
     return args
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run the command and return its exit code: 0, 1 if llama-bench fails or isn't built, 128 + n after signal n.
+    """Run the command and return its exit code: 0, 1 if a file is missing or llama-bench fails, 128 + n after signal n.
 
     Prints what was measured before a failure or a signal.
     """
@@ -183,6 +178,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     steps = len(args.files) * (1 + args.rounds * len(args.tests) * len(args.threads))
     code = 0
     try:
+        if absent := [str(file) for file in args.files if not file.is_file()]:
+            raise OSError(f"no such file: {', '.join(absent)}")
         with signals.raised(), tqdm(total=steps, desc="measuring", unit="run", disable=None) as bar:
             for step in compare(args.files, args.threads, args.tests, args.rounds, report):
                 bar.set_postfix_str(step)

@@ -1,8 +1,10 @@
-"""Helpers for the programs in scripts/: run a command, end with a message."""
+"""Helpers for the programs in scripts/: --help that fits the terminal, run a command, end with a message."""
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,7 +12,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
+from . import signals
 from .errors import Stop
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+class Help(argparse.HelpFormatter):
+    """Wraps the paragraphs of a description, and keeps those that hold a list: an indented line, or columns two blanks apart."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = re.split(r"\n\n+", text.strip())
+        return "\n\n".join(p if re.search(r"^ |\S  ", p, re.M) else super(Help, self)._fill_text(p, width, indent) for p in paragraphs)
+
+
+class HelpWithDefaults(Help, argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each default; a path in the repository is shown relative to it."""
+
+    def _expand_help(self, action: argparse.Action) -> str:
+        return super()._expand_help(action).replace(f"{REPO}{os.sep}", "")
 
 
 def call(*command: object, **kwargs) -> str:
@@ -39,12 +59,15 @@ def compiler_cache(env: Mapping[str, str]) -> list[str]:
 def run(main: Callable[[], int | None], hint: str = "") -> NoReturn:
     """Run a program's `main` and exit with its code.
 
-    Stop, OSError, ValueError and a failed subprocess become a message and exit code 1; so does Ctrl-C, with `hint`.
+    Stop, OSError, ValueError and a failed subprocess become a message and exit code 1; signal n one with `hint` and 128 + n.
     """
     name = Path(sys.argv[0]).name
     try:
-        sys.exit(main())
+        with signals.raised():
+            code = main()
+        sys.exit(code)
     except (Stop, OSError, ValueError, subprocess.CalledProcessError) as error:
         sys.exit(f"{name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"{name}: interrupted{hint}")
+    except signals.Interrupted as ending:
+        print(f"{name}: interrupted{hint}", file=sys.stderr)
+        sys.exit(ending.exit_code)

@@ -12,6 +12,11 @@ from tqdm import tqdm
 from . import patterns
 
 
+def counted(n: int, noun: str) -> str:
+    """ "1 file", "2 files"."""
+    return f"{n} {noun}{'s' * (n != 1)}"
+
+
 def progress_bar(wanted: bool, **settings) -> tqdm:
     """A tqdm on standard error, shown if `wanted` and on a terminal; `settings` go to tqdm."""
     return tqdm(disable=None if wanted and sys.stderr else True, **settings)

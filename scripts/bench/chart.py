@@ -47,7 +47,7 @@ def draw(report: dict, path: Path) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("report", type=Path, help="JSON that scripts/bench/models.py wrote")
-    parser.add_argument("chart", type=Path, help="SVG or PNG to write")
+    parser.add_argument("report", type=Path, metavar="REPORT", help="JSON that scripts/bench/models.py wrote")
+    parser.add_argument("chart", type=Path, metavar="CHART", help="SVG or PNG to write")
     arguments = parser.parse_args()
     draw(json.loads(arguments.report.read_text()), arguments.chart)

@@ -24,7 +24,7 @@ try:
 
     from sherry_gguf import llama_cpp, qat
     from sherry_gguf.errors import Stop
-    from sherry_gguf.programs import run
+    from sherry_gguf.programs import Help, run
 except ImportError as error:
     sys.exit(f"convert.py: {error}: run it as .venv/bin/python scripts/bench/convert.py, after scripts/setup.sh")
 
@@ -73,7 +73,7 @@ def make(directory: Path, tokenizer: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--dir", type=Path, default=llama_cpp.root() / "bench", help="working directory (default: build/bench)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="conversions (default: 3)")
     args = parser.parse_args()

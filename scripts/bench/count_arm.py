@@ -24,7 +24,7 @@ from cross_arm import COMPILERS, EMULATOR, missing
 
 from sherry_gguf import llama_cpp
 from sherry_gguf.errors import Stop
-from sherry_gguf.programs import call, run
+from sherry_gguf.programs import Help, call, run
 from sherry_gguf.report import markdown_table
 
 REPO = Path(__file__).resolve().parents[2]
@@ -136,7 +136,7 @@ def tables(result: dict) -> list[str]:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     p.add_argument("--json", type=Path, metavar="FILE", help="write the counts to FILE")
     p.add_argument("--markdown", type=Path, metavar="FILE", help="write the tables to FILE, too")
     a = p.parse_args()

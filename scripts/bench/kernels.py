@@ -22,7 +22,7 @@ try:
 
     from sherry_gguf import llama_cpp
     from sherry_gguf.bench import cpu_name, median_ratio
-    from sherry_gguf.programs import run
+    from sherry_gguf.programs import Help, run
     from sherry_gguf.report import markdown_table
 except ImportError as error:
     sys.exit(f"kernels.py: {error}: run it as .venv/bin/python scripts/bench/kernels.py, after scripts/setup.sh")
@@ -124,7 +124,7 @@ def show_columns(rates: dict[str, list[float]]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("-n", type=int, default=4096, help="weights in a row in L1, a multiple of 256 (default: 4096)")
     parser.add_argument("--rounds", type=int, default=101, help="rounds of vec_dot in L1 (default: 101)")
     parser.add_argument("--matmul-rounds", type=int, default=7, help="rounds of the matrix products (default: 7)")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from model_files import OURS, PLAIN, base
 
-from sherry_gguf.bench import median_ratio, number, plural
-from sherry_gguf.report import markdown_table
+from sherry_gguf.bench import median_ratio, number
+from sherry_gguf.report import counted, markdown_table
 
 SAME = ("model", "type", "threads", "test")  # what identifies an entry of a report's "speed"
 
@@ -58,7 +58,7 @@ def markdown(report: dict) -> str:
     out = ["# Whole models", "", intro, "", legend, ""]
     for threads, rate in report["bandwidth_median"].items():
         rounds, highest = len(report["bandwidth"][threads]), report["bandwidth_maximum"][threads]
-        out.append(f"* {plural(int(threads))}: {rate:.1f} GB/s, the median of {rounds} rounds (highest {highest:.1f})")
+        out.append(f"* {counted(int(threads), 'thread')}: {rate:.1f} GB/s, the median of {rounds} rounds (highest {highest:.1f})")
     for key, model in report["models"].items():
         size = f"{model['parameters'] / 1e6:,.0f} M parameters: {model['layers']} layers, hidden {model['hidden']}"
         heads = f"{model['heads']} heads of {model['head_dim']}, {model['kv_heads']} for keys and values"
@@ -106,7 +106,7 @@ def speed_table(model: dict, entries: list[dict], threads: int) -> list[str]:
             if e["kind"] == "tg":
                 row += [number(e.get("gb_per_s")), f"{100 * e['of_limit']:.0f} %" if e.get("of_limit") else ""]
         body.append(row)
-    out = ["", f"{plural(threads)}:", "", markdown_table(head, body)]
+    out = ["", f"{counted(threads, 'thread')}:", "", markdown_table(head, body)]
     return out + [""] * bool(notes) + [f"[{i + 1}] {text}  " for i, text in enumerate(notes)]
 
 
@@ -179,7 +179,7 @@ def draw(report: dict, path: Path) -> None:
             ax.spines[["top", "right"]].set_visible(False)
             ax.grid(axis="x", color="#e4e4e4", zorder=0)
             common = next((e["common"] for e in entries.values()), test)
-            ax.set_title(f"{report['models'][key]['name']}\n" * (i == 0) + f"{common}, {plural(threads)}", fontsize=9)
+            ax.set_title(f"{report['models'][key]['name']}\n" * (i == 0) + f"{common}, {counted(threads, 'thread')}", fontsize=9)
     notes = ["* a shorter run"] * any(e["run"] != e["common"] for e in speed)
     stored = [fallen_back(report["models"][e["model"]]["types"][base(e["type"])], e["type"]) for e in speed]
     notes += ["(..%) weights in another type"] * any(stored)

@@ -33,8 +33,9 @@ try:
     from tqdm import tqdm
 
     from sherry_gguf import llama_cpp, signals
-    from sherry_gguf.bench import Test, cpu_name, llama_bench, numbers, plural, rotated, thread_counts
-    from sherry_gguf.programs import run
+    from sherry_gguf.bench import Test, cpu_name, llama_bench, numbers, rotated, thread_counts
+    from sherry_gguf.programs import Help, run
+    from sherry_gguf.report import counted
 except ImportError as error:
     sys.exit(f"models.py: {error}: run it as .venv/bin/python scripts/bench/models.py, after scripts/setup.sh")
 
@@ -205,7 +206,7 @@ class Run:
             self.memory()
             for threads, own, entries in groups:
                 for label in rotated(args.types, turn):
-                    file = step(label, f"{own[label]}, {plural(threads)}, round {turn + 1}")
+                    file = step(label, f"{own[label]}, {counted(threads, 'thread')}, round {turn + 1}")
                     entries[label]["rates"].append(measure(file, label, threads, own[label])["avg_ts"])
         self.memory()
 
@@ -249,13 +250,13 @@ def one_type(text: str) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     build = llama_cpp.root() / "bench"
-    parser = argparse.ArgumentParser(prog="models.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="models.py", description=__doc__, formatter_class=Help)
 
     def add(flag: str, shown: str, text: str, **kwargs) -> None:
         parser.add_argument(flag, help=f"{text} (default: {shown})", **{"default": shown, "metavar": "LIST"} | kwargs)
 
     add("--models", ",".join(MODELS), f"of {', '.join(SHAPES)}", type=model_names)
-    add("--types", ",".join(TYPES), f"append {PLAIN} for weights without repacking", type=type_names)
+    add("--types", ", ".join(TYPES), f"append {PLAIN} for weights without repacking", type=type_names)
     add("--threads", "1,all", "numbers of threads", type=thread_counts)
     add("--prompt", "512", "tokens of a prompt", type=numbers)
     add("--generate", "128", "tokens to generate", type=numbers)

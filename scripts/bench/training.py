@@ -27,6 +27,7 @@ try:
     from sherry_gguf import qat
     from sherry_gguf.bench import cpu_name
     from sherry_gguf.errors import Stop
+    from sherry_gguf.programs import HelpWithDefaults
 except ImportError as error:
     sys.exit(f"{PROGRAM}: {error}: run it as .venv/bin/python scripts/bench/training.py, after scripts/setup.sh")
 
@@ -85,10 +86,10 @@ def resident() -> float:
 
 
 def main() -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     python_corpus.add_sizes(p, context=256)
-    p.add_argument("--rounds", type=int, default=15)
-    p.add_argument("--threads", type=int, default=os.cpu_count())
+    p.add_argument("--rounds", type=int, default=15, help="steps of each method that are timed")
+    p.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     p.add_argument("--float32", action="store_true", help="multiply in float32, not bfloat16")
     p.add_argument("--peak", choices=WAYS, help=argparse.SUPPRESS)
     a = p.parse_args()

@@ -25,7 +25,7 @@ try:
 
     from sherry_gguf import _kernels_build, llama_cpp
     from sherry_gguf.errors import Stop
-    from sherry_gguf.programs import call, run
+    from sherry_gguf.programs import Help, call, run
 except ImportError as error:
     sys.exit(f"arm.py: {error}: run it as .venv/bin/python scripts/build/arm.py, after scripts/setup.sh")
 
@@ -113,7 +113,7 @@ PYTHONHOME={shlex.quote(f"{root}/usr")} PYTHONSAFEPATH=1 PYTHONPATH={paths} exec
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(description=__doc__, formatter_class=Help).parse_args()
     if why := missing():
         raise Stop(why)
     work = llama_cpp.root() / "arm"

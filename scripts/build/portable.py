@@ -2,9 +2,10 @@
 """Build llama.cpp with TQ1_25 for other machines, and pack it: build/portable/ARCH/sherry-llama.cpp-ARCH.tar.gz.
 
 x86_64   any x86-64 CPU under Linux
-aarch64  any 64-bit ARM CPU under Linux; cross-compiled on other machines, with Debian's gcc-aarch64-linux-gnu and
-         g++-aarch64-linux-gnu
-android  any 64-bit ARM CPU under Android 9 or newer; ANDROID_NDK is the NDK's directory
+aarch64  any 64-bit ARM CPU under Linux; cross-compiled on other machines, with
+         Debian's gcc-aarch64-linux-gnu and g++-aarch64-linux-gnu
+android  any 64-bit ARM CPU under Android 9 or newer; ANDROID_NDK is the NDK's
+         directory
 
 Each archive has a libggml-cpu for every generation of CPUs, and the tools load the best one. Arguments that begin with -D go
 to CMake: -DSHERRY_CPU_VARIANTS="haswell;zen4" builds only these two.
@@ -31,7 +32,7 @@ try:
 
     from sherry_gguf import llama_cpp
     from sherry_gguf.errors import Stop
-    from sherry_gguf.programs import call, run
+    from sherry_gguf.programs import Help, call, run
 except ImportError as error:
     sys.exit(f"portable.py: {error}: run it as .venv/bin/python scripts/build/portable.py, after scripts/setup.sh")
 
@@ -132,8 +133,8 @@ def pack(work: Path, arch: str, prefix: str) -> Path:
 def main() -> None:
     p = argparse.ArgumentParser(
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s [-h] [--tested] {x86_64,aarch64,android} [-D... ...]",
+        formatter_class=Help,
+        usage="%(prog)s [--tested] {x86_64,aarch64,android} [-D... ...]",
     )
     p.add_argument("arch", choices=ARCHITECTURES)
     p.add_argument("--tested", action="store_true", help="build only what the tests run, in build/portable/ARCH-tested")

@@ -23,7 +23,7 @@ from quality_report import grid
 from sherry_gguf import llama_cpp
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
-from sherry_gguf.programs import call
+from sherry_gguf.programs import HelpWithDefaults, call
 from sherry_gguf.reader import open_gguf
 
 # label: llama-quantize's type, whether it gets the importance matrix, further flags
@@ -107,7 +107,7 @@ def table(results: dict) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     p.add_argument("--work", type=Path, default=ROOT / "build/ptq", help="directory for the checkpoint and all files")
     p.add_argument("--out", type=Path, default=ROOT / "build/ptq/ptq", help="output path, to which .md and .json are added")
     p.add_argument("--calibration", type=int, default=400_000, metavar="N", help="characters of text for the importance matrix")

@@ -31,6 +31,7 @@ from quality_runs import LENGTHS, PUBLISHED, RATES, Comparison, Run, Runs
 
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
+from sherry_gguf.programs import HelpWithDefaults
 from sherry_gguf.qat.files import differences, locked, undamaged, write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,7 +75,7 @@ def prepare(a: argparse.Namespace) -> dict:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     import python_corpus
 
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     p.add_argument("--out", type=Path, default=ROOT / "scripts/results/quality", help="writes OUT.md, .json and .png")
     p.add_argument("--work", type=Path, default=ROOT / "build/quality", help="directory for tokens and finished runs")
     python_corpus.add_corpus(p, 60_000_000)
@@ -86,8 +87,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         of --steps, or '' (default: 0.25,4 from a trained model, 0.25 from scratch)""")  # fmt: skip
     p.add_argument("--steps", type=int, default=600, help="steps of every run")
     p.add_argument("--base-steps", type=int, default=3000, help="steps of the full-precision model that `pretrained` starts from")
-    p.add_argument("--base-batch", type=int, default=16)
-    p.add_argument("--base-lr", type=float, default=3e-3)
+    p.add_argument("--base-batch", type=int, default=16, help="its sequences per step")
+    p.add_argument("--base-lr", type=float, default=3e-3, help="its highest learning rate")
     p.add_argument("--seeds", type=int, default=3, help="number of seeds to report")
     p.add_argument("--eval-blocks", type=int, default=256, help="held-out sequences for choices, and as many for the report")
     p.add_argument("--jobs", type=int, default=1 if gpu() else os.cpu_count(), help="runs at a time")
