@@ -4,8 +4,6 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from sherry_gguf.cli import main
 
 if __name__ == "__main__":

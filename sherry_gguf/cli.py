@@ -23,10 +23,11 @@ VERBS = {
     "bench": ("bench", "compare how fast models run"),
 }
 WITH_MAIN = ("train", "evaluate", "bench")  # these parse their own arguments
+WITH_LOG = ("convert", "verify")  # these run llama.cpp's converter
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
-    """Run a verb; returns the exit code: 0, 1 after a reported failure, 128 + n after signal n.
+    """Run a verb; returns the exit code: 0, 1 after a reported failure, 2 without a verb, 128 + n after signal n.
 
     prog: the name in help and errors, instead of "sherry-gguf VERB".
     """
@@ -36,16 +37,25 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="sherry-gguf",
         usage="%(prog)s VERB [options]",
+        allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Convert, run and train models with Sherry's 3:4 sparse ternary weights.",
         epilog="\n".join(["verbs, each with --help:", *(f"  {verb:9}  {does}" for verb, (_, does) in VERBS.items())]),
     )
     parser.add_argument("verb", metavar="VERB", choices=VERBS, help="what to do")
+    parser.add_argument("--version", action="store_true", help="show the version and exit")
+    if not argv:
+        parser.print_help(sys.stderr)
+        return 2
+    if argv[0] == "--version":
+        print(f"sherry-gguf {importlib.import_module(__package__).__version__}")
+        return 0
     verb = parser.parse_args(argv[:1]).verb
     module = _module(verb)
     parser = argparse.ArgumentParser(prog=prog or f"sherry-gguf {verb}")
     module.add_arguments(parser)
-    parser.add_argument("--verbose", action="store_true", help="show llama.cpp's log, and a traceback on errors")
+    log = "llama.cpp's log, and " * (verb in WITH_LOG)
+    parser.add_argument("--verbose", action="store_true", help=f"show {log}a traceback on errors")
     return _run(module, parser.parse_args(argv[1:]))
 
 

@@ -10,14 +10,15 @@ from typing import Any
 
 from . import gguf_type, tq1_25
 from .gguf_file import Gguf, Stored, read_gguf
-from .report import sizes, table
+from .report import counted, sizes, table
 
 _TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [options] GGUF"
     parser.description = "Show what is in a GGUF: metadata, types, sizes, and which tensors are exact."
-    parser.add_argument("gguf", type=Path, help="the GGUF; for a split, any of its files")
+    parser.add_argument("gguf", type=Path, metavar="GGUF", help="the GGUF; for a split, any of its files")
     parser.add_argument("--tensors", action="store_true", help="list every tensor")
 
 
@@ -34,7 +35,7 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
     """
     model = read_gguf(path)
     megabytes = sum(f.stat().st_size for f in model.files) / 1e6
-    yield f"{path}: {megabytes:.1f} MB in {len(model.files)} file(s)"
+    yield f"{path}: {megabytes:.1f} MB in {counted(len(model.files), 'file')}"
     arch = model.fields.get("general.architecture", "?")
     for key, value in model.fields.items():
         if key.startswith(("general.", f"{arch}.", "sherry.", "split.")) or key in _TOKENIZER:

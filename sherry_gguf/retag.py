@@ -24,6 +24,7 @@ from . import atomic, stq1_0
 from .errors import ConvertError
 from .gguf_file import check_shard, is_shard, split_files
 from .reader import Entry, open_gguf, padded
+from .report import counted
 
 Q2_0 = (64, 18)  # weights and bytes of a block of upstream's type 42
 OLD_FILE_TYPES = (41, 42)  # general.file_type in the first files
@@ -33,20 +34,23 @@ _CHANGED = {(stq1_0.TYPE.type_id, stq1_0.OLD_TYPE_ID), *((stq1_0.TYPE.file_type,
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [options] GGUF (OUTPUT | --in-place)"
     parser.description = (
         "Make an old STQ1_0 file loadable: give its tensors the type number 43. The first files have 42, which upstream has since "
         "given to Q2_0. The size of a tensor tells which of the two it is."
     )
-    parser.add_argument("gguf", type=Path, help="the old file")
+    parser.add_argument("gguf", type=Path, metavar="GGUF", help="the old file")
     where = parser.add_mutually_exclusive_group(required=True)
-    where.add_argument("output", type=Path, nargs="?", help="write a copy to this file")
+    where.add_argument("output", type=Path, nargs="?", metavar="OUTPUT", help="write a copy to this file")
     where.add_argument("--in-place", action="store_true", help="change the file itself")
 
 
 def run(args: argparse.Namespace) -> int:
     count, file_type = retag_in_place(args.gguf) if args.in_place else retag(args.gguf, args.output)
-    and_file_type = ", and so has general.file_type" if file_type else ""
-    print(f"{args.output or args.gguf}: {count} tensors now have STQ1_0's number, 43{and_file_type}")
+    changed = [counted(count, "tensor")] * (count > 0) + ["general.file_type"] * file_type
+    have = "has" if count + file_type == 1 else "have"
+    what = f"{' and '.join(changed)} now {have} STQ1_0's number, {stq1_0.TYPE.type_id}" if changed else "copied unchanged"
+    print(f"{args.output or args.gguf}: {what}")
     return 0
 
 
@@ -64,7 +68,7 @@ def old_tensors(reader) -> list[Entry]:
         space = (size if last else starts[i]) - e.start
         tensor = f"{path}: tensor {e.name}, {' x '.join(map(str, e.shape))},"
         if not math.prod(e.shape):
-            raise ConvertError(f"{tensor} has no weights: nothing tells its type")
+            raise ConvertError(f"{tensor} has no weights: its type cannot be determined")
         old = _fits(e, space, last, alignment, stq1_0.TYPE.size, stq1_0.TYPE.bytes)
         new = _fits(e, space, last, alignment, *Q2_0)
         if not old and not new:
@@ -79,7 +83,7 @@ def old_tensors(reader) -> list[Entry]:
     if ambiguous and len(ambiguous) == len(found):  # no file has both types, so one clear tensor would decide
         raise ConvertError(
             f"{path}: tensor {ambiguous[0].name} and all others of type 42 are so small that, padded to {alignment} bytes, they may be "
-            "STQ1_0 or upstream's Q2_0: nothing tells which"
+            "STQ1_0 or upstream's Q2_0: their type cannot be determined"
         )
     if problem := reader.problem(old=True):
         raise ConvertError(f"{path}: {problem}")

@@ -23,7 +23,7 @@ from .blocks import NOT_FINITE, BlockType
 from .errors import ConvertError, QuantizeError
 from .gguf_file import Stored, check_shard, is_shard
 from .reader import open_gguf, padded, part_at
-from .report import progress_bar
+from .report import counted, progress_bar
 
 TARGETS = ("tq1_25", "stq1_0", "tq2_0", "q8_0", "f16")
 TERNARY = (*gguf_type.TYPES, "TQ1_0", "TQ2_0")
@@ -61,13 +61,14 @@ class Transcoded:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "%(prog)s [options] --to TYPE GGUF OUTPUT"
     parser.description = (
         "Change the type of a GGUF file's ternary tensors, exactly where the new type can hold the values, and list the tensors that lose "
         "precision. Everything else is copied."
     )
-    parser.add_argument("gguf", type=Path, help="the file to read; for a split, run the command once for each file")
-    parser.add_argument("output", type=Path, help="the file to write")
-    parser.add_argument("--to", required=True, choices=TARGETS, help="the new type")
+    parser.add_argument("gguf", type=Path, metavar="GGUF", help="the file to read; for a split, run the command once for each file")
+    parser.add_argument("output", type=Path, metavar="OUTPUT", help="the file to write")
+    parser.add_argument("--to", required=True, choices=TARGETS, metavar="TYPE", help=f"the new type: {', '.join(TARGETS)}")
     parser.add_argument("--require-exact", action="store_true", help="fail if any value would change")
 
 
@@ -312,7 +313,8 @@ def summary(plan: list[Transcoded], others: int = 0) -> Iterator[str]:
         if t.exact < t.blocks:
             yield f"not exact: {t.name}, {t.blocks - t.exact} of {t.blocks} blocks, relative error {t.relative_error:.4f}"
     if others:
-        yield f"Cleared the exactness flags of {others} tensors in the split's other files; transcoding those files shows what they lose."
+        cleared = counted(others, "tensor")
+        yield f"Cleared the exactness flags of {cleared} in the split's other files; transcoding those files shows what they lose."
     for t in plan:
         if t.why:
             yield f"kept as {t.type.name}: {t.name}, {t.why}"

@@ -47,7 +47,7 @@ class Verdict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] GGUF MODEL_DIR"
     parser.description = (
-        "Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Give the flags below that the conversion had."
+        "Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Pass the same flags as for the conversion."
     )
     parser.add_argument("gguf", type=Path, metavar="GGUF", help="the GGUF; for a split, any of its files")
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="the model directory that it was made from")
@@ -191,8 +191,8 @@ def _compare_data(tensor, planned: Tensor, t: Stored, grouping: Grouping, verdic
         return f"shape {t.shape}, the checkpoint has {planned.shape}"
     if t.type != planned.type:
         return (
-            f"stored as {t.type.name}, but conversion with these flags stores {planned.type.name}. Give the flags that the conversion was "
-            "given, such as --keep, --output-tensor-type or --fallback-type"
+            f"stored as {t.type.name}, but conversion with these flags stores {planned.type.name}. Pass the same flags as for the "
+            "conversion, such as --keep, --output-tensor-type or --fallback-type"
         )
     if planned.raw:  # upstream packs it
         verdict.kept[t.type.name] += 1

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import tq1_25
-from ..report import starred
+from ..report import counted, starred
 from .checkpoint import Grouping, check_checkpoint, check_input, read_grouping
 from .encode import WORKERS, Encoder
 from .metadata import add_metadata, check_token_count, check_tokenizer
@@ -83,9 +83,10 @@ def _findings(model: Any, plan: list[Tensor], grouping: Grouping) -> list[str]:
     """Notes on what encoding has found in the tensors."""
     notes = []
     if vanished := [t for t in plan if t.vanished]:
+        n = sum(t.vanished for t in vanished)
+        its = "its" if n == 1 else "their"
         notes.append(
-            f"{sum(t.vanished for t in vanished)} blocks that are not all zero became so, their mean magnitude is "
-            f"below what fp16 holds (6e-8): {starred(vanished)}"
+            f"{counted(n, 'block')} became all zero because {its} mean magnitude is below what fp16 holds (6e-8): {starred(vanished)}"
         )
     if changed := [t for t in plan if t.changed and t.type.name == tq1_25.NAME]:
         notes += [f"not the checkpoint's weights: {change}" for change in changes(model, changed)]

@@ -13,10 +13,12 @@ import sys
 
 from tqdm import tqdm
 
+prog = "evaluate.py"  # the command's name in messages, which `command.main` sets
+
 
 def say(text: str) -> None:
     """Print a line to stderr without breaking a progress bar."""
-    tqdm.write(f"evaluate: {text}", file=sys.stderr)
+    tqdm.write(f"{prog}: {text}", file=sys.stderr)
 
 
 def first_line(e: BaseException) -> str:

@@ -13,20 +13,22 @@ import os
 import sys
 from pathlib import Path
 
-from .. import signals
+from .. import evaluation, signals
 from ..errors import Stop
+from ..programs import Help
 
-INTERRUPTED = "evaluate: interrupted"
 PAPER = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 
 
 def main(argv: list[str] | None = None, prog: str = "evaluate.py") -> int:
     """Run `sherry-gguf evaluate`, also known as scripts/evaluate.py; returns the exit code.
 
-    argv: the arguments; None: those of the process. prog: the command's name in its help.
+    argv: the arguments; None: those of the process. prog: the command's name in help and messages.
     """
     a = parse(argv, prog)
-    with signals.exit_at_once(INTERRUPTED):  # the imports take seconds
+    evaluation.prog = prog
+    interrupted = f"{prog}: interrupted"
+    with signals.exit_at_once(interrupted):  # the imports take seconds
         # PyTorch's threads wait for each other by spinning, which slows down everything beside them. Read when PyTorch is loaded.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process is started
@@ -35,16 +37,16 @@ def main(argv: list[str] | None = None, prog: str = "evaluate.py") -> int:
         with signals.raised():
             return measure.run(a)
     except (Stop, OSError, MemoryError) as e:  # OSError includes NotBuilt
-        print(f"evaluate: {e or type(e).__name__}", file=sys.stderr)
+        print(f"{prog}: {e or type(e).__name__}", file=sys.stderr)
         return 1
     except signals.Interrupted as e:
-        print(INTERRUPTED, file=sys.stderr, flush=True)
+        print(interrupted, file=sys.stderr, flush=True)
         return e.exit_code
 
 
 def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     """The arguments. Exits with code 2 if they are wrong, as argparse does."""
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog=prog, usage="%(prog)s [options] MODEL ...", description=__doc__, formatter_class=Help)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face directories and GGUFs; each is compared with the first")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write all results as JSON, updated after each task")
     add = parser.add_argument_group("tasks").add_argument

@@ -321,7 +321,7 @@ def test_the_first_file_of_a_split_says_what_it_knows(tmp_path, capsys, to):
     else:
         assert fields["sherry.tensor.exact"] == [True, False] and fields["sherry.exact"] is False
         assert fields["sherry.tensor.relative_error"][0] == 0 and np.isnan(fields["sherry.tensor.relative_error"][1])
-    assert told.count("Cleared the exactness flags of 1 tensors in the split's other files") == 1
+    assert told.count("Cleared the exactness flags of 1 tensor in the split's other files") == 1
     lines = list(inspect.inspect(tmp_path / "back-00002-of-00002.gguf"))
     assert any("1 of 2 TQ1_25 tensors are marked exact" in line for line in lines), lines
 

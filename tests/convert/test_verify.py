@@ -359,7 +359,7 @@ def test_inspect_split(zoo, tmp_path):
     assert sherry("convert", zoo[0] / "llama", "--outfile", tmp_path / "x.gguf", "--split-max-tensors", "11").returncode == 0
     second = tmp_path / "x-00002-of-00002.gguf"
     done = sherry("inspect", second)
-    assert done.returncode == 0 and "in 2 file(s)" in done.stdout and "1,246,464" in done.stdout
+    assert done.returncode == 0 and "in 2 files\n" in done.stdout and "1,246,464" in done.stdout
     (tmp_path / "x-00001-of-00002.gguf").unlink()
     done = sherry("inspect", second)
     assert done.returncode == 1 and "x-00001-of-00002.gguf: no such file" in done.stderr

@@ -24,7 +24,7 @@ EXACT_NATS, F32_NATS, TERNARY_NATS = 2e-4, 0.02, 0.2
 
 
 def run(*args):
-    return command.main([*map(str, args), "--threads", "1"])
+    return command.main([*map(str, args), "--threads", "1"], "sherry-gguf evaluate")
 
 
 def accuracies(task):

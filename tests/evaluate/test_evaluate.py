@@ -201,7 +201,7 @@ def test_bad_arguments(models, tmp_path, capsys, args, message):
         shutil.copy(original, path)
     assert run(*(a.format(**names) for a in args)) == 1
     out, err = capsys.readouterr()
-    assert out == "" and err.startswith("evaluate: " + message.format(**names)) and err.count("\n") == 1
+    assert out == "" and err.startswith("sherry-gguf evaluate: " + message.format(**names)) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize("args, message", [(["--batch-size", "0"], "invalid positive number value: '0'"),
@@ -231,7 +231,7 @@ def test_a_broken_gguf(models, tmp_path, capsys, how, words, what):
     code, report = report_of(tmp_path / "r.json", gguf, models["spm"][2], *more[what])
     err = capsys.readouterr().err
     assert code == 1 and "Traceback" not in err
-    assert re.search(rf"evaluate: {gguf}: llama-server cannot run it: .*{words}.*\(exit code 1\)$", err, re.M)
+    assert re.search(rf"^sherry-gguf evaluate: {gguf}: llama-server cannot run it: .*{words}.*\(exit code 1\)$", err, re.M)
     assert "error" in report["models"][0] and "error" not in report["models"][1]
     assert report["models"][1]["tasks"] or report["models"][1]["text"]
 
@@ -284,7 +284,7 @@ def test_an_interruption_leaves_no_server(models, tmp_path, number, code):
     process.send_signal(number)
     rest = process.communicate(timeout=30)[1].decode()
     assert process.returncode == code and "Traceback" not in rest
-    assert number == signal.SIGKILL or rest.endswith("evaluate: interrupted\n")
+    assert number == signal.SIGKILL or rest.endswith("evaluate.py: interrupted\n")
     gone = (None, "Z") if number == signal.SIGKILL else (None,)  # killed, the script cannot reap it
     until = time.monotonic() + 10
     while state(server) not in gone and time.monotonic() < until:
@@ -313,4 +313,4 @@ def test_an_interruption_while_imports_run():
         assert part, err.decode()
     process.send_signal(signal.SIGINT)
     err = process.communicate(timeout=30)[1].decode()
-    assert process.returncode == 130 and err.endswith("evaluate: interrupted\n") and "Traceback" not in err
+    assert process.returncode == 130 and err.endswith("evaluate.py: interrupted\n") and "Traceback" not in err

@@ -57,12 +57,12 @@ def test_no_data_at_all(models, capsys):
                        ("arc_challenge", "allenai/ai2_arc ARC-Challenge"), ("hellaswag", "Rowan/hellaswag"),
                        ("winogrande", "allenai/winogrande winogrande_xl")):  # fmt: skip
         message = (
-            f"evaluate: {task}: its data set {data} is unavailable: the hub http://127.0.0.1:9 cannot be reached "
+            f"sherry-gguf evaluate: {task}: its data set {data} is unavailable: the hub http://127.0.0.1:9 cannot be reached "
             f"(ConnectionError), and it is not in the cache {datasets.config.HF_DATASETS_CACHE}\n"
         )
         assert message in err
     assert "set HF_DATASETS_CACHE to it" in err and "--data (see examples/tasks/README.md" in err
-    assert err.endswith("evaluate: no task has data: nothing was measured\n") and "Traceback" not in err
+    assert err.endswith("sherry-gguf evaluate: no task has data: nothing was measured\n") and "Traceback" not in err
 
 
 def test_offline_mode_is_reported(models, capsys, monkeypatch):
@@ -154,11 +154,11 @@ def test_data_and_tasks_that_fail(models, tmp_path, capsys):
     local_task(tmp_path, "lacking", tmp_path / "lacking.jsonl")
     assert run(models["spm"][2], "--include-path", tmp_path, "--tasks", "gone,lacking") == 1
     err = capsys.readouterr().err
-    assert f"evaluate: gone: cannot load its data {tmp_path}/none.jsonl: Unable to find" in err
+    assert f"sherry-gguf evaluate: gone: cannot load its data {tmp_path}/none.jsonl: Unable to find" in err
     assert f"lacking: cannot load its data {tmp_path}/lacking.jsonl: 'goal' is undefined\n" in err
     assert "HF_DATASETS_CACHE" not in err and "Traceback" not in err
     local_task(tmp_path, "local_sum", tmp_path / "none.jsonl")
     assert run(models["spm"][2], "--include-path", tmp_path, "--tasks", "gone,local_sums") == 1
     err = capsys.readouterr().err
-    assert err.startswith(f"evaluate: --tasks local_sums: no such task in lm-eval or {tmp_path}; similar: local_sum")
+    assert err.startswith(f"sherry-gguf evaluate: --tasks local_sums: no such task in lm-eval or {tmp_path}; similar: local_sum")
     assert f"; cannot read {tmp_path}/sums.yaml: while parsing a flow sequence" in err and err.count("\n") == 1

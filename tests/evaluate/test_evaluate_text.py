@@ -115,8 +115,8 @@ def test_a_byte_tokenizer_is_reported(models, tmp_path, capsys):
     own, other = (m["text"] for m in report["models"])
     assert code == 0 and other["bytes_per_token"] == 1 < SUSPICIOUS_RATIO < own["bytes_per_token"]
     warning = (
-        f"evaluate: {tmp_path}/hf splits the text into {own['bytes_per_token']:.2f} times as many tokens as {models['bpe'][0]}: "
-        "one of the tokenizers may be wrong; compare nats/byte, not nats/token\n"
+        f"sherry-gguf evaluate: {tmp_path}/hf splits the text into {own['bytes_per_token']:.2f} times as many tokens as "
+        f"{models['bpe'][0]}: one of the tokenizers may be wrong; compare nats/byte, not nats/token\n"
     )
     assert warning in capsys.readouterr().err
 

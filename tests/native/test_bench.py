@@ -134,7 +134,9 @@ def test_what_cannot_be_measured(tmp_path):
     )
     done = verb(bad, env=os.environ | {"SHERRY_BUILD_DIR": str(tmp_path)})
     assert done.returncode == 1 and "run scripts/build_llama_cpp.py" in done.stderr and "Traceback" not in done.stderr
-    for args, message in (["nowhere.gguf"], "no such file: nowhere.gguf"), ([bad, "--rounds", "0"], "--rounds at least 1"), (
+    done = verb("nowhere.gguf", bad)
+    assert done.returncode == 1 and done.stderr == "error: no such file: nowhere.gguf\n"
+    for args, message in ([bad, "--rounds", "0"], "--rounds at least 1"), (
         [bad, "--prompt", "0", "--generate", "0"], "not both 0"), ([bad, "--threads", "0"], "--threads"):  # fmt: skip
         done = verb(*args)
         assert done.returncode == 2 and message in done.stderr, done.stderr

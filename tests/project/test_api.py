@@ -23,6 +23,7 @@ def test_the_import_needs_nothing(tmp_path):
 
 def test_every_name_is_there_and_documented():
     assert sorted(sherry_gguf.__all__) == sorted(set(sherry_gguf.__all__)) and set(sherry_gguf.__all__) <= set(dir(sherry_gguf))
+    assert all(re.fullmatch("__.*__", name) for name in set(dir(sherry_gguf)) - set(sherry_gguf.__all__))
     for name in sherry_gguf.__all__:
         assert getattr(sherry_gguf, name) is not None
         assert re.search(rf"\b{name}\b", sherry_gguf.__doc__) or name in ("__version__", "kernels", "llama_cpp"), name

@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -9,12 +10,15 @@ from pathlib import Path
 import pytest
 from conftest import ENV
 
+import sherry_gguf
 from sherry_gguf import cli
 
-SCRIPT = Path(__file__).parents[2] / "scripts/convert_hf_to_sherry_gguf.py"
+REPO = Path(__file__).parents[2]
+SCRIPT = REPO / "scripts/convert_hf_to_sherry_gguf.py"
+SCRIPTS = sorted(p for p in (REPO / "scripts").rglob("*.py") if "__main__" in p.read_text("utf-8"))
 
 
-def run(*args, columns=80, program=("-m", "sherry_gguf.cli")):
+def run(*args, columns=80, program=("-m", "sherry_gguf")):
     command = [sys.executable, *program, *args]
     return subprocess.run(command, env=ENV | {"COLUMNS": str(columns)}, stdin=subprocess.DEVNULL, capture_output=True, text=True)
 
@@ -29,12 +33,59 @@ def test_help_fits_the_terminal_and_begins_with_the_purpose(verb):
         assert max(map(len, done.stdout.splitlines())) <= columns
 
 
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+def test_help_of_a_script_fits_the_terminal(script):
+    done = run("--help", program=(script,))
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    usage, purpose = done.stdout.split("\n\n")[:2]
+    assert usage.startswith(f"usage: {script.name}") and re.match(r"[A-Z][a-z]+\b", purpose)
+    assert max(map(len, done.stdout.splitlines())) <= 80 and str(REPO) not in done.stdout, done.stdout
+    bare = [line for line in re.findall(r"^  (?:-|\w+$).*(?:\n {8,}.*)*", done.stdout, re.M) if not re.search(r"  +\S", line[2:])]
+    assert not bare, bare  # every argument has a text
+    assert not re.search(r"[A-Z0-9_]{2}\n +[A-Z0-9_]*,", done.stdout), done.stdout  # no list of types breaks in a name
+
+
 def test_every_verb_is_listed():
     listed = re.findall(r"^  (\w+)  +(\w.*)$", run("--help").stdout.partition("verbs, ")[2], re.M)
     assert listed == [(verb, does) for verb, (_, does) in cli.VERBS.items()]
-    for wrong in (), ("nothing",), ("--verbose", "inspect"):
+    for wrong in ("nothing",), ("--verbose", "inspect"):
         done = run(*wrong)
         assert done.returncode == 2 and "usage: sherry-gguf VERB" in done.stderr
+    bare = run()
+    assert (bare.returncode, bare.stdout, bare.stderr) == (2, "", run("--help").stdout)
+
+
+def test_the_version():
+    done = run("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"sherry-gguf {sherry_gguf.__version__}\n", "")
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_metavars_are_capitals_and_verbose_promises_what_there_is(verb):
+    text = run(verb, "--help").stdout
+    usage, _, arguments = text.partition("\n\n")
+    assert not re.search(r"\[-h\]| [a-z]+$", usage), usage
+    assert not re.search(r"^  [a-z]+ ", arguments.partition("positional arguments:")[2].partition("\n\n")[0], re.M), text
+    assert ("llama.cpp's log" in text) == (verb in ("convert", "verify"))
+
+
+def test_messages_name_the_command(tmp_path):
+    missing = str(tmp_path / "missing")
+    for args, prefix in ((["inspect", missing], "error: "), (["bench", missing], "error: "),
+                         (["evaluate", missing], "sherry-gguf evaluate: "),
+                         (["train", "--model", missing, "--train", missing, "--output_dir", missing], "sherry-gguf train: ")):  # fmt: skip
+        done = run(*args)
+        assert done.returncode == 1 and done.stderr.startswith(prefix) and missing in done.stderr, done.stderr
+    assert "one of the arguments OUTPUT --in-place is required" in run("retag", missing).stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_script_that_a_signal_ends(number):
+    code = f"import os\nfrom sherry_gguf.programs import run\nrun(lambda: os.kill(os.getpid(), {number}), '; go on')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENV, capture_output=True, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip  # ignored in a shell's background jobs
+    assert (done.returncode, done.stderr) == (128 + number, "-c: interrupted; go on\n")
 
 
 def test_the_list_of_verbs_imports_no_verb():
