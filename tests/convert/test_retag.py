@@ -173,7 +173,7 @@ def test_rooms_that_tell_nothing(tmp_path, capsys, alignment, real):
         assert cli.main(["retag", str(file), str(tmp_path / "new.gguf")]) == (0 if type_id == 43 else 1)
         told = capsys.readouterr()
         assert (
-            "2 tensors now have STQ1_0's number" in told.out
+            "2 tensors and general.file_type now have STQ1_0's number, 43" in told.out
             if type_id == 43
             else "tensor b, 256 x 300, has 21632 bytes" in told.err or "it is upstream's Q2_0" in told.err
         )
