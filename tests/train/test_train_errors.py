@@ -2,26 +2,16 @@
 
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import small_models
 import torch
 import train_sherry
-from training_runs import flags, make_start, make_text, one_thread  # noqa: F401
+from training_runs import flags
 from transformers import AutoModelForCausalLM
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    return make_start(tmp_path_factory.mktemp("start"))
+pytest_plugins = "training_runs"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize(

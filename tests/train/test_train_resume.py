@@ -16,23 +16,14 @@ import pytest
 import torch
 import train_sherry
 from safetensors.torch import load_file
-from training_runs import flags, make_start, make_text, one_thread  # noqa: F401
+from training_runs import flags
 
 from sherry_gguf.qat import run
 from sherry_gguf.qat.callbacks import Interrupt
 from sherry_gguf.qat.resume import last_checkpoint
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    return make_start(tmp_path_factory.mktemp("start"))
+pytest_plugins = "training_runs"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

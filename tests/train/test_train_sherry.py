@@ -16,7 +16,7 @@ import torch
 import train_sherry
 from conftest import sherry
 from safetensors.torch import load_file
-from training_runs import flags, make_start, make_text, one_thread  # noqa: F401
+from training_runs import flags
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sherry_gguf import gguf_type, tq1_25
@@ -25,19 +25,10 @@ from sherry_gguf.qat import text as training_text
 from sherry_gguf.qat.arguments import SherryArguments
 from sherry_gguf.qat.callbacks import duration
 
-pytestmark = pytest.mark.slow
+pytest_plugins = "training_runs"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 gguf_type.register()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory) -> Path:
-    return make_text(tmp_path_factory.mktemp("text"))
-
-
-@pytest.fixture(scope="module")
-def start(tmp_path_factory) -> Path:
-    return make_start(tmp_path_factory.mktemp("start"))
 
 
 @pytest.fixture(scope="module")

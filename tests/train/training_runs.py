@@ -1,4 +1,4 @@
-"""Shared by the tests of the training command: a text, a model to start from, and the flags of a small run."""
+"""A pytest plugin for the tests of the training command: a text, a model to start from, and the flags of a small run."""
 
 import random
 from pathlib import Path
@@ -8,7 +8,9 @@ import small_models
 import torch
 
 
-def make_text(folder: Path) -> Path:
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("text")
     rng = random.Random(0)
     for i in range(12):
         lines = [f"    {rng.choice('abc')} = {rng.choice('xyz')} + {rng.randrange(10)}" for _ in range(150)]
@@ -16,11 +18,12 @@ def make_text(folder: Path) -> Path:
     return folder
 
 
-def make_start(folder: Path) -> Path:
-    return small_models.make(folder / "llama", "llama", latent=True)
+@pytest.fixture(scope="module")
+def start(tmp_path_factory) -> Path:
+    return small_models.make(tmp_path_factory.mktemp("start") / "llama", "llama", latent=True)
 
 
-@pytest.fixture(autouse=True, scope="module")
+@pytest.fixture(scope="module")
 def one_thread():
     """These models are too small for more threads, and the same number everywhere gives the same results."""
     threads = torch.get_num_threads()
