@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Fetch the pinned llama.cpp, patch it with TQ1_25, and build its tools and libraries.
 
-Fills build/llama.cpp (patched source), build/bin (tools) and build/lib (shared libraries). Steps that are done are skipped,
-and an interrupted run continues where it stopped. Uses ccache or sccache if one is installed.
+Fills build/llama.cpp (patched source), build/bin (tools) and build/lib (shared libraries). Skips steps that are done, so that
+an interrupted run continues where it stopped. Uses ccache or sccache if one is installed.
 
 environment:
   LLAMA_CPP_SRC     copy this llama.cpp checkout instead of fetching the
@@ -37,13 +37,10 @@ REPO = Path(__file__).resolve().parent.parent
 PATCH = REPO / "ggml_patch"
 BUILD = Path(os.environ.get("SHERRY_BUILD_DIR") or REPO / "build").resolve()
 SOURCE = BUILD / "llama.cpp"
-TOOLS = {  # in build/bin: upstream's CMake target
-    name: name
-    for name in (
-        "llama-cli llama-completion llama-bench llama-quantize llama-perplexity llama-imatrix llama-server "
-        "test-backend-ops test-quantize-fns"
-    ).split()
-} | {"rpc-server": "ggml-rpc-server"}
+NAMES = (
+    "llama-cli llama-completion llama-bench llama-quantize llama-perplexity llama-imatrix llama-server test-backend-ops test-quantize-fns"
+)
+TOOLS = {name: name for name in NAMES.split()} | {"rpc-server": "ggml-rpc-server"}  # in build/bin: upstream's CMake target
 
 
 def say(message: str) -> None:
@@ -53,8 +50,8 @@ def say(message: str) -> None:
 def environment() -> dict[str, str]:
     """The environment of every tool we run; cmake and ninja are this Python environment's, activated or not."""
     env = {k: v for k, v in os.environ.items() if k not in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")}
-    # Without the ceiling git would take the tree for a part of this repository: it would patch nothing, and llama.cpp
-    # would report this repository's commit.
+    # Without the ceiling git would think the tree is part of this repository: it would patch nothing, and llama.cpp would report this
+    # repository's commit.
     env["GIT_CEILING_DIRECTORIES"] = str(BUILD)
     env.setdefault("CCACHE_BASEDIR", str(BUILD))  # cache hits in any build directory
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
@@ -75,11 +72,10 @@ def fetch(pin: dict[str, str]) -> Path:
         partial = folder / "partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        wanted = partial / "requirement.txt"  # with the hash, which pip checks before it runs any of the package
+        wanted = partial / "requirement.txt"  # has the hash, which pip checks before it runs any of the package
         wanted.write_text(f"{pin['package']}=={pin['version']} --hash=sha256:{pin['sha256']}\n")
-        command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps",
-                   "--no-binary", pin["package"], "-d", str(partial), "--require-hashes", "-r", str(wanted)]  # fmt: skip
-        if subprocess.run(command).returncode:
+        pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps", "--no-binary", pin["package"]]
+        if subprocess.run([*pip, "-d", str(partial), "--require-hashes", "-r", str(wanted)]).returncode:
             raise Stop(f"pip could not download {pin['package']} {pin['version']}: see its message above")
         (partial / archive.name).rename(archive)
     digest = hashlib.sha256(archive.read_bytes()).hexdigest()
@@ -91,8 +87,7 @@ def fetch(pin: dict[str, str]) -> Path:
 
 def unpack(pin: dict[str, str], target: Path) -> str:
     """Put pristine llama.cpp into `target` and return its origin. Raises Stop."""
-    own = os.environ.get("LLAMA_CPP_SRC")
-    if own:
+    if own := os.environ.get("LLAMA_CPP_SRC"):
         if not (Path(own) / "ggml" / "include" / "ggml.h").is_file():
             raise Stop(f"LLAMA_CPP_SRC={own} is not a llama.cpp checkout: it has no ggml/include/ggml.h")
         say(f"copying {own}")
@@ -187,7 +182,7 @@ def patched_source() -> None:
 
 
 def first_error(log: Path, count: int = 25) -> str:
-    """The lines from the first failure on, or else the last ones."""
+    """The lines from the first failure on, or the last ones."""
     lines = log.read_text(errors="replace").splitlines()
     failed = next((i for i, line in enumerate(lines) if line.startswith(("FAILED:", "CMake Error"))), None)
     return "\n".join(lines[failed : failed + count] if failed is not None else lines[-count:])
@@ -203,16 +198,15 @@ def configure(arguments: list[str], env: dict[str, str]) -> None:
         *compiler_cache(env), *arguments,
     ]  # fmt: skip
     stamp = BUILD / "cmake.stamp"
-    variables = [
-        f"{k}={v}" for k, v in sorted(env.items()) if k.startswith("CMAKE_") or k in ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")
-    ]
+    compilers = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")
+    variables = [f"{k}={v}" for k, v in sorted(env.items()) if k.startswith("CMAKE_") or k in compilers]
     wanted = "\n".join([shutil.which("cmake", path=env["PATH"]) or "cmake", *command, *variables])
     if (BUILD / "cmake" / "build.ninja").exists() and stamp.exists() and stamp.read_text() == wanted:
         return
     say("configuring")
     stamp.unlink(missing_ok=True)
     (BUILD / "cmake" / "CMakeCache.txt").unlink(missing_ok=True)
-    for library in (BUILD / "cmake" / "bin").glob("libggml-*"):  # may be a variant nobody asks for any more
+    for library in (BUILD / "cmake" / "bin").glob("libggml-*"):  # perhaps a variant that nobody wants any more
         library.unlink()
     log = BUILD / "configure.log"
     with log.open("w") as output:
@@ -231,8 +225,7 @@ def build(tools: dict[str, str], env: dict[str, str]) -> None:
         tenths = 0
         for line in ninja.stdout:
             output.write(line)
-            done = re.match(r"\[(\d+)/(\d+)\]", line)
-            if done:
+            if done := re.match(r"\[(\d+)/(\d+)\]", line):
                 bar.total = int(done[2])
                 bar.update(int(done[1]) - bar.n)
                 if bar.disable and int(done[1]) * 10 // bar.total > tenths:  # no terminal: a line for each tenth
@@ -268,12 +261,12 @@ def main() -> None:
     arguments = [a for a in sys.argv[1:] if a.startswith("-") and a.partition("=")[0] not in ours]
     args = parser.parse_args([a for a in sys.argv[1:] if a not in arguments])
     if args.others:
-        raise Stop(f"unexpected arguments {args.others}; CMake's begin with a dash, --help says more")
+        raise Stop(f"unexpected arguments {args.others}; CMake's begin with a dash, see --help")
     if unknown := [name for name in args.tools.split(",") if name not in TOOLS]:
         raise Stop(f"--tools {','.join(unknown)}: no such tool; the tools are {', '.join(TOOLS)}")
     tools = {name: TOOLS[name] for name in args.tools.split(",")}
     if "-DGGML_BACKEND_DL=ON" in arguments:
-        tools.pop("test-quantize-fns", None)  # it links to the one ggml-cpu, and here there are several
+        tools.pop("test-quantize-fns", None)  # it links to a single ggml-cpu, and this build has several
     env = environment()
     for program in "git", "cmake", "ninja":
         if not shutil.which(program, path=env["PATH"]):

@@ -9,8 +9,8 @@ readers  inspect, retag and transcode read the file
          (tests/fuzz/fuzz_readers.py), under Atheris, which setup.sh installs
          on Linux on x86-64.
 
-Inputs that crash one, or make it hang for 20 seconds or use 4 GiB, are left in build/fuzz/crashes/TARGET, and the exit code
-is 1. --keep DIR keeps inputs that reach new code; without it they are lost at the end.
+Inputs that crash a target, or make it hang for 20 seconds or use 4 GiB, are left in build/fuzz/crashes/TARGET, and the exit
+code is 1. --keep DIR keeps inputs that reach new code; without it they are lost at the end.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def fuzz(name: str, command: list, work: Path, a: argparse.Namespace) -> bool:
             if done and not left_behind:
                 raise Stop(f"{name} ended with {done} and left no input that shows why ({log}):\n{last_lines(text)}")
             for path in left_behind:
-                # memory of a thousand earlier inputs, or another program's load, is not this input's fault
+                # the memory of a thousand earlier inputs, or the load of other programs, is not this input's fault
                 harmless = path.name.startswith(("oom-", "timeout-", "slow-unit-"))
                 if harmless and code_of([*command, *LIMITS, path], env, subprocess.DEVNULL) == 0:
                     path.unlink()

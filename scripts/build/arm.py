@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Make a Python for 64-bit ARM Linux on another Debian machine, to test the kernels: build/arm/run-python [ARG ...].
+"""Make build/arm/run-python, a Python for 64-bit ARM Linux, to test the kernels on another Debian machine.
 
-It is Debian's Python under qemu-aarch64, with this package cross-compiled, pytest and hypothesis. SHERRY_ARM_CPU chooses the
-CPU for qemu-aarch64 -cpu (default: max).
+It runs Debian's Python under qemu-aarch64, with this package cross-compiled, pytest and hypothesis. SHERRY_ARM_CPU chooses
+the CPU for qemu-aarch64 -cpu (default: max).
 
 First, as root: apt-get install gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user
 """
@@ -34,24 +34,16 @@ DEBIAN = "python3", "libpython3-dev", "libstdc++6", "libgomp1"  # the last two f
 
 
 def debian(root: Path, work: Path) -> None:
-    """Unpack Debian's Python for ARM and what it needs into `root`, without installing anything; the system's apt stays untouched."""
+    """Unpack Debian's Python for ARM and what it needs into `root`, with an apt state in `work` instead of the system's."""
     state, cache = work / "apt", work / "apt" / "cache"
     for directory in state / "lists" / "partial", cache / "archives" / "partial":
         directory.mkdir(parents=True, exist_ok=True)
     (state / "status").touch()
-    apt = ["apt-get", "-qq", "-y"]
-    for name, value in {
-        "APT::Architecture": "arm64",
-        "APT::Architectures": "arm64",
-        "Dir::State": state,
-        "Dir::State::status": state / "status",
-        "Dir::Cache": cache,
-        "APT::Sandbox::User": "root",
-        "APT::Install-Recommends": "false",
-    }.items():
-        apt += ["-o", f"{name}={value}"]
+    options = ["APT::Architecture=arm64", "APT::Architectures=arm64", "APT::Sandbox::User=root", "APT::Install-Recommends=false"]
+    options += [f"Dir::State={state}", f"Dir::State::status={state / 'status'}", f"Dir::Cache={cache}"]
+    apt = ["apt-get", "-qq", "-y", *(f"-o{option}" for option in options)]
     call(*apt, "update")
-    shutil.rmtree(cache / "archives")  # may hold other or older packages
+    shutil.rmtree(cache / "archives")  # it may hold other or older packages
     (cache / "archives" / "partial").mkdir(parents=True)
     call(*apt, "--download-only", "install", *DEBIAN)
     for package in sorted((cache / "archives").glob("*.deb")):
@@ -59,7 +51,7 @@ def debian(root: Path, work: Path) -> None:
 
 
 def python(work: Path) -> Path:
-    """Debian's Python and the packages that the tests need, unless they are up to date; returns the directory of its headers."""
+    """Get Debian's Python and the packages that the tests need, unless they are up to date; return the directory of its headers."""
     root, site = work / "root", work / "site"
     requirements = (REPO / "requirements.txt").read_text()
     wanted = re.compile(r"(numpy==2\.2|gguf|cffi|pytest==|hypothesis|tqdm|setuptools)")
@@ -72,7 +64,7 @@ def python(work: Path) -> Path:
         print("arm: unpacking Debian's Python for ARM", flush=True)
         debian(root, work)
         version = next(root.glob("usr/lib/python3.*")).name.removeprefix("python")
-        platforms = [f"--platform=manylinux_{tag}_aarch64" for tag in ("2_28", "2_17")] + ["--platform=manylinux2014_aarch64"]
+        platforms = [f"--platform=manylinux{tag}_aarch64" for tag in ("_2_28", "_2_17", "2014")]
         where = ["--target", site, "--only-binary=:all:", "--python-version", version, *platforms]
         call(sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", *where, *pins)
         stamp.write_text(state)
@@ -80,7 +72,7 @@ def python(work: Path) -> Path:
 
 
 def package(work: Path, include: Path) -> None:
-    """This package with its kernels cross-compiled, unless it is up to date."""
+    """Make a copy of this package with its kernels cross-compiled, unless it is up to date."""
     sources = sorted([*(REPO / "sherry_gguf").rglob("*.py"), *_kernels_build.SOURCES.rglob("*.[ch]")])
     state = hashlib.sha256(b"\0".join(path.name.encode() + path.read_bytes() for path in sources)).hexdigest()
     stamp, target, fresh = work / "package.stamp", work / "sherry_gguf", work / "fresh"
@@ -101,7 +93,7 @@ def package(work: Path, include: Path) -> None:
 
 
 def launcher(work: Path, python: str) -> None:
-    """build/arm/run-python, which sets the paths and starts the emulator."""
+    """Write build/arm/run-python, which sets the paths and starts the emulator."""
     root, fresh = work / "root", work / "run-python.fresh"
     emulator = f'{EMULATOR} -cpu "${{SHERRY_ARM_CPU:-max}}" {shlex.join(["-L", str(root), f"{root}/usr/bin/{python}"])}'
     paths = shlex.quote(f"{work}:{work / 'site'}") + '"${PYTHONPATH:+:$PYTHONPATH}"'

@@ -12,7 +12,7 @@ EMULATOR = "qemu-aarch64"
 
 
 def missing(*programs: str) -> str:
-    """Why these programs (default: compilers and emulator) can't be used here and how to get them; "" if they can."""
+    """Why these programs (default: compilers and emulator) can't run here, and how to get them; "" if they can."""
     absent = [program for program in programs or (*COMPILERS, EMULATOR) if not shutil.which(program)]
     if absent:
         return f"{', '.join(absent)} missing: apt-get install {PACKAGES}"

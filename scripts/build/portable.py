@@ -37,18 +37,13 @@ except ImportError as error:
     sys.exit(f"portable.py: {error}: run it as .venv/bin/python scripts/build/portable.py, after scripts/setup.sh")
 
 REPO = Path(__file__).resolve().parents[2]
-ALL = [
-    "-DGGML_NATIVE=OFF",
-    "-DGGML_BACKEND_DL=ON",
-    "-DGGML_CPU_ALL_VARIANTS=ON",
-    "-DLLAMA_OPENSSL=OFF",
-    "-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON",
-    "-DCMAKE_INSTALL_RPATH=$ORIGIN",
-]  # CMake pads the other's with a colon, which stands for the current directory
+ALL = ["-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON", "-DLLAMA_OPENSSL=OFF"]
+# not the build's rpath, which CMake pads with a colon, and that stands for the current directory
+ALL += ["-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN"]
 NDK = Path(os.environ.get("ANDROID_NDK") or os.devnull).expanduser().resolve()
 UPSTREAM = (REPO / "ggml_patch" / "UPSTREAM").read_text()  # with the hash of the archive
 ARCHITECTURES = "x86_64", "aarch64", "android"
-# What the tests run of the archives. The variants left out differ from these in compiler flags alone: our kernels carry their own.
+# The CPU variants and tools that the tests run. Other variants differ from these only in compiler flags, which our kernels override.
 TESTED = {"x86_64": "x64;haswell;alderlake;skylakex;zen4", "aarch64": "armv8.0_1;armv8.2_2;armv8.6_2"}
 TESTED_TOOLS = "llama-cli,test-backend-ops"
 
@@ -68,7 +63,7 @@ def cxx_of_ndk() -> Path:
 def settings(arch: str) -> tuple[list[str], str]:
     """CMake's arguments for an architecture, and the prefix of its binary tools. Raises Stop if it can't be built here."""
     if arch == "android":
-        cxx_of_ndk()  # raises if it isn't one
+        cxx_of_ndk()  # raises if NDK isn't one
         programs = next(NDK.glob("toolchains/llvm/prebuilt/*/bin"), NDK)
         # one shared C++ library, since exceptions cross libraries; Android lacks the NDK's OpenMP
         toolchain = f"-DCMAKE_TOOLCHAIN_FILE={NDK}/build/cmake/android.toolchain.cmake"
@@ -77,7 +72,7 @@ def settings(arch: str) -> tuple[list[str], str]:
     if sys.platform != "linux":
         raise Stop(f"{arch} is built under Linux, and this is {platform.system()}")
     flags = [f"-DCMAKE_{kind}_LINKER_FLAGS=-Wl,--disable-new-dtags" for kind in ("EXE", "SHARED", "MODULE")]  # LD_LIBRARY_PATH comes second
-    if platform.machine() == arch:  # the define that builds with one ggml-cpu have, so that a compiler cache serves both
+    if platform.machine() == arch:  # a define that builds with one ggml-cpu have: a compiler cache then serves both
         return [*flags, *(f"-DCMAKE_{language}_FLAGS=-DGGML_BACKEND_SHARED" for language in ("C", "CXX"))], ""
     if arch == "x86_64":
         raise Stop(f"x86_64 can't be built on {platform.machine()}")
@@ -95,7 +90,7 @@ def needs(files: list[Path], prefix: str) -> str:
 
 
 def pack(work: Path, arch: str, prefix: str) -> Path:
-    """Put stripped tools and libraries side by side, and make an archive of them. Raises Stop."""
+    """Put stripped tools and libraries side by side, and pack them into an archive. Raises Stop."""
     name = f"sherry-llama.cpp-{arch}"
     fresh, target, archive = work / f"{name}.fresh", work / name, work / f"{name}.tar.gz"
     shutil.rmtree(fresh, ignore_errors=True)
@@ -115,7 +110,7 @@ def pack(work: Path, arch: str, prefix: str) -> Path:
         raise Stop(f"{work / 'lib'} has no libggml-cpu: remove {work} and run it again")
     call(f"{prefix}strip", "--strip-unneeded", *binaries)
     source = work / "llama.cpp"
-    licenses = {"llama.cpp": source / "LICENSE", "sherry-gguf": REPO / "LICENSE"}  # and of everything built into it
+    licenses = {"llama.cpp": source / "LICENSE", "sherry-gguf": REPO / "LICENSE"}  # and below, those of what is built into it
     licenses |= {file.name.removeprefix("LICENSE-"): file for file in (source / "licenses").glob("LICENSE-*")}
     licenses |= {file.parent.name: file for file in (source / "vendor").rglob("LICENSE*")}
     for of, file in licenses.items():
@@ -131,11 +126,8 @@ def pack(work: Path, arch: str, prefix: str) -> Path:
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=Help,
-        usage="%(prog)s [--tested] {x86_64,aarch64,android} [-D... ...]",
-    )
+    usage = "%(prog)s [--tested] {x86_64,aarch64,android} [-D... ...]"
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, usage=usage)
     p.add_argument("arch", choices=ARCHITECTURES)
     p.add_argument("--tested", action="store_true", help="build only what the tests run, in build/portable/ARCH-tested")
     further = [argument for argument in sys.argv[1:] if argument.startswith("-D")]
@@ -146,7 +138,7 @@ def main() -> None:
     work = llama_cpp.root() / "portable" / f"{a.arch}{'-tested' * a.tested}"
     if a.tested:
         further += [f"--tools={TESTED_TOOLS}", f"-DSHERRY_CPU_VARIANTS={TESTED[a.arch]}"]
-        if prefix:  # no cache serves the cross compiler, so spend time on ggml alone
+        if prefix:  # no compiler cache serves a cross build, so optimize only ggml
             further += [f"-DCMAKE_{language}_FLAGS_RELEASE=-O1 -DNDEBUG" for language in ("C", "CXX")]
             further.append(f"-DCMAKE_PROJECT_ggml_INCLUDE={REPO / 'scripts' / 'build' / 'optimized.cmake'}")
     (work / "download").mkdir(parents=True, exist_ok=True)
@@ -154,10 +146,8 @@ def main() -> None:
         if not (work / "download" / archive.name).exists() and hashlib.sha256(archive.read_bytes()).hexdigest() in UPSTREAM:
             with tempfile.TemporaryDirectory(dir=work / "download") as scratch:
                 Path(shutil.copy(archive, scratch)).rename(work / "download" / archive.name)
-    if subprocess.run(
-        [sys.executable, REPO / "scripts" / "build_llama_cpp.py", *ALL, *arguments, *further],
-        env=os.environ | {"SHERRY_BUILD_DIR": str(work)},
-    ).returncode:
+    command = [sys.executable, REPO / "scripts" / "build_llama_cpp.py", *ALL, *arguments, *further]
+    if subprocess.run(command, env=os.environ | {"SHERRY_BUILD_DIR": str(work)}).returncode:
         raise Stop("llama.cpp was not built: see above")
     with FileLock(work / "lock"):
         archive = pack(work, a.arch, prefix)
