@@ -159,7 +159,7 @@ def parse(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     add("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt to read; 0: none (default: 512)")
     add("--generate", type=int, default=128, metavar="N", help="tokens to generate; 0: none (default: 128)")
     add("--rounds", type=int, default=3, metavar="N", help="rounds (default: 3)")
-    add("--json", type=Path, metavar="FILE", help="write every round there as well")
+    add("--json", type=Path, metavar="FILE", help="also write every round to FILE")
     args = parser.parse_args(argv)
     args.tests = [Test(kind, tokens) for kind, tokens in (("pp", args.prompt), ("tg", args.generate)) if tokens]
     if min(args.prompt, args.generate) < 0 or not args.tests or args.rounds < 1:

@@ -1,4 +1,4 @@
-"""What is in a GGUF model: metadata and tensors, of one file or of all files of a split."""
+"""What a GGUF model holds: the metadata and tensors of one file or of all files of a split."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Gguf:
 
 
 def read_gguf(path: Path) -> Gguf:
-    """Read the metadata and the tensor table. Any file of a split stands for all of it. Raises ConvertError."""
+    """Read a model's metadata and tensor tables; `path`: the file, or any file of a split. Raises ConvertError."""
     path = Path(path)
     files = split_files(path)
     model = Gguf(files, {}, {}, {})
@@ -71,7 +71,7 @@ def read_gguf(path: Path) -> Gguf:
         fields = {name: f for name, f in reader.fields.items() if not name.startswith("GGUF.")}
         try:
             values = {name: f.contents() for name, f in fields.items()}
-        except Exception as e:  # not UTF-8, and whatever else bytes can be
+        except Exception as e:  # not UTF-8, or anything else that bytes can be
             raise ConvertError(f"{file} is damaged: its metadata: {e}") from e
         model.fields = values | model.fields  # a split's later files hold only split.*
         model.types = {name: tuple(f.types) for name, f in fields.items()} | model.types
@@ -92,7 +92,7 @@ def is_shard(path: Path) -> bool:
 
 
 def check_shard(source: Path, target: Path) -> None:
-    """Raise ConvertError if `source` is a split's file and the name of `target` would not be found as that file."""
+    """Raise ConvertError if `source` is a split's file and `target` is not named like it."""
     shard, named = _SHARD.search(source.name), _SHARD.search(target.name)
     if shard and not (named and named[0] == shard[0]):
         raise ConvertError(

@@ -29,9 +29,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
-    """Lines and tables that describe a GGUF file; with `tensors`, each tensor too. Needs neither llama.cpp nor PyTorch.
+    """Lines and tables that describe a GGUF file, or the split that it belongs to; `tensors`: list each tensor, too.
 
-    Any file of a split stands for all of it. Raises ConvertError.
+    Needs neither llama.cpp nor PyTorch. Raises ConvertError.
     """
     model = read_gguf(path)
     megabytes = sum(f.stat().st_size for f in model.files) / 1e6

@@ -58,7 +58,7 @@ def _entry(isa: str | None):
 
 
 def _floats(x: np.ndarray):
-    """A float * to an array, or to a contiguous and aligned copy. The pointer keeps it alive."""
+    """A float * to an array or to a contiguous, aligned copy, which it keeps alive."""
     return ffi.from_buffer("float[]", np.require(x, np.float32, ["C", "ALIGNED"]))
 
 
@@ -74,7 +74,7 @@ def _blocks(b: np.ndarray, ctype: str):
 
 
 def _function(kind: BlockType, name: str):
-    """A C function of a block type, whose name has "TYPE" in place of the type's."""
+    """A block type's C function; `name` has "TYPE" in place of the type's name."""
     return getattr(lib, name.replace("TYPE", kind.name.lower()))
 
 
@@ -82,7 +82,7 @@ def quantize(x: np.ndarray, importance: np.ndarray | None = None, kind: BlockTyp
     """Quantize weights, float32 (..., n) with n a multiple of the block size, to blocks, uint8 (..., bytes), as `kind.quantize` does.
 
     importance: float32 (n,), one per input. Scales and zeros then minimize the squared error weighted by it, as in llama-quantize with an
-    importance matrix. The GIL is released meanwhile.
+    importance matrix. Releases the GIL.
     Raises ValueError for another dtype or shape, QuantizeError for weights that no block can hold.
     """
     x = kind.check_weights(x)
@@ -191,9 +191,9 @@ def order(y: np.ndarray) -> np.ndarray:
 
 
 def repack(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
-    """Interleave packed rows, uint8 (rows, nb), into as many bytes, uint8 (rows * nb,), as llama.cpp does when it loads a model.
+    """Interleave packed rows, uint8 (rows, nb), into uint8 (rows * nb,), as llama.cpp does when it loads a model.
 
-    Each 64 rows become tiles; leftover rows stay as they are (tile.h).
+    Every 64 rows become tiles; leftover rows stay as they are (tile.h).
     Raises ValueError for another dtype or shape, or a length that is not a multiple of the block's bytes.
     """
     b = kind.check_blocks(b)
@@ -264,7 +264,7 @@ def mul_tables(
 
     Returns float32 (columns, rows). STQ1_0 needs activations that were put into its `order` before they were quantized.
     isa: an instruction set in `available_repacked()`; by default the one that SHERRY_ISA names, else the best.
-    pieces: cuts tables and tile rows into as many, as threads do; the result has the same bits.
+    pieces: how many pieces to cut tables and tile rows into, as threads do; the result is bit-identical.
     Raises ValueError for a missing set or another dtype, shape or length.
     """
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
@@ -282,9 +282,9 @@ def mul_tables(
 def mul_codes(
     repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
 ) -> np.ndarray:
-    """The same with codes, which are spread once for a group of columns: faster for several columns.
+    """`mul_tables` with codes, spread once for a group of columns: faster for several columns.
 
-    pieces: cuts the tile rows into as many.
+    pieces: how many pieces to cut the tile rows into.
     """
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
     scratch = ffi.from_buffer("struct tq1_25_code_scratch *", _aligned(ffi.sizeof("struct tq1_25_code_scratch")))
@@ -299,9 +299,9 @@ def mul_codes(
 def mul_panels(
     repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
 ) -> np.ndarray:
-    """The same with decoded weights and panels of columns, for instruction sets in `available_panels()`.
+    """`mul_tables` with decoded weights and panels of columns, for instruction sets in `available_panels()`.
 
-    pieces: cuts the making of panels, the tile rows and the panels of the product into as many.
+    pieces: how many pieces to cut each panel, the tile rows and the list of panels into.
     """
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
     if p.isa.gemm == ffi.NULL:
