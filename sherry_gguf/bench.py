@@ -168,6 +168,16 @@ def parse(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     return args
 
 
+def check(args: argparse.Namespace) -> None:
+    """Raise OSError if a file cannot be measured or the report cannot be written."""
+    if absent := [str(file) for file in args.files if not file.is_file()]:
+        raise OSError(f"no such file: {', '.join(absent)}")
+    if commas := [str(file) for file in args.files if "," in str(file)]:
+        raise OSError(f"llama-bench takes a comma for the end of a file's name: rename {' and '.join(commas)}")
+    if args.json and (args.json.is_dir() or not args.json.parent.is_dir()):
+        raise OSError(f"cannot write {args.json}: it is a directory, or its directory does not exist")
+
+
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     """Run the command and return its exit code: 0, 1 if a file is missing or llama-bench fails, 128 + n after signal n.
 
@@ -178,8 +188,7 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     steps = len(args.files) * (1 + args.rounds * len(args.tests) * len(args.threads))
     code = 0
     try:
-        if absent := [str(file) for file in args.files if not file.is_file()]:
-            raise OSError(f"no such file: {', '.join(absent)}")
+        check(args)
         with signals.raised(), tqdm(total=steps, desc="measuring", unit="run", disable=None) as bar:
             for step in compare(args.files, args.threads, args.tests, args.rounds, report):
                 bar.set_postfix_str(step)
@@ -190,8 +199,15 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
     except signals.Interrupted as ending:
         print("interrupted", file=sys.stderr)
         code = ending.exit_code
-    if any(entry["rates"] for entry in report.get("speed", [])):
-        print(tables(report), end="")
-        if args.json:
-            args.json.write_text(json.dumps(report, indent=1) + "\n")
+    try:
+        if any(entry["rates"] for entry in report.get("speed", [])):
+            if args.json:
+                args.json.write_text(json.dumps(report, indent=1) + "\n")
+            print(tables(report), end="", flush=True)
+    except OSError as error:
+        if isinstance(error, BrokenPipeError):  # the reader has gone, as with `| head`
+            sys.stdout = None
+        else:
+            print(f"error: {error}", file=sys.stderr)
+        code = 1
     return code

@@ -31,7 +31,14 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
     prog: the name in help and errors, instead of "sherry-gguf VERB".
     """
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(sys.argv[1:] if argv is None else argv, prog)
+    except ModuleNotFoundError as e:
+        print(f"error: the Python package {e.name} is not installed: run scripts/setup.sh, or pip install {e.name}", file=sys.stderr)
+        return 1
+
+
+def _main(argv: list[str], prog: str | None) -> int:
     if argv and argv[0] in WITH_MAIN:
         return _module(argv[0]).main(argv[1:], prog or f"sherry-gguf {argv[0]}")
     parser = argparse.ArgumentParser(

@@ -31,3 +31,6 @@ class QuantizeError(ValueError):
         super().__init__(f"row {row}: {cause}")
         self.row = row
         self.cause = cause
+
+    def __reduce__(self):
+        return type(self), (self.row, self.cause)

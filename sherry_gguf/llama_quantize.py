@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,9 @@ FLAGS: tuple[tuple[str, str | None, str, bool], ...] = (
     ("--max-buffer-size", "MIB", "memory for the rows of one tensor (default: 8192)", False),
     ("--dry-run", None, "show the size, and write nothing", False),
 )
+
+
+_NAME = "model.gguf"  # of the file that llama-quantize writes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +63,8 @@ def run(args: argparse.Namespace) -> int:
         elif value is not None:
             for v in value if repeatable else [value]:
                 flags += [flag, v]
+    if args.output.name.upper() in _types():
+        raise ConvertError(f"OUTPUT is missing: {args.output} is a type. To write a file of this name, call it ./{args.output}.gguf")
     for file in quantize(args.input, args.output, args.type, flags, args.threads):
         print(f"wrote {file} ({file.stat().st_size / 1e6:.1f} MB)")
     return 0
@@ -72,17 +78,29 @@ def quantize(source: Path, target: Path, kind: str = tq1_25.NAME, flags: Sequenc
     """
     if not source.is_file():
         raise ConvertError(f"{source}: {'not an ordinary file' if source.exists() else 'no such file'}")
-    end = [kind, *([str(threads)] if threads is not None else [])]
     target = _checked(target, source)
+    # llama-quantize takes a path that begins with a number for a type, and one with dashes for a flag: an absolute path is neither.
+    source, end = source.absolute(), [kind, *([str(threads)] if threads is not None else [])]
     if "--dry-run" in flags:
-        _run([*flags, str(source), str(target), *end])
+        _run([*flags, str(source), str(target.absolute()), *end])
         return []
-    with atomic.staging(target, 0) as staging:
-        _run([*flags, str(source), str(staging / target.name), *end])
-        staged = sorted(staging.iterdir())  # several with --keep-split
-        files = [_checked(target.with_name(file.name), source) for file in staged]
+    with atomic.staging(target.absolute(), 0) as staging:
+        _run([*flags, str(source), str(staging / _NAME), *end])
+        staged = sorted(staging.iterdir())
+        if not staged:
+            raise ConvertError(f"llama-quantize wrote nothing to {staging}")
+        split = target.name.removesuffix(".gguf")  # with --keep-split llama-quantize numbers the files
+        names = [target.name if f.name == _NAME else split + f.name.removeprefix(_NAME.removesuffix(".gguf")) for f in staged]
+        files = [_checked(target.with_name(name), source) for name in names]
         atomic.commit(staged, files)
     return files
+
+
+def _types() -> set[str]:
+    """llama-quantize's names of types, most of them."""
+    from gguf import LlamaFileType
+
+    return {"COPY", tq1_25.NAME, *(kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType)}
 
 
 def _checked(target: Path, source: Path) -> Path:
@@ -96,4 +114,5 @@ def _checked(target: Path, source: Path) -> Path:
 def _run(arguments: list[str]) -> None:
     done = llama_cpp.run("llama-quantize", *arguments, stdin=subprocess.DEVNULL)
     if done.returncode:
-        raise ConvertError(f"llama-quantize failed with exit code {done.returncode}: see its messages above. Nothing was written")
+        how = f"exit code {done.returncode}" if done.returncode > 0 else f"signal {signal.Signals(-done.returncode).name}"
+        raise ConvertError(f"llama-quantize failed with {how}: see its messages above. Nothing was written")

@@ -124,7 +124,7 @@ def retag(source: Path, target: Path) -> tuple[int, bool]:
     source, target = Path(source), Path(target)
     check_shard(source, target)
     target = atomic.writable(target)
-    if source.with_name(source.name + BACKUP).exists():
+    if source.name and source.with_name(source.name + BACKUP).exists():
         raise ConvertError(f"{source.name + BACKUP} shows that a retag of {source} in place was cut off: run it with --in-place again")
     count, numbers = _changes(source)
     if not numbers and not is_shard(source):  # a split's file is copied without any, so that the split stays whole

@@ -107,3 +107,20 @@ def test_every_flag_of_llama_quantize():
     assert len(theirs) > 10 and {flag: bool(value) for flag, value in theirs.items()} == {
         flag: metavar is not None for flag, metavar, *_ in llama_quantize.FLAGS
     }
+
+
+@pytest.mark.parametrize("name, kind", [("7/out.gguf", "Q8_0"), ("7.gguf", "2"), ("d.gguf/q", "Q4_0"), ("--q.gguf", "Q4_0")])
+def test_paths_that_llama_quantize_would_take_for_something_else(f32, tmp_path, name, kind):
+    """A number at the start was a type, a ".gguf" in the directory's name the end of a split's name, a dash a flag."""
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    first = f32.with_name("split-00001-of-00002.gguf")
+    done = sherry("quantize", *["--keep-split"] * ("d." in name), "--", first, name, kind, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    files = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert files == ([f"{name}-0000{i}-of-00002.gguf" for i in (1, 2)] if "d." in name else [name])
+    assert not [p for p in f32.parent.iterdir() if p.name.startswith("ggml-model")]
+
+
+def test_a_type_is_no_output(f32, tmp_path):
+    done = sherry("quantize", f32, "q4_0", cwd=tmp_path)
+    assert done.returncode == 1 and "error: OUTPUT is missing: q4_0 is a type" in done.stderr and not os.listdir(tmp_path)

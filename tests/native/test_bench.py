@@ -140,3 +140,21 @@ def test_what_cannot_be_measured(tmp_path):
         [bad, "--prompt", "0", "--generate", "0"], "not both 0"), ([bad, "--threads", "0"], "--threads"):  # fmt: skip
         done = verb(*args)
         assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
+def test_what_is_refused_before_anything_is_measured(two, tmp_path):
+    comma = tmp_path / "a,b.gguf"
+    comma.symlink_to(two[0])
+    for args, message in (
+        ([two[0], "--json", tmp_path / "none" / "r.json"], "r.json: it is a directory, or its directory does not exist"),
+        ([two[0], "--json", tmp_path], "it is a directory"),
+        ([comma], f"takes a comma for the end of a file's name: rename {comma}"),
+    ):
+        done = verb(*args)
+        assert done.returncode == 1 and message in done.stderr and not done.stdout and "Traceback" not in done.stderr, done.stderr
+
+
+def test_nobody_reads_the_table(two):
+    bench = f"{sys.executable} -m sherry_gguf.cli bench {two[0]} --threads 1 --prompt 8 --generate 0 --rounds 1"
+    done = subprocess.run(f"{bench} | true", shell=True, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr, done.stderr

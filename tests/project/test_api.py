@@ -1,5 +1,6 @@
 """What `import sherry_gguf` gives."""
 
+import pickle
 import re
 import subprocess
 import sys
@@ -43,3 +44,8 @@ def test_kernels_and_reference_agree(kind):
     x = np.random.default_rng(0).standard_normal((3, 512), np.float32)
     packed = sherry_gguf.quantize(x, kind=kind)
     assert np.array_equal(packed, kind.quantize(x)) and np.array_equal(sherry_gguf.dequantize(packed, kind), kind.dequantize(packed))
+
+
+def test_errors_survive_pickling():
+    error = pickle.loads(pickle.dumps(sherry_gguf.QuantizeError(3, "a cause")))
+    assert (error.row, error.cause, str(error)) == (3, "a cause", "row 3: a cause")

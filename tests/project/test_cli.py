@@ -99,3 +99,11 @@ def test_the_script_of_llama_cpps_name():
     assert done.returncode == 0 and done.stdout.startswith(f"usage: {SCRIPT.name} [options] MODEL_DIR\n")
     assert done.stdout.partition("\n")[2] == run("convert", "--help").stdout.partition("\n")[2]
     assert os.access(SCRIPT, os.X_OK)
+
+
+def test_a_package_that_is_missing_is_named(tmp_path):
+    code = "import sys; sys.modules['torch'] = None; from sherry_gguf.cli import main; sys.exit(main(sys.argv[1:]))"
+    (tmp_path / "config.json").write_text("{}")
+    done = subprocess.run([sys.executable, "-c", code, "convert", tmp_path], env=ENV, capture_output=True, text=True)
+    assert done.returncode == 1 and "Traceback" not in done.stderr and "error: " in done.stderr, done.stderr
+    assert "the Python package torch is not installed: run scripts/setup.sh, or pip install torch" in done.stderr, done.stderr
