@@ -46,7 +46,7 @@ def write(path: Path, data: bytes | str) -> None:
 
 
 @contextlib.contextmanager
-def appearing(directory: str | os.PathLike) -> Iterator[Path]:
+def whole_directory(directory: str | os.PathLike) -> Iterator[Path]:
     """Yield an empty directory to fill. At the end its files are in `directory` and on the disk; after an error, none are.
 
     A new directory appears at once. An existing one stays, as it may be a mount point or the target of a link: the files are renamed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from .files import appearing
+from .files import whole_directory
 from .linear import QuantizedLayer, quantized_layers, sherry_config
 
 logger = logging.getLogger(__name__)
@@ -23,7 +23,7 @@ def export(model, directory: str | os.PathLike, tokenizer=None, dtype: torch.dty
 
     Args:
         model: a transformers `PreTrainedModel` that went through `prepare`, with any method.
-        directory: must be new or empty. It appears complete or not at all (`files.appearing`).
+        directory: must be new or empty. It appears complete or not at all (`files.whole_directory`).
         tokenizer: a transformers tokenizer, or None to save none.
         dtype: torch.float16 or torch.float32.
         state: the state dict to save, with latent weights, if the model itself does not hold all of it (FSDP, DeepSpeed:
@@ -49,7 +49,7 @@ def export(model, directory: str | os.PathLike, tokenizer=None, dtype: torch.dty
     if sherry and sherry.get("group_size", 128) % 128:
         logger.warning("group size %d: TQ1_25 stores blocks of 128 weights under one scale, so it cannot store these weights without loss",
                        sherry["group_size"])  # fmt: skip
-    with appearing(directory) as part:
+    with whole_directory(directory) as part:
         model.save_pretrained(part, state_dict=_quantized(state or model.state_dict(), layers, dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(part)

@@ -24,7 +24,7 @@ from .arenas import Arenas
 from .arguments import SherryArguments
 from .callbacks import Estimate, Finished, Interrupt, Progress, plot
 from .data import mean_loss
-from .files import appearing, locked, write
+from .files import locked, whole_directory, write
 from .linear import QuantConfig, full_precision, prepare, quantized_layers
 from .models import warn
 from .monitor import TrainingMonitor
@@ -99,7 +99,7 @@ def check_target(out: Path, args: Arguments) -> None:
     if mine.is_relative_to(out.resolve()) or out.resolve() == mine / STAGE:
         raise Stop(f"--export {out}: that is for checkpoints; choose another directory, or one in it")
     try:
-        with contextlib.suppress(InterruptedError), appearing(out):
+        with contextlib.suppress(InterruptedError), whole_directory(out):
             raise InterruptedError  # so that nothing appears
     except FileExistsError:
         raise Stop(f"{out} already has something in it: choose another --export, or remove it") from None
@@ -143,7 +143,7 @@ def train_and_export(s: SherryArguments, args: Arguments, out: Path, now: dict, 
         record = {"settings": now, "loss": {"train": last, "held_out": loss}, "before": before,
                   "bytes_per_token": texts.bytes_per_token, "steps": steps, "seconds": round(seconds, 1)}  # fmt: skip
         write(stage / RECORD, json.dumps(record, indent=2) + "\n")
-        with appearing(out) as part:
+        with whole_directory(out) as part:
             for path in stage.iterdir():
                 shutil.move(path, part / path.name)
         stage.rmdir()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sherry_gguf.qat.files import appearing, umask
+from sherry_gguf.qat.files import umask, whole_directory
 
 
 def test_appearing(tmp_path, monkeypatch):
@@ -14,11 +14,11 @@ def test_appearing(tmp_path, monkeypatch):
     for target, real in ("new/er", "new/er"), ("../link", "there"), (".", "here"):
         target = tmp_path / target if target != "." and target[0] != "." else target
         node = (tmp_path / real).stat().st_ino if (tmp_path / real).exists() else None
-        with pytest.raises(KeyError), appearing(target) as part:
+        with pytest.raises(KeyError), whole_directory(target) as part:
             (part / "config.json").write_text("half")
             raise KeyError
         assert not (tmp_path / real).exists() or not any((tmp_path / real).iterdir())
-        with appearing(target) as part:
+        with whole_directory(target) as part:
             (part / "config.json").write_text("whole")
             (part / "a").write_text("")
         assert sorted(p.name for p in (tmp_path / real).iterdir()) == ["a", "config.json"]
@@ -26,5 +26,5 @@ def test_appearing(tmp_path, monkeypatch):
         assert (tmp_path / real).stat().st_mode & 0o777 == 0o777 & ~umask()
     assert not any(p.name.endswith(".part") for p in tmp_path.rglob("*"))
     with pytest.raises(OSError):
-        with appearing(tmp_path / "here/a/b"):  # below a file
+        with whole_directory(tmp_path / "here/a/b"):  # below a file
             pass
