@@ -87,7 +87,7 @@ def test_a_run_that_is_ended_leaves_the_target(f32, tmp_path, number):
     with subprocess.Popen(
         command, env=ENV | {"SHERRY_BUILD_DIR": str(build.parent)}, stderr=subprocess.PIPE, text=True, cwd=tmp_path
     ) as run:
-        while not [*tmp_path.glob(".sherry-gguf-*/q.gguf")]:
+        while not [*tmp_path.glob(".sherry-gguf-*/model.gguf")]:
             assert run.poll() is None
             time.sleep(0.05)
         run.send_signal(number)
