@@ -172,7 +172,7 @@ def test_latent(latent, tmp_path, granularity, size):
     """Blocks of a wider group all hold its scale; verify agrees."""
     flags = ["--granularity", granularity] + (["--group-size", size] if size else [])
     out = tmp_path / "x.gguf"
-    keep = ["--keep", "ffn_down"]  # whose rows of 384 are no whole groups of 256
+    keep = ["--keep", "ffn_down"]  # its rows of 384 are not a multiple of 256
     commands = ["convert", latent, "--outfile", out], ["verify", out, latent]
     done, proof = (sherry(*command, *flags, *keep) for command in commands)
     assert done.returncode == 0, done.stderr

@@ -307,7 +307,7 @@ def test_output_that_cannot_be_shown(good, tmp_path):
 
 
 def test_runs_without_a_terminal(good, tmp_path):
-    """Output into a pipe that is closed early is no failure of the file."""
+    """A pipe that closes early does not make the conversion fail."""
     process = subprocess.Popen(
         [sys.executable, "-m", "sherry_gguf.cli", "convert", str(good), "--outfile", str(tmp_path / "x.gguf")],
         env=conftest.ENV,
