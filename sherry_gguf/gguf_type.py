@@ -1,17 +1,17 @@
-"""Teaches the `gguf` package the TQ1_25 and STQ1_0 types: enum members, sizes, codecs."""
+"""Teaches the `gguf` package the TQ1_25, TQ1_25_64 and STQ1_0 types: enum members, sizes, codecs."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from . import stq1_0, tq1_25
+from . import stq1_0, tq1_25, tq1_25_64
 from .blocks import BlockType
 
-TYPES: dict[str, BlockType] = {kind.name: kind for kind in (tq1_25.TYPE, stq1_0.TYPE)}
+TYPES: dict[str, BlockType] = {kind.name: kind for kind in (tq1_25.TYPE, tq1_25_64.TYPE, stq1_0.TYPE)}
 
 
 def register():
-    """Add TQ1_25 and STQ1_0 to the `gguf` package that this process imports, and return that package. Idempotent.
+    """Add TQ1_25, TQ1_25_64 and STQ1_0 to the `gguf` package that this process imports, and return that package. Idempotent.
 
     Afterwards `gguf.GGUFReader` reads such files, and `gguf.quants.quantize` and `dequantize` take the types. They raise
     `gguf.QuantError` for a row that is not a multiple of the block size, and `errors.QuantizeError` for a NaN.

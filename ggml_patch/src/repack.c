@@ -74,7 +74,7 @@ static void put_row(enum tq1_25_kind kind, const void * x, void * y, int row) {
     const block_stq1_0 * block = (const block_stq1_0 *) x;
     for (int j = 0; j < 2 * PARTS; ++j) {
         for (int k = 0; k < 4; ++k) {
-            part[j].qs[k][row] = (uint8_t) (stq1_0_slot(block, 8 * j + k) | stq1_0_slot(block, 8 * j + 4 + k) << 4);
+            part[j].qs[k][row] = (uint8_t) (stq1_0_slot(block->qs, 8 * j + k) | stq1_0_slot(block->qs, 8 * j + 4 + k) << 4);
         }
         part[j].sign[row] = block->sign[j];
     }

@@ -1,4 +1,4 @@
-// The codecs of TQ1_25 and STQ1_0 in plain C11. They give the same bytes as sherry_gguf/blocks.py.
+// The codecs of TQ1_25, TQ1_25_64 and STQ1_0 in plain C11. They give the same bytes as sherry_gguf/blocks.py.
 
 #ifdef __linux__
 #    define _DEFAULT_SOURCE // madvise
@@ -163,15 +163,24 @@ INLINE enum tq1_25_status quantize_groups(const float * x, const float * w, int 
     return half == FP16_INF ? TQ1_25_OVERFLOW : TQ1_25_OK;
 }
 
-static enum tq1_25_status quantize_tq1_25_block(const float * x, const float * w, block_tq1_25 * y) {
+// TQ1_25 and TQ1_25_64: groups are consecutive weights.
+INLINE enum tq1_25_status quantize_block(const float * x, const float * w, int groups, uint8_t * qs, uint8_t * sign, uint16_t * d) {
     content c;
-    const enum tq1_25_status status = quantize_groups(x, w, TQ1_25_GROUPS, &c);
-    for (int i = 0; i < TQ1_25_GROUPS / 2; ++i) {
-        y->qs[i] = (uint8_t) (c.slot[8 * (i / 4) + i % 4] | c.slot[8 * (i / 4) + i % 4 + 4] << 4);
+    const enum tq1_25_status status = quantize_groups(x, w, groups, &c);
+    for (int i = 0; i < groups / 2; ++i) {
+        qs[i] = (uint8_t) (c.slot[8 * (i / 4) + i % 4] | c.slot[8 * (i / 4) + i % 4 + 4] << 4);
     }
-    memcpy(y->sign, c.sign, sizeof(y->sign));
-    y->d = c.d;
+    memcpy(sign, c.sign, (size_t) groups / 8);
+    *d = c.d;
     return status;
+}
+
+static enum tq1_25_status quantize_tq1_25_block(const float * x, const float * w, block_tq1_25 * y) {
+    return quantize_block(x, w, TQ1_25_GROUPS, y->qs, y->sign, &y->d);
+}
+
+static enum tq1_25_status quantize_tq1_25_64_block(const float * x, const float * w, block_tq1_25_64 * y) {
+    return quantize_block(x, w, TQ1_25_64_GROUPS, y->qs, y->sign, &y->d);
 }
 
 static void by_groups(const float * x, float * y) {
@@ -198,61 +207,35 @@ static enum tq1_25_status quantize_stq1_0_block(const float * x, const float * w
     return status;
 }
 
-// Quantizes all blocks of n weights. Returns the first status that is not OK and stores its block in *bad.
-#define QUANTIZE_ALL(quantize_block, size)                                                                  \
-    enum tq1_25_status first = TQ1_25_OK;                                                                   \
-    for (int64_t i = 0; i < n / (size); ++i) {                                                              \
-        const enum tq1_25_status status = quantize_block(x + i * (size), w ? w + i * (size) : NULL, y + i); \
-        if (status != TQ1_25_OK && first == TQ1_25_OK) {                                                    \
-            first = status;                                                                                 \
-            if (bad) {                                                                                      \
-                *bad = i;                                                                                   \
-            }                                                                                               \
-        }                                                                                                   \
-    }                                                                                                       \
-    return first;
-
-enum tq1_25_status tq1_25_quantize_weighted(const float * x, const float * w, block_tq1_25 * y, int64_t n, int64_t * bad) {
-    QUANTIZE_ALL(quantize_tq1_25_block, QK_TQ1_25)
-}
-
-enum tq1_25_status stq1_0_quantize_weighted(const float * x, const float * w, block_stq1_0 * y, int64_t n, int64_t * bad) {
-    QUANTIZE_ALL(quantize_stq1_0_block, QK_STQ1_0)
-}
-
-enum tq1_25_status tq1_25_quantize(const float * x, block_tq1_25 * y, int64_t n, int64_t * bad) {
-    return tq1_25_quantize_weighted(x, NULL, y, n, bad);
-}
-
-enum tq1_25_status stq1_0_quantize(const float * x, block_stq1_0 * y, int64_t n, int64_t * bad) {
-    return stq1_0_quantize_weighted(x, NULL, y, n, bad);
-}
-
 // ---- dequantize ----
 
-void tq1_25_dequantize(const block_tq1_25 * x, float * y, int64_t n) {
-    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
-        const float d = tq1_25_fp16_to_float(x->d);
-        for (int g = 0; g < TQ1_25_GROUPS; ++g) {
-            const int slot = tq1_25_slot(x, g), sign = tq1_25_negative(x, g) ? -1 : 1;
-            for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-                *y++ = d * (float) (sign * tq1_25_lanes[lane][slot]);
-            }
+INLINE void dequantize_block(const uint8_t * qs, const uint8_t * sign, uint16_t scale, int groups, float * y) {
+    const float d = tq1_25_fp16_to_float(scale);
+    for (int g = 0; g < groups; ++g) {
+        const int slot = tq1_25_slot(qs, g), s = tq1_25_negative(sign, g) ? -1 : 1;
+        for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+            *y++ = d * (float) (s * tq1_25_lanes[lane][slot]);
         }
     }
 }
 
-void stq1_0_dequantize(const block_stq1_0 * x, float * y, int64_t n) {
-    for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x, y += QK_STQ1_0) {
-        const float d = tq1_25_fp16_to_float(x->d);
-        for (int g = 0; g < STQ1_0_GROUPS; ++g) {
-            const int slot = stq1_0_slot(x, g), sign = stq1_0_negative(x, g) ? -1 : 1;
-            for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-                y[STQ1_0_FIRST(g) + STQ1_0_LANE * lane] = d * (float) (sign * tq1_25_lanes[lane][slot]);
-            }
+static void dequantize_tq1_25_block(const block_tq1_25 * x, float * y) { dequantize_block(x->qs, x->sign, x->d, TQ1_25_GROUPS, y); }
+
+static void dequantize_tq1_25_64_block(const block_tq1_25_64 * x, float * y) {
+    dequantize_block(x->qs, x->sign, x->d, TQ1_25_64_GROUPS, y);
+}
+
+static void dequantize_stq1_0_block(const block_stq1_0 * x, float * y) {
+    const float d = tq1_25_fp16_to_float(x->d);
+    for (int g = 0; g < STQ1_0_GROUPS; ++g) {
+        const int slot = stq1_0_slot(x->qs, g), sign = tq1_25_negative(x->sign, g) ? -1 : 1;
+        for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+            y[STQ1_0_FIRST(g) + STQ1_0_LANE * lane] = d * (float) (sign * tq1_25_lanes[lane][slot]);
         }
     }
 }
+
+// ---- validate ----
 
 // d is the scale of the first block; blocks are `size` bytes apart.
 static bool validate(const char * type, const uint16_t * d, size_t size, size_t nb) {
@@ -265,10 +248,6 @@ static bool validate(const char * type, const uint16_t * d, size_t size, size_t 
     }
     return true;
 }
-
-bool tq1_25_validate(const void * x, size_t nb) { return validate("tq1_25", &((const block_tq1_25 *) x)->d, sizeof(block_tq1_25), nb); }
-
-bool stq1_0_validate(const void * x, size_t nb) { return validate("stq1_0", &((const block_stq1_0 *) x)->d, sizeof(block_stq1_0), nb); }
 
 // ---- activations ----
 
@@ -289,28 +268,51 @@ void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n) {
     }
 }
 
-// ---- with the signatures of ggml's tables ----
+// ---- rows of blocks ----
 
-#define TABLES(type, QK)                                                                                                \
-    void quantize_row_##type##_ref(const float * x, void * y, int64_t n) {                                              \
-        assert(n % QK == 0);                                                                                            \
-        type##_quantize(x, (block_##type *) y, n, NULL);                                                                \
-    }                                                                                                                   \
-    void dequantize_row_##type(const void * x, float * y, int64_t n) {                                                  \
-        assert(n % QK == 0);                                                                                            \
-        type##_dequantize((const block_##type *) x, y, n);                                                              \
-    }                                                                                                                   \
-    size_t quantize_##type(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix) {        \
-        assert(n_per_row % QK == 0);                                                                                    \
-        const int64_t blocks = n_per_row / QK;                                                                          \
-        for (int64_t row = 0; row < nrows; ++row) {                                                                     \
-            type##_quantize_weighted(x + row * n_per_row, imatrix, (block_##type *) y + row * blocks, n_per_row, NULL); \
-        }                                                                                                               \
-        return (size_t) (nrows * blocks) * sizeof(block_##type);                                                        \
+#define CODEC(name, QK)                                                                                                                   \
+    enum tq1_25_status name##_quantize_weighted(const float * x, const float * w, block_##name * y, int64_t n, int64_t * bad) {           \
+        enum tq1_25_status first = TQ1_25_OK;                                                                                             \
+        for (int64_t i = 0; i < n / QK; ++i) {                                                                                            \
+            const enum tq1_25_status status = quantize_##name##_block(x + i * QK, w ? w + i * QK : NULL, y + i);                          \
+            if (status != TQ1_25_OK && first == TQ1_25_OK) {                                                                              \
+                first = status;                                                                                                           \
+                if (bad) {                                                                                                                \
+                    *bad = i;                                                                                                             \
+                }                                                                                                                         \
+            }                                                                                                                             \
+        }                                                                                                                                 \
+        return first;                                                                                                                     \
+    }                                                                                                                                     \
+    enum tq1_25_status name##_quantize(const float * x, block_##name * y, int64_t n, int64_t * bad) {                                     \
+        return name##_quantize_weighted(x, NULL, y, n, bad);                                                                              \
+    }                                                                                                                                     \
+    void name##_dequantize(const block_##name * x, float * y, int64_t n) {                                                                \
+        for (int64_t i = 0; i < n / QK; ++i) {                                                                                            \
+            dequantize_##name##_block(x + i, y + i * QK);                                                                                 \
+        }                                                                                                                                 \
+    }                                                                                                                                     \
+    bool name##_validate(const void * x, size_t nb) { return validate(#name, &((const block_##name *) x)->d, sizeof(block_##name), nb); } \
+    void quantize_row_##name##_ref(const float * x, void * y, int64_t n) {                                                                \
+        assert(n % QK == 0);                                                                                                              \
+        name##_quantize(x, (block_##name *) y, n, NULL);                                                                                  \
+    }                                                                                                                                     \
+    void dequantize_row_##name(const void * x, float * y, int64_t n) {                                                                    \
+        assert(n % QK == 0);                                                                                                              \
+        name##_dequantize((const block_##name *) x, y, n);                                                                                \
+    }                                                                                                                                     \
+    size_t quantize_##name(const float * x, void * y, int64_t nrows, int64_t n_per_row, const float * imatrix) {                          \
+        assert(n_per_row % QK == 0);                                                                                                      \
+        const int64_t blocks = n_per_row / QK;                                                                                            \
+        for (int64_t row = 0; row < nrows; ++row) {                                                                                       \
+            name##_quantize_weighted(x + row * n_per_row, imatrix, (block_##name *) y + row * blocks, n_per_row, NULL);                   \
+        }                                                                                                                                 \
+        return (size_t) (nrows * blocks) * sizeof(block_##name);                                                                          \
     }
 
-TABLES(tq1_25, QK_TQ1_25)
-TABLES(stq1_0, QK_STQ1_0)
+CODEC(tq1_25, QK_TQ1_25)
+CODEC(tq1_25_64, QK_TQ1_25_64)
+CODEC(stq1_0, QK_STQ1_0)
 
 // ---- memory ----
 

@@ -10,10 +10,10 @@ void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const t
             int sum = 0;
             for (int g = 0; g < GROUPS; ++g) {
                 const int8_t * q = y->qs + TQ1_25_GROUP * g;
-                const int slot = tq1_25_slot(x, GROUPS * j + g);
+                const int slot = tq1_25_slot(x->qs, GROUPS * j + g);
                 const int of_group = tq1_25_lanes[0][slot] * q[0] + tq1_25_lanes[1][slot] * q[1] + tq1_25_lanes[2][slot] * q[2] +
                                      tq1_25_lanes[3][slot] * q[3];
-                sum += tq1_25_negative(x, GROUPS * j + g) ? -of_group : of_group;
+                sum += tq1_25_negative(x->sign, GROUPS * j + g) ? -of_group : of_group;
             }
             of_block += tq1_25_fp16_to_float(y->d) * (float) sum;
         }
@@ -31,9 +31,9 @@ void stq1_0_vec_dot_scalar(int64_t n, float * s, const block_stq1_0 * x, const t
             const int group = j / 2 * STQ1_0_LANE, lane = j % 2 * 2;
             int sum = 0;
             for (int g = 0; g < STQ1_0_LANE; ++g) {
-                const int slot = stq1_0_slot(x, group + g);
+                const int slot = stq1_0_slot(x->qs, group + g);
                 const int of_group = tq1_25_lanes[lane][slot] * y->qs[g] + tq1_25_lanes[lane + 1][slot] * y->qs[STQ1_0_LANE + g];
-                sum += stq1_0_negative(x, group + g) ? -of_group : of_group;
+                sum += tq1_25_negative(x->sign, group + g) ? -of_group : of_group;
             }
             of_block += tq1_25_fp16_to_float(y->d) * (float) sum;
         }

@@ -1,0 +1,10 @@
+"""TQ1_25_64 blocks: 64 weights of a 3:4 sparse ternary row in 12 bytes, for rows that are not a multiple of 128 (docs/format.md).
+
+A block is 8 bytes of 4-bit slots, 2 bytes of signs and an fp16 scale, in TQ1_25's order. A TQ1_25 block is two of these with one scale.
+"""
+
+from __future__ import annotations
+
+from .blocks import BlockType
+
+TYPE = BlockType("TQ1_25_64", type_id=126, file_type=126, size=64, weights=(64,), nibbles=(2, 2, 4))
