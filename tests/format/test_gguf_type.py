@@ -7,12 +7,12 @@ import small_models
 import torch
 import transformers
 
-from sherry_gguf import gguf_type, stq1_0, tq1_25
+from sherry_gguf import gguf_type, stq1_0, tq1_25, tq1_25_64
 from sherry_gguf.errors import QuantizeError
 
 gguf = gguf_type.register()
 TYPE = gguf.GGMLQuantizationType.TQ1_25
-KINDS = pytest.mark.parametrize("kind, number", [(tq1_25.TYPE, 125), (stq1_0.TYPE, 43)])
+KINDS = pytest.mark.parametrize("kind, number", [(tq1_25.TYPE, 125), (tq1_25_64.TYPE, 126), (stq1_0.TYPE, 43)])
 
 
 @KINDS

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from sherry_gguf import blocks, kernels, stq1_0, ternary, tq1_25
+from sherry_gguf import blocks, gguf_type, kernels, stq1_0, ternary, tq1_25
 from sherry_gguf.errors import QuantizeError
 
 TYPE = stq1_0.TYPE
@@ -44,13 +44,13 @@ def test_sizes_and_ids():
     assert (tq1_25.TYPE.size, tq1_25.TYPE.bytes, tq1_25.TYPE.groups) == (128, 22, 32)
 
 
-@pytest.mark.parametrize("kind", [tq1_25.TYPE, TYPE])
+@pytest.mark.parametrize("kind", gguf_type.TYPES.values())
 def test_groups_are_a_permutation(kind):
     x = np.arange(3 * 2 * kind.size).reshape(3, -1)
     assert sorted(kind.to_groups(x)[1]) == sorted(x[1]) and (kind.from_groups(kind.to_groups(x)) == x).all()
 
 
-@pytest.mark.parametrize("kind", [tq1_25.TYPE, TYPE])
+@pytest.mark.parametrize("kind", gguf_type.TYPES.values())
 def test_nothing_is_packed_to_nothing(kind):
     for shape in (0,), (0, 2 * kind.size), (3, 0):
         packed = kind.quantize(np.zeros(shape, np.float32))
