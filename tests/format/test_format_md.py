@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from vectors import BLOCKS, DOTS
+from vectors import ALL_BLOCKS, ALL_DOTS, VECTORS
 
 from sherry_gguf import blocks, gguf_type, kernels, ternary, tq1_25
 
@@ -56,7 +56,7 @@ class Codec:
             int(table["`general.file_type`, `llama_ftype`, `ggml_ftype`"]),
         )
         self.weights, self.bytes, self.bits = int(table["weights a block"]), int(table["bytes a block"]), float(table["bits a weight"])
-        section = found(rf"An? {name} block has \d+ groups(.*?)\n\n[AD]")[0]
+        section = found(rf"An? {name} block has {self.weights // 4} groups(.*?)\n\n[AD]")[0]
         self.fields = {r[2].strip("`"): (int(r[0]), int(r[1]), r[3]) for r in map(cells, section.splitlines()) if r[0].isdigit()}
         byte, low = found(r"in byte ([^,]*), the low nibble if (.*?), else", self.fields["qs"][2])
         self.byte, self.low = formula(byte), formula(low.replace("g is even", "g % 2 == 0"))
@@ -64,20 +64,21 @@ class Codec:
         self.sign_bit, self.sign_byte = formula(bit), formula(byte)
         self.place = formula(found(rf"\* ([^\n]*?) of an? {name} block")[0])
         self.groups = self.weights // 4
+        self.kept = int(found(rf"Divide the sum by [^.]*?(\d+) in {name}\b")[0])
+        self.q8_0 = int(found(rf"Q8_0 blocks per weight block \([^)]*?(\d+) in {name}\b")[0])
 
     def encode(self, x: np.ndarray) -> bytes:
-        block, total, kept = bytearray(self.bytes), 0.0, 0
+        block, total = bytearray(self.bytes), 0.0
         for g in range(self.groups):
             w = [float(x[self.place(g=g, k=k)]) for k in range(4)]
             zero = min(range(4), key=lambda k: (abs(w[k]), k))
             total = sum((abs(w[k]) for k in range(4) if k != zero), total)
-            kept += 3
             lanes = tuple(0 if k == zero else -1 if w[k] < 0 else 1 for k in range(4))
             sign = lanes not in PATTERNS.values()
             slot = next(s for s, p in PATTERNS.items() if p == tuple(-v if sign else v for v in lanes))
             block[self.fields["qs"][0] + self.byte(g=g)] |= slot << (0 if self.low(g=g) else 4)
             block[self.fields["sign"][0] + self.sign_byte(g=g)] |= sign << self.sign_bit(g=g)
-        block[self.fields["d"][0] :] = struct.pack("<e", total / kept)
+        block[self.fields["d"][0] :] = struct.pack("<e", total / self.kept)
         return bytes(block)
 
     def decode(self, block: bytes) -> tuple[list[int], float]:
@@ -126,33 +127,43 @@ def test_the_pages_codec_gives_the_packages_bytes(name, seed):
         assert found_lanes == lanes.tolist() and np.float16(found_d).tobytes() == d.tobytes()
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_the_pages_codec_gives_the_golden_vectors(name):
-    x, block, lanes, d = BLOCKS[name]
-    assert CODECS["TQ1_25"].encode(x) == block.tobytes() and CODECS["TQ1_25"].decode(block.tobytes()) == (lanes, d)
+@pytest.mark.parametrize("kind, name", ALL_BLOCKS)
+def test_the_pages_codec_gives_the_golden_vectors(kind, name):
+    x, block, lanes, d = VECTORS[kind].blocks[name]
+    assert CODECS[kind].encode(x) == block.tobytes() and CODECS[kind].decode(block.tobytes()) == (lanes, d)
 
 
-@pytest.mark.parametrize("i", range(len(DOTS)))
-def test_the_pages_dot_product_gives_the_golden_vectors(i):
-    row, activations, q8_0, result = DOTS[i]
-    total = 0.0
-    for b in range(len(row) // 22):
-        lanes, d_w = CODECS["TQ1_25"].decode(row[22 * b : 22 * b + 22].tobytes())
+@pytest.mark.parametrize("kind, i", ALL_DOTS)
+def test_the_pages_dot_product_gives_the_golden_vectors(kind, i):
+    row, activations, q8_0, result = VECTORS[kind].dots[i]
+    codec, total = CODECS[kind], 0.0
+    for b in range(len(row) // codec.bytes):
+        lanes, d_w = codec.decode(row[codec.bytes * b :][: codec.bytes].tobytes())
         of_block = 0.0
-        for j in range(4):
-            x = activations[128 * b + 32 * j :][:32]  # float32, and so is what follows
+        for j in range(codec.q8_0):
+            x = activations[codec.weights * b + 32 * j :][:32]  # float32, and so is what follows
             d = np.abs(x).max() / np.float32(127)
             products = x * (np.float32(1) / d if d else np.float32(0))
             q = [int(np.clip(np.copysign(np.floor(abs(p) + 0.5), p), -127, 127)) for p in products.astype(np.float64)]
-            assert (float(np.float16(d)), q) == q8_0[4 * b + j]
+            assert (float(np.float16(d)), q) == q8_0[codec.q8_0 * b + j]
             of_block += float(np.float16(d)) * sum(lane * v for lane, v in zip(lanes[32 * j :], q))
         total += d_w * of_block
     assert total == pytest.approx(result, rel=1e-12)
 
 
+def test_a_block_is_two_blocks_of_64():
+    text = r"the first has bytes 0 to (\d+) of its `qs` and bytes 0 and (\d+) of its `sign`, the second has the rest\."
+    qs, sign = (int(n) + 1 for n in found(text))
+    block = CODECS["TQ1_25"].encode(X)
+    first, second = (
+        CODECS["TQ1_25_64"].decode(b + block[20:]) for b in (block[:qs] + block[16 : 16 + sign], block[qs:16] + block[16 + sign : 20])
+    )
+    assert (first[0] + second[0], first[1]) == CODECS["TQ1_25"].decode(block)
+
+
 def test_example_blocks():
     assert X.size == 128
-    for name, x in ("TQ1_25", X), ("STQ1_0", np.tile(X, 2)):
+    for name, x in ("TQ1_25", X), ("TQ1_25_64", X[:64]), ("STQ1_0", np.tile(X, 2)):
         block = bytes.fromhex(fenced(name.lower()))
         assert CODECS[name].encode(x) == block == gguf_type.TYPES[name].quantize(x).tobytes()
     lanes, d = CODECS["TQ1_25"].decode(bytes.fromhex(fenced("tq1_25")))
