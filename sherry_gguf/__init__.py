@@ -4,8 +4,9 @@
     tensors = sherry_gguf.read_gguf("model-TQ1_25.gguf").tensors  # name to Stored
 
 Arrays:
-    TQ1_25, STQ1_0          block types in NumPy, the reference: quantize, dequantize, is_exact, pack, unpack, vec_dot
-    quantize, dequantize    the same by the C kernels, for the `kind` TQ1_25 (default) or STQ1_0
+    TQ1_25, TQ1_25_64, STQ1_0
+                            block types in NumPy, the reference: quantize, dequantize, is_exact, pack, unpack, vec_dot
+    quantize, dequantize    the same by the C kernels, for the `kind` TQ1_25 (default), TQ1_25_64 or STQ1_0
 
 Models:
     read_gguf               a GGUF, or all files of a split: a Gguf of metadata and Stored tensors
@@ -14,7 +15,7 @@ Models:
     inspect.inspect         describe a GGUF
     retag.retag             renumber the type of an old STQ1_0 file
     transcode.transcode     ternary tensors to another type
-    gguf_type.register      teach the `gguf` package both types
+    gguf_type.register      teach the `gguf` package the types
 
 Errors:
     ConvertError            a file cannot be written, read or verified
@@ -37,12 +38,13 @@ if TYPE_CHECKING:
     from .kernels import dequantize, quantize
     from .stq1_0 import TYPE as STQ1_0
     from .tq1_25 import TYPE as TQ1_25
+    from .tq1_25_64 import TYPE as TQ1_25_64
 
     __version__: str
 
 __all__ = [
-    "STQ1_0", "TQ1_25", "ConvertError", "Gguf", "NotBuilt", "Options", "QuantizeError", "Stored", "__version__", "convert", "dequantize",
-    "gguf_type", "inspect", "kernels", "llama_cpp", "quantize", "read_gguf", "retag", "transcode", "verify",
+    "STQ1_0", "TQ1_25", "TQ1_25_64", "ConvertError", "Gguf", "NotBuilt", "Options", "QuantizeError", "Stored", "__version__", "convert",
+    "dequantize", "gguf_type", "inspect", "kernels", "llama_cpp", "quantize", "read_gguf", "retag", "transcode", "verify",
 ]  # fmt: skip
 
 _MODULE_OF = {"Options": "convert", "ConvertError": "errors", "NotBuilt": "errors", "QuantizeError": "errors", "Gguf": "gguf_file",
@@ -54,7 +56,7 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         value: Any = version("sherry-gguf")
-    elif name in ("TQ1_25", "STQ1_0"):
+    elif name in ("TQ1_25", "TQ1_25_64", "STQ1_0"):
         value = importlib.import_module(f".{name.lower()}", __name__).TYPE
     elif name in _MODULE_OF:
         value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)

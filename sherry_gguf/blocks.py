@@ -1,7 +1,7 @@
 """Block types of 3:4 sparse ternary weights: bytes to lanes and scales, and back. The NumPy reference for the C kernels.
 
-A block holds a 4-bit slot for each group, then a sign bit for each, then an fp16 scale. `tq1_25` and `stq1_0` differ in the length of a
-block, in the weights that form a group, and in the order of the nibbles (docs/format.md).
+A block holds a 4-bit slot for each group, then a sign bit for each, then an fp16 scale. The types differ in the length of a block;
+`stq1_0` also in the weights that form a group, and in the order of the nibbles (docs/format.md).
 """
 
 from __future__ import annotations

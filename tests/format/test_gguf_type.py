@@ -127,13 +127,15 @@ def test_the_pinned_package_agrees():
 from sherry_gguf import gguf_type, llama_cpp
 from sherry_gguf.convert.upstream import upstream
 upstream()
-import gguf, inspect
+import gguf, inspect, re
 assert str(llama_cpp.source_dir()) in gguf.__file__, gguf.__file__
 source = inspect.getsource(gguf.constants)
-assert "TQ1_25" in source, "the pinned constants.py lacks the type: is the tree patched?"
 assert gguf_type.register() is gguf
-t = gguf.GGMLQuantizationType.TQ1_25
-assert (t, gguf.LlamaFileType.MOSTLY_TQ1_25, gguf.GGML_QUANT_SIZES[t]) == (125, 125, (128, 22))
+for kind in gguf_type.TYPES.values():
+    assert re.search(rf"\\b{kind.name}\\b", source), f"the pinned constants.py lacks {kind.name}: is the tree patched?"
+    t = gguf.GGMLQuantizationType[kind.name]
+    assert (t, gguf.LlamaFileType[f"MOSTLY_{kind.name}"]) == (kind.type_id, kind.file_type)
+    assert gguf.GGML_QUANT_SIZES[t] == (kind.size, kind.bytes)
 """
     process = conftest.python(script)
     output, _ = process.communicate()

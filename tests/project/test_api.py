@@ -39,7 +39,7 @@ def test_the_version_is_pyprojects():
     assert f'\nversion = "{sherry_gguf.__version__}"\n' in (REPO / "pyproject.toml").read_text()
 
 
-@pytest.mark.parametrize("kind", [sherry_gguf.TQ1_25, sherry_gguf.STQ1_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", [sherry_gguf.TQ1_25, sherry_gguf.TQ1_25_64, sherry_gguf.STQ1_0], ids=lambda kind: kind.name)
 def test_kernels_and_reference_agree(kind):
     x = np.random.default_rng(0).standard_normal((3, 512), np.float32)
     packed = sherry_gguf.quantize(x, kind=kind)
