@@ -39,7 +39,7 @@ def available() -> list[str]:
 
 def available_repacked() -> list[str]:
     """The sets in `available()` that have kernels for repacked rows, best first; empty on a CPU with scalar kernels only."""
-    return [name for name in available() if _compiled()[name].gemv[0] != ffi.NULL]
+    return [name for name in available() if _compiled()[name].gemv != ffi.NULL]
 
 
 def available_panels() -> list[str]:
@@ -157,8 +157,7 @@ def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None, ki
         need = f"the row of {n} weights needs uint8 ({_q8_0_bytes(n)},)"
         raise ValueError(f"Q8_0 activations are {q8_0.dtype} {q8_0.shape}, {need}")
     out = ffi.new("float *")
-    kernel = entry.vec_dot if kind is tq1_25.TYPE else entry.vec_dot_stq1_0
-    kernel(n, out, _blocks(b_row, f"block_{kind.name.lower()}"), _blocks(q8_0, "tq1_25_q8_0"))
+    entry.vec_dot[_kind(kind)](n, out, _blocks(b_row, "uint8_t"), _blocks(q8_0, "tq1_25_q8_0"))
     return float(out[0])
 
 
@@ -177,7 +176,7 @@ def vec_dot(b_row: np.ndarray, y: np.ndarray, isa: str | None = None, kind: Bloc
 
 
 def _kind(kind: BlockType) -> int:
-    return lib.KIND_TQ1_25 if kind is tq1_25.TYPE else lib.KIND_STQ1_0
+    return getattr(lib, f"KIND_{kind.name}")
 
 
 def order(y: np.ndarray) -> np.ndarray:
@@ -210,7 +209,7 @@ class _Product:
 
     def __init__(self, repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None, pieces: int, kind: BlockType):
         entry = _entry(isa)
-        if entry.gemv[0] == ffi.NULL:
+        if entry.gemv == ffi.NULL:
             raise _lacking(entry, "kernels for repacked rows", available_repacked())
         repacked, q8_0 = np.asarray(repacked), np.asarray(q8_0)
         rows, n, pieces = operator.index(rows), operator.index(n), operator.index(pieces)  # NumPy's integers overflow
@@ -271,9 +270,9 @@ def mul_tables(
     size = lib.tq1_25_table_size(p.isa, p.n)
     tables = _aligned(p.columns * size).reshape(p.columns, size)
     to_tables = _pointers("void *", tables)
-    for begin, end in p.ranges(p.n // tq1_25.BLOCK):
+    for begin, end in p.ranges(p.n // lib.TQ1_25_QK8_0):
         for c in range(p.columns):
-            lib.tq1_25_make_table(p.isa, p.n, begin * tq1_25.BLOCK, end * tq1_25.BLOCK, p.y[c], to_tables[c])
+            lib.tq1_25_make_table(p.isa, p.n, begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, p.y[c], to_tables[c])
     for begin, end in p.tiles():
         lib.tq1_25_mul_tables(p.isa, p.kind, p.rows, p.n, p.x, begin, end, p.columns, p.y, to_tables, p.s)
     return p.out

@@ -32,9 +32,26 @@
 #endif
 
 enum {
-    PARTS = QK_TQ1_25 / TQ1_25_QK8_0,    // Q8_0 blocks per 128 weights
-    GROUPS = TQ1_25_QK8_0 / TQ1_25_GROUP, // groups per Q8_0 block
+    PARTS = QK_TQ1_25 / TQ1_25_QK8_0,         // Q8_0 blocks per block of TQ1_25
+    PARTS_64 = QK_TQ1_25_64 / TQ1_25_QK8_0,   // the same for TQ1_25_64
+    PARTS_STQ1_0 = QK_STQ1_0 / TQ1_25_QK8_0,  // the same for STQ1_0
+    GROUPS = TQ1_25_QK8_0 / TQ1_25_GROUP,     // groups per Q8_0 block
 };
+
+// The last 64 weights of a row of TQ1_25_64, completed by zeros: vec_dot takes its blocks in pairs.
+typedef struct {
+    block_tq1_25_64 x[2];
+    tq1_25_q8_0 y[2 * PARTS_64];
+} last_64;
+
+static inline last_64 get_last_64(int64_t n, const void * x, const tq1_25_q8_0 * y) {
+    last_64 last = { 0 };
+    last.x[0] = ((const block_tq1_25_64 *) x)[n / QK_TQ1_25_64 - 1];
+    for (int j = 0; j < PARTS_64; ++j) {
+        last.y[j] = y[n / TQ1_25_QK8_0 - PARTS_64 + j];
+    }
+    return last;
+}
 
 // Converts exactly, with operations that any compiler has.
 static inline float tq1_25_fp16_to_float(uint16_t h) {
@@ -64,16 +81,22 @@ INLINE void prefetch_part(const tq1_25_part * x, int part, const uint16_t * d) {
     }
 }
 
-// PRODUCT(nc) with a constant in place of nc, since kernels are unrolled over columns.
-#define CONSTANT_COLUMNS(nc, PRODUCT)     \
-    switch (nc) {                         \
-        case 1:  PRODUCT(1); break;       \
-        case 2:  PRODUCT(2); break;       \
-        case 3:  PRODUCT(3); break;       \
-        case 4:  PRODUCT(4); break;       \
-        case 5:  PRODUCT(5); break;       \
-        default: PRODUCT(TQ1_25_COLUMNS); \
+// PRODUCT(parts, nc) with constants, since kernels are unrolled over columns.
+#define BY_COLUMNS(parts, nc, PRODUCT)           \
+    switch (nc) {                                \
+        case 1:  PRODUCT(parts, 1); break;       \
+        case 2:  PRODUCT(parts, 2); break;       \
+        case 3:  PRODUCT(parts, 3); break;       \
+        case 4:  PRODUCT(parts, 4); break;       \
+        case 5:  PRODUCT(parts, 5); break;       \
+        default: PRODUCT(parts, TQ1_25_COLUMNS); \
+    }
+#define CONSTANTS(parts, nc, PRODUCT)     \
+    if ((parts) == PARTS_64) {            \
+        BY_COLUMNS(PARTS_64, nc, PRODUCT) \
+    } else {                              \
+        BY_COLUMNS(PARTS, nc, PRODUCT)    \
     }
 
-// Converts a tile's scales and puts them into the order of the rows.
-void tq1_25_decode_scales(const uint16_t * d, tq1_25_decoded * w);
+// Converts a unit's scales and puts them into the order of the rows.
+void tq1_25_decode_scales(const uint16_t * d, float * to);

@@ -11,11 +11,10 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define VEC_DOT(isa) tq1_25_vec_dot_##isa, stq1_0_vec_dot_##isa
+#define VEC_DOT(isa) { tq1_25_vec_dot_##isa, stq1_0_vec_dot_##isa, tq1_25_64_vec_dot_##isa } // by enum tq1_25_kind
 #define LOOKUP(isa, tables, codes, size, tiles)                                                                     \
     .max_tables = tables, .max_codes = codes, .table_size = size, .code_tiles = tiles, .table = tq1_25_table_##isa, \
-    .gemv = { tq1_25_gemv_##isa, stq1_0_gemv_##isa }, .expand = tq1_25_expand_##isa, .lookup = tq1_25_lookup_##isa, \
-    .store = tq1_25_store_##isa
+    .gemv = tq1_25_gemv_##isa, .expand = tq1_25_expand_##isa, .lookup = tq1_25_lookup_##isa, .store = tq1_25_store_##isa
 #define LOOKUP_AVX2(tables, codes) LOOKUP(avx2, tables, codes, TQ1_25_TABLE_AVX2, 1)
 #define LOOKUP_AVX512(tables, codes) LOOKUP(avx512, tables, codes, TQ1_25_TABLE, 2)
 #define LOOKUP_NEON(tables, codes) LOOKUP(neon, tables, codes, TQ1_25_TABLE, 1)
@@ -41,7 +40,7 @@ const struct tq1_25_isa tq1_25_isas[] = {
 #    endif
     { "neon",       VEC_DOT(neon),       NULL,                  LOOKUP_NEON(1, INT_MAX) },
 #endif
-    { .name = "scalar", .vec_dot = tq1_25_vec_dot_scalar, .vec_dot_stq1_0 = stq1_0_vec_dot_scalar },
+    { "scalar",     VEC_DOT(scalar),     NULL },
     { .name = NULL },
 };
 // clang-format on
@@ -93,20 +92,16 @@ const struct tq1_25_isa * tq1_25_best_isa(void) {
     return isa;
 }
 
-void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc) {
-    assert(n % QK_TQ1_25 == 0 && nrc == 1);
-    (void) bs;
-    (void) bx;
-    (void) by;
-    (void) nrc; // bs, bx and by are the strides to a second row
-    tq1_25_best_isa()->vec_dot(n, s, (const block_tq1_25 *) x, (const tq1_25_q8_0 *) y);
-}
+#define GGML_VEC_DOT(TYPE, name)                                                                                                  \
+    void ggml_vec_dot_##name##_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc) { \
+        assert(n % QK_##TYPE == 0 && nrc == 1);                                                                                   \
+        (void) bs;                                                                                                                \
+        (void) bx;                                                                                                                \
+        (void) by;                                                                                                                \
+        (void) nrc; /* bs, bx and by are the strides to a second row */                                                           \
+        tq1_25_best_isa()->vec_dot[KIND_##TYPE](n, s, x, (const tq1_25_q8_0 *) y);                                                \
+    }
 
-void ggml_vec_dot_stq1_0_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc) {
-    assert(n % QK_STQ1_0 == 0 && nrc == 1);
-    (void) bs;
-    (void) bx;
-    (void) by;
-    (void) nrc;
-    tq1_25_best_isa()->vec_dot_stq1_0(n, s, (const block_stq1_0 *) x, (const tq1_25_q8_0 *) y);
-}
+GGML_VEC_DOT(TQ1_25, tq1_25)
+GGML_VEC_DOT(TQ1_25_64, tq1_25_64)
+GGML_VEC_DOT(STQ1_0, stq1_0)

@@ -16,29 +16,32 @@ extern "C" {
 
 // Function types, by which arch/*/kernels.h declares kernels.
 
-// *s = sum over blocks i of d_w[i] * sum over j of d_y[4i+j] * (integer sum of 32 products), for rows of n weights
-typedef void tq1_25_vec_dot_t(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y);
-typedef void stq1_0_vec_dot_t(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y);
-// Makes the tables of nb times 128 activations and stores their scales, one per Q8_0 block. Strides are in bytes and floats.
-typedef void tq1_25_table_t(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride);
-// s[64]: the dot products of a row of tiles, of one kind and n weights per row, with a vector's consecutive tables and scales.
-typedef void tq1_25_gemv_t(int64_t n, float * s, const void * x, const int8_t * table, const float * d);
-// Spreads code_tiles tiles to codes.
-typedef void tq1_25_expand_t(const tq1_25_rows x[2], tq1_25_codes * codes);
-// Adds to sums[nc][64 * code_tiles] the products of these codes with 128 activations of nc columns, in an order of the kernel's own.
-typedef void tq1_25_lookup_t(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
+// *s = sum over blocks i of d_w[i] * sum over the block's Q8_0 blocks j of d_y[j] * (integer sum of 32 products), for rows of n weights
+typedef void tq1_25_vec_dot_t(int64_t n, float * s, const void * x, const tq1_25_q8_0 * y);
+// Makes the consecutive tables of nq Q8_0 blocks and stores their scales.
+typedef void tq1_25_table_t(int64_t nq, const tq1_25_q8_0 * y, int8_t * table, float * d);
+
+// Kernels of repacked rows serve every type. `parts` tells how often the weights' scale changes: the number of Q8_0 blocks that meet a
+// tile (gemv: 2, 4 or 8) or a unit (the others: 2 or 4).
+
+// s[64]: the dot products of a row of tiles, n weights per row, with a vector's consecutive tables and scales.
+typedef void tq1_25_gemv_t(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d);
+// Spreads code_tiles units to codes.
+typedef void tq1_25_expand_t(int parts, const tq1_25_unit x[2], tq1_25_codes * codes);
+// Adds to sums[nc][64 * code_tiles] the products of these codes with the tables of nc columns, in an order of the kernel's own.
+typedef void tq1_25_lookup_t(int parts, const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
 // Moves, or adds, 64 of those sums to s in the order of the rows.
 typedef void tq1_25_store_t(float * s, const float * sums, bool add);
-typedef void tq1_25_decode_t(tq1_25_rows x, tq1_25_decoded * w);
-// s[64 * c + r]: the dot products of 64 rows, nb decoded tiles, with the nc columns of a panel. s is aligned to 64 bytes.
-typedef void tq1_25_gemm_t(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel);
+// Decodes a unit to TQ1_25_DECODED(parts) bytes.
+typedef void tq1_25_decode_t(int parts, tq1_25_unit x, uint8_t * w);
+// s[64 * c + r]: the dot products of 64 rows, `units` decoded units, with the nc columns of a panel. s is aligned to 64 bytes.
+typedef void tq1_25_gemm_t(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel);
 // Does this CPU have the instruction set?
 typedef int tq1_25_has_t(void);
 
 struct tq1_25_isa {
     const char * name;
-    tq1_25_vec_dot_t * vec_dot;
-    stq1_0_vec_dot_t * vec_dot_stq1_0;
+    tq1_25_vec_dot_t * vec_dot[TQ1_25_KINDS];
     tq1_25_has_t * supported; // NULL: by every CPU
 
     // "scalar" has no kernels for repacked rows: the rest is 0, and weights stay as they are in the file.
@@ -47,9 +50,9 @@ struct tq1_25_isa {
     // with panels, and max_tables on ARM, are estimated from instruction counts (docs/kernels.md, scripts/bench/count_arm.py).
     int max_tables, max_codes;
 
-    int64_t table_size; // bytes per 128 activations
+    int64_t table_size; // bytes per Q8_0 block
     tq1_25_table_t * table;
-    tq1_25_gemv_t * gemv[TQ1_25_KINDS];
+    tq1_25_gemv_t * gemv;
 
     int code_tiles; // 1 or 2 at a time
     tq1_25_expand_t * expand;
@@ -68,11 +71,11 @@ extern const struct tq1_25_isa tq1_25_isas[];
 const struct tq1_25_isa * tq1_25_best_isa(void);
 
 // Every build has these.
-tq1_25_vec_dot_t tq1_25_vec_dot_scalar;
-stq1_0_vec_dot_t stq1_0_vec_dot_scalar;
+tq1_25_vec_dot_t tq1_25_vec_dot_scalar, tq1_25_64_vec_dot_scalar, stq1_0_vec_dot_scalar;
 
 // The best set's dot products of one row (nrc = 1), with the signature of ggml's table.
 void ggml_vec_dot_tq1_25_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
+void ggml_vec_dot_tq1_25_64_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 void ggml_vec_dot_stq1_0_q8_0(int n, float * s, size_t bs, const void * x, size_t bx, const void * y, size_t by, int nrc);
 
 #ifdef __cplusplus

@@ -1,4 +1,4 @@
-// Repacks TQ1_25 and STQ1_0, prepares activations, and multiplies many rows by many columns with an instruction set's kernels.
+// Repacks rows, prepares activations, and multiplies many rows by many columns with an instruction set's kernels.
 
 #include "repack.h"
 
@@ -30,22 +30,22 @@ typedef uint8x16_t bytes;
 typedef struct {
     int64_t weights;    // in a block
     size_t block, tile; // bytes
-    int halves;         // of 128 weights, in a block
+    int parts, units;   // parts in a unit, units in a tile
 } sizes;
 
 static inline sizes sizes_of(enum tq1_25_kind kind) {
     static const sizes of_kinds[TQ1_25_KINDS] = {
-        { QK_TQ1_25, sizeof(block_tq1_25), sizeof(tq1_25_tile), 1 },
-        { QK_STQ1_0, sizeof(block_stq1_0), sizeof(stq1_0_tile), 2 },
+        { QK_TQ1_25, sizeof(block_tq1_25), sizeof(tq1_25_tile), PARTS, 1 },
+        { QK_STQ1_0, sizeof(block_stq1_0), sizeof(stq1_0_tile), PARTS_STQ1_0 / 2, 2 },
+        { QK_TQ1_25_64, sizeof(block_tq1_25_64), sizeof(tq1_25_64_tile), PARTS_64, 1 },
     };
     return of_kinds[kind];
 }
 
-// 128 weights of each row of a tile.
-static inline tq1_25_rows half_of(sizes of, const void * tile, int64_t half) {
+static inline tq1_25_unit unit_of(sizes of, const void * tile, int64_t i) {
     const tq1_25_part * part = (const tq1_25_part *) tile;
-    const tq1_25_rows rows = { part + PARTS * half, (const uint16_t *) (part + PARTS * of.halves) };
-    return rows;
+    const tq1_25_unit unit = { part + of.parts * i, (const uint16_t *) (part + of.parts * of.units) };
+    return unit;
 }
 
 // Hardware does not prefetch this far ahead. Addresses past the end of the matrix do no harm.
@@ -57,28 +57,18 @@ static inline void prefetch(const void * x, size_t size) {
 
 // Writes a block into a row of a tile.
 static void put_row(enum tq1_25_kind kind, const void * x, void * y, int row) {
-    tq1_25_part * part = (tq1_25_part *) y;
     const sizes of = sizes_of(kind);
-    uint16_t * d = (uint16_t *) (part + PARTS * of.halves) + TQ1_25_PLACE(row);
-    if (kind == KIND_TQ1_25) {
-        const block_tq1_25 * block = (const block_tq1_25 *) x;
-        for (int j = 0; j < PARTS; ++j) {
-            for (int k = 0; k < 4; ++k) {
-                part[j].qs[k][row] = block->qs[4 * j + k];
-            }
-            part[j].sign[row] = block->sign[j];
-        }
-        *d = block->d;
-        return;
-    }
-    const block_stq1_0 * block = (const block_stq1_0 *) x;
-    for (int j = 0; j < 2 * PARTS; ++j) {
+    const int parts = of.parts * of.units;
+    const uint8_t *qs = (const uint8_t *) x, *sign = qs + GROUPS / 2 * parts, *d = sign + parts;
+    tq1_25_part * part = (tq1_25_part *) y;
+    for (int j = 0; j < parts; ++j) {
         for (int k = 0; k < 4; ++k) {
-            part[j].qs[k][row] = (uint8_t) (stq1_0_slot(block->qs, 8 * j + k) | stq1_0_slot(block->qs, 8 * j + 4 + k) << 4);
+            part[j].qs[k][row] =
+                kind != KIND_STQ1_0 ? qs[4 * j + k] : (uint8_t) (stq1_0_slot(qs, 8 * j + k) | stq1_0_slot(qs, 8 * j + 4 + k) << 4);
         }
-        part[j].sign[row] = block->sign[j];
+        part[j].sign[row] = sign[j];
     }
-    *d = block->d;
+    memcpy((uint16_t *) (part + parts) + TQ1_25_PLACE(row), d, sizeof(uint16_t));
 }
 
 #ifdef LOAD
@@ -101,6 +91,20 @@ static inline void transpose(bytes a[16]) {
 static inline void load_transposed(const char * x, size_t stride, bytes a[16]) {
     for (int r = 0; r < 16; ++r) {
         a[r] = LOAD(x + stride * (size_t) r);
+    }
+    transpose(a);
+}
+
+// The same with whole blocks of twelve bytes.
+static inline void load_twelve(const char * x, size_t stride, bytes a[16]) {
+    for (int r = 0; r < 16; ++r, x += stride) {
+        uint32_t end;
+        memcpy(&end, x + 8, sizeof(end));
+#    ifdef SSE2
+        a[r] = _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) x), _mm_cvtsi32_si128((int) end));
+#    else
+        a[r] = vcombine_u8(vld1_u8((const uint8_t *) x), vcreate_u8(end));
+#    endif
     }
     transpose(a);
 }
@@ -143,27 +147,34 @@ static inline void put_scales(bytes eight, uint16_t * even, uint16_t * odd) {
 static inline void put_sixteen(enum tq1_25_kind kind, const char * x, size_t stride, void * y, int row) {
 #ifdef LOAD
     const sizes of = sizes_of(kind);
+    const int parts = of.parts * of.units;
     tq1_25_part * part = (tq1_25_part *) y;
-    uint16_t * d = (uint16_t *) (part + PARTS * of.halves);
+    uint16_t * d = (uint16_t *) (part + parts);
     bytes a[16];
-    for (int h = 0; h < of.halves; ++h) {
-        load_transposed(x + 16 * h, stride, a);
-        for (int j = 0; j < PARTS; ++j) {
-            const bytes * b = a + 4 * j;
-            for (int k = 0; k < 4; ++k) {
-                const bytes slots = kind == KIND_TQ1_25 ? b[k]
-                                    : k % 2             ? high_nibbles(b[k / 2], b[2 + k / 2])
-                                                        : low_nibbles(b[k / 2], b[2 + k / 2]);
-                STORE(part[PARTS * h + j].qs[k] + row, slots);
-            }
+    for (int j = 0; j < parts; ++j) {
+        if (kind == KIND_TQ1_25_64 && j == 0) {
+            load_twelve(x, stride, a);
+        } else if (kind != KIND_TQ1_25_64 && j % 4 == 0) {
+            load_transposed(x + 4 * j, stride, a);
+        }
+        const bytes * b = a + j % 4 * 4;
+        for (int k = 0; k < 4; ++k) {
+            const bytes slots = kind != KIND_STQ1_0 ? b[k]
+                                : k % 2             ? high_nibbles(b[k / 2], b[2 + k / 2])
+                                                    : low_nibbles(b[k / 2], b[2 + k / 2]);
+            STORE(part[j].qs[k] + row, slots);
         }
     }
-    load_transposed(x + of.block - 16, stride, a); // the end: sign and d
-    for (int j = 0; j < PARTS * of.halves; ++j) {
-        STORE(part[j].sign + row, a[14 - PARTS * of.halves + j]);
+    const bytes * end = a + 10; // d, after the signs
+    if (kind != KIND_TQ1_25_64) {
+        load_transposed(x + of.block - 16, stride, a);
+        end = a + 14;
     }
-    put_scales(ZIP_LOWER(a[14], a[15]), d + TQ1_25_PLACE(row), d + TQ1_25_PLACE(row + 1));
-    put_scales(ZIP_UPPER(a[14], a[15]), d + TQ1_25_PLACE(row + 8), d + TQ1_25_PLACE(row + 9));
+    for (int j = 0; j < parts; ++j) {
+        STORE(part[j].sign + row, end[j - parts]);
+    }
+    put_scales(ZIP_LOWER(end[0], end[1]), d + TQ1_25_PLACE(row), d + TQ1_25_PLACE(row + 1));
+    put_scales(ZIP_UPPER(end[0], end[1]), d + TQ1_25_PLACE(row + 8), d + TQ1_25_PLACE(row + 9));
 #else
     for (int r = 0; r < 16; ++r) {
         put_row(kind, x + stride * (size_t) r, y, row + r);
@@ -193,13 +204,13 @@ void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * 
     for (; rows >= TQ1_25_TILE; rows -= TQ1_25_TILE, from += of.tile * (size_t) nb) {
         for (int64_t i = 0; i < nb; ++i, to += of.tile) {
             prefetch(from + of.tile * (size_t) (nb + i), of.tile); // the same part of the next 64 rows
-            stq1_0_tile tile; // of either type
+            stq1_0_tile tile; // of any type
             for (int row = 0; row < TQ1_25_TILE; row += 16) {
                 const char * sixteen = from + of.block * (size_t) (nb * row + i);
-                if (kind == KIND_TQ1_25) { // constant kinds
-                    put_sixteen(KIND_TQ1_25, sixteen, of.block * (size_t) nb, &tile, row);
-                } else {
-                    put_sixteen(KIND_STQ1_0, sixteen, of.block * (size_t) nb, &tile, row);
+                switch (kind) { // constant kinds
+                    case KIND_STQ1_0:    put_sixteen(KIND_STQ1_0, sixteen, of.block * (size_t) nb, &tile, row); break;
+                    case KIND_TQ1_25_64: put_sixteen(KIND_TQ1_25_64, sixteen, of.block * (size_t) nb, &tile, row); break;
+                    default:             put_sixteen(KIND_TQ1_25, sixteen, of.block * (size_t) nb, &tile, row);
                 }
             }
             put_tile(&tile, to, of.tile);
@@ -243,19 +254,18 @@ void stq1_0_order(const float * x, float * y, int64_t n) {
 // ---- tables ----
 
 int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n) {
-    const int64_t size = n / QK_TQ1_25 * (isa->table_size + PARTS * (int64_t) sizeof(float));
+    const int64_t size = n / TQ1_25_QK8_0 * (isa->table_size + (int64_t) sizeof(float));
     return (size + 63) / 64 * 64;
 }
 
 // The scales follow the tables.
 static float * scales(const struct tq1_25_isa * isa, int64_t n, void * table) {
-    return (float *) ((int8_t *) table + n / QK_TQ1_25 * isa->table_size);
+    return (float *) ((int8_t *) table + n / TQ1_25_QK8_0 * isa->table_size);
 }
 
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table) {
-    const int64_t from = begin / QK_TQ1_25, nb = end / QK_TQ1_25 - from;
-    isa->table(nb, y + PARTS * from, (int8_t *) table + from * isa->table_size, isa->table_size, scales(isa, n, table) + PARTS * from,
-               PARTS);
+    const int64_t from = begin / TQ1_25_QK8_0, nq = end / TQ1_25_QK8_0 - from;
+    isa->table(nq, y + from, (int8_t *) table + from * isa->table_size, scales(isa, n, table) + from);
 }
 
 // Block i of the leftover rows as a tile whose other rows are zero.
@@ -271,6 +281,7 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
                        int64_t end, int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s) {
     const sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights, whole = rows / TQ1_25_TILE, left = rows % TQ1_25_TILE;
+    const int parts = of.parts * of.units;
     for (int64_t t = begin; t < end; ++t) {
         const char * tiles = (const char *) x + of.tile * (size_t) (t * nb);
         for (int c = 0; c < nc; ++c) {
@@ -278,17 +289,17 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
             const int8_t * table = (const int8_t *) tables[c];
             const float * d = scales(isa, n, tables[c]);
             if (t < whole) {
-                isa->gemv[kind](n, to, tiles, table, d);
-            } else if (kind == KIND_TQ1_25) {
+                isa->gemv(parts, n, to, tiles, table, d);
+            } else if (kind != KIND_STQ1_0) {
                 for (int64_t r = 0; r < left; ++r) {
-                    isa->vec_dot(n, to + r, (const block_tq1_25 *) tiles + r * nb, y[c]);
+                    isa->vec_dot[kind](n, to + r, tiles + of.block * (size_t) (r * nb), y[c]);
                 }
             } else { // STQ1_0's plain dot product needs activations in their original order
                 float sums[TQ1_25_TILE];
                 stq1_0_tile tile;
                 for (int64_t i = 0; i < nb; ++i) {
                     leftover_tile(kind, left, nb, tiles, i, &tile);
-                    isa->gemv[kind](of.weights, sums, &tile, table + of.halves * i * isa->table_size, d + of.halves * PARTS * i);
+                    isa->gemv(parts, of.weights, sums, &tile, table + parts * i * isa->table_size, d + parts * i);
                     for (int64_t r = 0; r < left; ++r) {
                         to[r] = sums[r] + (i > 0 ? to[r] : 0.0f);
                     }
@@ -303,13 +314,16 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
                       int64_t end, int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch) {
     const sizes of = sizes_of(kind);
-    const int64_t nb = n / of.weights, halves = nb * of.halves; // in a row
-    const int64_t whole = rows / TQ1_25_TILE, size = isa->table_size, tiles = isa->code_tiles;
-    const int64_t depth = TQ1_25_CODE_PAIRS / nc / of.halves * of.halves; // units of 128 weights at a time
-    for (int64_t i = 0; i < halves; i += depth) {
-        const int64_t blocks = halves - i < depth ? halves - i : depth;
-        for (int c = 0; c < nc; ++c) {
-            isa->table(blocks, y[c] + PARTS * i, scratch->tables + c * size, nc * size, scratch->d + PARTS * c, PARTS * nc);
+    const int64_t nb = n / of.weights, units = nb * of.units; // in a row
+    const int64_t whole = rows / TQ1_25_TILE, size = isa->table_size * of.parts, tiles = isa->code_tiles;
+    const int64_t depth = TQ1_25_CODE_TABLES / of.parts / nc / of.units * of.units; // units at a time
+    for (int64_t i = 0; i < units; i += depth) {
+        const int64_t deep = units - i < depth ? units - i : depth;
+        for (int64_t k = 0; k < deep; ++k) {
+            for (int c = 0; c < nc; ++c) {
+                isa->table(of.parts, y[c] + of.parts * (i + k), scratch->tables + (k * nc + c) * size,
+                           scratch->d + (k * nc + c) * of.parts);
+            }
         }
         for (int64_t t = begin; t < end; t += tiles) {
             const int64_t count = end - t < tiles ? end - t : tiles;
@@ -319,24 +333,24 @@ void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int6
                     PREFETCH(s[c] + r); // else the stores wait for these lines; to L2, since L1 is for tables
                 }
             }
-            for (int64_t k = 0; k < blocks; ++k) {
-                const int64_t block = (i + k) / of.halves, half = (i + k) % of.halves;
-                tq1_25_rows rows_of[2];
+            for (int64_t k = 0; k < deep; ++k) {
+                const int64_t block = (i + k) / of.units, unit = (i + k) % of.units;
+                tq1_25_unit units_of[2];
                 for (int64_t u = 0; u < tiles; ++u) { // the first one twice if there is no second
                     const int64_t row = u < count ? t + u : t;
                     const char * tile = (const char *) x + of.tile * (size_t) (row * nb);
                     if (row < whole) {
-                        rows_of[u] = half_of(of, tile + of.tile * (size_t) block, half);
-                        prefetch((const char *) rows_of[u].part + of.tile * (size_t) (tiles * nb), of.tile / (size_t) of.halves);
+                        units_of[u] = unit_of(of, tile + of.tile * (size_t) block, unit);
+                        prefetch((const char *) units_of[u].part + of.tile * (size_t) (tiles * nb), of.tile / (size_t) of.units);
                     } else {
-                        if (half == 0) {
+                        if (unit == 0) {
                             leftover_tile(kind, rows % TQ1_25_TILE, nb, tile, block, &scratch->tile);
                         }
-                        rows_of[u] = half_of(of, &scratch->tile, half);
+                        units_of[u] = unit_of(of, &scratch->tile, unit);
                     }
                 }
-                isa->expand(rows_of, &scratch->codes);
-                isa->lookup(&scratch->codes, nc, scratch->tables + k * nc * size, scratch->d + PARTS * k * nc, scratch->sums);
+                isa->expand(of.parts, units_of, &scratch->codes);
+                isa->lookup(of.parts, &scratch->codes, nc, scratch->tables + k * nc * size, scratch->d + k * nc * of.parts, scratch->sums);
             }
             for (int c = 0; c < nc; ++c) {
                 for (int64_t u = 0; u < count; ++u) {
@@ -399,9 +413,9 @@ void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * c
     }
 }
 
-void tq1_25_decode_scales(const uint16_t * d, tq1_25_decoded * w) {
+void tq1_25_decode_scales(const uint16_t * d, float * to) {
     for (int place = 0; place < TQ1_25_TILE; ++place) {
-        w->d[TQ1_25_ROW(place)] = tq1_25_fp16_to_float(d[place]);
+        to[TQ1_25_ROW(place)] = tq1_25_fp16_to_float(d[place]);
     }
 }
 
@@ -409,33 +423,35 @@ void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
                        int64_t end, int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s,
                        struct tq1_25_panel_scratch * scratch) {
     const sizes of = sizes_of(kind);
-    const int64_t nb = n / of.weights, halves = nb * of.halves, whole = rows / TQ1_25_TILE;
+    const int64_t nb = n / of.weights, units = nb * of.units, whole = rows / TQ1_25_TILE;
+    const int64_t most = TQ1_25_DEPTH / of.parts; // units at a time
     for (int64_t t = begin; t < end; ++t) {
         const char * tiles = (const char *) x + of.tile * (size_t) (t * nb);
         const int left = t < whole ? TQ1_25_TILE : (int) (rows % TQ1_25_TILE);
-        for (int64_t i = 0; i < halves; i += TQ1_25_DEPTH) {
-            const int64_t depth = halves - i < TQ1_25_DEPTH ? halves - i : TQ1_25_DEPTH;
+        for (int64_t i = 0; i < units; i += most) {
+            const int64_t depth = units - i < most ? units - i : most;
             for (int64_t k = 0; k < depth; ++k) {
-                const int64_t block = (i + k) / of.halves, half = (i + k) % of.halves;
+                const int64_t block = (i + k) / of.units, unit = (i + k) % of.units;
                 const void * tile = tiles + of.tile * (size_t) block;
                 if (left < TQ1_25_TILE) {
-                    if (half == 0) {
+                    if (unit == 0) {
                         leftover_tile(kind, left, nb, tiles, block, &scratch->tile);
                     }
                     tile = &scratch->tile;
                 }
-                isa->decode(half_of(of, tile, half), scratch->decoded + k);
+                isa->decode(of.parts, unit_of(of, tile, unit), scratch->decoded + TQ1_25_DECODED(of.parts) * k);
             }
             for (int64_t p = first; p < last; ++p) {
                 const int64_t c = tq1_25_first_column(nc, p);
                 const int columns = (int) (tq1_25_first_column(nc, p + 1) - c);
-                const int8_t * panel = (const int8_t *) panels + tq1_25_panel_size(n, c) + tq1_25_panel_size(i * QK_TQ1_25, columns);
+                const int8_t * panel =
+                    (const int8_t *) panels + tq1_25_panel_size(n, c) + tq1_25_panel_size(i * of.parts * TQ1_25_QK8_0, columns);
                 for (int k = 0; k < columns; ++k) {
                     for (int r = 0; r < left; r += 16) {
                         PREFETCH_WRITE(s[c + k] + t * TQ1_25_TILE + r); // else the stores wait for these lines
                     }
                 }
-                isa->gemm(depth, columns, scratch->sums[0], scratch->decoded, panel);
+                isa->gemm(of.parts, depth, columns, scratch->sums[0], scratch->decoded, panel);
                 for (int k = 0; k < columns; ++k) {
                     float * to = s[c + k] + t * TQ1_25_TILE;
                     for (int r = 0; r < left; ++r) {

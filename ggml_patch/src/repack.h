@@ -19,7 +19,7 @@ void stq1_0_order(const float * x, float * y, int64_t n);
 
 // ---- tables ----
 
-// Makes the tables, tq1_25_table_size bytes aligned to 64, of activations begin .. end - 1, multiples of 128.
+// Makes the tables, tq1_25_table_size bytes aligned to 64, of activations begin .. end - 1, multiples of 32.
 int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n);
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table);
 
@@ -30,7 +30,7 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
 // ---- codes ----
 
 #define TQ1_25_CODE_COLUMNS 16 // vectors at a time
-#define TQ1_25_CODE_PAIRS 128  // pairs of a vector and a block whose tables exist at a time: 256 KB of the L2 cache
+#define TQ1_25_CODE_TABLES 512 // Q8_0 blocks, of all vectors, whose tables exist at a time: 256 KB of the L2 cache
 
 // Columns are spread over groups of at most TQ1_25_CODE_COLUMNS, evenly and in pairs: the least number of groups, and a group's first
 // column.
@@ -42,12 +42,12 @@ static inline int64_t tq1_25_first_of_group(int64_t nc, int64_t groups, int64_t 
 
 // One per thread, aligned to 64 bytes.
 struct tq1_25_code_scratch {
-    int8_t tables[TQ1_25_CODE_PAIRS * TQ1_25_TABLE];
-    float d[TQ1_25_CODE_PAIRS * (QK_TQ1_25 / TQ1_25_QK8_0)];
+    int8_t tables[TQ1_25_CODE_TABLES * TQ1_25_TABLE];
+    float d[TQ1_25_CODE_TABLES];
     float sums[TQ1_25_CODE_COLUMNS * 2 * TQ1_25_TILE];
     float rows[TQ1_25_TILE];
     tq1_25_codes codes;
-    stq1_0_tile tile; // the leftover rows, of either type
+    stq1_0_tile tile; // the leftover rows, of any type
 };
 
 // s[c][row] for columns c < nc, 0 < nc <= TQ1_25_CODE_COLUMNS, from their activations y[c].
@@ -70,13 +70,13 @@ static inline int64_t tq1_25_first_column(int64_t nc, int64_t panel) {
 int64_t tq1_25_panel_size(int64_t n, int64_t nc);
 void tq1_25_make_panel(int64_t begin, int64_t end, int nc, const tq1_25_q8_0 * const * y, void * panel);
 
-#define TQ1_25_DEPTH 16 // blocks of a row that are decoded at once, for all columns: 132 KB
-TQ1_25_ASSERT(TQ1_25_DEPTH % 2 == 0, "both halves of an STQ1_0 block are decoded from one tile");
+#define TQ1_25_DEPTH 64 // parts of a row that are decoded at once, for all columns: 132 or 136 KB
+TQ1_25_ASSERT(TQ1_25_DEPTH % (QK_STQ1_0 / TQ1_25_QK8_0) == 0, "both units of an STQ1_0 tile are decoded from it");
 
 // One per thread, aligned to 64 bytes.
 struct tq1_25_panel_scratch {
-    tq1_25_decoded decoded[TQ1_25_DEPTH];
-    stq1_0_tile tile; // the leftover rows, of either type
+    uint8_t decoded[TQ1_25_DEPTH / 2 * TQ1_25_DECODED(2)]; // the scales take most room if units have two parts
+    stq1_0_tile tile; // the leftover rows, of any type
     float sums[TQ1_25_COLUMNS][TQ1_25_TILE];
 };
 

@@ -32,27 +32,35 @@ typedef struct {
 } stq1_0_tile;
 TQ1_25_ASSERT(sizeof(stq1_0_tile) == TQ1_25_TILE * sizeof(block_stq1_0), "stq1_0_tile has padding");
 
+// 12 cache lines.
+typedef struct {
+    tq1_25_part part[QK_TQ1_25_64 / TQ1_25_QK8_0];
+    uint16_t d[TQ1_25_TILE];
+} tq1_25_64_tile;
+TQ1_25_ASSERT(sizeof(tq1_25_64_tile) == TQ1_25_TILE * sizeof(block_tq1_25_64), "tq1_25_64_tile has padding");
+
 // The order of the scales is the order in which lookups produce sums. With a row's bits written kk h mm o, its place is h o kk mm.
 #define TQ1_25_ROW(place) (((place) >> 2 & 3) << 4 | ((place) >> 5) << 3 | ((place) & 3) << 1 | ((place) >> 4 & 1))
 #define TQ1_25_PLACE(row) (((row) >> 3 & 1) << 5 | ((row) & 1) << 4 | (row) >> 4 << 2 | ((row) >> 1 & 3)) // its inverse
 
-enum tq1_25_kind { KIND_TQ1_25 = 0, KIND_STQ1_0 = 1, TQ1_25_KINDS = 2 };
+enum tq1_25_kind { KIND_TQ1_25 = 0, KIND_STQ1_0 = 1, KIND_TQ1_25_64 = 2, TQ1_25_KINDS = 3 };
 
-// 128 weights of each of 64 rows, in the order of the groups: a tile of TQ1_25 or half a tile of STQ1_0.
+// A unit is what the kernels for several vectors work on at a time: weights of each of 64 rows, in the order of the groups, that share a
+// scale. It is a tile of TQ1_25 (four parts), half a tile of STQ1_0 (four) or a tile of TQ1_25_64 (two).
 typedef struct {
-    const tq1_25_part * part; // QK_TQ1_25 / TQ1_25_QK8_0 of them
+    const tq1_25_part * part;
     const uint16_t * d;
-} tq1_25_rows;
+} tq1_25_unit;
 
 // Tables, for one vector. With four given activations, a group has one of 32 sums, one per code. They are tabulated once per vector, and
 // each row looks up its share. AVX-512 and NEON index by code, sign << 4 | slot; AVX-512 has 32 int16 per group. NEON and AVX2 split a
 // sum t into bytes, t = TQ1_25_SPLIT * high + low. With |t| <= 3 * 128 both parts are at most 14, so that a byte holds the sum of the
 // eight groups that share a scale. AVX2 has 16 high parts per group by slot, then 16 low ones.
 #define TQ1_25_SPLIT 28
-#define TQ1_25_TABLE_AVX2 (TQ1_25_GROUPS * 32) // bytes per 128 activations
-#define TQ1_25_TABLE (TQ1_25_GROUPS * 64)      // the same for AVX-512 and NEON; the largest of all
+#define TQ1_25_TABLE_AVX2 (TQ1_25_QK8_0 / TQ1_25_GROUP * 32) // bytes per Q8_0 block
+#define TQ1_25_TABLE (TQ1_25_QK8_0 / TQ1_25_GROUP * 64)      // the same for AVX-512 and NEON; the largest of all
 
-// Codes, for several vectors: the codes of one or two tiles, spread to bytes once for all vectors, which then look up the same tables.
+// Codes, for several vectors: the codes of one or two units, spread to bytes once for all vectors, which then look up the same tables.
 typedef union {
     struct { // AVX-512
         uint8_t code[TQ1_25_GROUPS][2][TQ1_25_TILE]; // [group][tile][row]: sign << 4 | slot; the upper three bits are arbitrary
@@ -71,11 +79,10 @@ typedef union {
     } neon;
 } tq1_25_codes;
 
-// Panels, for many vectors: one block of each of 64 rows as weights plus one, since the multiplications want them unsigned.
-typedef struct {
-    uint8_t w[TQ1_25_TILE / 16][TQ1_25_GROUPS][16][TQ1_25_GROUP]; // [sixteen rows][group][row][lane]
-    float d[TQ1_25_TILE];
-} tq1_25_decoded;
+// Panels, for many vectors: a unit as weights plus one, since the multiplications want them unsigned, uint8 [sixteen rows][group][row][lane],
+// then its 64 scales, float. These are the sizes in bytes, by the number of parts.
+#define TQ1_25_DECODED_SIXTEEN(parts) (16 * TQ1_25_QK8_0 * (parts))
+#define TQ1_25_DECODED(parts) (TQ1_25_TILE / 16 * TQ1_25_DECODED_SIXTEEN(parts) + TQ1_25_TILE * (int) sizeof(float))
 
 // Columns in a panel, the activations of up to six vectors. Each 32 of them are eight groups by nc columns by four int8; then nc int32,
 // minus the sum of the column's 32, which takes the one off each weight again; then nc float, the scales.

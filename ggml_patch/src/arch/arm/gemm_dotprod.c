@@ -26,12 +26,13 @@ DOTPROD INLINE int32x4_t dot(int32x4_t sum, int8x16_t w, int32x4_t y, int lane) 
 }
 
 // Eight rows from row `at` on by all columns of a panel: sums over a Q8_0 block and over a block of weights fill 24 registers.
-DOTPROD INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded * w, int at, const int8_t * panel) {
-    for (int64_t i = 0; i < nb; ++i, ++w) {
+DOTPROD INLINE void eight_rows(int parts, int64_t units, int nc, float * s, const uint8_t * w, int at, const int8_t * panel) {
+    for (int64_t i = 0; i < units; ++i, w += TQ1_25_DECODED(parts)) {
         float32x4_t block[TQ1_25_COLUMNS][2];
         UNROLL for (int c = 0; c < nc; ++c) { block[c][0] = block[c][1] = vdupq_n_f32(0.0f); }
-        const int8_t * rows = (const int8_t *) w->w[at / 16][0][at % 16];
-        for (int j = 0; j < PARTS; ++j) {
+        const int8_t * rows = (const int8_t *) w + at / 16 * TQ1_25_DECODED_SIXTEEN(parts) + TQ1_25_GROUP * (at % 16);
+        const float * scales = (const float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)) + at;
+        for (int j = 0; j < parts; ++j) {
             int32x4_t sum[TQ1_25_COLUMNS][2];
             UNROLL for (int c = 0; c < nc; ++c) {
                 sum[c][0] = sum[c][1] = vld1q_dup_s32((const int32_t *) (panel + 4 * (GROUPS * nc + c)));
@@ -57,24 +58,25 @@ DOTPROD INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decod
             float * to = s + TQ1_25_TILE * c + at;
             UNROLL for (int k = 0; k < 2; ++k) {
                 const float32x4_t t = i == 0 ? vdupq_n_f32(0.0f) : vld1q_f32(to + 4 * k);
-                vst1q_f32(to + 4 * k, vfmaq_f32(t, block[c][k], vld1q_f32(w->d + at + 4 * k)));
+                vst1q_f32(to + 4 * k, vfmaq_f32(t, block[c][k], vld1q_f32(scales + 4 * k)));
             }
         }
     }
 }
 
-DOTPROD void tq1_25_gemm_dotprod(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
+DOTPROD void tq1_25_gemm_dotprod(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
     for (int at = 0; at < TQ1_25_TILE; at += 8) {
-#define PRODUCT(nc) eight_rows(nb, nc, s, w, at, panel)
-        CONSTANT_COLUMNS(nc, PRODUCT)
+#define PRODUCT(parts, nc) eight_rows(parts, units, nc, s, w, at, panel)
+        CONSTANTS(parts, nc, PRODUCT)
     }
 }
 
-void tq1_25_decode_dotprod(tq1_25_rows x, tq1_25_decoded * w) {
+void tq1_25_decode_dotprod(int parts, tq1_25_unit x, uint8_t * w) {
     int8x16x2_t of_lane[TQ1_25_GROUP];
     UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) { of_lane[lane] = lane_of_codes(lane, 1); }
     for (int at = 0; at < TQ1_25_TILE; at += 16) {
-        for (int j = 0; j < PARTS; ++j) {
+        int8_t * of_rows = (int8_t *) w + at / 16 * TQ1_25_DECODED_SIXTEEN(parts);
+        for (int j = 0; j < parts; ++j) {
             const tq1_25_part * part = x.part + j;
             const uint8x16_t signs = vld1q_u8(part->sign + at);
             UNROLL for (int g = 0; g < 4; ++g) {
@@ -83,13 +85,13 @@ void tq1_25_decode_dotprod(tq1_25_rows x, tq1_25_decoded * w) {
                 UNROLL for (int h = 0; h < 2; ++h) {
                     int8x16_t weights[4];
                     sixteen_rows(of_lane, code[h], weights);
-                    int8_t * to = (int8_t *) w->w[at / 16][GROUPS * j + 4 * h + g][0];
+                    int8_t * to = of_rows + 64 * (GROUPS * j + 4 * h + g);
                     UNROLL for (int k = 0; k < 4; ++k) { vst1q_s8(to + 16 * k, weights[k]); }
                 }
             }
         }
     }
-    put_scales(x.d, w->d);
+    put_scales(x.d, (float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)));
 }
 
 #endif

@@ -35,15 +35,16 @@ I8MM INLINE int32x4_t of_two(const int8_t * panel, int nc, int c) {
 enum { PAIRS = TQ1_25_COLUMNS / 2 };
 
 // Eight rows from row `at` on by all columns of a panel.
-I8MM INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded * w, int at, const int8_t * panel) {
+I8MM INLINE void eight_rows(int parts, int64_t units, int nc, float * s, const uint8_t * w, int at, const int8_t * panel) {
     const int pairs = (nc + 1) / 2;
-    for (int64_t i = 0; i < nb; ++i, ++w) {
+    for (int64_t i = 0; i < units; ++i, w += TQ1_25_DECODED(parts)) {
         float32x4_t block[PAIRS][4];
         UNROLL for (int c = 0; c < pairs; ++c) {
             UNROLL for (int r = 0; r < 4; ++r) { block[c][r] = vdupq_n_f32(0.0f); }
         }
-        const int8_t * rows = (const int8_t *) w->w[at / 16][0][0] + 8 * (at % 16);
-        for (int j = 0; j < PARTS; ++j) {
+        const int8_t * rows = (const int8_t *) w + at / 16 * TQ1_25_DECODED_SIXTEEN(parts) + 2 * TQ1_25_GROUP * (at % 16);
+        const float * scales = (const float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)) + at;
+        for (int j = 0; j < parts; ++j) {
             int32x4_t sum[PAIRS][4];
             UNROLL for (int c = 0; c < pairs; ++c) {
                 sum[c][0] = sum[c][1] = sum[c][2] = sum[c][3] = of_two(panel + 4 * GROUPS * nc, nc, 2 * c);
@@ -66,7 +67,7 @@ I8MM INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded 
             panel += 4 * (GROUPS + 2) * nc;
         }
         UNROLL for (int r = 0; r < 2; ++r) {
-            const float32x4_t d = vld1q_f32(w->d + at + 4 * r);
+            const float32x4_t d = vld1q_f32(scales + 4 * r);
             UNROLL for (int c = 0; c < nc; ++c) {
                 const float32x4_t rows01 = block[c / 2][2 * r], rows23 = block[c / 2][2 * r + 1];
                 const float32x4_t of_column = c % 2 ? vuzp2q_f32(rows01, rows23) : vuzp1q_f32(rows01, rows23);
@@ -77,18 +78,19 @@ I8MM INLINE void eight_rows(int64_t nb, int nc, float * s, const tq1_25_decoded 
     }
 }
 
-I8MM void tq1_25_gemm_i8mm(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
+I8MM void tq1_25_gemm_i8mm(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
     for (int at = 0; at < TQ1_25_TILE; at += 8) {
-#define PRODUCT(nc) eight_rows(nb, nc, s, w, at, panel)
-        CONSTANT_COLUMNS(nc, PRODUCT)
+#define PRODUCT(parts, nc) eight_rows(parts, units, nc, s, w, at, panel)
+        CONSTANTS(parts, nc, PRODUCT)
     }
 }
 
-void tq1_25_decode_i8mm(tq1_25_rows x, tq1_25_decoded * w) {
+void tq1_25_decode_i8mm(int parts, tq1_25_unit x, uint8_t * w) {
     int8x16x2_t of_lane[TQ1_25_GROUP];
     UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) { of_lane[lane] = lane_of_codes(lane, 1); }
     for (int at = 0; at < TQ1_25_TILE; at += 16) {
-        for (int j = 0; j < PARTS; ++j) {
+        int32_t * of_rows = (int32_t *) (w + at / 16 * TQ1_25_DECODED_SIXTEEN(parts));
+        for (int j = 0; j < parts; ++j) {
             const tq1_25_part * part = x.part + j;
             const uint8x16_t signs = vld1q_u8(part->sign + at);
             UNROLL for (int g = 0; g < 4; g += 2) {
@@ -99,7 +101,7 @@ void tq1_25_decode_i8mm(tq1_25_rows x, tq1_25_decoded * w) {
                     int8x16_t a[4], b[4];
                     sixteen_rows(of_lane, even[h], a);
                     sixteen_rows(of_lane, odd[h], b);
-                    int32_t * to = (int32_t *) w->w[at / 16][GROUPS * j + 4 * h + g][0];
+                    int32_t * to = of_rows + 16 * (GROUPS * j + 4 * h + g);
                     UNROLL for (int k = 0; k < 4; ++k) {
                         const int32x4_t of_even = vreinterpretq_s32_s8(a[k]), of_odd = vreinterpretq_s32_s8(b[k]);
                         vst1q_s32(to + 8 * k, vzip1q_s32(of_even, of_odd));
@@ -109,7 +111,7 @@ void tq1_25_decode_i8mm(tq1_25_rows x, tq1_25_decoded * w) {
             }
         }
     }
-    put_scales(x.d, w->d);
+    put_scales(x.d, (float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)));
 }
 
 #endif

@@ -14,10 +14,10 @@
 
 tq1_25_has_t tq1_25_has_dotprod, tq1_25_has_i8mm;
 
-tq1_25_vec_dot_t tq1_25_vec_dot_neon, tq1_25_vec_dot_dotprod;
-stq1_0_vec_dot_t stq1_0_vec_dot_neon, stq1_0_vec_dot_dotprod;
+tq1_25_vec_dot_t tq1_25_vec_dot_neon, tq1_25_64_vec_dot_neon, stq1_0_vec_dot_neon;
+tq1_25_vec_dot_t tq1_25_vec_dot_dotprod, tq1_25_64_vec_dot_dotprod, stq1_0_vec_dot_dotprod;
 tq1_25_table_t tq1_25_table_neon;
-tq1_25_gemv_t tq1_25_gemv_neon, stq1_0_gemv_neon;
+tq1_25_gemv_t tq1_25_gemv_neon;
 tq1_25_expand_t tq1_25_expand_neon;
 tq1_25_lookup_t tq1_25_lookup_neon;
 tq1_25_store_t tq1_25_store_neon;

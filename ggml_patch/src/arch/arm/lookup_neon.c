@@ -9,40 +9,37 @@
 enum { ENTRIES = 64 };
 #define GROUP_AT(u) ((u) / 2 + (u) % 2 * 4)
 
-TQ1_25_ASSERT(TQ1_25_GROUPS * ENTRIES == TQ1_25_TABLE, "the size of a table");
+TQ1_25_ASSERT(TQ1_25_QK8_0 / TQ1_25_GROUP * ENTRIES == TQ1_25_TABLE, "the size of a table");
 
 // ---- tables ----
 
-void tq1_25_table_neon(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride) {
+void tq1_25_table_neon(int64_t nq, const tq1_25_q8_0 * y, int8_t * table, float * d) {
     int8x16_t of_slot[TQ1_25_GROUP];
     UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
         of_slot[lane] = vld1q_s8(tq1_25_lanes[lane]);
         LOADED(of_slot[lane]);
     }
-    for (int64_t i = 0; i < nb; ++i, table += table_stride, d += d_stride) {
-        int8_t * to = table;
-        for (int j = 0; j < PARTS; ++j, ++y) {
-            d[j] = fp16(&y->d);
-            for (int u = 0; u < GROUPS; ++u, to += ENTRIES) {
-                const int8_t * q = y->qs + TQ1_25_GROUP * GROUP_AT(u);
-                int16x8_t t[2] = { vdupq_n_s16(0), vdupq_n_s16(0) };
-                UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-                    const int8x16_t of_lane = vld1q_dup_s8(q + lane);
-                    t[0] = vmlal_s8(t[0], vget_low_s8(of_slot[lane]), vget_low_s8(of_lane));
-                    t[1] = vmlal_high_s8(t[1], of_slot[lane], of_lane);
-                }
-                int8x8_t high[2], low[2];
-                UNROLL for (int k = 0; k < 2; ++k) {
-                    const int16x8_t part = vqrdmulhq_n_s16(t[k], (32768 + TQ1_25_SPLIT / 2) / TQ1_25_SPLIT);
-                    high[k] = vmovn_s16(part);
-                    low[k] = vmovn_s16(vmlsq_n_s16(t[k], part, TQ1_25_SPLIT));
-                }
-                const int8x16_t h = vcombine_s8(high[0], high[1]), l = vcombine_s8(low[0], low[1]);
-                vst1q_s8(to, h);
-                vst1q_s8(to + 16, vnegq_s8(h));
-                vst1q_s8(to + 32, l);
-                vst1q_s8(to + 48, vnegq_s8(l));
+    for (int64_t i = 0; i < nq; ++i, ++y) {
+        d[i] = fp16(&y->d);
+        for (int u = 0; u < GROUPS; ++u, table += ENTRIES) {
+            const int8_t * q = y->qs + TQ1_25_GROUP * GROUP_AT(u);
+            int16x8_t t[2] = { vdupq_n_s16(0), vdupq_n_s16(0) };
+            UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+                const int8x16_t of_lane = vld1q_dup_s8(q + lane);
+                t[0] = vmlal_s8(t[0], vget_low_s8(of_slot[lane]), vget_low_s8(of_lane));
+                t[1] = vmlal_high_s8(t[1], of_slot[lane], of_lane);
             }
+            int8x8_t high[2], low[2];
+            UNROLL for (int k = 0; k < 2; ++k) {
+                const int16x8_t part = vqrdmulhq_n_s16(t[k], (32768 + TQ1_25_SPLIT / 2) / TQ1_25_SPLIT);
+                high[k] = vmovn_s16(part);
+                low[k] = vmovn_s16(vmlsq_n_s16(t[k], part, TQ1_25_SPLIT));
+            }
+            const int8x16_t h = vcombine_s8(high[0], high[1]), l = vcombine_s8(low[0], low[1]);
+            vst1q_s8(table, h);
+            vst1q_s8(table + 16, vnegq_s8(h));
+            vst1q_s8(table + 32, l);
+            vst1q_s8(table + 48, vnegq_s8(l));
         }
     }
 }
@@ -111,15 +108,19 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
     }
 }
 
-void tq1_25_gemv_neon(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(PARTS, n, s, x, table, d); }
-
-void stq1_0_gemv_neon(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(2 * PARTS, n, s, x, table, d); }
+void tq1_25_gemv_neon(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    switch (parts) { // constants
+        case PARTS_64:     gemv(PARTS_64, n, s, x, table, d); break;
+        case PARTS_STQ1_0: gemv(PARTS_STQ1_0, n, s, x, table, d); break;
+        default:           gemv(PARTS, n, s, x, table, d);
+    }
+}
 
 // ---- several vectors ----
 
-void tq1_25_expand_neon(const tq1_25_rows x[2], tq1_25_codes * codes) {
+void tq1_25_expand_neon(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
     for (int at = 0; at < TQ1_25_TILE; at += 16) {
-        for (int j = 0; j < PARTS; ++j) {
+        for (int j = 0; j < parts; ++j) {
             const tq1_25_part * part = x[0].part + j;
             const uint8x16_t signs = vld1q_u8(part->sign + at);
             UNROLL for (int g = 0; g < 4; ++g) {
@@ -134,18 +135,18 @@ void tq1_25_expand_neon(const tq1_25_rows x[2], tq1_25_codes * codes) {
 }
 
 // 32 rows by nc columns.
-INLINE void columns(const tq1_25_codes * codes, int at, int nc, const int8_t * table, const float * d, float * sums) {
+INLINE void columns(int parts, int nc, const tq1_25_codes * codes, int at, const int8_t * table, const float * d, float * sums) {
     float32x4_t block[2][4 * AT_ONCE];
     UNROLL for (int c = 0; c < nc; ++c) {
         UNROLL for (int k = 0; k < 4 * AT_ONCE; ++k) { block[c][k] = vdupq_n_f32(0.0f); }
     }
-    for (int j = 0; j < PARTS; ++j) {
+    for (int j = 0; j < parts; ++j) {
         int8x16_t high[2][AT_ONCE], low[2][AT_ONCE];
         UNROLL for (int u = 0; u < GROUPS; ++u) {
             uint8x16_t code[AT_ONCE];
             UNROLL for (int r = 0; r < AT_ONCE; ++r) { code[r] = vld1q_u8(codes->neon.code[GROUPS * j + GROUP_AT(u)] + at + 16 * r); }
             UNROLL for (int c = 0; c < nc; ++c) {
-                const int8_t * entries = table + TQ1_25_TABLE * c + ENTRIES * (GROUPS * j + u);
+                const int8_t * entries = table + TQ1_25_TABLE * parts * c + ENTRIES * (GROUPS * j + u);
                 const int8x16x2_t h = vld1q_s8_x2(entries), l = vld1q_s8_x2(entries + 32);
                 UNROLL for (int r = 0; r < AT_ONCE; ++r) {
                     const int8x16_t of_high = vqtbl2q_s8(h, code[r]), of_low = vqtbl2q_s8(l, code[r]);
@@ -157,7 +158,7 @@ INLINE void columns(const tq1_25_codes * codes, int at, int nc, const int8_t * t
             }
         }
         UNROLL for (int c = 0; c < nc; ++c) {
-            UNROLL for (int r = 0; r < AT_ONCE; ++r) { flush(high[c][r], low[c][r], d[PARTS * c + j], block[c] + 4 * r); }
+            UNROLL for (int r = 0; r < AT_ONCE; ++r) { flush(high[c][r], low[c][r], d[parts * c + j], block[c] + 4 * r); }
         }
     }
     UNROLL for (int c = 0; c < nc; ++c) {
@@ -168,15 +169,23 @@ INLINE void columns(const tq1_25_codes * codes, int at, int nc, const int8_t * t
     }
 }
 
-void tq1_25_lookup_neon(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
+INLINE void lookup(int parts, const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
     for (int at = 0; at < TQ1_25_TILE; at += 16 * AT_ONCE) {
         int c = 0;
         for (; c + 1 < nc; c += 2) {
-            columns(codes, at, 2, table + TQ1_25_TABLE * c, d + PARTS * c, sums + TQ1_25_TILE * c);
+            columns(parts, 2, codes, at, table + TQ1_25_TABLE * parts * c, d + parts * c, sums + TQ1_25_TILE * c);
         }
         if (c < nc) {
-            columns(codes, at, 1, table + TQ1_25_TABLE * c, d + PARTS * c, sums + TQ1_25_TILE * c);
+            columns(parts, 1, codes, at, table + TQ1_25_TABLE * parts * c, d + parts * c, sums + TQ1_25_TILE * c);
         }
+    }
+}
+
+void tq1_25_lookup_neon(int parts, const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
+    if (parts == PARTS_64) { // constants
+        lookup(PARTS_64, codes, nc, table, d, sums);
+    } else {
+        lookup(PARTS, codes, nc, table, d, sums);
     }
 }
 

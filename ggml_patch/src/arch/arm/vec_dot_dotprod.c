@@ -1,4 +1,4 @@
-// Dot products of TQ1_25 and STQ1_0 for NEON with dotprod.
+// Dot products for NEON with dotprod.
 
 #include "kernels.h"
 

@@ -1,4 +1,4 @@
-// Dot products of TQ1_25 and STQ1_0 for NEON. vec_dot_dotprod.c includes this file to multiply with sdot instead.
+// Dot products for NEON. vec_dot_dotprod.c includes this file to multiply with sdot instead.
 
 #include "arm.h"
 
@@ -51,8 +51,8 @@ FOR INLINE uint8x16_t spread_signs(const uint8_t sign[4], uint8x16_t to) {
 }
 
 // The lookup yields weights by lane. The activations are deinterleaved to match, so that each dword collects the sums of one Q8_0 block
-// and four scales apply at once.
-FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
+// and four scales apply at once. With two scales, x is pairs of TQ1_25_64 blocks.
+FOR INLINE float vec_dot(bool two_scales, int64_t n, const void * x, const tq1_25_q8_0 * y) {
     static const uint8_t spread_to[16] = { 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3 };
     uint8x16_t spread = vld1q_u8(spread_to);
     uint8x16_t lower_bit = vreinterpretq_u8_u32(vdupq_n_u32(0x08040201)), upper_bit = vreinterpretq_u8_u32(vdupq_n_u32(0x80402010));
@@ -62,9 +62,16 @@ FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, cons
     int8x16x2_t of_lane[TQ1_25_GROUP];
     UNROLL for (int lane = 0; lane < TQ1_25_GROUP; ++lane) { of_lane[lane] = lane_of_codes(lane, 0); }
     float32x4_t total = vdupq_n_f32(0.0f);
-    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, y += PARTS) {
-        const uint8x16_t qs = vld1q_u8(x->qs);
-        const uint8x16_t signs = spread_signs(x->sign, spread);
+    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, y += PARTS) {
+        const block_tq1_25 * one = (const block_tq1_25 *) x + i;
+        const block_tq1_25_64 * two = (const block_tq1_25_64 *) x + 2 * i;
+        const uint8x16_t qs = two_scales ? vcombine_u8(vld1_u8(two[0].qs), vld1_u8(two[1].qs)) : vld1q_u8(one->qs);
+        uint8_t of_two[4];
+        if (two_scales) {
+            memcpy(of_two, two[0].sign, 2);
+            memcpy(of_two + 2, two[1].sign, 2);
+        }
+        const uint8x16_t signs = spread_signs(two_scales ? of_two : one->sign, spread);
         // byte 4k + i: group 8k + i, and 8k + 4 + i
         const uint8x16_t code[2] = { codes(vandq_u8(qs, vdupq_n_u8(15)), signs, lower_bit), codes(vshrq_n_u8(qs, 4), signs, upper_bit) };
         sums sum = no_sums();
@@ -77,13 +84,29 @@ FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const block_tq1_25 * x, cons
             sum = add(sum, vqtbl2q_s8(of_lane[2], code[h]), vuzp2q_s8(even01, even23));
             sum = add(sum, vqtbl2q_s8(of_lane[3], code[h]), vuzp2q_s8(odd01, odd23));
         }
-        total = vfmaq_f32(total, vcvtq_f32_s32(fours(sum)), vmulq_n_f32(four_scales(y), fp16(&x->d)));
+        const float32x4_t dy = four_scales(y);
+        const float32x4_t d = two_scales ? vmulq_f32(dy, vcombine_f32(vdup_n_f32(fp16(&two[0].d)), vdup_n_f32(fp16(&two[1].d))))
+                                         : vmulq_n_f32(dy, fp16(&one->d));
+        total = vfmaq_f32(total, vcvtq_f32_s32(fours(sum)), d);
     }
-    *s = vaddvq_f32(total);
+    return vaddvq_f32(total);
+}
+
+FOR void NAME(tq1_25_vec_dot)(int64_t n, float * s, const void * x, const tq1_25_q8_0 * y) { *s = vec_dot(false, n, x, y); }
+
+FOR APART float pairs(int64_t n, const void * x, const tq1_25_q8_0 * y) { return vec_dot(true, n, x, y); }
+
+FOR void NAME(tq1_25_64_vec_dot)(int64_t n, float * s, const void * x, const tq1_25_q8_0 * y) {
+    *s = pairs(n, x, y);
+    if (n % QK_TQ1_25) {
+        const last_64 last = get_last_64(n, x, y);
+        *s += pairs(QK_TQ1_25, last.x, last.y);
+    }
 }
 
 // A lane of a chunk's sixteen groups is sixteen consecutive weights. Two chunks at a time meet four Q8_0 blocks.
-FOR void NAME(stq1_0_vec_dot)(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
+FOR void NAME(stq1_0_vec_dot)(int64_t n, float * s, const void * blocks, const tq1_25_q8_0 * y) {
+    const block_stq1_0 * x = (const block_stq1_0 *) blocks;
     static const uint8_t spread_to[2][16] = { { 0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1 },
                                               { 2, 2, 2, 2, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3 } };
     uint8x16_t spread[2] = { vld1q_u8(spread_to[0]), vld1q_u8(spread_to[1]) };

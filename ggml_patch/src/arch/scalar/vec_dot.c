@@ -2,28 +2,36 @@
 
 #include "../../internal.h"
 
-void tq1_25_vec_dot_scalar(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
+// `parts` Q8_0 blocks share a scale of the weights.
+INLINE float vec_dot(int parts, int64_t n, const uint8_t * x, const tq1_25_q8_0 * y) {
     float total = 0.0f;
-    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x) {
+    for (int64_t i = 0; i < n / (TQ1_25_QK8_0 * parts); ++i) {
+        const uint8_t *qs = x, *sign = qs + GROUPS / 2 * parts, *d = sign + parts;
         float of_block = 0.0f;
-        for (int j = 0; j < PARTS; ++j, ++y) {
+        for (int j = 0; j < parts; ++j, ++y) {
             int sum = 0;
             for (int g = 0; g < GROUPS; ++g) {
                 const int8_t * q = y->qs + TQ1_25_GROUP * g;
-                const int slot = tq1_25_slot(x->qs, GROUPS * j + g);
+                const int slot = tq1_25_slot(qs, GROUPS * j + g);
                 const int of_group = tq1_25_lanes[0][slot] * q[0] + tq1_25_lanes[1][slot] * q[1] + tq1_25_lanes[2][slot] * q[2] +
                                      tq1_25_lanes[3][slot] * q[3];
-                sum += tq1_25_negative(x->sign, GROUPS * j + g) ? -of_group : of_group;
+                sum += tq1_25_negative(sign, GROUPS * j + g) ? -of_group : of_group;
             }
             of_block += tq1_25_fp16_to_float(y->d) * (float) sum;
         }
-        total += tq1_25_fp16_to_float(x->d) * of_block;
+        total += tq1_25_fp16_to_float(*(const uint16_t *) d) * of_block;
+        x = d + sizeof(uint16_t);
     }
-    *s = total;
+    return total;
 }
 
+void tq1_25_vec_dot_scalar(int64_t n, float * s, const void * x, const tq1_25_q8_0 * y) { *s = vec_dot(PARTS, n, x, y); }
+
+void tq1_25_64_vec_dot_scalar(int64_t n, float * s, const void * x, const tq1_25_q8_0 * y) { *s = vec_dot(PARTS_64, n, x, y); }
+
 // Each Q8_0 block meets two lanes of a chunk's sixteen groups, in the order of the weights.
-void stq1_0_vec_dot_scalar(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
+void stq1_0_vec_dot_scalar(int64_t n, float * s, const void * blocks, const tq1_25_q8_0 * y) {
+    const block_stq1_0 * x = (const block_stq1_0 *) blocks;
     float total = 0.0f;
     for (int64_t i = 0; i < n / QK_STQ1_0; ++i, ++x) {
         float of_block = 0.0f;

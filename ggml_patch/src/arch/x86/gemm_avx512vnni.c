@@ -9,11 +9,12 @@
 // 32 rows by nc columns, whose sums over a Q8_0 block and over a block of weights stay in registers: two loads of weights and six of
 // activations feed twelve products. 16 by 12 in as many registers loads more than it multiplies (0.9 of this rate); 32 by 12 with the
 // block sums in the L1 cache gave 0.8.
-TARGET(AVX512VNNI) INLINE void half_tile(int64_t nb, int nc, float * s, const tq1_25_decoded * w, int half, const int8_t * panel) {
-    for (int64_t i = 0; i < nb; ++i, ++w) {
+TARGET(AVX512VNNI) INLINE void half_tile(int parts, int64_t units, int nc, float * s, const uint8_t * w, int half, const int8_t * panel) {
+    for (int64_t i = 0; i < units; ++i, w += TQ1_25_DECODED(parts)) {
         __m512 block[TQ1_25_COLUMNS][2];
-        const uint8_t *rows0 = w->w[2 * half][0][0], *rows1 = w->w[2 * half + 1][0][0];
-        for (int j = 0; j < PARTS; ++j) {
+        const uint8_t *rows0 = w + 2 * half * TQ1_25_DECODED_SIXTEEN(parts), *rows1 = rows0 + TQ1_25_DECODED_SIXTEEN(parts);
+        const float * scales = (const float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)) + 32 * half;
+        for (int j = 0; j < parts; ++j) {
             __m512i sum[TQ1_25_COLUMNS][2];
             UNROLL for (int c = 0; c < nc; ++c) { sum[c][0] = sum[c][1] = BROADCAST(panel + 4 * (GROUPS * nc + c)); }
             UNROLL for (int g = 0; g < GROUPS; ++g, rows0 += 64, rows1 += 64) {
@@ -32,7 +33,7 @@ TARGET(AVX512VNNI) INLINE void half_tile(int64_t nb, int nc, float * s, const tq
             }
             panel += 4 * (GROUPS + 2) * nc;
         }
-        const __m512 d0 = _mm512_loadu_ps(w->d + 32 * half), d1 = _mm512_loadu_ps(w->d + 32 * half + 16);
+        const __m512 d0 = _mm512_loadu_ps(scales), d1 = _mm512_loadu_ps(scales + 16);
         UNROLL for (int c = 0; c < nc; ++c) {
             float * to = s + TQ1_25_TILE * c + 32 * half;
             const __m512 t0 = i == 0 ? _mm512_setzero_ps() : _mm512_load_ps(to);
@@ -43,16 +44,16 @@ TARGET(AVX512VNNI) INLINE void half_tile(int64_t nb, int nc, float * s, const tq
     }
 }
 
-TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
+TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
     for (int half = 0; half < 2; ++half) {
-#define PRODUCT(nc) half_tile(nb, nc, s, w, half, panel)
-        CONSTANT_COLUMNS(nc, PRODUCT)
+#define PRODUCT(parts, nc) half_tile(parts, units, nc, s, w, half, panel)
+        CONSTANTS(parts, nc, PRODUCT)
     }
 }
 
 // ---- decoding ----
 
-TARGET(AVX512) void tq1_25_decode_avx512vnni(tq1_25_rows x, tq1_25_decoded * w) {
+TARGET(AVX512) void tq1_25_decode_avx512vnni(int parts, tq1_25_unit x, uint8_t * w) {
     // The four weights of each code plus one, as dwords: one register for positive signs, one for negative signs.
     const __m512i one = _mm512_set1_epi8(1), slot = _mm512_set1_epi32(15);
     __m512i positive = _mm512_setzero_si512();
@@ -63,8 +64,8 @@ TARGET(AVX512) void tq1_25_decode_avx512vnni(tq1_25_rows x, tq1_25_decoded * w) 
     const __m512i codes0 = _mm512_add_epi8(one, positive), codes1 = _mm512_sub_epi8(one, positive);
 #define SIXTEEN(p) _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) ((p) + 16 * at)))
     for (int at = 0; at < TQ1_25_TILE / 16; ++at) {
-        uint8_t * out = w->w[at][0][0];
-        for (int j = 0; j < PARTS; ++j, out += 64 * GROUPS) {
+        uint8_t * out = w + at * TQ1_25_DECODED_SIXTEEN(parts);
+        for (int j = 0; j < parts; ++j, out += 64 * GROUPS) {
             const __m512i sign = _mm512_slli_epi32(SIXTEEN(x.part[j].sign), 4); // bit 4 + g
 #define WEIGHTS(g, bits)                                           \
     _mm512_storeu_si512(out + 64 * (g), _mm512_permutex2var_epi32( \
@@ -76,7 +77,7 @@ TARGET(AVX512) void tq1_25_decode_avx512vnni(tq1_25_rows x, tq1_25_decoded * w) 
             }
         }
     }
-    tq1_25_decode_scales(x.d, w);
+    tq1_25_decode_scales(x.d, (float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)));
 }
 
 #endif

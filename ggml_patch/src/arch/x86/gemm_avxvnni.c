@@ -13,12 +13,13 @@
 enum { WIDTH = 3 }; // columns at a time: sums over a Q8_0 block and over a block of weights fill twelve of sixteen registers
 
 // 16 rows, a quarter of a tile, by columns first .. first + width - 1 of a panel's nc.
-TARGET(AVXVNNI) INLINE void quarter_tile(int64_t nb, int nc, int first, int width, float * s, const tq1_25_decoded * w, int quarter,
+TARGET(AVXVNNI) INLINE void quarter_tile(int parts, int64_t units, int nc, int first, int width, float * s, const uint8_t * w, int quarter,
                                          const int8_t * panel) {
-    for (int64_t i = 0; i < nb; ++i, ++w) {
+    for (int64_t i = 0; i < units; ++i, w += TQ1_25_DECODED(parts)) {
         __m256 block[WIDTH][2];
-        const uint8_t * rows = w->w[quarter][0][0];
-        for (int j = 0; j < PARTS; ++j) {
+        const uint8_t * rows = w + quarter * TQ1_25_DECODED_SIXTEEN(parts);
+        const float * scales = (const float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)) + 16 * quarter;
+        for (int j = 0; j < parts; ++j) {
             __m256i sum[WIDTH][2];
             UNROLL for (int c = 0; c < width; ++c) { sum[c][0] = sum[c][1] = BROADCAST(panel + 4 * (GROUPS * nc + first + c)); }
             UNROLL for (int g = 0; g < GROUPS; ++g, rows += 64) {
@@ -37,7 +38,7 @@ TARGET(AVXVNNI) INLINE void quarter_tile(int64_t nb, int nc, int first, int widt
             }
             panel += 4 * (GROUPS + 2) * nc;
         }
-        const __m256 d0 = _mm256_loadu_ps(w->d + 16 * quarter), d1 = _mm256_loadu_ps(w->d + 16 * quarter + 8);
+        const __m256 d0 = _mm256_loadu_ps(scales), d1 = _mm256_loadu_ps(scales + 8);
         UNROLL for (int c = 0; c < width; ++c) {
             float * to = s + TQ1_25_TILE * (first + c) + 16 * quarter;
             const __m256 t0 = i == 0 ? _mm256_setzero_ps() : _mm256_load_ps(to);
@@ -48,30 +49,31 @@ TARGET(AVXVNNI) INLINE void quarter_tile(int64_t nb, int nc, int first, int widt
     }
 }
 
-TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int64_t nb, int nc, float * s, const tq1_25_decoded * w, const int8_t * panel) {
+TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
 // One pass over the rows, or two. With numbers of columns that are not constant, GCC runs out of registers for addresses.
 #define FIRST(nc) ((nc) <= WIDTH ? (nc) : ((nc) + 1) / 2)
-#define PRODUCT(nc)                                                      \
-    quarter_tile(nb, nc, 0, FIRST(nc), s, w, quarter, panel);            \
-    if (FIRST(nc) < (nc)) {                                              \
-        quarter_tile(nb, nc, FIRST(nc), (nc) / 2, s, w, quarter, panel); \
+#define PRODUCT(parts, nc)                                                         \
+    quarter_tile(parts, units, nc, 0, FIRST(nc), s, w, quarter, panel);            \
+    if (FIRST(nc) < (nc)) {                                                        \
+        quarter_tile(parts, units, nc, FIRST(nc), (nc) / 2, s, w, quarter, panel); \
     }
     for (int quarter = 0; quarter < TQ1_25_TILE / 16; ++quarter) {
-        CONSTANT_COLUMNS(nc, PRODUCT)
+        CONSTANTS(parts, nc, PRODUCT)
     }
 }
 
 // ---- decoding ----
 
-TARGET(AVX2) void tq1_25_decode_avxvnni(tq1_25_rows x, tq1_25_decoded * w) {
+TARGET(AVX2) void tq1_25_decode_avxvnni(int parts, tq1_25_unit x, uint8_t * w) {
     const __m256i one = _mm256_set1_epi8(1), nibble = _mm256_set1_epi8(15);
     __m256i table[TQ1_25_GROUP];
     for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
         table[lane] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) tq1_25_lanes[lane]));
     }
     for (int at = 0; at < TQ1_25_TILE; at += 32) {
-        for (int j = 0; j < PARTS; ++j) {
-            uint8_t *lower = w->w[at / 16][GROUPS * j][0], *upper = w->w[at / 16 + 1][GROUPS * j][0];
+        uint8_t * of_rows = w + at / 16 * TQ1_25_DECODED_SIXTEEN(parts);
+        for (int j = 0; j < parts; ++j) {
+            uint8_t *lower = of_rows + 64 * GROUPS * j, *upper = lower + TQ1_25_DECODED_SIXTEEN(parts);
             const __m256i signs = LOAD(x.part[j].sign + at);
 #define OF_LANE(l) _mm256_add_epi8(one, _mm256_sign_epi8(_mm256_shuffle_epi8(table[l], slots), sign))
 #define STORE(to, v) _mm256_storeu_si256((__m256i *) (to), v)
@@ -102,7 +104,7 @@ TARGET(AVX2) void tq1_25_decode_avxvnni(tq1_25_rows x, tq1_25_decoded * w) {
             WEIGHTS(7, _mm256_srli_epi16(b3, 4), signs)
         }
     }
-    tq1_25_decode_scales(x.d, w);
+    tq1_25_decode_scales(x.d, (float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)));
 }
 
 #endif

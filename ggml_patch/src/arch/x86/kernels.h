@@ -12,9 +12,10 @@
 tq1_25_has_t tq1_25_has_avx2, tq1_25_has_avx512, tq1_25_has_avx512vnni, tq1_25_has_avxvnni, tq1_25_has_zen4;
 
 tq1_25_vec_dot_t tq1_25_vec_dot_avx2, tq1_25_vec_dot_avx512, tq1_25_vec_dot_avx512vnni;
-stq1_0_vec_dot_t stq1_0_vec_dot_avx2, stq1_0_vec_dot_avx512, stq1_0_vec_dot_avx512vnni;
+tq1_25_vec_dot_t tq1_25_64_vec_dot_avx2, tq1_25_64_vec_dot_avx512, tq1_25_64_vec_dot_avx512vnni;
+tq1_25_vec_dot_t stq1_0_vec_dot_avx2, stq1_0_vec_dot_avx512, stq1_0_vec_dot_avx512vnni;
 tq1_25_table_t tq1_25_table_avx2, tq1_25_table_avx512;
-tq1_25_gemv_t tq1_25_gemv_avx2, stq1_0_gemv_avx2, tq1_25_gemv_avx512, stq1_0_gemv_avx512;
+tq1_25_gemv_t tq1_25_gemv_avx2, tq1_25_gemv_avx512;
 tq1_25_expand_t tq1_25_expand_avx2, tq1_25_expand_avx512;
 tq1_25_lookup_t tq1_25_lookup_avx2, tq1_25_lookup_avx512;
 tq1_25_store_t tq1_25_store_avx2, tq1_25_store_avx512;

@@ -10,25 +10,22 @@
 
 // ---- tables ----
 
-TARGET(AVX2) void tq1_25_table_avx2(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d, int64_t d_stride) {
+TARGET(AVX2) void tq1_25_table_avx2(int64_t nq, const tq1_25_q8_0 * y, int8_t * table, float * d) {
     __m256i patterns[2];
     slot_patterns(patterns);
     const __m256i reciprocal = _mm256_set1_epi16((32768 + TQ1_25_SPLIT / 2) / TQ1_25_SPLIT);
     const __m256i split = _mm256_set1_epi16(TQ1_25_SPLIT);
-    for (int64_t i = 0; i < nb; ++i, table += table_stride, d += d_stride) {
-        for (int j = 0; j < PARTS; ++j, ++y) {
-            int32_t q[3][GROUPS];
-            group_dwords(y, q);
-            d[j] = tq1_25_fp16_to_float(y->d);
-            for (int g = 0; g < GROUPS; ++g) {
-                const __m256i a = _mm256_maddubs_epi16(patterns[0], _mm256_set1_epi32(q[0][g]));
-                const __m256i b = _mm256_maddubs_epi16(patterns[1], _mm256_set1_epi32(q[1][g]));
-                const __m256i t = _mm256_sub_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi32(q[2][g]));
-                const __m256i high = _mm256_mulhrs_epi16(t, reciprocal);
-                const __m256i low = _mm256_sub_epi16(t, _mm256_mullo_epi16(high, split));
-                const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi16(high, low), 0xd8);
-                _mm256_storeu_si256((__m256i *) (table + 32 * (GROUPS * j + g)), packed);
-            }
+    for (int64_t i = 0; i < nq; ++i) {
+        int32_t q[3][GROUPS];
+        group_dwords(y + i, q);
+        d[i] = tq1_25_fp16_to_float(y[i].d);
+        for (int g = 0; g < GROUPS; ++g, table += 32) {
+            const __m256i a = _mm256_maddubs_epi16(patterns[0], _mm256_set1_epi32(q[0][g]));
+            const __m256i b = _mm256_maddubs_epi16(patterns[1], _mm256_set1_epi32(q[1][g]));
+            const __m256i t = _mm256_sub_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi32(q[2][g]));
+            const __m256i high = _mm256_mulhrs_epi16(t, reciprocal);
+            const __m256i low = _mm256_sub_epi16(t, _mm256_mullo_epi16(high, split));
+            _mm256_storeu_si256((__m256i *) table, _mm256_permute4x64_epi64(_mm256_packs_epi16(high, low), 0xd8));
         }
     }
 }
@@ -115,20 +112,20 @@ TARGET(AVX2) INLINE void gemv(int parts, int64_t n, float * s, const void * x, c
     store(s + 32, total + 4);
 }
 
-TARGET(AVX2) void tq1_25_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
-    gemv(PARTS, n, s, x, table, d);
-}
-
-TARGET(AVX2) void stq1_0_gemv_avx2(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
-    gemv(2 * PARTS, n, s, x, table, d);
+TARGET(AVX2) void tq1_25_gemv_avx2(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    switch (parts) { // constants
+        case PARTS_64:     gemv(PARTS_64, n, s, x, table, d); break;
+        case PARTS_STQ1_0: gemv(PARTS_STQ1_0, n, s, x, table, d); break;
+        default:           gemv(PARTS, n, s, x, table, d);
+    }
 }
 
 // ---- several vectors ----
 
-TARGET(AVX2) void tq1_25_expand_avx2(const tq1_25_rows x[2], tq1_25_codes * codes) {
+TARGET(AVX2) void tq1_25_expand_avx2(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
     const __m256i nibble = _mm256_set1_epi8(15);
     for (int at = 0; at < TQ1_25_TILE; at += 32) {
-        for (int j = 0; j < PARTS; ++j) {
+        for (int j = 0; j < parts; ++j) {
             const __m256i sign = LOAD(x[0].part[j].sign + at);
             __m256i negative = _mm256_setzero_si256();
             UNROLL for (int g = 0; g < GROUPS; ++g) {
@@ -148,9 +145,9 @@ TARGET(AVX2) void tq1_25_expand_avx2(const tq1_25_rows x[2], tq1_25_codes * code
 
 // 64 rows by nc columns. Since -t = (t ^ -1) + 1, sums start at the number of negative groups. The xor runs on any pipe, while vpsignb
 // would compete with the shuffles. Two halves of the rows, each with its block sums in registers, gave 0.94 of this rate.
-TARGET(AVX2) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
+TARGET(AVX2) INLINE void columns(int parts, int nc, const tq1_25_codes * codes, const int8_t * table, const float * d, float * sums) {
     float block[2][TQ1_25_TILE];
-    for (int j = 0; j < PARTS; ++j) {
+    for (int j = 0; j < parts; ++j) {
         __m256i high[2][2], low[2][2];
         UNROLL for (int r = 0; r < 2; ++r) {
             UNROLL for (int c = 0; c < nc; ++c) { high[c][r] = low[c][r] = LOAD(codes->one.negative[j] + 32 * r); }
@@ -161,7 +158,7 @@ TARGET(AVX2) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_
                 LOADED(slot);
                 LOADED(mask);
                 UNROLL for (int c = 0; c < nc; ++c) {
-                    const int8_t * entries = table + TQ1_25_TABLE_AVX2 * c + 32 * (GROUPS * j + g);
+                    const int8_t * entries = table + TQ1_25_TABLE_AVX2 * parts * c + 32 * (GROUPS * j + g);
                     high[c][r] = _mm256_add_epi8(high[c][r], _mm256_xor_si256(_mm256_shuffle_epi8(SLOTS(entries), slot), mask));
                     low[c][r] = _mm256_add_epi8(low[c][r], _mm256_xor_si256(_mm256_shuffle_epi8(SLOTS(entries + 16), slot), mask));
                     IN_ORDER(high[c][r]);
@@ -170,7 +167,7 @@ TARGET(AVX2) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_
             }
         }
         UNROLL for (int c = 0; c < nc; ++c) {
-            const __m256 dy = _mm256_set1_ps(d[PARTS * c + j]);
+            const __m256 dy = _mm256_set1_ps(d[parts * c + j]);
             UNROLL for (int r = 0; r < 2; ++r) {
                 __m256 f[4];
                 flush(high[c][r], low[c][r], f);
@@ -191,16 +188,18 @@ TARGET(AVX2) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_
 
 // Not inlined, since GCC would keep the loop's constants in memory: 7 % of the rate.
 #define PARAMETERS const tq1_25_codes *codes, const int8_t *table, const float *d, float *sums
-TARGET(AVX2) APART void one_column(PARAMETERS) { columns(codes, 1, table, d, sums); }
-TARGET(AVX2) APART void two_columns(PARAMETERS) { columns(codes, 2, table, d, sums); }
+TARGET(AVX2) APART void one_column(PARAMETERS) { columns(PARTS, 1, codes, table, d, sums); }
+TARGET(AVX2) APART void two_columns(PARAMETERS) { columns(PARTS, 2, codes, table, d, sums); }
+TARGET(AVX2) APART void one_column_64(PARAMETERS) { columns(PARTS_64, 1, codes, table, d, sums); }
+TARGET(AVX2) APART void two_columns_64(PARAMETERS) { columns(PARTS_64, 2, codes, table, d, sums); }
 
-TARGET(AVX2) void tq1_25_lookup_avx2(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
-    int c = 0;
-    for (; c + 1 < nc; c += 2) {
-        two_columns(codes, table + TQ1_25_TABLE_AVX2 * c, d + PARTS * c, sums + TQ1_25_TILE * c);
-    }
-    if (c < nc) {
-        one_column(codes, table + TQ1_25_TABLE_AVX2 * c, d + PARTS * c, sums + TQ1_25_TILE * c);
+TARGET(AVX2) void tq1_25_lookup_avx2(int parts, const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
+    for (int c = 0; c < nc; c += 2, table += 2 * TQ1_25_TABLE_AVX2 * parts, d += 2 * parts, sums += 2 * TQ1_25_TILE) {
+        if (parts == PARTS) {
+            (c + 1 < nc ? two_columns : one_column)(codes, table, d, sums);
+        } else {
+            (c + 1 < nc ? two_columns_64 : one_column_64)(codes, table, d, sums);
+        }
     }
 }
 

@@ -8,25 +8,22 @@
 
 // ---- tables ----
 
-TARGET(AVX512) void tq1_25_table_avx512(int64_t nb, const tq1_25_q8_0 * y, int8_t * table, int64_t table_stride, float * d,
-                                        int64_t d_stride) {
+TARGET(AVX512) void tq1_25_table_avx512(int64_t nq, const tq1_25_q8_0 * y, int8_t * table, float * d) {
     const __m256i two = _mm256_set1_epi8(2);
     __m256i patterns[2];
     slot_patterns(patterns);
     // Lanes plus one for codes with a positive sign, one minus lanes for a negative sign, since maddubs wants one factor unsigned.
     const __m512i straight = _mm512_inserti64x4(_mm512_castsi256_si512(patterns[0]), _mm256_sub_epi8(two, patterns[0]), 1);
     const __m512i turned = _mm512_inserti64x4(_mm512_castsi256_si512(patterns[1]), _mm256_sub_epi8(two, patterns[1]), 1);
-    for (int64_t i = 0; i < nb; ++i, table += table_stride, d += d_stride) {
-        for (int j = 0; j < PARTS; ++j, ++y) {
-            int32_t q[3][GROUPS];
-            group_dwords(y, q);
-            d[j] = tq1_25_fp16_to_float(y->d);
-            UNROLL for (int g = 0; g < GROUPS; ++g) {
-                const __m512i a = _mm512_maddubs_epi16(straight, _mm512_set1_epi32(q[0][g]));
-                const __m512i b = _mm512_maddubs_epi16(turned, _mm512_set1_epi32(q[1][g]));
-                const __m512i t = _mm512_sub_epi16(_mm512_add_epi16(a, b), _mm512_set1_epi32(q[2][g]));
-                _mm512_storeu_si512(table + 64 * (GROUPS * j + g), t);
-            }
+    for (int64_t i = 0; i < nq; ++i, table += TQ1_25_TABLE) {
+        int32_t q[3][GROUPS];
+        group_dwords(y + i, q);
+        d[i] = tq1_25_fp16_to_float(y[i].d);
+        UNROLL for (int g = 0; g < GROUPS; ++g) {
+            const __m512i a = _mm512_maddubs_epi16(straight, _mm512_set1_epi32(q[0][g]));
+            const __m512i b = _mm512_maddubs_epi16(turned, _mm512_set1_epi32(q[1][g]));
+            const __m512i t = _mm512_sub_epi16(_mm512_add_epi16(a, b), _mm512_set1_epi32(q[2][g]));
+            _mm512_storeu_si512(table + 64 * g, t);
         }
     }
 }
@@ -134,19 +131,19 @@ TARGET(AVX512) INLINE void gemv(int parts, int64_t n, float * s, const void * x,
     tq1_25_store_avx512(s, sums, false);
 }
 
-TARGET(AVX512) void tq1_25_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
-    gemv(PARTS, n, s, x, table, d);
-}
-
-TARGET(AVX512) void stq1_0_gemv_avx512(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
-    gemv(2 * PARTS, n, s, x, table, d);
+TARGET(AVX512) void tq1_25_gemv_avx512(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    switch (parts) { // constants
+        case PARTS_64:     gemv(PARTS_64, n, s, x, table, d); break;
+        case PARTS_STQ1_0: gemv(PARTS_STQ1_0, n, s, x, table, d); break;
+        default:           gemv(PARTS, n, s, x, table, d);
+    }
 }
 
 // ---- several vectors ----
 
-TARGET(AVX512) void tq1_25_expand_avx512(const tq1_25_rows x[2], tq1_25_codes * codes) {
+TARGET(AVX512) void tq1_25_expand_avx512(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
     for (int r = 0; r < 2; ++r) {
-        for (int j = 0; j < PARTS; ++j) {
+        for (int j = 0; j < parts; ++j) {
             __m512i code[GROUPS];
             eight_codes(x[r].part + j, code);
             UNROLL for (int g = 0; g < GROUPS; ++g) { _mm512_storeu_si512(codes->two.code[GROUPS * j + g][r], code[g]); }
@@ -163,15 +160,15 @@ TARGET(AVX512) void tq1_25_expand_avx512(const tq1_25_rows x[2], tq1_25_codes * 
 // tables and four of codes (every other one crosses a cache line) feed eight lookups and additions, so that shuffles, additions and
 // conversions keep all vector pipes busy: at best 23.5 cycles for 64 rows by 32 weights on Zen 4, where vpdpbusd alone would take 32.
 // Separate words for odd rows, so that no load crosses a line, gain 5 % here and lose it in expand. Prefetching tables gave 0.75.
-TARGET(AVX512) INLINE void columns(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
+TARGET(AVX512) INLINE void columns(int parts, int nc, const tq1_25_codes * codes, const int8_t * table, const float * d, float * sums) {
     const __m512i first = _mm512_set1_epi32(1);
     __m512 block[2][4][2]; // [column][half of a tile's rows, tile][word of a pair]
-    for (int j = 0; j < PARTS; ++j) {
+    for (int j = 0; j < parts; ++j) {
         __m512i sum[2][4];
         UNROLL for (int g = 0; g < GROUPS; ++g) {
             __m512i entries[2];
             UNROLL for (int c = 0; c < nc; ++c) {
-                entries[c] = LOAD(table + TQ1_25_TABLE * c + 64 * (GROUPS * j + g));
+                entries[c] = LOAD(table + TQ1_25_TABLE * parts * c + 64 * (GROUPS * j + g));
                 LOADED(entries[c]);
             }
             UNROLL for (int r = 0; r < 4; ++r) {
@@ -185,7 +182,7 @@ TARGET(AVX512) INLINE void columns(const tq1_25_codes * codes, int nc, const int
             }
         }
         UNROLL for (int c = 0; c < nc; ++c) {
-            const __m512 dy = _mm512_set1_ps(d[PARTS * c + j]);
+            const __m512 dy = _mm512_set1_ps(d[parts * c + j]);
             UNROLL for (int r = 0; r < 4; ++r) {
                 const __m512 even = _mm512_cvtepi32_ps(_mm512_madd_epi16(sum[c][r], first));
                 const __m512 odd = _mm512_cvtepi32_ps(_mm512_srai_epi32(sum[c][r], 16));
@@ -207,16 +204,19 @@ TARGET(AVX512) INLINE void columns(const tq1_25_codes * codes, int nc, const int
 
 // Not inlined, since GCC would keep the loop's constants in memory: 7 % of the rate.
 #define PARAMETERS const tq1_25_codes *codes, const int8_t *table, const float *d, float *sums
-TARGET(AVX512) APART void one_column(PARAMETERS) { columns(codes, 1, table, d, sums); }
-TARGET(AVX512) APART void two_columns(PARAMETERS) { columns(codes, 2, table, d, sums); }
+TARGET(AVX512) APART void one_column(PARAMETERS) { columns(PARTS, 1, codes, table, d, sums); }
+TARGET(AVX512) APART void two_columns(PARAMETERS) { columns(PARTS, 2, codes, table, d, sums); }
+TARGET(AVX512) APART void one_column_64(PARAMETERS) { columns(PARTS_64, 1, codes, table, d, sums); }
+TARGET(AVX512) APART void two_columns_64(PARAMETERS) { columns(PARTS_64, 2, codes, table, d, sums); }
 
-TARGET(AVX512) void tq1_25_lookup_avx512(const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
-    int c = 0;
-    for (; c + 1 < nc; c += 2) {
-        two_columns(codes, table + TQ1_25_TABLE * c, d + PARTS * c, sums + 2 * TQ1_25_TILE * c);
-    }
-    if (c < nc) {
-        one_column(codes, table + TQ1_25_TABLE * c, d + PARTS * c, sums + 2 * TQ1_25_TILE * c);
+TARGET(AVX512) void tq1_25_lookup_avx512(int parts, const tq1_25_codes * codes, int nc, const int8_t * table, const float * d,
+                                         float * sums) {
+    for (int c = 0; c < nc; c += 2, table += 2 * TQ1_25_TABLE * parts, d += 2 * parts, sums += 4 * TQ1_25_TILE) {
+        if (parts == PARTS) {
+            (c + 1 < nc ? two_columns : one_column)(codes, table, d, sums);
+        } else {
+            (c + 1 < nc ? two_columns_64 : one_column_64)(codes, table, d, sums);
+        }
     }
 }
 

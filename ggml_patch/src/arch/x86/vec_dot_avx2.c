@@ -1,4 +1,4 @@
-// Dot products of TQ1_25 and STQ1_0 for AVX2 with FMA and F16C.
+// Dot products for AVX2 with FMA and F16C.
 
 #include "x86.h"
 
@@ -19,8 +19,8 @@ TARGET(AVX2) INLINE float sum_of(__m256 v) {
 
 // The lookup yields weights by lane. The activations are transposed to match, so that each dword collects the sums of one Q8_0 block and
 // four scales apply at once. Interleaving the weights instead takes fewer shuffles, but adds and scales four vectors: 0.85 of this rate.
-// Weights plus one, corrected by the activations' sum, instead of signs: 0.8.
-TARGET(AVX2) void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
+// Weights plus one, corrected by the activations' sum, instead of signs: 0.8. With two scales, x is pairs of TQ1_25_64 blocks.
+TARGET(AVX2) INLINE float vec_dot(bool two_scales, int64_t n, const void * x, const tq1_25_q8_0 * y) {
     const __m256i table0 = TABLE(0), table1 = TABLE(1), table2 = TABLE(2), table3 = TABLE(3);
     const __m256i nibble = _mm256_set1_epi8(15), one8 = _mm256_set1_epi8(1), one16 = _mm256_set1_epi16(1);
     const __m256i shift = _mm256_setr_epi32(0, 0, 0, 0, 4, 4, 4, 4);
@@ -34,12 +34,19 @@ TARGET(AVX2) void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 *
                                           (int) 0x80402010, (int) 0x80402010, (int) 0x80402010, (int) 0x80402010);
     // clang-format on
     __m256 total = _mm256_setzero_ps();
-    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, y += QK_TQ1_25 / TQ1_25_QK8_0) {
+    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, y += PARTS) {
+        const block_tq1_25 * one = (const block_tq1_25 *) x + i;
+        const block_tq1_25_64 * two = (const block_tq1_25_64 *) x + 2 * i;
+        const __m256i qs = two_scales ? _mm256_broadcastsi128_si256(slots_of_two(two))
+                                      : _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) one->qs));
         // Byte 4k+i is group 8k+i in the low half, from low nibbles, and group 8k+4+i in the high half.
-        const __m256i qs = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *) x->qs));
         const __m256i slots = _mm256_and_si256(_mm256_srlv_epi32(qs, shift), nibble);
         int32_t signs;
-        memcpy(&signs, x->sign, sizeof(signs));
+        if (two_scales) {
+            signs = signs_of_two(two);
+        } else {
+            memcpy(&signs, one->sign, sizeof(signs));
+        }
         const __m256i set = _mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(signs), spread), bit);
         const __m256i sign = _mm256_or_si256(_mm256_cmpeq_epi8(set, bit), one8); // -1 or 1
         const __m256i w0 = _mm256_sign_epi8(_mm256_shuffle_epi8(table0, slots), sign);
@@ -60,15 +67,29 @@ TARGET(AVX2) void tq1_25_vec_dot_avx2(int64_t n, float * s, const block_tq1_25 *
 
         const __m128i dy = _mm_setr_epi16((short) y[0].d, (short) y[1].d, (short) y[2].d, (short) y[3].d, (short) y[0].d, (short) y[1].d,
                                           (short) y[2].d, (short) y[3].d);
-        const __m256 d = _mm256_mul_ps(_mm256_cvtph_ps(dy), _mm256_cvtph_ps(_mm_set1_epi16((short) x->d)));
-        total = _mm256_fmadd_ps(sums, d, total);
+        const __m128i dx = two_scales ? _mm_unpacklo_epi32(_mm_set1_epi16((short) two[0].d), _mm_set1_epi16((short) two[1].d))
+                                      : _mm_set1_epi16((short) one->d);
+        total = _mm256_fmadd_ps(sums, _mm256_mul_ps(_mm256_cvtph_ps(dy), _mm256_cvtph_ps(dx)), total);
     }
-    *s = sum_of(total);
+    return sum_of(total);
+}
+
+TARGET(AVX2) void tq1_25_vec_dot_avx2(int64_t n, float * s, const void * x, const tq1_25_q8_0 * y) { *s = vec_dot(false, n, x, y); }
+
+TARGET(AVX2) APART float pairs(int64_t n, const void * x, const tq1_25_q8_0 * y) { return vec_dot(true, n, x, y); }
+
+TARGET(AVX2) void tq1_25_64_vec_dot_avx2(int64_t n, float * s, const void * x, const tq1_25_q8_0 * y) {
+    *s = pairs(n, x, y);
+    if (n % QK_TQ1_25) {
+        const last_64 last = get_last_64(n, x, y);
+        *s += pairs(QK_TQ1_25, last.x, last.y);
+    }
 }
 
 // A lane of a chunk's sixteen groups is sixteen consecutive weights, so that lookups in both halves of a register give 32 weights in the
 // order of a Q8_0 block.
-TARGET(AVX2) void stq1_0_vec_dot_avx2(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
+TARGET(AVX2) void stq1_0_vec_dot_avx2(int64_t n, float * s, const void * blocks, const tq1_25_q8_0 * y) {
+    const block_stq1_0 * x = (const block_stq1_0 *) blocks;
     const __m256i table01 =
         _mm256_set_m128i(_mm_loadu_si128((const __m128i *) tq1_25_lanes[1]), _mm_loadu_si128((const __m128i *) tq1_25_lanes[0]));
     const __m256i table23 =

@@ -1,4 +1,4 @@
-// Dot products of TQ1_25 and STQ1_0 for AVX-512 (F, DQ, BW, VL), without and with VNNI.
+// Dot products for AVX-512 (F, DQ, BW, VL), without and with VNNI.
 
 #include "x86.h"
 
@@ -35,18 +35,24 @@ static const int16_t scales[16] = { 0, 0, 0, 0, 17, 17, 17, 17, 34, 34, 34, 34, 
         _mm_loadu_si128((const __m128i *) ((y)[3].qs + (at))), 3)
 // clang-format on
 
-// Sums a block in 16 dwords, four per Q8_0 block: 128-bit lane j holds those of y[j].
-#define BODY(DOT)                                                                                                                      \
+// Sums 128 weights, a block of TQ1_25 or two of TQ1_25_64, in 16 dwords: 128-bit lane j holds those of y[j].
+#define BODY(DOT, TWO_SCALES)                                                                                                          \
     const __m512i codes0 = _mm512_loadu_si512(codes[0]), codes1 = _mm512_loadu_si512(codes[1]);                                        \
     const __m512i turn_low = _mm512_loadu_si512(turn);                                                                                 \
     const __m512i turn_high = _mm512_add_epi32(turn_low, _mm512_set1_epi32(4));                                                        \
     const __m256i pick = _mm256_loadu_si256((const __m256i *) scales);                                                                 \
     const __m512i slot = _mm512_set1_epi32(15);                                                                                        \
     __m512 total = _mm512_setzero_ps();                                                                                                \
-    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, ++x, y += QK_TQ1_25 / TQ1_25_QK8_0) {                                                  \
-        const __m512i qs = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) x->qs));                                             \
+    for (int64_t i = 0; i < n / QK_TQ1_25; ++i, y += PARTS) {                                                                          \
+        const block_tq1_25 * one = (const block_tq1_25 *) x + i;                                                                       \
+        const block_tq1_25_64 * two = (const block_tq1_25_64 *) x + 2 * i;                                                             \
+        const __m512i qs = _mm512_cvtepu8_epi32(TWO_SCALES ? slots_of_two(two) : _mm_loadu_si128((const __m128i *) one->qs));          \
         int32_t signs;                                                                                                                 \
-        memcpy(&signs, x->sign, sizeof(signs));                                                                                        \
+        if (TWO_SCALES) {                                                                                                              \
+            signs = signs_of_two(two);                                                                                                 \
+        } else {                                                                                                                       \
+            memcpy(&signs, one->sign, sizeof(signs));                                                                                  \
+        }                                                                                                                              \
         const __m512i sign = _mm512_set1_epi32(signs);                                                                                 \
         /* 0xca: slot ? second : third, bitwise; the lookup reads only five bits */                                                    \
         const __m512i low = _mm512_ternarylogic_epi32(slot, qs, _mm512_rorv_epi32(sign, turn_low), 0xca);                              \
@@ -57,10 +63,12 @@ static const int16_t scales[16] = { 0, 0, 0, 0, 17, 17, 17, 17, 34, 34, 34, 34, 
         const __m512i sums = DOT(w0, y0, w1, y1);                                                                                      \
         const __m512i dy =                                                                                                             \
             _mm512_permutex2var_epi16(_mm512_loadu_si512(y), _mm512_castsi256_si512(pick), _mm512_loadu_si512((const char *) y + 64)); \
-        const __m512 d = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(dy)), _mm512_cvtph_ps(_mm256_set1_epi16((short) x->d))); \
+        const __m256i dx = TWO_SCALES ? _mm256_set_m128i(_mm_set1_epi16((short) two[1].d), _mm_set1_epi16((short) two[0].d))           \
+                                      : _mm256_set1_epi16((short) one->d);                                                             \
+        const __m512 d = _mm512_mul_ps(_mm512_cvtph_ps(_mm512_castsi512_si256(dy)), _mm512_cvtph_ps(dx));                              \
         total = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums), d, total);                                                                   \
     }                                                                                                                                  \
-    *s = _mm512_reduce_add_ps(total);
+    return _mm512_reduce_add_ps(total);
 
 // sum of w*y = sum of (w+1)*y - sum of y
 TARGET(AVX512) INLINE __m512i dot_avx512(__m512i w0, __m512i y0, __m512i w1, __m512i y1) {
@@ -79,6 +87,7 @@ TARGET(AVX512VNNI) INLINE __m512i dot_avx512vnni(__m512i w0, __m512i y0, __m512i
 
 // Multiplies the 64 weights of a chunk plus one, in order, one lane of the sixteen groups per quarter, by two Q8_0 blocks.
 #define BODY_STQ1_0(DOT)                                                                                                  \
+    const block_stq1_0 * x = (const block_stq1_0 *) blocks;                                                               \
     const __m512i one = _mm512_set1_epi8(1), two = _mm512_set1_epi8(2);                                                   \
     const __m512i table = _mm512_add_epi8(_mm512_loadu_si512(tq1_25_lanes), one);                                         \
     const __m128i nibble = _mm_set1_epi8(15);                                                                             \
@@ -112,18 +121,20 @@ TARGET(AVX512VNNI) INLINE __m512i one_dot_avx512vnni(__m512i w, __m512i y) {
     return _mm512_sub_epi32(_mm512_dpbusd_epi32(zero, w, y), _mm512_dpbusd_epi32(zero, one, y));
 }
 
-TARGET(AVX512) void stq1_0_vec_dot_avx512(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
-    BODY_STQ1_0(one_dot_avx512)
-}
+#define VEC_DOTS(TARGET_ISA, isa)                                                                                                    \
+    TARGET_ISA static float plain_##isa(int64_t n, const void * x, const tq1_25_q8_0 * y) { BODY(dot_##isa, false) }                 \
+    TARGET_ISA APART float pairs_##isa(int64_t n, const void * x, const tq1_25_q8_0 * y) { BODY(dot_##isa, true) }                   \
+    TARGET_ISA void tq1_25_vec_dot_##isa(int64_t n, float * s, const void * x, const tq1_25_q8_0 * y) { *s = plain_##isa(n, x, y); } \
+    TARGET_ISA void tq1_25_64_vec_dot_##isa(int64_t n, float * s, const void * x, const tq1_25_q8_0 * y) {                           \
+        *s = pairs_##isa(n, x, y);                                                                                                   \
+        if (n % QK_TQ1_25) {                                                                                                         \
+            const last_64 last = get_last_64(n, x, y);                                                                               \
+            *s += pairs_##isa(QK_TQ1_25, last.x, last.y);                                                                            \
+        }                                                                                                                            \
+    }                                                                                                                                \
+    TARGET_ISA void stq1_0_vec_dot_##isa(int64_t n, float * s, const void * blocks, const tq1_25_q8_0 * y) { BODY_STQ1_0(one_dot_##isa) }
 
-TARGET(AVX512VNNI) void stq1_0_vec_dot_avx512vnni(int64_t n, float * s, const block_stq1_0 * x, const tq1_25_q8_0 * y) {
-    BODY_STQ1_0(one_dot_avx512vnni)
-}
-
-TARGET(AVX512) void tq1_25_vec_dot_avx512(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) { BODY(dot_avx512) }
-
-TARGET(AVX512VNNI) void tq1_25_vec_dot_avx512vnni(int64_t n, float * s, const block_tq1_25 * x, const tq1_25_q8_0 * y) {
-    BODY(dot_avx512vnni)
-}
+VEC_DOTS(TARGET(AVX512), avx512)
+VEC_DOTS(TARGET(AVX512VNNI), avx512vnni)
 
 #endif

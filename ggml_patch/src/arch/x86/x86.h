@@ -28,6 +28,15 @@
 #define AVX512 AVX2 ",avx512f,avx512dq,avx512bw,avx512vl"
 #define AVX512VNNI AVX512 ",avx512vnni"
 
+// The slots and the signs of two blocks, as one of TQ1_25 has them.
+TARGET(AVX2) INLINE __m128i slots_of_two(const block_tq1_25_64 x[2]) {
+    return _mm_unpacklo_epi64(_mm_loadl_epi64((const __m128i *) x[0].qs), _mm_loadl_epi64((const __m128i *) x[1].qs));
+}
+
+INLINE int32_t signs_of_two(const block_tq1_25_64 x[2]) {
+    return (int32_t) (x[0].sign[0] | x[0].sign[1] << 8 | x[1].sign[0] << 16 | (uint32_t) x[1].sign[1] << 24);
+}
+
 // Two lanes of each slot, plus one, since maddubs wants one factor unsigned. A group's four activations are a dword. Its low word meets
 // lanes 0 and 1 in even words of patterns[0], its high word lanes 2 and 3 in odd ones; patterns[1] is for the words swapped.
 TARGET(AVX2) INLINE void slot_patterns(__m256i patterns[2]) {
