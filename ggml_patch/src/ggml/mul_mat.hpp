@@ -1,4 +1,4 @@
-// TQ1_25 and STQ1_0 in ggml's repack buffer; ggml-cpu/repack.cpp includes this file. It finds rows and columns and shares the work among
+// Our types in ggml's repack buffer; ggml-cpu/repack.cpp includes this file. It finds rows and columns and shares the work among
 // the threads. repack.c and the kernels do the arithmetic.
 
 #pragma once
@@ -26,7 +26,7 @@ namespace ggml::cpu::repack {
 // through them the code of the first variant, which this CPU may not run.
 namespace {
 
-// MUL_MAT and MUL_MAT_ID of a repacked TQ1_25 or STQ1_0 tensor. The columns of a matrix are the vectors that it multiplies. MUL_MAT has one
+// MUL_MAT and MUL_MAT_ID of a repacked tensor of our types. The columns of a matrix are the vectors that it multiplies. MUL_MAT has one
 // matrix, MUL_MAT_ID one per expert. One column is multiplied by tables, several by codes or panels.
 class tq1_25_traits : public tensor_traits_base {
     struct work_buffer {
@@ -103,11 +103,11 @@ class tq1_25_traits : public tensor_traits_base {
 
         // Calls f(item, begin, end) for this thread's share of the items. If they are fewer than the threads, cuts each along the vector.
         template <typename F> void share(int64_t count, F f) const {
-            const int64_t blocks = n / QK_TQ1_25;
+            const int64_t blocks = (n + QK_TQ1_25 - 1) / QK_TQ1_25; // of 128 activations; the last one may have 64
             const int64_t cuts = count < params->nth ? std::min((params->nth + count - 1) / std::max<int64_t>(count, 1), blocks) : 1;
             for (int64_t i = params->ith; i < count * cuts; i += params->nth) {
                 const int64_t cut = i % cuts;
-                f(i / cuts, blocks * cut / cuts * QK_TQ1_25, blocks * (cut + 1) / cuts * QK_TQ1_25);
+                f(i / cuts, blocks * cut / cuts * QK_TQ1_25, std::min(blocks * (cut + 1) / cuts * QK_TQ1_25, n));
             }
         }
 
@@ -116,7 +116,7 @@ class tq1_25_traits : public tensor_traits_base {
             const int64_t i1 = row_ % src1->ne[1], i2 = row_ / src1->ne[1] % src1->ne[2], i3 = row_ / src1->ne[1] / src1->ne[2];
             const char * x = (const char *) src1->data + i1 * src1->nb[1] + i2 * src1->nb[2] + i3 * src1->nb[3];
             const auto to_q8_0 = ggml_get_type_traits_cpu(GGML_TYPE_Q8_0)->from_float;
-            if (kind == KIND_TQ1_25) {
+            if (kind != KIND_STQ1_0) {
                 to_q8_0((const float *) x + begin, activations(row_) + begin / TQ1_25_QK8_0, end - begin);
                 return;
             }
@@ -295,12 +295,17 @@ class tq1_25_traits : public tensor_traits_base {
     };
 
   public:
-    static tq1_25_kind kind_of(const ggml_tensor * t) { return t->type == GGML_TYPE_STQ1_0 ? KIND_STQ1_0 : KIND_TQ1_25; }
+    static tq1_25_kind kind_of(const ggml_tensor * t) {
+        switch (t->type) {
+            SHERRY_TYPES(SHERRY_KIND)
+            default: GGML_ABORT("%s is not a type of ours", ggml_type_name(t->type));
+        }
+    }
 
     // NULL, that is, no repacking, if the CPU has no kernels for it or the tensor does not fill a tile.
     static const ggml::cpu::tensor_traits * choose(const ggml_tensor * t) {
         static const tq1_25_traits traits;
-        if (!tq1_25_best_isa()->gemv[kind_of(t)] || t->ne[1] < TQ1_25_TILE) {
+        if (!tq1_25_best_isa()->gemv || t->ne[1] < TQ1_25_TILE) {
             return nullptr;
         }
         if (t->buffer) {

@@ -1,4 +1,4 @@
-// What llama-quantize does for TQ1_25 and STQ1_0. src/llama-quant.cpp includes this file after its tensor categories.
+// What llama-quantize does for our types. src/llama-quant.cpp includes this file after its tensor categories.
 
 #pragma once
 
@@ -9,10 +9,23 @@
 #include <string>
 #include <vector>
 
+static bool tq1_25_is_ftype(llama_ftype ftype) {
+    switch (ftype) {
+        SHERRY_TYPES(SHERRY_FTYPE_CASE) return true;
+        default: return false;
+    }
+}
+
+// TQ1_25 becomes TQ1_25_64 in rows that are not whole blocks of 128 weights, but of 64.
+static ggml_type tq1_25_type_for_rows(const ggml_tensor * tensor, ggml_type type) {
+    const int64_t n = tensor->ne[0];
+    return type == GGML_TYPE_TQ1_25 && n % QK_TQ1_25 && n % QK_TQ1_25_64 == 0 ? GGML_TYPE_TQ1_25_64 : type;
+}
+
 // With an importance matrix, weights were not trained for the type, so attn_v and the first eighth of ffn_down get more bits. Sets `type`,
 // the tensor's new type, and llama-quant.cpp's `state`; returns false to leave the choice to upstream.
 template <typename State> static bool tq1_25_mixed_type(State & state, llama_ftype ftype, tensor_category category, ggml_type & type) {
-    if ((ftype != LLAMA_FTYPE_MOSTLY_TQ1_25 && ftype != LLAMA_FTYPE_MOSTLY_STQ1_0) || !state.has_imatrix) {
+    if (!tq1_25_is_ftype(ftype) || !state.has_imatrix) {
         return false;
     }
     if (category_is_attn_v(category)) {
@@ -33,7 +46,7 @@ class tq1_25_quantize_run {
         const ggml_tensor * tensor;
         double squared_error, squares; // of the rows that were measured
     };
-    std::vector<loss> losses; // of the tensors that became TQ1_25 or STQ1_0
+    std::vector<loss> losses; // of the tensors that got one of our types
     std::vector<float> row;
     std::vector<std::filesystem::path> unfinished;
 

@@ -6,7 +6,7 @@
 #include "../isas.h"
 #include "ggml.h"
 
-#define SHERRY_TYPES(X) X(TQ1_25, tq1_25) X(STQ1_0, stq1_0)
+#define SHERRY_TYPES(X) X(TQ1_25, tq1_25) X(TQ1_25_64, tq1_25_64) X(STQ1_0, stq1_0)
 
 #define SHERRY_CASE(TYPE, name) case GGML_TYPE_##TYPE:
 
@@ -40,8 +40,13 @@ static inline bool sherry_has_type(enum ggml_type type) {
         .from_float = quantize_row_##name##_ref, .vec_dot = ggml_vec_dot_##name##_q8_0, .vec_dot_type = GGML_TYPE_Q8_0, .nrows = 1 \
     },
 
+// mul_mat.hpp
+#define SHERRY_KIND(TYPE, name) \
+    case GGML_TYPE_##TYPE: return KIND_##TYPE;
+
 // llama-model-loader.cpp: the file type that most tensors have; llama-quant.cpp: the type of a file type's tensors
 #define SHERRY_GUESS_FTYPE(TYPE, name) \
     case GGML_TYPE_##TYPE: ftype = LLAMA_FTYPE_MOSTLY_##TYPE; break;
+#define SHERRY_FTYPE_CASE(TYPE, name) case LLAMA_FTYPE_MOSTLY_##TYPE:
 #define SHERRY_FTYPE_TYPE(TYPE, name) \
     case LLAMA_FTYPE_MOSTLY_##TYPE: return GGML_TYPE_##TYPE;
