@@ -62,6 +62,10 @@ def flag(help: str, default=None, **metadata):
     return dataclasses.field(**factory, metadata={"help": help, **metadata})
 
 
+def group_size(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 @dataclasses.dataclass
 class SherryArguments:
     """The command's own flags; `help` of each field says what it does."""
@@ -85,7 +89,9 @@ class SherryArguments:
     method: str = flag("how to quantize; all but sherry are for comparison", "sherry",
                        choices=["sherry", "absmean", "twn", "binary", "full"])  # fmt: skip
     granularity: str = flag("which weights share a scale", "per_group", choices=["per_group", "per_channel", "per_tensor"])
-    group_size: int = flag("group size of per_group; TQ1_25 stores multiples of 128", 128, metavar="N")
+    group_size: int | str = flag("group size of per_group; auto: as the model was trained, else 128 where that divides a layer's "
+                                 "inputs, and 64 elsewhere. TQ1_25 stores multiples of 128, TQ1_25_64 multiples of 64", "auto",
+                                 metavar="N", parse=group_size)  # fmt: skip
     keep: str = flag("regular expression: layers to keep in full precision, besides head and routers", "", metavar="REGEX")
     only: str = flag("regular expression: quantize only these layers", "", metavar="REGEX")
     arenas_peak: float = flag("highest λ of Arenas, the residual λ·X·W; 1 as published, 0 trains without", 0.0, metavar="λ")
@@ -116,7 +122,7 @@ def help_text(prog: str) -> str:
     for field in dataclasses.fields(SherryArguments):
         group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
         default = "" if field.default is dataclasses.MISSING else str(field.default)
-        kwargs = {k: v for k, v in field.metadata.items() if k != "help"}
+        kwargs = {k: v for k, v in field.metadata.items() if k not in ("help", "parse")}
         add(group, field.name, field.metadata["help"], default, **kwargs,
             nargs="+" if field.default is dataclasses.MISSING else None)  # fmt: skip
     group = parser.add_argument_group("training, by transformers; --help-all lists the rest of its flags")

@@ -9,6 +9,7 @@ import torch
 
 from .files import whole_directory
 from .linear import QuantizedLayer, quantized_layers, sherry_config
+from .quantizer import GROUP_SIZES
 
 logger = logging.getLogger(__name__)
 
@@ -46,9 +47,10 @@ def export(model, directory: str | os.PathLike, tokenizer=None, dtype: torch.dty
         raise ValueError("the model's weights are latent, says its config, but its layers do not quantize them: call "
                          "prepare(model, QuantConfig(...)) first, as in its training")  # fmt: skip
     sherry = sherry_config(model, "fake_quantized")
-    if sherry and sherry.get("group_size", 128) % 128:
-        logger.warning("group size %d: TQ1_25 stores blocks of 128 weights under one scale, so it cannot store these weights without loss",
-                       sherry["group_size"])  # fmt: skip
+    sizes = {sherry["group_size"], *sherry.get("group_sizes", {}).values()} if sherry and "group_size" in sherry else set()
+    if lossy := sorted(n for n in sizes if n % GROUP_SIZES[-1]):
+        logger.warning("groups of %s: TQ1_25 stores multiples of 128 and TQ1_25_64 multiples of 64, so neither can store these weights "
+                       "without loss", ", ".join(map(str, lossy)))  # fmt: skip
     with whole_directory(directory) as part:
         model.save_pretrained(part, state_dict=_quantized(state or model.state_dict(), layers, dtype))
         if tokenizer is not None:

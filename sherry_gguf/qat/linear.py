@@ -22,20 +22,36 @@ logger = logging.getLogger(__name__)
 # Layers that neither training nor the converter quantizes: the head, and the routers of a mixture of experts.
 KEEP = r"(^|\.)(lm_head|router|gate|shared_expert_gate)$"
 
+AUTO = "auto"  # as a group size
+
 # What wrappers for distributed training and checkpointing add to module names.
 _WRAPPED = re.compile(r"(^module\.|_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.|_orig_mod\.)")
 
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """How to quantize weights: the arguments of `quantizer.fake_quantize`. Raises ValueError for impossible ones."""
+    """How to quantize weights: the arguments of `quantizer.fake_quantize`. Raises ValueError for impossible ones.
+
+    With the group size `auto`, `prepare` gives each layer its own. A layer's `quant` always has a number.
+    """
 
     method: str = "sherry"
     granularity: str = "per_group"
-    group_size: int = quantizer.GROUP_SIZE
+    group_size: int | str = AUTO
 
     def __post_init__(self):
-        quantizer.check((self.group_size,), self.method, self.granularity, self.group_size)
+        size: Any = quantizer.GROUP_SIZE if self.group_size == AUTO else self.group_size
+        quantizer.check((size,), self.method, self.granularity, size)
+
+    def of_layer(self, inputs: int, trained: int | None = None) -> "QuantConfig":
+        """This configuration for a layer: `auto` becomes the first of `trained` (which may be None), 128 and 64 that divides its inputs.
+
+        If none does, it becomes 64.
+        """
+        if self.group_size != AUTO:
+            return self
+        sizes = (trained or quantizer.GROUP_SIZE, *quantizer.GROUP_SIZES)
+        return dataclasses.replace(self, group_size=next((n for n in sizes if inputs % n == 0), sizes[-1]))
 
 
 class QuantizedLayer(nn.Module):
@@ -85,6 +101,7 @@ class QuantLinear(QuantizedLayer, nn.Linear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True, *, quant: QuantConfig = QuantConfig(), **kwargs):
         """Raises ValueError if the inputs do not fit `quant`; the other arguments are those of nn.Linear."""
+        quant = quant.of_layer(in_features)
         quantizer.check((out_features, in_features), **dataclasses.asdict(quant))
         super().__init__(in_features, out_features, bias, **kwargs)
         self.quant = quant
@@ -123,7 +140,9 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
 
     Args:
         model: any module with nn.Linear or transformers' Conv1D.
-        quant: how to quantize; the method `full` changes nothing, for a comparison with full precision.
+        quant: how to quantize; the method `full` changes nothing, for a comparison with full precision. The group size `auto` is
+            the one that the model's config.json says a layer was trained in (`sherry_config`); without it, 128 if the layer's
+            inputs are a multiple of 128, and 64 otherwise.
         keep: regular expression; layers whose dotted name matches stay as they are, as do those of `KEEP` and the head that
             `get_output_embeddings()` names. The checkpoint tells the converter.
         only: regular expression; layers whose name does not match stay as they are.
@@ -137,7 +156,7 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
     """
     already = quantized_layers(model)
     for name, m in already.items():
-        if m.quant != quant:
+        if m.quant != quant.of_layer(_inputs(m), _trained_size(model, name)):
             raise ValueError(f"{name} is quantized already, by {m.quant}: a checkpoint can state only one method")
     head = _head(model)
     found: dict[str, Any] = {
@@ -150,16 +169,17 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
     elif not found:
         besides = f", besides the {len(already)} that are quantized already" * bool(already)
         raise ValueError(f"{type(model).__name__} has no linear layer to quantize (keep {keep!r}, only {only!r}){besides}")
-    if misfits := [name for name, m in found.items() if _inputs(m) % quantizer.divisor(**dataclasses.asdict(quant))]:
+    quants = {name: quant.of_layer(_inputs(m), _trained_size(model, name)) for name, m in found.items()}
+    if misfits := [name for name, m in found.items() if _inputs(m) % _divisor(quants[name])]:
         raise ValueError(_misfits(found, misfits, quant, keep))
     config: Any = getattr(model, "config", None)
     if config is not None:  # training may start from a Sherry checkpoint
         config.__dict__.pop("sherry_config", None)
     if not found:
         return []
-    for m in found.values():
+    for name, m in found.items():
         m.__class__ = _quantized_class(m)  # keeps parameters, hooks, names and everything else attached to the layer
-        m.quant = quant
+        m.quant = quants[name]
     owned = {id(p) for m in model.modules() if isinstance(m, (nn.Linear, Conv1D, nn.Embedding)) for p in m.parameters()}
     if rest := [name for name, p in model.named_parameters() if p.ndim > 1 and id(p) not in owned]:
         logger.warning("not in a linear layer, so left in full precision: %s", ", ".join(rest))
@@ -169,23 +189,44 @@ def prepare(model: nn.Module, quant: QuantConfig = QuantConfig(), keep: str = ""
     return list(found)
 
 
-def _inputs(m: nn.Linear | Conv1D) -> int:
+def _trained_size(model: Any, name: str) -> int | None:
+    """The group size that a layer was trained in, as the model's config.json says. None if it names none, or an impossible one."""
+    said = getattr(getattr(model, "config", None), "sherry_config", None)
+    if not isinstance(said, dict) or said.get("granularity", "per_group") != "per_group":
+        return None
+    kept, sizes = said.get("kept"), said.get("group_sizes")
+    if isinstance(kept, list) and f"{name}.weight" in kept:
+        return None
+    size = (sizes if isinstance(sizes, dict) else {}).get(name, said.get("group_size"))
+    return size if type(size) is int and size > 0 and size % GROUP == 0 else None
+
+
+def _inputs(m: Any) -> int:
     return m.weight.shape[0 if isinstance(m, Conv1D) else 1]
 
 
+def _divisor(quant: QuantConfig) -> int:
+    return quantizer.divisor(**dataclasses.asdict(quant))
+
+
 def _misfits(layers: dict[str, Any], misfits: list[str], quant: QuantConfig, keep: str) -> str:
-    """The error message about layers whose inputs do not fit, with a `keep` that matches exactly these."""
+    """The error message about layers whose inputs do not fit, with the flags that help; `keep` then matches exactly these."""
     sizes = collections.defaultdict(list)
     for name in misfits:
         sizes[_inputs(layers[name])].append(name)
     listed = "; ".join(f"{n} inputs: {patterns.starred(names)}" for n, names in sorted(sizes.items()))
-    divisor = quantizer.divisor(**dataclasses.asdict(quant))
-    needs = f"a multiple of {divisor}, as {quant.method} {quant.granularity} needs"
+    needs = f"a multiple of {_divisor(quant.of_layer(min(sizes)))}, as {quant.method} {quant.granularity} needs"
     message = f"{len(misfits)} of {len(layers)} layers have inputs that are not {needs} ({listed})"
-    if len(misfits) == len(layers):
+    ways = []
+    small = quantizer.GROUP_SIZES[-1]
+    if quant.granularity == "per_group" and quant.group_size not in (AUTO, small) and any(n % small == 0 for n in sizes):
+        ways += [f"--group_size {AUTO}  ({small} where {quantizer.GROUP_SIZE} does not fit)", f"--group_size {small}  (everywhere)"]
+    if len(misfits) < len(layers):
+        pattern = patterns.matching(misfits, set(layers) - set(misfits))
+        ways.append(f"--keep '{f'{keep}|' * bool(keep)}{pattern}'  (leaves them in full precision)")
+    if not ways:
         return f"{message}. None is left to quantize"
-    pattern = patterns.matching(misfits, set(layers) - set(misfits))
-    return f"{message}. To leave them in full precision:\n  --keep '{f'{keep}|' * bool(keep)}{pattern}'"
+    return "\n  ".join([f"{message}. Pass{' one of these' * (len(ways) > 1)}:", *ways])
 
 
 def sherry_config(model: nn.Module, weights: str) -> dict | None:
@@ -193,13 +234,18 @@ def sherry_config(model: nn.Module, weights: str) -> dict | None:
 
     weights: `latent` or `fake_quantized`.
     """
-    quant = next((m.quant for m in quantized_layers(model).values()), None)
+    layers = quantized_layers(model)
+    quant = next((m.quant for m in layers.values()), None)
     if quant is None or quant.method != "sherry":
         return None
     head = _head(model)
     kept = [f"{_WRAPPED.sub('', name)}.weight" for name, m in model.named_modules()
             if isinstance(m, tuple(_LAYERS)) and not isinstance(m, QuantizedLayer) and m is not head]  # fmt: skip
-    size = {"group_size": quant.group_size} if quant.granularity == "per_group" else {}
+    size: dict[str, Any] = {}
+    if quant.granularity == "per_group":
+        size["group_size"] = largest = max(int(m.quant.group_size) for m in layers.values())
+        if others := {name: m.quant.group_size for name, m in layers.items() if m.quant.group_size != largest}:
+            size["group_sizes"] = others
     return {"method": "sparse_absmean", "granularity": quant.granularity, **size, "n": KEPT, "m": GROUP,
             "weights": weights, **({"kept": kept} if kept else {})}  # fmt: skip
 

@@ -141,6 +141,6 @@ class _Look:
 def _ternary(layer) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The layer's latent weight (n, size), its ternary values int8 (n, size) and scales (n, 1)."""
     latent = layer.rows(layer.weight)
-    size = scale_size(latent.shape, layer.quant.granularity, layer.quant.group_size)
+    size = scale_size(latent.shape, layer.quant.granularity, int(layer.quant.group_size))
     quantized = layer.rows(layer.quantized_weight()).reshape(-1, size)
     return latent.reshape(-1, size).float(), quantized.sign().to(torch.int8), quantized.abs().amax(-1, keepdim=True)

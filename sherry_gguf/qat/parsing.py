@@ -53,6 +53,11 @@ class Parser(HfArgumentParser):
         super().__init__((SherryArguments, Arguments), prog=prog)  # type: ignore[arg-type]
         self.add_argument("--help-all", action=HelpAll, nargs=0, dest=argparse.SUPPRESS, default=argparse.SUPPRESS)
 
+    def add_argument(self, *names, **kwargs):
+        if "parse" in kwargs:  # HfArgumentParser takes the type from the annotation
+            kwargs["type"] = kwargs.pop("parse")
+        return super().add_argument(*names, **kwargs)
+
     def format_help(self) -> str:
         return help_text(self.prog)
 

@@ -8,6 +8,7 @@ from sherry_gguf.ternary import GROUP, KEPT
 
 GRANULARITIES = ("per_group", "per_channel", "per_tensor")
 GROUP_SIZE = 128  # weights of a TQ1_25 block, which stores such groups without loss
+GROUP_SIZES = (GROUP_SIZE, 64)  # and of a TQ1_25_64 block
 TWN_THRESHOLD = 0.7  # of the mean magnitude
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 1 << 22  # weights per step of a sum in order
@@ -55,8 +56,8 @@ def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int
         raise ValueError(f"granularity is {granularity!r}: it must be one of {', '.join(GRANULARITIES)}")
     if method == "full":
         return
-    if granularity == "per_group" and (group_size <= 0 or group_size % GROUP):
-        raise ValueError(f"group_size is {group_size}: it must be a positive multiple of {GROUP}")
+    if granularity == "per_group" and (not isinstance(group_size, int) or group_size <= 0 or group_size % GROUP):
+        raise ValueError(f"group_size is {group_size!r}: it must be a positive multiple of {GROUP}, or 'auto' in a QuantConfig")
     multiple = divisor(method, granularity, group_size)
     if len(shape) == 0 or shape[-1] % multiple:
         raise ValueError(

@@ -29,6 +29,7 @@ from .linear import QuantConfig, full_precision, prepare, quantized_layers
 from .models import warn
 from .monitor import TrainingMonitor
 from .parsing import Arguments
+from .quantizer import GROUP_SIZES
 from .resume import SETTINGS, check_settings, resume_from, settings
 from .trainer import SherryTrainer, bf16_time
 
@@ -196,9 +197,12 @@ def announce(s: SherryArguments, args: Arguments, trainer: SherryTrainer, texts:
     if args.device.type == "cpu" and args.bf16 and (slower := bf16_time()) > SLOW_BF16:
         warn(f"--bf16 true: on this CPU bfloat16 products take {slower:.3g} times as long as float32: leave it out")
     before = before_training(s, args, model, rows, trained)
+    layers = quantized_layers(model)
+    small = sum(m.quant.group_size == GROUP_SIZES[-1] for m in layers.values())
+    in_groups = f" ({small} in groups of {GROUP_SIZES[-1]})" * (small > 0 and s.granularity == "per_group")
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    print(f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(quantized_layers(model))} matrices by {s.method}, sequences of "
-          f"{s.context} tokens, {sequences} a step, {len(texts.train)} to train on and {len(texts.held_out)} held out, "
+    print(f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(layers)} matrices by {s.method}{in_groups}, "
+          f"sequences of {s.context} tokens, {sequences} a step, {len(texts.train)} to train on and {len(texts.held_out)} held out, "
           f"{args.world_size} process{'es' * (args.world_size > 1)} on {args.device.type}", flush=True)  # fmt: skip
     return before
 

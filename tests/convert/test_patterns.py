@@ -47,6 +47,6 @@ def test_prepare_names_a_keep_that_works():
     with pytest.raises(
         ValueError, match=r"12 of 14 layers have inputs that are not a multiple of 128.*576 inputs: model\.layers\.\*\.self_attn"
     ) as e:
-        qat.prepare(model)
+        qat.prepare(model, qat.QuantConfig(group_size=128))
     keep = re.search(r"--keep '(.*)'", str(e.value))[1]
-    assert qat.prepare(model, keep=keep) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert qat.prepare(model, qat.QuantConfig(group_size=128), keep=keep) == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]

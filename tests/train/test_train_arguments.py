@@ -13,7 +13,8 @@ import train_sherry
 
 from sherry_gguf.qat import arguments, parsing
 from sherry_gguf.qat.arenas import DECAYS
-from sherry_gguf.qat.quantizer import GRANULARITIES, GROUP_SIZE, METHODS
+from sherry_gguf.qat.linear import AUTO, QuantConfig
+from sherry_gguf.qat.quantizer import GRANULARITIES, METHODS
 
 SCRIPTS = Path(train_sherry.__file__).parent
 
@@ -55,7 +56,7 @@ def test_choices_and_defaults_are_those_in_use():
     assert ours["method"].metadata["choices"] == list(METHODS)
     assert ours["granularity"].metadata["choices"] == list(GRANULARITIES)
     assert ours["arenas_decay"].metadata["choices"] == list(DECAYS)
-    assert ours["group_size"].default == GROUP_SIZE
+    assert ours["group_size"].default == AUTO == QuantConfig().group_size
     theirs = {f.name: f for f in dataclasses.fields(parsing.Arguments)}
     for name, (default, _) in arguments.RECIPE.items():
         assert theirs[name].default == default
