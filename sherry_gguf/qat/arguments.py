@@ -63,7 +63,10 @@ def flag(help: str, default=None, **metadata):
 
 
 def group_size(text: str) -> int | str:
-    return text if text == "auto" else int(text)
+    try:
+        return text if text == "auto" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor auto") from None
 
 
 @dataclasses.dataclass

@@ -60,7 +60,7 @@ def test_wrong_input_says_what_is_wrong(start, text, tmp_path, capfd, more, says
     (dict(lr_scheduler_type="foo"), "foo"),
     (dict(load_best_model_at_end=True), "load_best_model_at_end requires the save and eval strategy to match"),
     (dict(context="long"), "argument --context: invalid int value: 'long'"),
-    (dict(group_size="small"), "argument --group_size: invalid group_size value: 'small'"),
+    (dict(group_size="small"), "--group_size/--group-size: 'small' is neither a number nor auto"),
     (dict(method="best"), "argument --method: invalid choice: 'best'"),
     (dict(fsdp="full_shard", fsdp_config="/nowhere/at/all"), "/nowhere/at/all"),
     (dict(bf16=True, use_cpu=False), "--bf16 true: PyTorch finds no GPU here; leave it out, or add --use_cpu true"),

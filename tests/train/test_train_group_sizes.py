@@ -1,0 +1,100 @@
+"""The training command with groups of 64 and with layers of different group sizes: its result, resuming, and going on from it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import small_models
+import torch
+import train_sherry
+from safetensors.torch import load_file
+from training_runs import flags
+
+from sherry_gguf import tq1_25, tq1_25_64
+
+pytest_plugins = "training_runs"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+KINDS = {128: tq1_25.TYPE, 64: tq1_25_64.TYPE}
+DOWN = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+SHAPE = dict(hidden_size=64 * 3, num_attention_heads=3, num_key_value_heads=1)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory) -> Path:
+    """A model whose down projections have whole rows of 128; the other rows are a multiple of 64."""
+    return small_models.make(tmp_path_factory.mktemp("mixed") / "llama", "llama", latent=True, config=SHAPE | dict(intermediate_size=256))
+
+
+@pytest.fixture(scope="module")
+def trained(mixed, text, tmp_path_factory) -> Path:
+    """A run on it with the default group size."""
+    directory = tmp_path_factory.mktemp("trained") / "run"
+    assert train_sherry.main(flags(mixed, text, directory, max_steps=4, save_steps=2)) == 0
+    return directory
+
+
+def group_sizes(directory: Path) -> dict[str, int]:
+    """The group size that config.json records for each matrix; its blocks hold an export exactly."""
+    said = json.loads((directory / "config.json").read_text())["sherry_config"]
+    found = {}
+    for key, weight in load_file(directory / "model.safetensors").items():
+        if key.endswith("_proj.weight"):
+            name = key.removesuffix(".weight")
+            found[name] = said.get("group_sizes", {}).get(name, said["group_size"])
+            assert KINDS[found[name]].is_exact(weight.float().numpy()).all() == (said["weights"] == "fake_quantized"), name
+    assert len(found) == 14 and said.get("group_sizes", {}).keys() <= found.keys()
+    return found
+
+
+def test_result_and_checkpoints_record_each_layers_groups(trained):
+    for name in "hf", "checkpoint-2", "checkpoint-4":
+        sizes = group_sizes(trained / name)
+        assert sizes == {name: 128 if name in DOWN else 64 for name in sizes}
+    assert json.loads((trained / "settings.json").read_text())["group_size"] == "auto"
+    history = json.loads((trained / "checkpoint-4/trainer_state.json").read_text())["log_history"]
+    assert any("flips" in entry for entry in history)
+
+
+def test_groups_of_64_throughout(text, tmp_path, capfd):
+    """Asked for, and by default where no row is a multiple of 128: the same result."""
+    model = small_models.make(tmp_path / "model", "llama", latent=True, config=SHAPE | dict(intermediate_size=64 * 5))
+    for name, size in ("asked", 64), ("default", None):
+        assert train_sherry.main(flags(model, text, tmp_path / name, max_steps=2, group_size=size)) == 0
+        assert "14 matrices by sherry (14 in groups of 64), sequences" in capfd.readouterr().out
+        assert set(group_sizes(tmp_path / name / "hf").values()) == {64}
+        assert "group_sizes" not in json.loads((tmp_path / name / "hf/config.json").read_text())["sherry_config"]
+    assert (tmp_path / "asked/hf/model.safetensors").read_bytes() == (tmp_path / "default/hf/model.safetensors").read_bytes()
+
+
+def test_resuming(trained, mixed, text, tmp_path, capfd):
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("hf", "checkpoint-4"))
+    same = dict(max_steps=4, save_steps=2)
+    assert train_sherry.main(flags(mixed, text, tmp_path / "run", **same, group_size=64)) == 1
+    assert "begun with other settings (group_size: auto then, 64 now)" in capfd.readouterr().err
+    assert train_sherry.main(flags(mixed, text, tmp_path / "run", **same, group_size="auto")) == 0
+    out = capfd.readouterr().out
+    assert "checkpoint-2" in out and "14 matrices by sherry (12 in groups of 64)" in out
+    a, b = (load_file(d / "hf/model.safetensors") for d in (trained, tmp_path / "run"))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("start", ["hf", "checkpoint-4"])
+def test_training_goes_on_in_the_same_groups(trained, text, tmp_path, start):
+    """Also in some that the shapes would not give."""
+    shutil.copytree(trained / start, tmp_path / "start")
+    said = json.loads((tmp_path / "start/config.json").read_text())["sherry_config"]
+    said["group_sizes"][DOWN[0]] = 64
+    small_models.edit_config(tmp_path / "start", sherry_config=said)
+    assert train_sherry.main(flags(tmp_path / "start", text, tmp_path / "run", max_steps=1)) == 0
+    sizes = group_sizes(tmp_path / "run/hf")
+    assert sizes == {name: 128 if name == DOWN[1] else 64 for name in sizes}
+
+
+def test_rows_that_do_not_fit(mixed, text, tmp_path, capfd):
+    assert train_sherry.main(flags(mixed, text, tmp_path / "run", group_size=128)) == 1
+    error = capfd.readouterr().err
+    assert "12 of 14 layers have inputs that are not a multiple of 128" in error and "192 inputs: model.layers.*.self_attn.q_proj" in error
+    assert [line.split("  (")[0] for line in error.splitlines()[1:3]] == ["  --group_size auto", "  --group_size 64"]
+    assert "  --keep '" in error and "Traceback" not in error
