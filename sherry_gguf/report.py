@@ -42,6 +42,11 @@ def sizes(tensors: Iterable[Any]) -> tuple[str, str, str]:
     return f"{weights:,}", f"{size:,}", f"{8 * size / weights:.3f}" if weights else ""
 
 
+def type_names(tensors: Iterable[Any]) -> str:
+    """The names of the tensors' types: "TQ1_25 and TQ1_25_64"."""
+    return " and ".join(sorted({t.type.name for t in tensors}))
+
+
 def starred(tensors: Iterable[Any]) -> str:
     """The tensors' names; those that differ only in the block's number appear as one."""
     return patterns.starred(t.name for t in tensors)

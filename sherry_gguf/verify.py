@@ -1,4 +1,4 @@
-"""Proves that a TQ1_25 GGUF holds what its checkpoint holds.
+"""Proves that a GGUF of TQ1_25 and TQ1_25_64 holds what its checkpoint holds.
 
 The conversion code says which type each tensor must have, and upstream's classes make the tensors, whole, as for an F32 file. The NumPy
 reference decodes the file's blocks, or quantizes the tensor to the bytes that must be there. It trusts nothing that the file says about
@@ -19,7 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from . import llama_cpp, ternary, tq1_25
+from . import gguf_type, llama_cpp, ternary, tq1_25
+from .blocks import NOT_FINITE, OVERFLOW
 from .convert import Options, command
 from .convert.checkpoint import Grouping, check_checkpoint, check_input, read_grouping
 from .convert.metadata import add_metadata, check_token_count, sherry_metadata, tokenizer_problem
@@ -37,8 +38,9 @@ from .report import progress_bar, starred
 class Verdict:
     """What the comparison found. The file holds what the checkpoint holds if `problems` is empty."""
 
-    exact: int = 0  # TQ1_25 tensors
+    exact: int = 0  # ternary tensors
     quantized: int = 0
+    types: set[str] = dataclasses.field(default_factory=set)  # of these
     kept: collections.Counter = dataclasses.field(default_factory=collections.Counter)  # other tensors by type
     changed: dict[str, list[Tensor]] = dataclasses.field(default_factory=dict)  # kept tensors that upstream changed, by how
     problems: list[str] = dataclasses.field(default_factory=list)
@@ -64,18 +66,18 @@ def run(args: argparse.Namespace) -> int:
     kept = f"{verdict.kept.total()} kept in another type{f' ({by_type})' * bool(by_type)}"
     differences = f"{len(verdict.problems) or 'no'} difference{'s' * (len(verdict.problems) != 1)}"
     print(
-        f"{verdict.exact} {tq1_25.NAME} tensors bit for bit as in the checkpoint, {verdict.quantized} as the reference quantizes them, "
-        f"{kept}; {differences}"
+        f"{verdict.exact} {' and '.join(sorted(verdict.types)) or tq1_25.NAME} tensors bit for bit as in the checkpoint, "
+        f"{verdict.quantized} as the reference quantizes them, {kept}; {differences}"
     )
     return 1 if verdict.problems else 0
 
 
 def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdict:
-    """Compare a TQ1_25 GGUF with its checkpoint, tensor by tensor and key by key.
+    """Compare a GGUF of TQ1_25 and TQ1_25_64 with its checkpoint, tensor by tensor and key by key.
 
     options: those of the conversion that change tensors or the tokenizer.
 
-    Each tensor must have the type that conversion gives it. TQ1_25 tensors must decode to the checkpoint's values or be the reference
+    Each tensor must have the type that conversion gives it. Ternary tensors must decode to the checkpoint's values or be the reference
     quantization of them, byte for byte; kept tensors must be the values rounded to their type. The values must be those in the
     checkpoint's files. Upstream's classes may move them, and may change those of kept tensors (`Verdict.changed`). The sherry.* keys must
     match what is found here, and all others what upstream makes of the checkpoint, except for names and authorship (general.*), which
@@ -99,12 +101,12 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
         expected = collect(model)
         checkpoint = Checkpoint(model)
         sources = {name: checkpoint.sources(name, info.tensor) for name, info in expected.items()}
-        add_metadata(model)
+        add_metadata(model, plan)
         check_blocks(model, plan, options)
         check_token_count(model, plan)
         for name in stored.tensors.keys() - expected.keys():
             verdict.problems.append(f"{name} is in the file and not in the checkpoint")
-        sound = True  # all TQ1_25 tensors are as they must be
+        sound = True  # all ternary tensors are as they must be
         with progress_bar(options.progress, iterable=plan, unit=" tensors") as bar:
             for t in bar:
                 info, found = expected.pop(t.name), stored.tensors.get(t.name)
@@ -113,10 +115,10 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
                     t.changed = checkpoint.change(sources[t.name], functools.partial(_values, info.tensor, t))
                 if problem := _compare(model, info.tensor, t, found, grouping, verdict):
                     verdict.problems.append(t.name + problem)
-                    sound = sound and tq1_25.NAME not in (t.type.name, (found or t).type.name)
+                    sound = sound and not t.kind and (found or t).type.name not in gguf_type.TYPES
                 t.data = info.tensor = None
         wanted = {key: (v.value, v.type, v.sub_type) for key, v in model.gguf_writer.kv_data[0].items()}
-        wanted |= sherry_metadata([t for t in plan if t.type.name == tq1_25.NAME], grouping)
+        wanted |= sherry_metadata([t for t in plan if t.kind], grouping)
         _compare_metadata(wanted, stored, sound, verdict)
         if problem := tokenizer_problem(model, stored.files[0], options):
             verdict.problems.append(f"tokenizer: {problem}")
@@ -124,7 +126,7 @@ def verify(path: Path, model_dir: Path, options: Options | None = None) -> Verdi
 
 
 _FIXED = tuple(f"general.{k}" for k in ("architecture", "type", "file_type", "alignment", "quantization_version"))
-# Known only if every TQ1_25 tensor is as it must be.
+# Known only if every ternary tensor is as it must be.
 _FOUND = ("sherry.exact", *(f"sherry.tensor.{k}" for k in ("names", "exact", "relative_error")))
 
 
@@ -177,7 +179,7 @@ def _compare(model, tensor, t: Tensor, found: Stored | None, grouping: Grouping,
         return " is missing from the file"
     if problem := _compare_data(tensor, t, found, grouping, verdict):
         return f": {problem}"
-    if t.changed and t.type.name == tq1_25.NAME:
+    if t.changed and t.kind:
         return f": llama.cpp's {type(model).__name__} changes the checkpoint's values: {t.changed}"
     if t.changed:
         verdict.changed.setdefault(t.changed, []).append(t)
@@ -198,7 +200,7 @@ def _compare_data(tensor, planned: Tensor, t: Stored, grouping: Grouping, verdic
         verdict.kept[t.type.name] += 1
         wanted = np.ascontiguousarray(gguf.LazyNumpyTensor.to_eager(tensor)).reshape(-1).view(np.uint8)
         return "" if np.array_equal(t.read().reshape(-1), wanted) else f"not the {t.type.name} data of llama.cpp"
-    if t.type.name == tq1_25.NAME:
+    if planned.kind:
         return _compare_blocks(tensor, planned, t, grouping, verdict)
     verdict.kept[t.type.name] += 1
     for start, x in _rows(tensor, planned):
@@ -208,21 +210,22 @@ def _compare_data(tensor, planned: Tensor, t: Stored, grouping: Grouping, verdic
 
 
 def _compare_blocks(tensor, planned: Tensor, t: Stored, grouping: Grouping, verdict: Verdict) -> str:
-    size = t.shape[-1] if grouping.granularity != "per_group" else grouping.group_size
+    kind, size = gguf_type.TYPES[t.type.name], planned.group
+    verdict.types.add(kind.name)
     scale = None
     for start, x in _rows(tensor, planned):
         blocks = t.read(start, len(x))
-        y = tq1_25.dequantize(blocks)
-        same = (y == x).reshape(-1, tq1_25.BLOCK).all(axis=1)
+        y = kind.dequantize(blocks)
+        same = (y == x).reshape(-1, kind.size).all(axis=1)
         error, x64, y64 = (a.astype(np.float64).reshape(-1) for a in (x - y, x, y))
         sums = np.array([error @ error, x64 @ x64, y64 @ y64, x64 @ y64])
         planned.add(same.size, int(same.sum()), 0, sums)
         if same.all():
             continue
         x = x.astype(np.float32)
-        if size == tq1_25.BLOCK:
+        if size == kind.size and grouping.granularity != "per_tensor":
             try:
-                reference = tq1_25.quantize(x)
+                reference = kind.quantize(x)
             except QuantizeError as e:
                 raise planned.bad_row(start + e.row, e.cause) from e
         else:
@@ -231,11 +234,12 @@ def _compare_blocks(tensor, planned: Tensor, t: Stored, grouping: Grouping, verd
                 scale = _matrix_scales(tensor, planned) if scale is None else scale
                 d = scale[start : start + len(x), None]
             if (large := (d >= 65520).any(axis=1)).any():
-                raise planned.bad_row(start + int(large.argmax()), tq1_25.OVERFLOW)
-            reference = tq1_25.pack(lanes, np.repeat(d.astype(np.float16), size // tq1_25.BLOCK, axis=-1))
+                raise planned.bad_row(start + int(large.argmax()), OVERFLOW)
+            reference = kind.pack(lanes, np.repeat(d.astype(np.float16), size // kind.size, axis=-1))
         exact = same.reshape(len(x), -1).all(axis=1)
         if (wrong := (reference != blocks).any(axis=1) & ~exact).any():
-            return f"row {start + int(wrong.argmax())} holds neither the checkpoint's values nor their Sparse-AbsMean in {grouping}"
+            row, groups = start + int(wrong.argmax()), grouping.described([size])
+            return f"row {row} holds neither the checkpoint's values nor their Sparse-AbsMean in {groups}"
     verdict.exact += planned.is_exact
     verdict.quantized += not planned.is_exact and not planned.changed
     return ""
@@ -268,7 +272,7 @@ def _rows(tensor, t: Tensor) -> Iterator[tuple[int, np.ndarray]]:
             with np.errstate(over="ignore"):
                 bad = first_bad(x.astype(np.float32, copy=False))
             if bad is not None:
-                raise t.bad_row(start + i + bad, tq1_25.NOT_FINITE)
+                raise t.bad_row(start + i + bad, NOT_FINITE)
             yield start + i, x
         start += len(piece)
 

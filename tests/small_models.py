@@ -30,10 +30,17 @@ _LLAMA = dict(
 )
 _GEMMA = _LLAMA | dict(head_dim=64)
 _MOE = dict(num_local_experts=4, num_experts_per_tok=2)
-FAST = ["llama", "qwen3", "mixtral"]  # what scripts/test.sh --fast converts
+FAST = ["llama", "llama-64", "smollm2", "qwen3", "mixtral"]  # what scripts/test.sh --fast converts
 MODELS: dict[str, tuple[str, str, dict]] = {
     "llama": ("LlamaForCausalLM", "spm", _LLAMA | dict(tie_word_embeddings=False)),
     "llama-tied": ("LlamaForCausalLM", "spm", _LLAMA | dict(tie_word_embeddings=True)),
+    "llama-64": ("LlamaForCausalLM", "spm", _LLAMA | dict(hidden_size=128, intermediate_size=192, tie_word_embeddings=False)),
+    # SmolLM2's shape: no row is a multiple of 128
+    "smollm2": (
+        "LlamaForCausalLM",
+        "bpe",
+        _LLAMA | dict(hidden_size=192, intermediate_size=320, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True),
+    ),
     "llama-bpe": ("LlamaForCausalLM", "bpe", _LLAMA | dict(tie_word_embeddings=False)),
     "llama-bpe-tied": ("LlamaForCausalLM", "bpe", _LLAMA | dict(tie_word_embeddings=True)),
     "qwen2": (
@@ -197,8 +204,8 @@ def make(
             linear = isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D))
             if linear and not latent and not key.endswith(("lm_head", "gate", "embed_out")):
                 w = module.weight
-                if isinstance(module, torch.nn.Linear) and w.shape[1] % 128 == 0:
-                    w.copy_(sparse_ternary(w.float(), generator, group))
+                if isinstance(module, torch.nn.Linear) and w.shape[1] % 64 == 0:
+                    w.copy_(sparse_ternary(w.float(), generator, group if w.shape[1] % group == 0 else 64))
                 elif not isinstance(module, torch.nn.Linear):
                     w.copy_(sparse_ternary(w.float().T, generator, group).T)
         for p in model.parameters():

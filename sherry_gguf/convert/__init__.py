@@ -1,7 +1,7 @@
-"""Converts a Hugging Face model directory to a TQ1_25 GGUF with llama.cpp's own conversion classes.
+"""Converts a Hugging Face model directory to a GGUF of TQ1_25 and TQ1_25_64 with llama.cpp's own conversion classes.
 
 Upstream's class for the architecture prepares the tensors, metadata and tokenizer of an F16 file (`upstream`). `plan` chooses the
-tensors that become TQ1_25. `rows` and `encode` read and convert them in chunks, and `writer` reads the finished files back before they
+tensors that become ternary. `rows` and `encode` read and convert them in chunks, and `writer` reads the finished files back before they
 replace anything.
 """
 
@@ -12,8 +12,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from .. import tq1_25
-from ..report import counted, starred
+from ..report import counted, starred, type_names
 from .checkpoint import Grouping, check_checkpoint, check_input, read_grouping
 from .encode import WORKERS, Encoder
 from .metadata import add_metadata, check_token_count, check_tokenizer
@@ -70,7 +69,7 @@ def _prepared(model_dir: Path, options: Options, grouping: Grouping) -> tuple[An
     model = instantiate(model_dir, options, "MOSTLY_F16")
     plan = [] if options.vocab_only else make_plan(model, options, grouping)
     set_tensors(model.gguf_writer, plan, options)
-    add_metadata(model)
+    add_metadata(model, plan)
     if options.require_exact:
         check_fallbacks(plan)
     if plan:
@@ -88,16 +87,16 @@ def _findings(model: Any, plan: list[Tensor], grouping: Grouping) -> list[str]:
         notes.append(
             f"{counted(n, 'block')} became all zero because {its} mean magnitude is below what fp16 holds (6e-8): {starred(vanished)}"
         )
-    if changed := [t for t in plan if t.changed and t.type.name == tq1_25.NAME]:
+    if changed := [t for t in plan if t.changed and t.kind]:
         notes += [f"not the checkpoint's weights: {change}" for change in changes(model, changed)]
-    if dense := [t for t in plan if t.ternary]:
+    if dense := [t for t in plan if t.dense]:
         notes.append(
-            f"ternary weights that are not 3:4 sparse lose precision in {tq1_25.NAME} (relative error up to "
+            f"ternary weights that are not 3:4 sparse lose precision in {type_names(dense)} (relative error up to "
             f"{max(t.relative_error for t in dense):.3f}): {starred(dense)}. TQ2_0 and TQ1_0 hold such weights"
         )
-    if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if not t.is_exact]):
+    if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if t.kind and not t.is_exact]):
         notes.append(
             f"the checkpoint says that its weights are fake_quantized, yet these are not 3:4 sparse ternary "
-            f"in {grouping} and were quantized, with loss: {starred(inexact)}. --keep keeps them"
+            f"in {grouping.described(t.group for t in inexact)} and were quantized, with loss: {starred(inexact)}. --keep keeps them"
         )
     return notes

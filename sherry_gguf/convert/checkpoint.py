@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from .. import ternary, tq1_25
+from .. import gguf_type, ternary, tq1_25, tq1_25_64
 from ..errors import ConvertError
 from . import vocabulary
 from .options import STORED_TYPES, Options
@@ -32,9 +35,10 @@ def check_input(model_dir: Path, options: Options):
     for name in (options.token_embedding_type, options.output_tensor_type, options.fallback_type):
         if name is not None and name.upper() not in STORED_TYPES:
             raise ConvertError(f"unknown tensor type {name or repr(name)}: choose from {', '.join(STORED_TYPES)}")
-    if options.fallback_type and options.fallback_type.upper() == tq1_25.NAME:
+    if options.fallback_type and options.fallback_type.upper() in gguf_type.TYPES:
         raise ConvertError(
-            f"--fallback-type {options.fallback_type}: it is for the matrices that {tq1_25.NAME} does not fit. Choose another type"
+            f"--fallback-type {options.fallback_type}: it is for the matrices that neither {tq1_25.NAME} nor {tq1_25_64.TYPE.name} fits. "
+            "Choose another type"
         )
 
 
@@ -117,19 +121,24 @@ class Grouping:
 
     granularity: str = "per_group"  # or per_channel, per_tensor
     group_size: int = tq1_25.BLOCK  # of per_group
+    group_sizes: dict[str, int] = dataclasses.field(default_factory=dict)  # of the modules that have another one
     weights: str = ""  # latent, fake_quantized, or "" if unknown
     kept: frozenset[str] = frozenset()  # the checkpoint's names of matrices that training kept in full precision
 
-    @property
-    def of_blocks(self) -> bool:
-        return self.granularity == "per_group" and self.group_size == tq1_25.BLOCK
+    def size_of(self, sources: Iterable[str]) -> int:
+        """per_group: the weights that share a scale in a tensor of these tensors of the checkpoint.
 
-    def __str__(self):
-        return f"groups of {self.group_size}" if self.granularity == "per_group" else self.granularity
+        If they differ, as a stack of experts might, it is their greatest common divisor: its groups lie within those of all.
+        """
+        return math.gcd(*(self.group_sizes.get(name.removesuffix(".weight"), self.group_size) for name in sources)) or self.group_size
+
+    def described(self, groups: Iterable[int]) -> str:
+        """ "groups of 128", or the granularity; `groups`: those of the tensors that the text is about."""
+        return f"groups of {' or '.join(map(str, sorted(set(groups))))}" if self.granularity == "per_group" else self.granularity
 
 
 def read_grouping(model_dir: Path, options: Options) -> Grouping:
-    """The checkpoint's sherry_config, which the options override. Raises ConvertError for what TQ1_25 cannot hold."""
+    """The checkpoint's sherry_config, which the options override. Raises ConvertError for what no block can hold."""
     config = read_json(path) if (path := model_dir / "config.json").is_file() else {}
     text = config.get("text_config")
     found = config.get("sherry_config") or (text.get("sherry_config") if isinstance(text, dict) else None) or {}
@@ -145,16 +154,27 @@ def read_grouping(model_dir: Path, options: Options) -> Grouping:
     kept = found.get("kept", [])
     if not isinstance(kept, list) or not all(isinstance(name, str) for name in kept):
         raise ConvertError(f"{where}kept {kept!r}, not a list of tensor names")
-    granularity, size = found.get("granularity", "per_group"), found.get("group_size", tq1_25.BLOCK)
+    granularity, size, sizes = found.get("granularity", "per_group"), found.get("group_size", tq1_25.BLOCK), found.get("group_sizes", {})
     if options.group_size is not None:
-        where, granularity, size = "--group-size is given: ", "per_group", options.group_size
+        where, granularity, size, sizes = "--group-size is given: ", "per_group", options.group_size, {}
     if options.granularity is not None:
         where, granularity = "--granularity is given: ", options.granularity
     if granularity not in ("per_group", "per_channel", "per_tensor"):
         raise ConvertError(f"{where}granularity {granularity!r}, not per_group, per_channel or per_tensor")
-    if granularity == "per_group" and (type(size) is not int or size <= 0 or size % tq1_25.BLOCK):
+    if granularity != "per_group":
+        return Grouping(granularity, weights=weights, kept=frozenset(kept))
+    _check_size(f"{where}group_size {size!r}", size)
+    if not isinstance(sizes, dict):
+        raise ConvertError(f"{where}group_sizes {sizes!r}, not an object of modules and their group sizes")
+    for name, of_module in sizes.items():
+        _check_size(f"{where}group_sizes with {of_module!r} for {name}", of_module)
+    return Grouping(granularity, size, sizes, weights, frozenset(kept))
+
+
+def _check_size(what: str, size: Any):
+    least = tq1_25_64.TYPE.size
+    if type(size) is not int or size <= 0 or size % least:
         raise ConvertError(
-            f"{where}group_size {size!r}. A TQ1_25 block holds {tq1_25.BLOCK} weights under one scale, so groups must be a multiple of "
-            f"{tq1_25.BLOCK}: train with such a group size, or pass --group-size {tq1_25.BLOCK} to quantize these weights again, with loss"
+            f"{what}. A TQ1_25 block holds {tq1_25.BLOCK} weights under one scale, a TQ1_25_64 block {least}, so groups must be a multiple "
+            f"of {least}: train with such a group size, or pass --group-size {tq1_25.BLOCK} to quantize these weights again, with loss"
         )
-    return Grouping(granularity, size if granularity == "per_group" else tq1_25.BLOCK, weights, frozenset(kept))

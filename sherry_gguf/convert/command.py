@@ -18,8 +18,8 @@ from .upstream import upstream
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] MODEL_DIR"
     parser.description = (
-        "Convert a Hugging Face model directory to a GGUF whose blocks have TQ1_25 weights: bit for bit if they are 3:4 sparse ternary, "
-        "else by Sparse-AbsMean."
+        "Convert a Hugging Face model directory to a GGUF whose blocks have TQ1_25 weights, or TQ1_25_64 where rows are not a multiple of "
+        "128: bit for bit if they are 3:4 sparse ternary, else by Sparse-AbsMean."
     )
     parser.set_defaults(usage_error=parser.error)
     add = parser.add_argument
@@ -55,14 +55,14 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--fallback-type",
         metavar="TYPE",
-        help="type of the blocks' matrices whose rows are not a multiple of 128: Q8_0, F16, ... (default: Q4_0, as in llama-quantize; "
+        help="type of the blocks' matrices whose rows are not a multiple of 64: Q8_0, F16, ... (default: Q4_0, as in llama-quantize; "
         "F16 for matrices that training kept in full precision, and if the rows do not fit Q4_0)",
     )
     add(
         "--group-size",
         type=int,
         metavar="N",
-        help="weights that share a scale, a multiple of 128 (default: the checkpoint's sherry_config, else 128)",
+        help="weights that share a scale, a multiple of 64 (default: the checkpoint's sherry_config, else 128, and 64 in TQ1_25_64)",
     )
     add("--granularity", choices=("per_group", "per_channel", "per_tensor"), help="which weights share a scale (default: likewise)")
     add(
@@ -118,7 +118,7 @@ def _summary(report: Report, dry_run: bool) -> Iterator[str]:
         groups.setdefault((patterns.star(t.name), t.type.name), []).append(t)
     rows = [(name, qtype, len(ts), *sizes(ts), _quality(ts, dry_run)) for (name, qtype), ts in groups.items()]
     if rows:
-        quantized = [t for t in report.tensors if t.type.name == tq1_25.NAME]
+        quantized = [t for t in report.tensors if t.kind]
         rows.append(("total", "", len(report.tensors), *sizes(report.tensors), _quality(quantized, dry_run)))
         yield ""
         yield from table(("tensor", "type", "tensors", "weights", "bytes", "bits/weight", "stored"), rows)
@@ -130,7 +130,7 @@ def _summary(report: Report, dry_run: bool) -> Iterator[str]:
 
 def _quality(tensors: list[Tensor], dry_run: bool) -> str:
     changes = "".join(f", {change}" for change in dict.fromkeys(t.changed for t in tensors if t.changed))
-    quantized = [t for t in tensors if t.type.name == tq1_25.NAME]
+    quantized = [t for t in tensors if t.kind]
     if not quantized:
         return ("fallback" if all(t.misfit for t in tensors) else "kept") + changes
     if dry_run:

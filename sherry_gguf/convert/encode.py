@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .. import gguf_type, llama_cpp, ternary, tq1_25
+from .. import gguf_type, llama_cpp, ternary
+from ..blocks import NOT_FINITE
 from ..errors import ConvertError, QuantizeError
 from .checkpoint import Grouping
 from .provenance import Checkpoint
@@ -82,69 +83,70 @@ class Encoder:
         with np.errstate(over="ignore"):
             x = np.ascontiguousarray(source, np.float32)
         if (bad := first_bad(x)) is not None:
-            raise _BadRow(bad, tq1_25.NOT_FINITE)
+            raise _BadRow(bad, NOT_FINITE)
         if t.type.name in ("F32", "F16", "BF16"):
             return _bytes(gguf_type.register().quants.quantize(x, t.type)), x.size, 0, 0, 0, 0.0
-        if t.type.name != tq1_25.NAME:
+        if t.kind is None:
             try:
                 return _bytes(llama_cpp.ggml().quantize(t.type.name, x)), x.size, 0, 0, 0, 0.0
             except ValueError as e:
                 raise ConvertError(f"{t.name} ({t.source}) cannot be stored as {t.type.name}: {e}") from e
-        if self.grouping.of_blocks:
+        if scale is None and t.group == t.kind.size:
             try:
-                data = self.kernels.quantize(x)
+                data = self.kernels.quantize(x, kind=t.kind)
             except QuantizeError as e:
                 raise _BadRow(e.row, e.cause) from None
         else:
-            data = self._quantize_groups(x, None if scale is None else scale[row : row + len(x)])
-        exact, vanished, sums = compare(source, self.kernels.dequantize(data))
-        blocks = x.size // tq1_25.BLOCK
-        return _bytes(data), x.size, blocks, exact, vanished, sums, exact < blocks and _is_ternary(x)
-
-    def _quantize_groups(self, x: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
-        """Blocks that have the scale of a wider group, or with per_tensor the row's entry of `scale`."""
-        size = self.grouping.group_size if self.grouping.granularity == "per_group" else x.shape[-1]
-        lanes, d = ternary.sparse_absmean(x, size)
-        if scale is not None:
-            d = scale[:, None]
-        with np.errstate(over="ignore"):
-            half = d.astype(np.float16)
-        if (too_large := np.isinf(half).any(axis=-1)).any():
-            raise _BadRow(int(too_large.argmax()), f"a mean magnitude, {d.max():.6g}, is beyond fp16 (65504)")
-        return tq1_25.pack(lanes, np.repeat(half, size // tq1_25.BLOCK, axis=-1))
+            data = _quantize_groups(t, x, None if scale is None else scale[row : row + len(x)])
+        exact, vanished, sums = compare(source, self.kernels.dequantize(data, t.kind), t.kind.size)
+        blocks = x.size // t.kind.size
+        return _bytes(data), x.size, blocks, exact, vanished, sums, exact < blocks and _is_dense(x, t.kind.size)
 
     def _tensor_scales(self, t: Tensor) -> np.ndarray | None:
         """per_tensor: each row's scale, which is its matrix's; a stack of experts is many matrices."""
-        if t.type.name != tq1_25.NAME or self.grouping.granularity != "per_tensor":
+        if t.kind is None or self.grouping.granularity != "per_tensor":
             return None
         whole = self._in_order(t, lambda row, x: x.astype(np.float32))
         rows = [ternary.sparse_absmean(x, x.shape[-1])[1][:, 0] for x in whole]
         return np.concatenate(rows).reshape(-1, t.shape[-2]).mean(axis=1).repeat(t.shape[-2])
 
 
+def _quantize_groups(t: Tensor, x: np.ndarray, scale: np.ndarray | None) -> np.ndarray:
+    """Blocks that have the scale of a wider group, or with per_tensor the row's entry of `scale`."""
+    lanes, d = ternary.sparse_absmean(x, t.group)
+    if scale is not None:
+        d = scale[:, None]
+    with np.errstate(over="ignore"):
+        half = d.astype(np.float16)
+    if (too_large := np.isinf(half).any(axis=-1)).any():
+        raise _BadRow(int(too_large.argmax()), f"a mean magnitude, {d.max():.6g}, is beyond fp16 (65504)")
+    assert t.kind
+    return t.kind.pack(lanes, np.repeat(half, t.group // t.kind.size, axis=-1))
+
+
 def _bytes(data: np.ndarray) -> memoryview:
     return np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
 
 
-def compare(x: np.ndarray, y: np.ndarray) -> tuple[int, int, np.ndarray]:
+def compare(x: np.ndarray, y: np.ndarray, block: int) -> tuple[int, int, np.ndarray]:
     """Compare weights (rows, n), float32 or float64, with their stored values, float32 (rows, n), which are overwritten.
 
     Returns the number of exact blocks, the number of blocks that became all zero and are not exact, and error², weight², value² and
     weight · value, each summed in float64.
     """
-    same = (x == y).reshape(-1, tq1_25.BLOCK).all(axis=1)
+    same = (x == y).reshape(-1, block).all(axis=1)
     weight = _dot(x, x)
     if same.all():
         return same.size, 0, np.array([0.0, weight, weight, weight])
-    vanished = ~same & ~y.reshape(-1, tq1_25.BLOCK).any(axis=1)
+    vanished = ~same & ~y.reshape(-1, block).any(axis=1)
     value, both = _dot(y, y), _dot(x, y)
     error = np.subtract(x, y, out=y if x.dtype == y.dtype else None)
     return int(same.sum()), int(vanished.sum()), np.array([_dot(error, error), weight, value, both])
 
 
-def _is_ternary(x: np.ndarray) -> bool:
+def _is_dense(x: np.ndarray, block: int) -> bool:
     """Whether each block in the first rows of (rows, n) holds only 0, +d and -d, but some group of four does not have exactly one 0."""
-    blocks = np.abs(x[: 1 + 4096 // x.shape[-1]].reshape(-1, tq1_25.BLOCK))
+    blocks = np.abs(x[: 1 + 4096 // x.shape[-1]].reshape(-1, block))
     d = blocks.max(axis=1, keepdims=True)
     zeros = (blocks == 0).reshape(-1, ternary.GROUP)
     sparse = (zeros.sum(axis=1) == ternary.GROUP - ternary.KEPT) | zeros.all(axis=1)

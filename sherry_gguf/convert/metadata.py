@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .. import gguf_type
+from .. import gguf_type, tq1_25_64
 from ..errors import ConvertError
 from . import vocabulary
 from .checkpoint import Grouping, name_of
@@ -20,9 +20,11 @@ from .upstream import convert_errors
 FORMAT_VERSION = 1  # of the sherry.* keys
 
 
-def add_metadata(model: Any):
+def add_metadata(model: Any, plan: list[Tensor]):
     """Let upstream fill in hyperparameters and tokenizer. Raises ConvertError."""
-    model.ftype = gguf_type.register().LlamaFileType.MOSTLY_TQ1_25
+    file_types = gguf_type.register().LlamaFileType
+    only_64 = {t.kind for t in plan if t.kind} == {tq1_25_64.TYPE}
+    model.ftype = file_types.MOSTLY_TQ1_25_64 if only_64 else file_types.MOSTLY_TQ1_25
     with contextlib.ExitStack() as stack:
         stack.enter_context(convert_errors(f"{model.dir_model}: its metadata or tokenizer cannot be converted"))
         if (name := name_of(model.dir_model)) != model.dir_model.resolve().name:
@@ -105,16 +107,20 @@ def sherry_metadata(quantized: list[Tensor], grouping: Grouping) -> dict[str, tu
         "sherry.method": ("sparse_absmean", V.STRING),
         "sherry.granularity": (grouping.granularity, V.STRING),
     }
+    groups = [t.group for t in quantized]
     if grouping.granularity == "per_group":
-        pairs["sherry.group_size"] = (grouping.group_size, V.UINT32)
+        pairs["sherry.group_size"] = (grouping.group_size if len(set(groups)) > 1 else groups[0], V.UINT32)
     if grouping.weights:
         pairs["sherry.weights"] = (grouping.weights, V.STRING)
-    return pairs | {
+    pairs |= {
         "sherry.exact": (all(t.is_exact for t in quantized), V.BOOL),
         "sherry.tensor.names": ([t.name for t in quantized], V.ARRAY, V.STRING),
         "sherry.tensor.exact": ([t.is_exact for t in quantized], V.ARRAY, V.BOOL),
         "sherry.tensor.relative_error": ([t.relative_error for t in quantized], V.ARRAY, V.FLOAT32),
     }
+    if grouping.granularity == "per_group" and len(set(groups)) > 1:
+        pairs["sherry.tensor.group_size"] = (groups, V.ARRAY, V.UINT32)
+    return pairs
 
 
 def add_sherry(writer: Any, quantized: list[Tensor], grouping: Grouping) -> int:

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from .. import tq1_25
+from .. import tq1_25, tq1_25_64
 
 # The names that --token-embedding-type and --output-tensor-type take: llama-quantize's, without types that need an importance matrix.
-STORED_TYPES = tuple("F32 F16 BF16 Q8_0 Q6_K Q5_K Q4_K Q3_K Q2_K Q5_1 Q5_0 Q4_1 Q4_0 IQ4_NL IQ4_XS".split()) + (tq1_25.NAME,)
+STORED_TYPES = tuple("F32 F16 BF16 Q8_0 Q6_K Q5_K Q4_K Q3_K Q2_K Q5_1 Q5_0 Q4_1 Q4_0 IQ4_NL IQ4_XS".split()) + (
+    tq1_25.NAME,
+    tq1_25_64.TYPE.name,
+)
 
 # Flags of upstream's script that only tell its classes what to do: keyword argument of the class to help text.
 UPSTREAM_FLAGS = {

@@ -1,7 +1,7 @@
 """Chooses each tensor's type, and checks that the tensors make a whole model.
 
-Of the tensors of upstream's F16 file, the blocks' weights become TQ1_25: those that llama-quantize would quantize. All others stay what
-upstream makes of them.
+Of the tensors of upstream's F16 file, the blocks' weights become TQ1_25, or TQ1_25_64 if rows or groups need it: those that llama-quantize
+would quantize. All others stay what upstream makes of them.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from .. import gguf_type, patterns, tq1_25
+from .. import gguf_type, patterns, tq1_25, tq1_25_64
 from ..errors import ConvertError
 from ..report import starred
 from .checkpoint import Grouping
 from .options import Options
+from .provenance import Checkpoint
 from .rows import computing, load_chunk, row_loaders, unrounded
 from .tensor import Tensor, first_bad
 from .upstream import collect
@@ -28,6 +29,7 @@ OUTPUT = "output.weight"
 FLOATS = ("F32", "F16", "BF16")
 
 _MISFIT = "rows of "  # begins `why` of a matrix whose rows are not a multiple of a block
+_TOLD = re.compile(rf"^{_MISFIT}|^groups of |magnitude|overrules")  # `why` that a note tells
 _IN_TRAINING = "full precision in training"
 _FALLBACK = "Q4_0"  # type of misfits, as in llama-quantize
 _LARGEST = {"BF16": float(np.uint32(0x7F7F0000).view(np.float32))}  # else 65504: F16, and scales are fp16
@@ -48,6 +50,7 @@ def make_plan(model: Any, options: Options, grouping: Grouping) -> list[Tensor]:
     """The tensors of the file, each with its type. Raises ConvertError."""
     gguf = gguf_type.register()
     keep = [_compiled(p) for p in options.keep]
+    checkpoint = Checkpoint(model)
     plan = []
     for name, info in collect(model).items():
         source, forced = model.asked.get(name, ("", None))
@@ -55,9 +58,10 @@ def make_plan(model: Any, options: Options, grouping: Grouping) -> list[Tensor]:
         if not t.weights:
             raise ConvertError(f"{name} ({source}) has the shape {t.shape}: it holds no weights")
         plan.append(t)
-        _choose(t, forced, gguf.MODEL_ARCH_NAMES[model.model_arch], keep, options, grouping)
+        _choose(t, checkpoint.sources(name, info.tensor), forced, gguf.MODEL_ARCH_NAMES[model.model_arch], keep, options, grouping)
         if info.dtype == gguf.GGMLQuantizationType.F16:
             t.data = unrounded(t.data)
+    _check_names(model, options, grouping)
     _check_groups(model, plan, grouping, options.keep)
     if options.output_tensor_type and not any(t.name == OUTPUT for t in plan):
         raise ConvertError(
@@ -66,19 +70,24 @@ def make_plan(model: Any, options: Options, grouping: Grouping) -> list[Tensor]:
     for p in keep:
         if not any(_kept(t, [p]) for t in plan):
             raise ConvertError(f"--keep {p.pattern}: no tensor has such a name; --dry-run without it lists them")
-    if not any(t.type.name == tq1_25.NAME for t in plan):
+    if not any(t.kind for t in plan):
         by_flag = [f"--keep keeps {sum(t.why == '--keep' for t in plan)} tensors"] * bool(keep)
-        raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME}. {'; '.join(by_flag + kept_notes(plan))}")
+        reasons = "; ".join(by_flag + kept_notes(plan))
+        raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME} or {tq1_25_64.TYPE.name}. {reasons}")
     for t in plan:
-        if t.type.name not in ("F32", tq1_25.NAME) and not t.raw:
+        if t.type.name != "F32" and not t.kind and not t.raw:
             _fit(t, fixed=t.why.startswith("as "))
     return plan
 
 
-def _choose(t: Tensor, forced: Any, arch: str, keep: list[re.Pattern], options: Options, grouping: Grouping):
-    """Set a tensor's type and why; `forced` is upstream's answer to `tensor_force_quant`."""
+def _choose(t: Tensor, sources: list[str], forced: Any, arch: str, keep: list[re.Pattern], options: Options, grouping: Grouping):
+    """Set a tensor's type, why, and group.
+
+    sources: the checkpoint's tensors that it is made of; forced: upstream's answer to `tensor_force_quant`.
+    """
     gguf = gguf_type.register()
     types = gguf.GGMLQuantizationType
+    n, group = t.shape[-1] if t.shape else 1, grouping.size_of(sources)
     wanted = options.output_tensor_type if t.name == OUTPUT else options.token_embedding_type if t.name in EMBEDDINGS else None
     if t.type != types.F16 or type(forced) is not bool:
         if wanted:
@@ -89,16 +98,22 @@ def _choose(t: Tensor, forced: Any, arch: str, keep: list[re.Pattern], options: 
     if wanted:
         t.why = "as asked" + ", which overrules --keep" * _kept(t, keep)
         _set_type(t, types[wanted.upper()])
+        _set_group(t, grouping, group)
         return
-    t.why = why_kept(t, arch, keep, grouping.kept)
+    t.why = why_kept(t, arch, keep, not grouping.kept.isdisjoint(sources))
+    if t.why == _IN_TRAINING and options.fallback_type and n % grouping.group_size:  # why training kept it
+        t.why = why_kept(t, arch, keep) or f"{_MISFIT}{n}, not a multiple of {grouping.group_size}"
     if not t.why:
-        _set_type(t, types[tq1_25.NAME])
-    elif options.fallback_type and t.why == _IN_TRAINING and (misfit := why_kept(t, arch, keep)):
-        t.why = misfit
-    if t.why.startswith(_MISFIT):
+        if n % tq1_25.BLOCK:
+            t.why = f"{_MISFIT}{n}, not a multiple of {tq1_25.BLOCK}"
+        elif grouping.granularity == "per_group" and group % tq1_25.BLOCK:
+            t.why = f"groups of {group}, not a multiple of {tq1_25.BLOCK}"
+        _set_type(t, types[tq1_25_64.TYPE.name if t.why else tq1_25.NAME])
+        _set_group(t, grouping, group)
+    elif t.why.startswith(_MISFIT):
         t.misfit = True
         fallback = types[(options.fallback_type or _FALLBACK).upper()]
-        if t.shape[-1] % (block := gguf.GGML_QUANT_SIZES[fallback][0]) == 0:
+        if n % (block := gguf.GGML_QUANT_SIZES[fallback][0]) == 0:
             _set_type(t, fallback)
         else:
             t.why += f" nor of {block}, which {fallback.name} needs"
@@ -115,11 +130,11 @@ def _compiled(pattern: str) -> re.Pattern:
         raise ConvertError(f"--keep {pattern}: not a regular expression: {e}") from None
 
 
-def why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: frozenset[str] = frozenset()) -> str:
-    """Why a tensor does not become TQ1_25, or "" if it does."""
+def why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: bool = False) -> str:
+    """Why a tensor does not become TQ1_25 or TQ1_25_64, or "" if it does."""
     if _kept(t, keep):
         return "--keep"
-    if t.source in in_training:
+    if in_training:
         return _IN_TRAINING
     if t.name in (*EMBEDDINGS, OUTPUT):
         return "embeddings and output"
@@ -127,8 +142,8 @@ def why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: frozense
         return "not a block's weights"
     if _NOT_WEIGHTS.search(t.name) or ((special := _NOT_WEIGHTS_OF.get(arch)) and special.search(t.name)):
         return "not a block's weights"
-    if t.shape[-1] % tq1_25.BLOCK:
-        return f"{_MISFIT}{t.shape[-1]}, not a multiple of {tq1_25.BLOCK}"
+    if t.shape[-1] % tq1_25_64.TYPE.size:
+        return f"{_MISFIT}{t.shape[-1]}, not a multiple of {tq1_25_64.TYPE.size}"
     return ""
 
 
@@ -139,6 +154,19 @@ def _set_type(t: Tensor, qtype: Any):
             f"{t.name} has rows of {t.shape[-1]}, {qtype.name} needs a multiple of {block}: choose another type, such as Q8_0 or F16"
         )
     t.type, t.nbytes = qtype, t.weights // block * size
+
+
+def _set_group(t: Tensor, grouping: Grouping, size: int):
+    """Set which weights of a ternary tensor share a scale, where the checkpoint has groups of `size`."""
+    if not t.kind:
+        return
+    n, block = t.shape[-1], t.kind.size
+    if grouping.granularity != "per_group":
+        t.group = n
+    elif size % block or (size == tq1_25.BLOCK and n % size):  # a type that was asked for; rows that do not fit the default
+        t.group = block
+    else:
+        t.group = size
 
 
 def _fit(t: Tensor, fixed: bool):
@@ -164,9 +192,20 @@ def _fit(t: Tensor, fixed: bool):
 # ---- checks ----
 
 
+def _check_names(model: Any, options: Options, grouping: Grouping):
+    """Raise ConvertError if group_sizes has a module that the checkpoint lacks: it would be quantized in other groups than in training."""
+    known = {name.removesuffix(".weight") for name in model.model_tensors}
+    unknown = [name for name in grouping.group_sizes if name not in known]
+    if unknown and not options.mtp and not options.no_nextn:  # which leave out tensors
+        raise ConvertError(
+            f"{model.dir_model / 'config.json'}: sherry_config has group_sizes for {unknown[0]}, and the checkpoint has no such matrix. "
+            "Correct the name, or pass --group-size to quantize all weights again, with loss"
+        )
+
+
 def _check_groups(model: Any, plan: list[Tensor], grouping: Grouping, keep: tuple[str, ...]):
-    """Raise a ConvertError that names all tensors whose rows or scales TQ1_25 cannot hold in the checkpoint's groups."""
-    quantized = [t for t in plan if t.type.name == tq1_25.NAME]
+    """Raise a ConvertError that names all tensors whose rows or scales no block can hold in the checkpoint's groups."""
+    quantized = [t for t in plan if t.kind]
 
     def refuse(misfits: list[Tensor], what: str, flag: str):
         names = {t.name for t in misfits}
@@ -177,9 +216,9 @@ def _check_groups(model: Any, plan: list[Tensor], grouping: Grouping, keep: tupl
             f"or to quantize all weights again, with loss:\n  {flag}"
         )
 
-    if grouping.granularity == "per_group" and (misfits := [t for t in quantized if t.shape[-1] % grouping.group_size]):
-        sizes = ", ".join(map(str, sorted({t.shape[-1] for t in misfits})))
-        refuse(misfits, f"have rows of {sizes}, not a multiple of the group size, {grouping.group_size}", f"--group-size {tq1_25.BLOCK}")
+    if misfits := [t for t in quantized if t.shape[-1] % t.group]:
+        rows, groups = (", ".join(map(str, sorted(set(sizes)))) for sizes in zip(*{(t.shape[-1], t.group) for t in misfits}))
+        refuse(misfits, f"have rows of {rows}, not a multiple of the group size, {groups}", f"--group-size {tq1_25.BLOCK}")
     if grouping.granularity == "per_tensor":
         whole = model.model_tensors
         misfits = [t for t in quantized if t.source in whole and whole[t.source]().numel() not in (t.weights, math.prod(t.shape[-2:]))]
@@ -231,7 +270,7 @@ def check_fallbacks(plan: list[Tensor]):
     if lossy := [t for t in plan if t.misfit and t.type.name not in FLOATS]:
         raise ConvertError(
             f"--require-exact: {len(lossy)} tensors would be stored as {lossy[0].type.name}, with loss, since their rows are not "
-            f"a multiple of {tq1_25.BLOCK}: {starred(lossy)}. Pass --fallback-type F16 as well"
+            f"a multiple of {tq1_25_64.TYPE.size}: {starred(lossy)}. Pass --fallback-type F16 as well"
         )
 
 
@@ -239,9 +278,15 @@ def kept_notes(plan: list[Tensor]) -> list[str]:
     """Notes on tensors that are not TQ1_25 although a user may expect it, or not what --keep asks for."""
     by_why = collections.defaultdict(list)
     for t in plan:
-        if t.misfit or any(word in t.why for word in ("magnitude", "overrules")):
+        if _TOLD.search(t.why):
             by_why[t.type.name, t.why].append(t)
-    notes = [f"{'kept in' if name in FLOATS else 'stored as'} {name}, {why}: {starred(tensors)}" for (name, why), tensors in by_why.items()]
+    notes = []
+    if any(name == tq1_25_64.TYPE.name for name, _ in by_why):
+        counts = collections.Counter(t.type.name for t in plan if t.kind)
+        notes.append(f"ternary matrices: {', '.join(f'{n} {name}' for name, n in sorted(counts.items()))}")
+    notes += [
+        f"{'kept in' if name in FLOATS else 'stored as'} {name}, {why}: {starred(tensors)}" for (name, why), tensors in by_why.items()
+    ]
     if misfits := [t for t in plan if t.misfit]:
         sizes = ", ".join(f"{name} {_size_as(misfits, name) / 1e6:.1f} MB" for name in ("Q4_0", "Q8_0", "F16"))
         notes.append(f"sizes of these by --fallback-type: {sizes}")

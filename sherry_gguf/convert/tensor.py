@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from .. import gguf_type
+from ..blocks import BlockType
 from ..errors import ConvertError
 
 
@@ -23,19 +25,25 @@ class Tensor:
     data: Any  # lazy, not rounded yet unless raw
     raw: bool = False  # bytes or integers that upstream made: copied
     why: str = ""  # why it is not TQ1_25
+    group: int = 0  # ternary: weights that share a scale; a row's length if more than a row do
     blocks: int = 0
     exact: int = 0  # blocks
     vanished: int = 0  # blocks that are all zero and were not
     # float64 (4,): error², weight², value², weight · value
     sums: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(4))
-    ternary: bool = False  # it has rows that are ternary, but not 3:4 sparse
-    misfit: bool = False  # only the length of its rows keeps it from being TQ1_25
+    dense: bool = False  # it has rows that are ternary, but not 3:4 sparse
+    misfit: bool = False  # only the length of its rows keeps it from being ternary
     changed: str = ""  # how upstream changed the checkpoint's values; "" if it only moved them
     sha256: bytes = b""
 
     @property
     def weights(self) -> int:
         return math.prod(self.shape)
+
+    @property
+    def kind(self) -> BlockType | None:
+        """The block type of a ternary tensor."""
+        return gguf_type.TYPES.get(self.type.name)
 
     @property
     def is_exact(self) -> bool:
@@ -52,9 +60,9 @@ class Tensor:
         _, weight, value, both = self.sums
         return both / math.sqrt(weight) / math.sqrt(value) if weight and value else float(weight == value)
 
-    def add(self, blocks: int, exact: int, vanished: int, sums: np.ndarray | float, ternary: bool = False):
+    def add(self, blocks: int, exact: int, vanished: int, sums: np.ndarray | float, dense: bool = False):
         """Count the blocks of more rows; `encode.compare` returns the other arguments."""
-        self.ternary = self.ternary or ternary
+        self.dense = self.dense or dense
         self.blocks, self.exact, self.vanished = self.blocks + blocks, self.exact + exact, self.vanished + vanished
         self.sums = self.sums + sums
 

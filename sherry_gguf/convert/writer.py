@@ -84,7 +84,7 @@ def write(model: Any, plan: list[Tensor], target: Path, files: list[Path], encod
     with atomic.staging(target, sum(t.nbytes for t in plan)) as staging:
         writer = model.gguf_writer
         by_name = {t.name: t for t in plan}
-        quantized = [t for t in plan if t.type.name == tq1_25.NAME]
+        quantized = [t for t in plan if t.kind]
         offset = metadata.add_sherry(writer, quantized, grouping) if quantized else 0
         with (
             contextlib.closing(writer),
@@ -117,9 +117,10 @@ def _check_exact(model: Any, quantized: list[Tensor], grouping: Grouping):
             f"{'; '.join(changes(model, changed))}. Nothing was written"
         )
     if inexact := [t for t in quantized if not t.is_exact]:
+        groups = grouping.described(t.group for t in inexact)
         raise ConvertError(
             f"--require-exact: {len(inexact)} of {len(quantized)} tensors are not 3:4 sparse ternary with fp16 scales "
-            f"in {grouping}, bit for bit (relative error up to {max(t.relative_error for t in inexact):.2g}): {starred(inexact)}. "
+            f"in {groups}, bit for bit (relative error up to {max(t.relative_error for t in inexact):.2g}): {starred(inexact)}. "
             "Nothing was written"
         )
 

@@ -150,8 +150,10 @@ def test_scale_beyond_fp16(tmp_path, fails):
 
 
 def test_nothing_to_quantize(tmp_path, fails):
-    model = small_models.make(tmp_path / "m", "llama", config=dict(hidden_size=192, intermediate_size=320))
-    fails(model, told=["no tensor can be TQ1_25", "rows of 192, not a multiple of 128"])
+    model = small_models.make(
+        tmp_path / "m", "llama", config=dict(hidden_size=160, num_attention_heads=5, num_key_value_heads=1, intermediate_size=352)
+    )
+    fails(model, told=["no tensor can be TQ1_25 or TQ1_25_64", "rows of 160, not a multiple of 64"])
 
 
 def test_tensor_in_two_files(tmp_path, fails):
@@ -231,11 +233,26 @@ def test_missing_blocks(tmp_path, fails):
 # ---- what the checkpoint says of itself ----
 
 
+DOWN = "model.layers.0.mlp.down_proj"
+
+
 @pytest.mark.parametrize(
     "config, told",
     [
-        (dict(group_size=64), ["sherry_config has group_size 64", "--group-size 128"]),
-        (dict(group_size=96), ["sherry_config has group_size 96", "a multiple of 128"]),
+        (dict(group_size=32), ["sherry_config has group_size 32", "--group-size 128"]),
+        (dict(group_size=96), ["sherry_config has group_size 96", "a TQ1_25_64 block 64, so groups must be a multiple of 64"]),
+        (dict(group_size=0), ["sherry_config has group_size 0"]),
+        (dict(group_sizes=[64]), ["sherry_config has group_sizes [64], not an object"]),
+        (dict(group_sizes={DOWN: 32}), [f"sherry_config has group_sizes with 32 for {DOWN}. A TQ1_25 block", "a multiple of 64"]),
+        (dict(group_sizes={DOWN: "64"}), [f"group_sizes with '64' for {DOWN}"]),
+        (
+            dict(group_sizes={DOWN: 256}),
+            ["1 of 14 matrices have rows of 384, not a multiple of the group size, 256: blk.0.ffn_down.weight"],
+        ),
+        (
+            dict(group_sizes={"model.layers.7.mlp.down_proj": 64}),
+            ["config.json: sherry_config has group_sizes for model.layers.7.mlp.down_proj, and the checkpoint has no such matrix"],
+        ),
         (dict(group_size="128"), ["sherry_config has group_size '128'"]),
         (dict(kept="model.norm"), ["sherry_config has kept 'model.norm', not a list of tensor names"]),
         (dict(kept=[1]), ["sherry_config has kept [1]"]),
@@ -261,8 +278,8 @@ def test_sherry_config(model, fails, config, told):
 def test_config_of_another_kind(model, fails):
     small_models.edit_config(model, text_config=[1])
     fails(model, told=["config.json"])
-    small_models.edit_config(model, text_config={"sherry_config": {"group_size": 64}})
-    fails(model, told=["sherry_config has group_size 64"])
+    small_models.edit_config(model, text_config={"sherry_config": {"group_size": 32}})
+    fails(model, told=["sherry_config has group_size 32"])
     small_models.edit_config(model, text_config=None, sherry_config=dict(n="3", m="4"))
     fails(model, told=["the sparsity '3':'4'; TQ1_25 stores 3:4"])
     small_models.edit_config(model, sherry_config=None, architectures="LlamaForCausalLM")
@@ -283,7 +300,7 @@ llama.LlamaModel.write = lambda self: None
 
 
 def test_group_size_can_be_overruled(model, tmp_path):
-    small_models.edit_config(model, sherry_config=dict(group_size=64))
+    small_models.edit_config(model, sherry_config=dict(group_size=32))
     done = sherry("convert", model, "--outfile", tmp_path / "x.gguf", "--group-size", "128")
     assert done.returncode == 0, done.stderr
     done = sherry("convert", model, "--outfile", tmp_path / "x.gguf", "--group-size", "100")

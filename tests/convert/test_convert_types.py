@@ -69,8 +69,8 @@ def test_embedding_types(zoo, tmp_path):
 
 
 def test_odd_rows_and_large_weights(tmp_path):
-    """Rows that are not a multiple of 128 become Q4_0, said once; what F16 cannot hold stays F32."""
-    model = small_models.make(tmp_path / "m", "llama", config=dict(intermediate_size=320))
+    """Rows that are not a multiple of 64 become Q4_0, said once; what F16 cannot hold stays F32."""
+    model = small_models.make(tmp_path / "m", "llama", config=dict(intermediate_size=352))
 
     def change(tensors):
         tensors["model.embed_tokens.weight"][3, 3] = -70000.0
@@ -81,7 +81,7 @@ def test_odd_rows_and_large_weights(tmp_path):
     done = sherry("convert", model, "--outfile", out)
     assert done.returncode == 0, done.stderr
     text = done.stdout
-    assert text.count("stored as Q4_0, rows of 320, not a multiple of 128: blk.*.ffn_down.weight (2 blocks)") == 1
+    assert text.count("stored as Q4_0, rows of 352, not a multiple of 64: blk.*.ffn_down.weight (2 blocks)") == 1
     assert "kept in F32, a weight of magnitude 70144, too large for F16: output.weight, token_embd.weight" in text
     tensors = load(out)
     assert tensors["token_embd.weight"][0] == "F32" and tensors["token_embd.weight"][1].min() == -70144
@@ -107,7 +107,7 @@ def test_keep(zoo, tmp_path):
     done = sherry(*convert, "--keep", "ffn_dwon", "--keep", "attn_q")
     assert done.returncode == 1 and "--keep ffn_dwon: no tensor has such a name" in done.stderr
     done = sherry(*convert, "--keep", ".")
-    assert done.returncode == 1 and "no tensor can be TQ1_25. --keep keeps 16 tensors" in done.stderr
+    assert done.returncode == 1 and "no tensor can be TQ1_25 or TQ1_25_64. --keep keeps 16 tensors" in done.stderr
     assert not list(tmp_path.iterdir())
     flags = ["--keep", "output", "--output-tensor-type", "Q8_0"]
     done = sherry(*convert, *flags)
@@ -192,8 +192,8 @@ def test_all_misfits_are_listed_once(tmp_path, fails):
 
 @pytest.mark.slow
 def test_fallback_types(tmp_path, fails):
-    """Rows that no block of 128 fits: Q4_0, shown with what other types would take."""
-    model = small_models.make(tmp_path / "m", "llama", config=dict(hidden_size=192, num_attention_heads=3, num_key_value_heads=1))
+    """Rows that no block of 64 fits: Q4_0, shown with what other types would take."""
+    model = small_models.make(tmp_path / "m", "llama", config=dict(hidden_size=160, num_attention_heads=5, num_key_value_heads=1))
     out = tmp_path / "x.gguf"
     sizes = {}
     for flags, kind in (
@@ -207,7 +207,7 @@ def test_fallback_types(tmp_path, fails):
         assert done.returncode == 0, done.stderr
         for text in planned, done.stdout:
             nor = " nor of 256, which Q6_K needs" if "Q6_K" in flags else ""
-            assert f" {kind}, rows of 192, not a multiple of 128{nor}: " in text
+            assert f" {kind}, rows of 160, not a multiple of 64{nor}: " in text
             line = next(line for line in text.splitlines() if line.startswith("blk.*.attn_q.weight"))
             assert line.split()[1] == kind and line.endswith("fallback")
         assert sherry("verify", out, model, *flags).returncode == 0

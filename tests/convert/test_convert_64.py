@@ -1,0 +1,182 @@
+"""TQ1_25_64: which matrices get it, by their rows and by the groups of training, and what the file says of them."""
+
+import conftest
+import numpy as np
+import pytest
+import small_models
+import torch
+from conftest import sherry
+from gguf_tensors import load
+from safetensors.numpy import load_file
+
+from sherry_gguf import gguf_file, ternary, tq1_25_64
+
+pytest_plugins = "conversion_fixtures"
+
+LAYER = "model.layers.0."
+DOWN = f"{LAYER}mlp.down_proj"
+
+
+def converted(model, out, *flags, both=()):
+    """Convert, and verify with `both` flags, which must go well; return convert's text, the file's metadata and its tensors."""
+    done = sherry("convert", model, "--outfile", out, *flags, *both)
+    assert done.returncode == 0, done.stderr
+    proof = sherry("verify", out, model, *both)
+    assert proof.returncode == 0, proof.stdout + proof.stderr
+    found = gguf_file.read_gguf(out)
+    return done.stdout, found.fields, found.tensors
+
+
+def kinds(tensors):
+    """The last part of the names of ternary tensors of block 0, to their type."""
+    return {name.split(".")[2]: t.type.name for name, t in tensors.items() if name.startswith("blk.0.") and "TQ1_25" in t.type.name}
+
+
+def test_by_rows(zoo):
+    """TQ1_25 if rows are whole blocks of 128, else TQ1_25_64, and why is said."""
+    root, results = zoo
+    mixed, smol = (gguf_file.read_gguf(root / f"{name}.gguf") for name in ("llama-64", "smollm2"))
+    assert {name for name, kind in kinds(mixed.tensors).items() if kind == "TQ1_25_64"} == {"ffn_down"}
+    assert len(kinds(smol.tensors)) == 7 and set(kinds(smol.tensors).values()) == {"TQ1_25_64"}
+    assert (mixed.fields["general.file_type"], smol.fields["general.file_type"]) == (125, 126)
+    assert mixed.fields["sherry.group_size"] == 128 and smol.fields["sherry.group_size"] == 64
+    groups = dict(zip(mixed.fields["sherry.tensor.names"], mixed.fields["sherry.tensor.group_size"], strict=True))
+    assert groups == {name: 64 if "ffn_down" in name else 128 for name in groups} and len(groups) == 14
+    assert "sherry.tensor.group_size" not in smol.fields
+    text = results["llama-64"].stdout
+    assert "\nnote: ternary matrices: 12 TQ1_25, 2 TQ1_25_64\n" in text
+    assert "\nnote: stored as TQ1_25_64, rows of 192, not a multiple of 128: blk.*.ffn_down.weight (2 blocks)\n" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("blk.*.ffn_down"))
+    assert line.split()[1] == "TQ1_25_64" and line.endswith("1.500    exact 2/2")
+    assert "\nnote: ternary matrices: 14 TQ1_25_64\n" in results["smollm2"].stdout
+    assert "TQ1_25_64" not in results["llama"].stdout
+
+
+@pytest.mark.parametrize("by_flag", [False, True])
+def test_groups_of_64(tmp_path, by_flag):
+    """A checkpoint with a scale for 64 weights is exact in TQ1_25_64, whatever its rows."""
+    model = small_models.make(tmp_path / "m", "llama", group=64)
+    both = ["--group-size", 64] if by_flag else []
+    if not by_flag:
+        small_models.edit_config(model, sherry_config=dict(group_size=64, weights="fake_quantized"))
+    text, fields, tensors = converted(model, tmp_path / "x.gguf", "--require-exact", both=both)
+    assert len(kinds(tensors)) == 7 and set(kinds(tensors).values()) == {"TQ1_25_64"}
+    assert fields["general.file_type"] == 126 and fields["sherry.group_size"] == 64 and "sherry.tensor.group_size" not in fields
+    assert "note: stored as TQ1_25_64, groups of 64, not a multiple of 128: blk.*." in text
+    text, fields, tensors = converted(model, tmp_path / "y.gguf", both=["--group-size", 128])
+    assert set(kinds(tensors).values()) == {"TQ1_25"} and fields["sherry.exact"] is False and "exact 0/14" in text
+
+
+SHAPE = dict(hidden_size=192, intermediate_size=384, num_attention_heads=3, num_key_value_heads=1)
+
+
+@pytest.mark.parametrize("granularity, size, kind", [
+    ("per_group", 64, "TQ1_25_64"), ("per_group", 128, "TQ1_25"), ("per_group", 192, "TQ1_25_64"), ("per_channel", 0, "TQ1_25"),
+    ("per_tensor", 0, "TQ1_25"),
+])  # fmt: skip
+def test_latent_weights(tmp_path, granularity, size, kind):
+    """Each block has the scale of its group. Rows of 192 are TQ1_25_64; those of 384 are `kind`."""
+    model = small_models.make(tmp_path / "m", "llama", latent=True, dtype=torch.float32, config=SHAPE)
+    flags = ["--granularity", granularity] + (["--group-size", size] if size else [])
+    _, fields, tensors = converted(model, tmp_path / "x.gguf", both=flags)
+    assert kinds(tensors) == {name: kind if name == "ffn_down" else "TQ1_25_64" for name in kinds(tensors)} and len(kinds(tensors)) == 7
+    assert fields["general.file_type"] == (126 if kind == "TQ1_25_64" else 125)
+    x = load_file(model / "model.safetensors")[f"{LAYER}mlp.up_proj.weight"]
+    lanes, d = tq1_25_64.TYPE.unpack(tensors["blk.0.ffn_up.weight"].read())
+    group = 64 if size == 128 else size or 192  # rows of 192 have no groups of 128
+    _, scale = ternary.sparse_absmean(x, group)
+    scale = np.full_like(scale, scale.mean()) if granularity == "per_tensor" else scale
+    assert (d == np.repeat(scale.astype(np.float16), group // 64, axis=1)).all()
+    assert (lanes == ternary.sparse_absmean(x, 64)[0]).all()
+
+
+def test_groups_by_matrix(tmp_path):
+    """sherry_config's group_sizes: matrices with another group size than the others."""
+    model = small_models.make(tmp_path / "m", "llama")
+    generator = torch.Generator().manual_seed(1)
+
+    def change(tensors):
+        w = tensors[f"{DOWN}.weight"]
+        w.copy_(small_models.sparse_ternary(w.float(), generator, 64))
+
+    small_models.edit_weights(model, change)
+    done = sherry("convert", model, "--outfile", tmp_path / "x.gguf", "--require-exact")
+    assert done.returncode == 1 and "1 of 14 tensors are not 3:4 sparse ternary with fp16 scales in groups of 128" in done.stderr
+    small_models.edit_config(model, sherry_config=dict(group_size=128, group_sizes={DOWN: 64}, weights="fake_quantized"))
+    text, fields, tensors = converted(model, tmp_path / "x.gguf", "--require-exact")
+    assert [name for name, t in tensors.items() if t.type.name == "TQ1_25_64"] == ["blk.0.ffn_down.weight"]
+    assert fields["sherry.group_size"] == 128
+    assert [name for name, size in zip(fields["sherry.tensor.names"], fields["sherry.tensor.group_size"], strict=True) if size != 128] == [
+        "blk.0.ffn_down.weight"
+    ]
+    assert "note: stored as TQ1_25_64, groups of 64, not a multiple of 128: blk.0.ffn_down.weight\n" in text
+    for flags in ["--group-size", 128], ["--granularity", "per_channel"]:  # overrule both keys
+        _, _, tensors = converted(model, tmp_path / "y.gguf", both=flags)
+        assert set(kinds(tensors).values()) == {"TQ1_25"}
+    _, _, tensors = converted(model, tmp_path / "y.gguf", "--require-exact", both=["--granularity", "per_group"])
+    assert kinds(tensors)["ffn_down"] == "TQ1_25_64"
+
+
+def test_groups_of_experts(tmp_path):
+    """A stack has the largest blocks that all its experts allow, whatever the other stacks need."""
+    model = small_models.make(tmp_path / "m", "mixtral")
+    experts = f"{LAYER}block_sparse_moe.experts"
+    generator = torch.Generator().manual_seed(1)
+
+    def change(tensors):
+        w = tensors[f"{experts}.2.w2.weight"]
+        w.copy_(small_models.sparse_ternary(w.float(), generator, 64))
+
+    small_models.edit_weights(model, change)
+    small_models.edit_config(model, sherry_config=dict(group_size=128, group_sizes={f"{experts}.2.w2": 64}))
+    _, _, tensors = converted(model, tmp_path / "x.gguf", "--require-exact")
+    assert [name for name, t in tensors.items() if t.type.name == "TQ1_25_64"] == ["blk.0.ffn_down_exps.weight"]
+    small_models.edit_config(model, sherry_config=dict(kept=[f"{experts}.{i}.w2.weight" for i in range(4)]))
+    _, _, tensors = converted(model, tmp_path / "x.gguf", "--require-exact")
+    assert tensors["blk.0.ffn_down_exps.weight"].type.name == "F16"
+    assert kinds(tensors)["ffn_up_exps"] == kinds(tensors)["ffn_gate_exps"] == "TQ1_25"
+
+
+def test_experts_whose_rows_fit_differently(tmp_path):
+    model = small_models.make(tmp_path / "m", "mixtral", config=dict(intermediate_size=192))
+    _, fields, tensors = converted(model, tmp_path / "x.gguf", "--require-exact")
+    assert {name for name, kind in kinds(tensors).items() if kind == "TQ1_25_64"} == {"ffn_down_exps"}
+    assert kinds(tensors)["ffn_up_exps"] == "TQ1_25" and fields["general.file_type"] == 125
+
+
+def test_split_and_dry_run(zoo, tmp_path):
+    root, _ = zoo
+    planned = sherry("convert", root / "llama-64", "--outfile", tmp_path / "a.gguf", "--dry-run")
+    assert planned.returncode == 0 and not list(tmp_path.iterdir())
+    assert "note: ternary matrices: 12 TQ1_25, 2 TQ1_25_64\n" in planned.stdout
+    types = {line.split()[0]: line.split()[1] for line in planned.stdout.splitlines() if line.startswith("blk.0.")}
+    assert (types["blk.0.ffn_down.weight"], types["blk.0.ffn_up.weight"]) == ("TQ1_25_64", "TQ1_25")
+    done = sherry("convert", root / "llama-64", "--outfile", tmp_path / "a.gguf", "--split-max-tensors", 8)
+    assert done.returncode == 0, done.stderr
+    whole, parts = load(root / "llama-64.gguf"), load(tmp_path / "a-00002-of-00003.gguf")
+    assert parts.keys() == whole.keys()
+    assert all(parts[name][0] == kind and np.array_equal(parts[name][1], x) for name, (kind, x) in whole.items())
+    assert sherry("verify", tmp_path / "a-00001-of-00003.gguf", root / "llama-64").returncode == 0
+
+
+def test_embeddings(zoo, tmp_path):
+    """--token-embedding-type takes TQ1_25_64, and says which rows TQ1_25 does not fit."""
+    root, _ = zoo
+    flags = [*conftest.pre("smollm2"), "--token-embedding-type"]
+    _, _, tensors = converted(root / "smollm2", tmp_path / "x.gguf", both=[*flags, "TQ1_25_64"])
+    assert tensors["token_embd.weight"].type.name == "TQ1_25_64"
+    done = sherry("convert", root / "smollm2", "--outfile", tmp_path / "y.gguf", *flags, "TQ1_25")
+    assert done.returncode == 1 and "token_embd.weight has rows of 192, TQ1_25 needs a multiple of 128" in done.stderr
+
+
+def test_kept_by_training(zoo, tmp_path, fails):
+    """Rows that training did not fit into its groups stay F16, or become --fallback-type, which may not be ternary."""
+    root, _ = zoo
+    model = small_models.make(tmp_path / "m", "llama-64")
+    small_models.edit_config(model, sherry_config=dict(kept=[f"{DOWN}.weight"]))
+    for flags, kind in ([], "F16"), (["--fallback-type", "Q8_0"], "Q8_0"):
+        text, _, tensors = converted(model, tmp_path / "x.gguf", both=flags)
+        assert tensors["blk.0.ffn_down.weight"].type.name == kind and tensors["blk.1.ffn_down.weight"].type.name == "TQ1_25_64"
+    assert "stored as Q8_0, rows of 192, not a multiple of 128: blk.0.ffn_down.weight" in text
+    for kind in "TQ1_25", "tq1_25_64", "STQ1_0":
+        fails(model, "--fallback-type", kind, told=[f"--fallback-type {kind}" if kind != "STQ1_0" else "unknown tensor type STQ1_0"])
