@@ -32,4 +32,22 @@ static inline float * noise(float * x, size_t n, float least) {
 }
 
 #endif
+
+#ifdef TQ1_25_TILE
+
+// Our kind of this type, or TQ1_25_KINDS.
+static inline enum tq1_25_kind kind_of(int type) {
+    static const int types[TQ1_25_KINDS] = {
+        [KIND_TQ1_25] = TQ1_25_TYPE_ID,
+        [KIND_STQ1_0] = STQ1_0_TYPE_ID,
+        [KIND_TQ1_25_64] = TQ1_25_64_TYPE_ID,
+    };
+    int kind = 0;
+    while (kind < TQ1_25_KINDS && types[kind] != type) {
+        ++kind;
+    }
+    return (enum tq1_25_kind) kind;
+}
+
+#endif
 #endif

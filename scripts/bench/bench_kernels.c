@@ -1,5 +1,5 @@
-// Times vec_dot of the named types, TQ1_25's with each instruction set, in one thread on rows that stay in the L1 cache. Types take turns in
-// each round, so that disturbances hit all of them.
+// Times vec_dot of the named types, ours with each instruction set, in one thread on rows that stay in the L1 cache. Types take turns in each
+// round, so that disturbances hit all of them.
 // usage: bench_kernels N ROUNDS TYPE...     prints "name seconds" for each type and round; seconds per 1e9 weights
 
 #define _POSIX_C_SOURCE 199309L
@@ -17,7 +17,7 @@ enum { ROWS = 4, MAX_KERNELS = 64 }; // so many rows of 4096 weights of any type
 struct kernel {
     const char * name;
     enum ggml_type type;
-    tq1_25_vec_dot_t * tq1_25; // TQ1_25 with an instruction set; NULL: the function that ggml has registered
+    tq1_25_vec_dot_t * ours; // with an instruction set; NULL: the function that ggml has registered
     void * rows;
     void * y;
 };
@@ -34,8 +34,8 @@ static double run(const struct kernel * k, int n, int repeats) {
     for (int i = 0; i < repeats; ++i) {
         for (int row = 0; row < ROWS; ++row) {
             const char * x = (const char *) k->rows + (size_t) row * size;
-            if (k->tq1_25) {
-                k->tq1_25(n, &s, (const block_tq1_25 *) x, (const tq1_25_q8_0 *) k->y);
+            if (k->ours) {
+                k->ours(n, &s, x, (const tq1_25_q8_0 *) k->y);
             } else {
                 dot(n, &s, 0, x, 0, k->y, 0, 1);
             }
@@ -69,7 +69,8 @@ int main(int argc, char ** argv) {
         struct kernel k = { argv[a], type, NULL, malloc(ggml_row_size(type, n) * ROWS), malloc(ggml_row_size(cpu->vec_dot_type, n)) };
         ggml_quantize_chunk(type, x, k.rows, 0, ROWS, n, importance);
         ggml_get_type_traits_cpu(cpu->vec_dot_type)->from_float(activations, k.y, n);
-        if (type != GGML_TYPE_TQ1_25) {
+        const enum tq1_25_kind kind = kind_of(type);
+        if (kind == TQ1_25_KINDS) {
             kernels[count++] = k;
             continue;
         }
@@ -78,7 +79,7 @@ int main(int argc, char ** argv) {
                 char * name = malloc(64);
                 snprintf(name, 64, "%s-%s", argv[a], isa->name);
                 k.name = name;
-                k.tq1_25 = isa->vec_dot;
+                k.ours = isa->vec_dot[kind];
                 kernels[count++] = k;
             }
         }

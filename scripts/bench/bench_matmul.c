@@ -1,7 +1,7 @@
-// Times matrix products in one thread. By one vector, with weights from memory: each type's vec_dot row by row, and repacked TQ1_25 with each
-// instruction set. By more vectors: TQ1_25 by tables, codes and panels. Also the CPU's peak rate of multiplications.
+// Times matrix products in one thread. By one vector, with weights from memory: each type's vec_dot row by row, and our types' repacked rows
+// with each instruction set. By more vectors: our types by tables, codes and panels. Also the CPU's peak rate of multiplications.
 // usage: bench_matmul MIB TYPE...     runs a round for each line of input, so that the caller can measure other things in between
-// prints "vector NAME RATE", "columns ISA KERNEL COLUMNS RATE", "tables ISA COLUMNS" and "codes ISA COLUMNS" (the limits in use),
+// prints "vector NAME RATE", "columns TYPE ISA KERNEL COLUMNS RATE", "tables ISA COLUMNS" and "codes ISA COLUMNS" (the limits in use),
 // "peak ISA RATE" and "end"; rates are 1e9 multiply-adds per second
 
 #define _GNU_SOURCE // madvise
@@ -90,20 +90,25 @@ static double peak(const char * isa) {
 
 struct matrix {
     enum ggml_type type;
+    enum tq1_25_kind kind; // or TQ1_25_KINDS
     int64_t rows;
-    char * data;
+    char *data, *tiles; // tiles: of our types
     char * y; // MOST activation rows
     size_t row_size, y_size;
 };
 
 static struct matrix make(enum ggml_type type, size_t bytes, const float * x, const float * y, const float * importance) {
     const enum ggml_type other = ggml_get_type_traits_cpu(type)->vec_dot_type;
-    struct matrix m = { .type = type, .row_size = ggml_row_size(type, N), .y_size = ggml_row_size(other, N) };
+    struct matrix m = { .type = type, .kind = kind_of(type), .row_size = ggml_row_size(type, N), .y_size = ggml_row_size(other, N) };
     m.rows = (int64_t) (bytes / m.row_size) / DIFFERENT * DIFFERENT;
     m.data = allocate((size_t) m.rows * m.row_size);
     ggml_quantize_chunk(type, x, m.data, 0, DIFFERENT, N, importance);
     for (int64_t r = DIFFERENT; r < m.rows; r += DIFFERENT) {
         memcpy(m.data + (size_t) r * m.row_size, m.data, DIFFERENT * m.row_size);
+    }
+    if (m.kind != TQ1_25_KINDS) {
+        m.tiles = allocate((size_t) m.rows * m.row_size);
+        tq1_25_repack(m.kind, m.rows, N, m.data, m.tiles);
     }
     m.y = allocate(MOST * m.y_size);
     for (int c = 0; c < MOST; ++c) {
@@ -130,33 +135,52 @@ struct columns {
     struct tq1_25_code_scratch * code_scratch;
 };
 
-static double by_tables(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
+static double by_tables(const struct tq1_25_isa * isa, const struct matrix * m, int64_t rows, int nc, struct columns * c) {
     const double start = now();
     for (int k = 0; k < nc; ++k) {
         tq1_25_make_table(isa, N, 0, N, c->y[k], c->tables[k]);
     }
-    tq1_25_mul_tables(isa, KIND_TQ1_25, rows, N, x, 0, rows / TQ1_25_TILE, nc, c->y, c->tables, c->s);
+    tq1_25_mul_tables(isa, m->kind, rows, N, m->tiles, 0, rows / TQ1_25_TILE, nc, c->y, c->tables, c->s);
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
 
-static double by_codes(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
+static double by_codes(const struct tq1_25_isa * isa, const struct matrix * m, int64_t rows, int nc, struct columns * c) {
     const double start = now();
     const int64_t groups = tq1_25_code_groups(nc);
     for (int64_t g = 0; g < groups; ++g) {
         const int64_t k = tq1_25_first_of_group(nc, groups, g), last = tq1_25_first_of_group(nc, groups, g + 1);
-        tq1_25_mul_codes(isa, KIND_TQ1_25, rows, N, x, 0, rows / TQ1_25_TILE, (int) (last - k), c->y + k, c->s + k, c->code_scratch);
+        tq1_25_mul_codes(isa, m->kind, rows, N, m->tiles, 0, rows / TQ1_25_TILE, (int) (last - k), c->y + k, c->s + k, c->code_scratch);
     }
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
 
-static double by_panels(const struct tq1_25_isa * isa, const void * x, int64_t rows, int nc, struct columns * c) {
+static double by_panels(const struct tq1_25_isa * isa, const struct matrix * m, int64_t rows, int nc, struct columns * c) {
     const double start = now();
     for (int64_t p = 0; p < tq1_25_panels(nc); ++p) {
         const int64_t k = tq1_25_first_column(nc, p);
         tq1_25_make_panel(0, N, (int) (tq1_25_first_column(nc, p + 1) - k), c->y + k, (char *) c->panels + tq1_25_panel_size(N, k));
     }
-    tq1_25_mul_panels(isa, KIND_TQ1_25, rows, N, x, 0, rows / TQ1_25_TILE, nc, 0, tq1_25_panels(nc), c->panels, c->s, c->panel_scratch);
+    tq1_25_mul_panels(isa, m->kind, rows, N, m->tiles, 0, rows / TQ1_25_TILE, nc, 0, tq1_25_panels(nc), c->panels, c->s, c->panel_scratch);
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
+}
+
+static void repacked(const struct tq1_25_isa * isa, const struct matrix * m, int nc, float * s, struct columns * c) {
+    const int64_t rows = nc <= FEW ? m->rows : SOME_ROWS < m->rows ? SOME_ROWS : m->rows;
+    const char * type = ggml_type_name(m->type);
+    for (int k = 0; k < nc; ++k) {
+        c->y[k] = (const tq1_25_q8_0 *) (m->y + (size_t) k * m->y_size);
+        c->s[k] = s + (size_t) k * (size_t) rows;
+    }
+    if (nc == 1) {
+        printf("vector %s-%s %.3f\n", type, isa->name, by_tables(isa, m, rows, nc, c));
+    }
+    if (nc <= FEW) {
+        printf("columns %s %s tables %d %.3f\n", type, isa->name, nc, by_tables(isa, m, rows, nc, c));
+    }
+    printf("columns %s %s codes %d %.3f\n", type, isa->name, nc, by_codes(isa, m, rows, nc, c));
+    if (isa->gemm) {
+        printf("columns %s %s panels %d %.3f\n", type, isa->name, nc, by_panels(isa, m, rows, nc, c));
+    }
 }
 
 int main(int argc, char ** argv) {
@@ -169,28 +193,24 @@ int main(int argc, char ** argv) {
     const float *x = floats((size_t) N * DIFFERENT, -0.5f), *y = floats((size_t) N * MOST, -0.5f), *importance = floats(N, 0.5f);
     struct matrix types[MAX_TYPES];
     int count = 0;
+    int64_t most_rows = 0;
     for (int a = 2; a < argc; ++a) {
         const enum ggml_type type = type_of(argv[a], N);
         if (type == GGML_TYPE_COUNT) {
             fprintf(stderr, "%s: no such type, or rows of %d are not whole blocks of it\n", argv[a], N);
             return 1;
         }
-        types[count++] = make(type, (size_t) mib << 20, x, y, importance);
+        types[count] = make(type, (size_t) mib << 20, x, y, importance);
+        most_rows = types[count].rows > most_rows ? types[count].rows : most_rows;
+        ++count;
     }
-    const struct matrix ours = make(GGML_TYPE_TQ1_25, (size_t) mib << 20, x, y, importance);
-    char * tiles = allocate((size_t) ours.rows * ours.row_size);
-    tq1_25_repack(KIND_TQ1_25, ours.rows, N, ours.data, tiles);
-    float * s = allocate(sizeof(float) * ((size_t) ours.rows + 64) * FEW + sizeof(float) * (size_t) SOME_ROWS * MOST);
+    float * s = allocate(sizeof(float) * ((size_t) most_rows * FEW + (size_t) SOME_ROWS * MOST));
     struct columns c = { .panels = allocate((size_t) tq1_25_panel_size(N, MOST)) };
     c.panel_scratch = allocate(sizeof(*c.panel_scratch));
     c.code_scratch = allocate(sizeof(*c.code_scratch));
-    for (int k = 0; k < MOST; ++k) {
-        c.y[k] = (const tq1_25_q8_0 *) (ours.y + (size_t) k * ours.y_size);
-        if (k < FEW) {
-            c.tables[k] = aligned_alloc(64, (size_t) N / QK_TQ1_25 * (TQ1_25_TABLE + 64)) /* for any instruction set */;
-        }
+    for (int k = 0; k < FEW; ++k) {
+        c.tables[k] = aligned_alloc(64, (size_t) N / TQ1_25_QK8_0 * (TQ1_25_TABLE + sizeof(float))); // for any instruction set
     }
-    float * results = allocate(sizeof(float) * (size_t) (2 << 20)); // of vec_dot, for any type's rows
     static const int some[] = { 1, 2, 3, 4, 8, 12, 16, 24, 32, FEW, 128, MOST };
 
     int round = 0;
@@ -201,34 +221,25 @@ int main(int argc, char ** argv) {
         // The order alternates, since what comes first runs on a machine that was busy with something else.
         const bool types_first = round++ % 2 == 0;
         for (int t = 0; t < count && types_first; ++t) {
-            by_vec_dot(&types[t], results);
+            by_vec_dot(&types[t], s);
         }
         for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
-            if (!isa->gemv[KIND_TQ1_25] || (isa->supported && !isa->supported())) {
+            if (!isa->gemv || (isa->supported && !isa->supported())) {
                 continue;
             }
             for (size_t i = 0; i < sizeof(some) / sizeof(some[0]); ++i) {
-                const int nc = some[i];
-                const int64_t rows = nc <= FEW ? ours.rows : SOME_ROWS < ours.rows ? SOME_ROWS : ours.rows;
-                for (int k = 0; k < nc; ++k) {
-                    c.s[k] = s + (size_t) k * (size_t) rows;
-                }
-                if (nc == 1) {
-                    printf("vector tq1_25-%s %.3f\n", isa->name, by_tables(isa, tiles, rows, nc, &c));
-                }
-                if (nc <= FEW) {
-                    printf("columns %s tables %d %.3f\n", isa->name, nc, by_tables(isa, tiles, rows, nc, &c));
-                }
-                printf("columns %s codes %d %.3f\n", isa->name, nc, by_codes(isa, tiles, rows, nc, &c));
-                if (isa->gemm) {
-                    printf("columns %s panels %d %.3f\n", isa->name, nc, by_panels(isa, tiles, rows, nc, &c));
+                for (int j = 0; j < count; ++j) { // types take turns here too
+                    const int t = types_first ? j : count - 1 - j;
+                    if (types[t].tiles) {
+                        repacked(isa, &types[t], some[i], s, &c);
+                    }
                 }
             }
             printf("tables %s %d\ncodes %s %d\n", isa->name, isa->max_tables, isa->name, isa->max_codes);
             printf("peak %s %.3f\n", isa->name, peak(isa->name));
         }
         for (int t = 0; t < count && !types_first; ++t) {
-            by_vec_dot(&types[t], results);
+            by_vec_dot(&types[t], s);
         }
         puts("end");
         fflush(stdout);

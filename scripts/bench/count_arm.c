@@ -1,4 +1,5 @@
 // Calls a kernel once on zeros; scripts/bench/count_arm.py counts the instructions. usage: count_arm KERNEL WEIGHTS VECTORS
+// KERNEL: an instruction set, one of its kernels and a type, such as "neon gemv TQ1_25"; or one of upstream's
 
 #include "repack.h"
 
@@ -16,10 +17,10 @@ float ggml_table_f32_f16[1 << 16], ggml_table_f32_ue4m3[256]; // upstream's tabl
 enum { MOST = 8192, ROWS = TQ1_25_TILE };
 
 static char x[MOST * ROWS] __attribute__((aligned(64))), y[MOST * 64] __attribute__((aligned(64)));
-static int8_t table[MOST / QK_TQ1_25 * TQ1_25_TABLE * TQ1_25_CODE_COLUMNS] __attribute__((aligned(64)));
-static float d[MOST / TQ1_25_QK8_0 * TQ1_25_CODE_COLUMNS], s[ROWS * 64] __attribute__((aligned(64)));
+static int8_t table[MOST / TQ1_25_QK8_0 * TQ1_25_TABLE] __attribute__((aligned(64)));
+static float d[MOST / TQ1_25_QK8_0], s[ROWS * 64] __attribute__((aligned(64)));
 static tq1_25_codes codes;
-static tq1_25_decoded decoded[MOST / QK_TQ1_25];
+static uint8_t decoded[MOST / QK_TQ1_25_64 * TQ1_25_DECODED(2)] __attribute__((aligned(64)));
 
 #define IS(name) (strcmp(what, name) == 0)
 
@@ -57,30 +58,41 @@ static int upstream(const char * what, int n, int nc) {
     return 0;
 }
 
-static int ours(const struct tq1_25_isa * isa, const char * what, int n, int nc) {
+static int ours(const struct tq1_25_isa * isa, const char * what, const char * type, int n, int nc) {
+    static const struct {
+        const char * name;
+        int tile, unit; // parts
+    } kinds[TQ1_25_KINDS] = { [KIND_TQ1_25] = { "TQ1_25", 4, 4 },
+                              [KIND_STQ1_0] = { "STQ1_0", 8, 4 },
+                              [KIND_TQ1_25_64] = { "TQ1_25_64", 2, 2 } };
+    const int nq = n / TQ1_25_QK8_0;
+    int k = 0;
+    while (strcmp(type, kinds[k].name) != 0) {
+        if (++k == TQ1_25_KINDS) {
+            return 0;
+        }
+    }
+    const int unit = kinds[k].unit;
     const tq1_25_part * part = (const tq1_25_part *) x;
-    const tq1_25_rows rows[2] = { { part, (const uint16_t *) (part + 4) }, { part, (const uint16_t *) (part + 4) } };
-    if (IS("vec_dot")) {
-        isa->vec_dot(n, s, (const block_tq1_25 *) x, (const tq1_25_q8_0 *) y);
-    } else if (IS("vec_dot STQ1_0")) {
-        isa->vec_dot_stq1_0(n, s, (const block_stq1_0 *) x, (const tq1_25_q8_0 *) y);
-    } else if (IS("table")) {
-        isa->table(n / QK_TQ1_25, (const tq1_25_q8_0 *) y, table, isa->table_size, d, 4);
+    const tq1_25_unit units[2] = { { part, (const uint16_t *) (part + unit) }, { part, (const uint16_t *) (part + unit) } };
+    if (IS("table")) {
+        isa->table(nq, (const tq1_25_q8_0 *) y, table, d);
+    } else if (IS("vec_dot")) {
+        isa->vec_dot[k](n, s, x, (const tq1_25_q8_0 *) y);
     } else if (IS("gemv")) {
-        isa->gemv[KIND_TQ1_25](n, s, x, table, d);
-    } else if (IS("gemv STQ1_0")) {
-        isa->gemv[KIND_STQ1_0](n, s, x, table, d);
-    } else if (IS("codes")) { // 128 weights at a time
-        for (int i = 0; i < n; i += QK_TQ1_25) {
-            isa->expand(rows, &codes);
-            isa->lookup(&codes, nc, table, d, s);
+        isa->gemv(kinds[k].tile, n, s, x, table, d);
+    } else if (IS("codes")) {
+        for (int i = 0; i < nq; i += unit) {
+            isa->expand(unit, units, &codes);
+            isa->lookup(unit, &codes, nc, table, d, s);
         }
     } else if (IS("panels") && isa->gemm) {
-        for (int i = 0; i < n / QK_TQ1_25; ++i) {
-            isa->decode(rows[0], decoded + i);
+        for (int i = 0; i < nq / unit; ++i) {
+            isa->decode(unit, units[0], decoded + TQ1_25_DECODED(unit) * i);
         }
         for (int p = 0; p < tq1_25_panels(nc); ++p) {
-            isa->gemm(n / QK_TQ1_25, (int) (tq1_25_first_column(nc, p + 1) - tq1_25_first_column(nc, p)), s, decoded, (const int8_t *) y);
+            const int columns = (int) (tq1_25_first_column(nc, p + 1) - tq1_25_first_column(nc, p));
+            isa->gemm(unit, nq / unit, columns, s, decoded, (const int8_t *) y);
         }
     } else {
         return 0;
@@ -95,10 +107,12 @@ int main(int argc, char ** argv) {
         fprintf(stderr, "count_arm: KERNEL WEIGHTS VECTORS, at most %d and 64\n", MOST);
         return 2;
     }
-    for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
-        const size_t length = strlen(isa->name);
-        if (strncmp(what, isa->name, length) == 0 && what[length] == ' ') {
-            return ours(isa, what + length + 1, n, nc) ? 0 : 3;
+    char name[16], kernel[16], type[16];
+    if (sscanf(what, "%15s %15s %15s", name, kernel, type) == 3) {
+        for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
+            if (strcmp(name, isa->name) == 0) {
+                return ours(isa, kernel, type, n, nc) ? 0 : 3;
+            }
         }
     }
     return upstream(what, n, nc) ? 0 : 3; // 3: no such kernel

@@ -30,6 +30,7 @@ from sherry_gguf.report import markdown_table
 REPO = Path(__file__).resolve().parents[2]
 SOURCES = REPO / "ggml_patch" / "src"
 LEVELS = {"neon": "armv8-a", "dotprod": "armv8.2-a+dotprod", "i8mm": "armv8.6-a+i8mm"}
+TYPES = ["TQ1_25", "TQ1_25_64", "STQ1_0"]
 ROWS = 64  # TQ1_25_TILE
 N = 2048
 MANY = [2, 4, 6, 8, 10, 12, 16, 24, 48]
@@ -84,10 +85,8 @@ def count(work: Path) -> dict:
         plain = "dotprod" if level == "i8mm" else level  # i8mm uses dotprod's
         repacked = {"dotprod": "Q4_0 4x4 gemv", "i8mm": "Q4_0 4x8 gemv"}.get(level)
         lines = {
-            "TQ1_25": (f"{level} gemv", ROWS),
-            "STQ1_0": (f"{level} gemv STQ1_0", ROWS),
-            "TQ1_25, --no-repack": (f"{plain} vec_dot", 1),
-            "STQ1_0, --no-repack": (f"{plain} vec_dot STQ1_0", 1),
+            **{kind: (f"{level} gemv {kind}", ROWS) for kind in TYPES},
+            **{f"{kind}, --no-repack": (f"{plain} vec_dot {kind}", 1) for kind in TYPES},
             "TQ2_0": ("TQ2_0", 1),
             "TQ1_0": ("TQ1_0", 1),
             "Q2_K": ("Q2_K", 1),
@@ -96,11 +95,12 @@ def count(work: Path) -> dict:
         }
         for name, (kernel, rows) in lines.items():
             one.setdefault(name, {})[level] = per_128(work / level, kernel, rows)
-        making[level] = per_128(work / level, f"{level} table", 1)
+        making[level] = per_128(work / level, f"{level} table TQ1_25", 1)
         for nc in MANY:
-            for name in ("codes", "panels"):
-                if name == "panels" or nc <= 16:
-                    many.setdefault(f"TQ1_25, {name}", {}).setdefault(level, {})[nc] = per_128(work / level, f"{level} {name}", ROWS, nc)
+            for name in [*(["codes"] if nc <= 16 else []), "panels"]:
+                for kind in TYPES[:2]:  # STQ1_0's are TQ1_25's
+                    found = per_128(work / level, f"{level} {name} {kind}", ROWS, nc)
+                    many.setdefault(f"{kind}, {name}", {}).setdefault(level, {})[nc] = found
             if level != "neon" and nc % 4 == 0:
                 kernel = "Q4_0 4x4 gemm" if level == "dotprod" else "Q4_0 4x8 gemm"
                 many.setdefault("Q4_0", {}).setdefault(level, {})[nc] = per_128(work / level, kernel, ROWS, nc)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
-"""Measure the kernels in one thread: TQ1_25 on each instruction set, against types of a similar size.
+"""Measure the kernels in one thread: our types on each instruction set, against types of a similar size.
 
 Three parts: the plain dot product with rows in the L1 cache; a matrix by a vector with weights from memory, beside the memory
-bandwidth; and TQ1_25's matrix by several vectors, by tables, codes and panels, beside the CPU's int8 peak where it is known.
+bandwidth; and a matrix of our types by several vectors, by tables, codes and panels, beside the CPU's int8 peak where it is known.
 Kernels take turns in each round; the tables show medians.
 
 Needs scripts/build_llama_cpp.py and a C compiler. Whole models: scripts/bench/models.py.
@@ -27,9 +27,9 @@ try:
 except ImportError as error:
     sys.exit(f"kernels.py: {error}: run it as .venv/bin/python scripts/bench/kernels.py, after scripts/setup.sh")
 
-TYPES = "tq1_25 tq1_0 tq2_0 q1_0 q2_0 iq1_s iq1_m iq2_xxs q2_K q4_0 q8_0".split()
+TYPES = "tq1_25 tq1_25_64 stq1_0 tq1_0 tq2_0 q1_0 q2_0 iq1_s iq1_m iq2_xxs q2_K q4_0 q8_0".split()
 BASELINE = "tq1_0"
-PEERS = "tq1_25 tq1_0 tq2_0 q1_0 q2_K q4_0 q8_0".split()  # from memory
+PEERS = "tq1_25 tq1_25_64 stq1_0 tq1_0 tq2_0 q1_0 q2_K q4_0 q8_0".split()  # from memory
 
 
 def bits(name: str) -> float:
@@ -85,10 +85,12 @@ def show_vector(rates: dict[str, list[float]], mib: int, rounds: int) -> None:
     print(f"\nMatrix by vector, {mib} MiB of weights from memory, {rounds} rounds; "
           f"memory bandwidth {statistics.median(memory):.1f} GB/s (highest {max(memory):.1f})\n")  # fmt: skip
     vector = {key.split()[1]: own for key, own in rates.items() if key.startswith("vector ")}
+    ours = {name.split("-")[0] for name in vector if "-" in name}
     rows = []
     for name, own in sorted(vector.items(), key=lambda item: -statistics.median(item[1])):
         read = [rate * bits(name) / 8 for rate in own]
-        label = name.replace("tq1_25-", "tq1_25 repacked, ").replace("tq1_25", "tq1_25 plain" if name == "tq1_25" else "tq1_25")
+        kind, _, isa = name.partition("-")
+        label = f"{kind} repacked, {isa}" if isa else f"{kind} plain" if kind in ours else kind
         rows.append((label, f"{bits(name):.3f}", f"{statistics.median(own):.1f}", f"{median_ratio(own, vector['tq2_0']):.2f}",
                      f"{statistics.median(read):.1f}", f"{100 * median_ratio(read, memory):.0f} %"))  # fmt: skip
     print(markdown_table(("kernel", "bits/weight", "1e9 weights/s", "x TQ2_0", "GB/s", "of memory's"), rows))
@@ -96,17 +98,17 @@ def show_vector(rates: dict[str, list[float]], mib: int, rounds: int) -> None:
 
 def show_columns(rates: dict[str, list[float]]) -> None:
     """Show products with several vectors, if this CPU has repacked kernels; no share of a peak that is not known (0)."""
-    columns: dict[str, dict[str, dict[int, list[float]]]] = {}  # instruction set -> kernel -> columns -> rounds
+    columns: dict[tuple[str, str], dict[str, dict[int, list[float]]]] = {}  # type and instruction set -> kernel -> columns -> rounds
     for key, own in rates.items():
         if key.startswith("columns "):
-            _, isa, kernel, count = key.split()
-            columns.setdefault(isa, {}).setdefault(kernel, {})[int(count)] = own
+            _, kind, isa, kernel, count = key.split()
+            columns.setdefault((kind, isa), {}).setdefault(kernel, {})[int(count)] = own
     if not columns:
         return
     print("\nMatrix by vectors, 1e9 multiply-adds/s: by tables / by codes / by panels; bold: what llama.cpp uses\n")
     counts = sorted(next(iter(columns.values()))["codes"])
     rows = []
-    for isa, of in columns.items():
+    for (kind, isa), of in sorted(columns.items()):
 
         def used(count: int, isa: str = isa) -> str:
             return next((k for k in ("tables", "codes") if count <= rates[f"{k} {isa}"][0]), "panels")
@@ -119,8 +121,8 @@ def show_columns(rates: dict[str, list[float]]) -> None:
         if min(peak) > 0:
             share = median_ratio(of[used(counts[-1])][counts[-1]], peak)
             most = [f"{statistics.median(peak):.0f}", f"{100 * share:.0f} %"]
-        rows.append([isa, *cells, *most])
-    print(markdown_table(["instruction set", *map(str, counts), "peak", f"{counts[-1]}, of the peak"], rows))
+        rows.append([kind, isa, *cells, *most])
+    print(markdown_table(["type", "instruction set", *map(str, counts), "peak", f"{counts[-1]}, of the peak"], rows))
 
 
 def main() -> None:

@@ -1,5 +1,6 @@
 """scripts/bench/kernels.py and `sherry-gguf bench` measure what they say; no test asks how fast anything is."""
 
+import itertools
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from model_files import SHAPES, plan, write_model
 from sherry_gguf import bench, kernels, llama_cpp
 
 BENCH = Path(__file__).parents[2] / "scripts" / "bench" / "kernels.py"
+OURS = {"tq1_25": "1.375", "tq1_25_64": "1.500", "stq1_0": "1.312"}  # bits a weight
 
 
 def test_every_kernel_and_type_is_measured(tmp_path):
@@ -24,26 +26,27 @@ def test_every_kernel_and_type_is_measured(tmp_path):
     assert result.returncode == 0, result.stderr
     found = json.loads(out.read_text())
     rates, printed = found["rates"], re.sub(" +", " ", result.stdout)
-    assert {name for name in rates if name.startswith("tq1_25-")} == {f"tq1_25-{isa}" for isa in kernels.available()}
+    assert {name for name in rates if "-" in name} == {f"{kind}-{isa}" for kind in OURS for isa in kernels.available()}
     assert {"tq1_0", "tq2_0", "q1_0", "q4_0", "q8_0"} <= rates.keys()
     assert all(len(rounds) == 3 and min(rounds) > 0 for rounds in rates.values())
-    assert "| tq1_25, scalar | 1.375 |" in printed and printed.count("| 1.00 |\n") >= 1
+    assert all(f"| {kind}, scalar | {bits} |" in printed for kind, bits in OURS.items()) and printed.count("| 1.00 |\n") >= 1
     products = found["matmul"]
     assert all(len(rounds) == 2 and min(rounds) > 0 for rounds in products.values())
-    assert {"memory", "vector tq1_25", "vector tq2_0", "vector q4_0"} <= products.keys()
-    for isa in kernels.available_repacked():
-        assert {f"vector tq1_25-{isa}", f"columns {isa} tables 1", f"columns {isa} codes 512", f"peak {isa}"} <= products.keys()
-        assert (f"columns {isa} panels 512" in products) == (isa in kernels.available_panels())
-        assert f"| tq1_25 repacked, {isa} | 1.375 |" in printed
+    assert {"memory", *(f"vector {kind}" for kind in OURS), "vector tq2_0", "vector q4_0"} <= products.keys()
+    for isa, kind in itertools.product(kernels.available_repacked(), OURS):
+        columns = f"columns {kind} {isa}"
+        assert {f"vector {kind}-{isa}", f"{columns} tables 1", f"{columns} codes 512", f"peak {isa}"} <= products.keys()
+        assert (f"{columns} panels 512" in products) == (isa in kernels.available_panels())
+        assert f"| {kind} repacked, {isa} | {OURS[kind]} |" in printed and f"| {kind} | {isa} |" in printed
 
 
 def test_without_a_known_peak_no_share_is_shown(capsys):
     """As on ARM, where bench_matmul prints 0; and a CPU without repacked kernels has no columns at all."""
-    rates = {"columns neon codes 512": [3.0, 4.0], "tables neon": [12.0], "codes neon": [512.0], "peak neon": [0.0, 0.0]}
+    rates = {"columns tq1_25 neon codes 512": [3.0, 4.0], "tables neon": [12.0], "codes neon": [512.0], "peak neon": [0.0, 0.0]}
     bench_kernels.show_columns(rates)
-    assert re.sub(" +", " ", capsys.readouterr().out).endswith("| neon | **4** | | |\n")
+    assert re.sub(" +", " ", capsys.readouterr().out).endswith("| tq1_25 | neon | **4** | | |\n")
     bench_kernels.show_columns(rates | {"peak neon": [7.0, 8.0]})
-    assert re.sub(" +", " ", capsys.readouterr().out).endswith("| neon | **4** | 8 | 46 % |\n")
+    assert re.sub(" +", " ", capsys.readouterr().out).endswith("| tq1_25 | neon | **4** | 8 | 46 % |\n")
     bench_kernels.show_columns({"memory": [1.0]})
     assert capsys.readouterr().out == ""
 
