@@ -1,5 +1,6 @@
 """C against NumPy on bytes, every instruction set against scalar on integers, and what Python may not do to C."""
 
+import functools
 import mmap
 import platform
 import re
@@ -12,37 +13,42 @@ from gguf import GGMLQuantizationType, quants
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from vectors import BLOCKS, DOTS
+from vectors import ALL_BLOCKS, ALL_DOTS, VECTORS
 
 from sherry_gguf import blocks as block_types
-from sherry_gguf import gguf_type, kernels, ternary, tq1_25
+from sherry_gguf import gguf_type, kernels, ternary, tq1_25, tq1_25_64
 from sherry_gguf.errors import QuantizeError
 
 SOURCES = Path(__file__).parents[2] / "ggml_patch" / "src"
 ISAS = kernels.available()
+KINDS = [tq1_25.TYPE, tq1_25_64.TYPE]  # tests/format has STQ1_0's tests
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 
 floats = st.floats(-(2.0**15), 2.0**15, width=32) | st.sampled_from([0.0, -0.0, 1.0, -1.0, 2.0**-149])
-rows = hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.sampled_from([128, 384])), elements=floats)
 
 
-def random_rows(seed, n, kind):
+def rows_of(kind):
+    return hnp.arrays(np.float32, st.tuples(st.integers(1, 3), st.sampled_from([kind.size, 3 * kind.size])), elements=floats)
+
+
+def random_rows(seed, n, character, kind):
     """Weights of several characters; "exact" ones are 3:4 sparse ternary already."""
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((8, n)).astype(np.float32)
-    if kind == "ties":
+    if character == "ties":
         x = np.round(x * 2) / 2
-    elif kind == "exact":
-        x = tq1_25.dequantize(tq1_25.quantize(x))
-    elif kind == "tiny":
+    elif character == "exact":
+        x = kind.dequantize(kind.quantize(x))
+    elif character == "tiny":
         x *= np.float32(2.0**-22)
-    elif kind == "wide":
+    elif character == "wide":
         x *= np.float32(2.0) ** rng.integers(-60, 10, x.shape)
     return np.clip(x, -60000, 60000).astype(np.float32)
 
 
 def test_constants_of_c_and_python_are_equal():
     lib = kernels.lib
-    assert set(gguf_type.TYPES) == {"TQ1_25", "STQ1_0"} and lib.TQ1_25_GROUP == ternary.GROUP
+    assert set(gguf_type.TYPES) == {"TQ1_25", "TQ1_25_64", "STQ1_0"} and lib.TQ1_25_GROUP == ternary.GROUP
     for name, kind in gguf_type.TYPES.items():
         assert (getattr(lib, f"{name}_TYPE_ID"), getattr(lib, f"QK_{name}")) == (kind.type_id, kind.size)
         assert kernels.ffi.sizeof(f"block_{name.lower()}") == kind.bytes
@@ -53,95 +59,107 @@ def test_constants_of_c_and_python_are_equal():
     assert [list(lane) for lane in lib.tq1_25_lanes] == ternary.PATTERNS[:16].T.tolist()
 
 
-@pytest.mark.parametrize("name", BLOCKS)
-def test_golden_blocks(name):
-    x, block, lanes, d = BLOCKS[name]
-    assert (kernels.quantize(x) == block).all()
-    assert (kernels.dequantize(block) == np.float32(d) * np.array(lanes, np.float32)).all()
+@pytest.mark.parametrize("kind, name", ALL_BLOCKS)
+def test_golden_blocks(kind, name):
+    x, block, lanes, d = VECTORS[kind].blocks[name]
+    kind = gguf_type.TYPES[kind]
+    assert (kernels.quantize(x, kind=kind) == block).all()
+    assert (kernels.dequantize(block, kind) == np.float32(d) * np.array(lanes, np.float32)).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("i", range(len(DOTS)))
-def test_golden_dots(i, isa):
-    row, y, q8_0, result = DOTS[i]
+@pytest.mark.parametrize("kind, i", ALL_DOTS)
+def test_golden_dots(kind, i, isa):
+    row, y, q8_0, result = VECTORS[kind].dots[i]
+    kind = gguf_type.TYPES[kind]
     packed = np.frombuffer(b"".join(np.float16(d).tobytes() + np.array(q, np.int8).tobytes() for d, q in q8_0), np.uint8)
     assert (kernels.quantize_q8_0(y) == packed).all()
-    assert kernels.vec_dot(row, y, isa=isa) == pytest.approx(result, abs=1e-5 * absolute_terms(row, packed))
+    assert kernels.vec_dot(row, y, isa, kind) == pytest.approx(result, abs=1e-5 * absolute_terms(row, packed, kind))
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "exact", "tiny", "wide"])
-@pytest.mark.parametrize("n", [128, 896, 4096])
-def test_quantize_gives_the_bytes_of_numpy(kind, n):
-    for seed in range(20):
-        x = random_rows(seed, n, kind)
-        assert (kernels.quantize(x) == tq1_25.quantize(x)).all()
+@each_kind
+@pytest.mark.parametrize("character", ["normal", "ties", "exact", "tiny", "wide"])
+@pytest.mark.parametrize("blocks", [1, 7, 32])
+def test_quantize_gives_the_bytes_of_numpy(kind, character, blocks):
+    for seed in range(10):
+        x = random_rows(seed, blocks * kind.size, character, kind)
+        assert (kernels.quantize(x, kind=kind) == kind.quantize(x)).all()
 
 
-@given(rows)
+@each_kind
+@given(data=st.data())
 @settings(deadline=None)
-def test_quantize_and_dequantize_agree_on_anything(x):
-    packed = tq1_25.quantize(x)
-    assert (kernels.quantize(x) == packed).all()
-    assert (kernels.dequantize(packed).view(np.uint32) == tq1_25.dequantize(packed).view(np.uint32)).all()
+def test_quantize_and_dequantize_agree_on_anything(kind, data):
+    x = data.draw(rows_of(kind))
+    packed = kind.quantize(x)
+    assert (kernels.quantize(x, kind=kind) == packed).all()
+    assert (kernels.dequantize(packed, kind).view(np.uint32) == kind.dequantize(packed).view(np.uint32)).all()
 
 
-@given(hnp.arrays(np.uint8, st.integers(0, 5).map(lambda n: 22 * n)))
+@each_kind
+@given(data=st.data())
 @settings(deadline=None)
-def test_dequantize_agrees_on_random_bytes(b):
-    assert np.array_equal(kernels.dequantize(b), tq1_25.dequantize(b), equal_nan=True)
+def test_dequantize_agrees_on_random_bytes(kind, data):
+    b = data.draw(hnp.arrays(np.uint8, st.integers(0, 5).map(lambda n: kind.bytes * n)))
+    assert np.array_equal(kernels.dequantize(b, kind), kind.dequantize(b), equal_nan=True)
 
 
-def test_every_half_is_reached_from_its_own_mean_and_its_neighbours():
+@each_kind
+def test_every_half_is_reached_from_its_own_mean_and_its_neighbours(kind):
     """fp16 rounding against NumPy's, at every half, halfway to the next, and at the floats to either side of that."""
     halves = np.arange(0x7C00, dtype=np.uint16).view(np.float16).astype(np.float32)
     middle = (halves[:-1] + halves[1:]) / 2  # exact in float32
     means = np.concatenate([halves, middle, np.nextafter(middle, np.float32(0)), np.nextafter(middle, np.float32(np.inf))])
-    x = np.repeat(means, 128).reshape(-1, 128)
-    expected = means.astype(np.float16)
-    assert (tq1_25.unpack(tq1_25.quantize(x))[1][:, 0] == expected).all()
-    assert (kernels.quantize(x) == tq1_25.quantize(x)).all()
+    x = np.repeat(means, kind.size).reshape(-1, kind.size)
+    expected, packed = means.astype(np.float16), kind.quantize(x)
+    assert (kind.unpack(packed)[1][:, 0] == expected).all()
+    assert (kernels.quantize(x, kind=kind) == packed).all()
 
 
-def test_the_sum_is_in_order():
+@each_kind
+def test_the_sum_is_in_order(kind):
     """A first addend so large that each of the others is lost on it, though together they would not be: the mean stays
     on the tie between two halves and goes to the even one."""
-    x = np.zeros(128, np.float32)
-    x[np.arange(128) % 4 != 0] = 2.0**-47
-    x[1] = 96 * (1 + 2.0**-11)  # a mean of 1 + 2^-11, halfway from 1 to the next half
-    assert tq1_25.unpack(tq1_25.quantize(x))[1][0] == 1
-    assert (kernels.quantize(x) == tq1_25.quantize(x)).all()
-    x[1], x[127] = x[127], x[1]  # the small ones first: they count
-    assert tq1_25.unpack(tq1_25.quantize(x))[1][0] == 1 + 2.0**-10
-    assert (kernels.quantize(x) == tq1_25.quantize(x)).all()
+    x = np.zeros(kind.size, np.float32)
+    x[np.arange(kind.size) % 4 != 0] = kind.size * 2.0**-54
+    x[1] = kind.size * 3 // 4 * (1 + 2.0**-11)  # a mean of 1 + 2^-11, halfway from 1 to the next half
+    assert kind.unpack(kind.quantize(x))[1][0] == 1
+    assert (kernels.quantize(x, kind=kind) == kind.quantize(x)).all()
+    x[1], x[-1] = x[-1], x[1]  # the small ones first: they count
+    assert kind.unpack(kind.quantize(x))[1][0] == 1 + 2.0**-10
+    assert (kernels.quantize(x, kind=kind) == kind.quantize(x)).all()
 
 
-def test_the_first_bad_row_is_named():
+@each_kind
+def test_the_first_bad_row_is_named(kind):
     x = np.ones((9000, 128), np.float32)  # more weights than NumPy handles at a time
     x[8500, 3], x[8700, 3] = np.nan, 1e9
-    for module in tq1_25, kernels:
+    for quantize in kind.quantize, functools.partial(kernels.quantize, kind=kind):
         with pytest.raises(QuantizeError) as error:
-            module.quantize(x)
+            quantize(x)
         assert error.value.row == 8500 and error.value.cause == tq1_25.NOT_FINITE
     x[8500, 3] = 1
-    for module in tq1_25, kernels:
+    for quantize in kind.quantize, functools.partial(kernels.quantize, kind=kind):
         with pytest.raises(QuantizeError) as error:
-            module.quantize(x)
+            quantize(x)
         assert error.value.row == 8700 and error.value.cause == tq1_25.OVERFLOW
 
 
-def test_what_ggml_calls():
+@each_kind
+def test_what_ggml_calls(kind):
     """The functions in the shapes of ggml's tables: every row, an importance matrix, and no status to return."""
-    x, importance = random_rows(11, 384, "normal"), np.random.default_rng(0).random(384, np.float32)
-    out = np.zeros((8, 66), np.uint8)
+    n = 3 * kind.size
+    x, importance = random_rows(11, n, "normal", kind), np.random.default_rng(0).random(n, np.float32)
+    out = np.zeros((8, 3 * kind.bytes), np.uint8)
+    quantize, validate = (kernels._function(kind, name) for name in ("quantize_TYPE", "TYPE_validate"))
     for im in None, importance:
-        size = kernels.lib.quantize_tq1_25(kernels._floats(x), kernels.ffi.from_buffer(out), 8, 384,
-                                           kernels.ffi.NULL if im is None else kernels._floats(im))  # fmt: skip
-        assert size == out.size and (out == kernels.quantize(x, im)).all()
-    assert kernels.lib.tq1_25_validate(kernels.ffi.from_buffer(out), 24)
-    x[5, 200] = np.inf
-    kernels.lib.quantize_tq1_25(kernels._floats(x), kernels.ffi.from_buffer(out), 8, 384, kernels.ffi.NULL)
-    assert not kernels.lib.tq1_25_validate(kernels.ffi.from_buffer(out), 24)
-    assert np.isnan(tq1_25.unpack(out)[1]).nonzero()[0].tolist() == [5]
+        size = quantize(kernels._floats(x), kernels.ffi.from_buffer(out), 8, n, kernels.ffi.NULL if im is None else kernels._floats(im))
+        assert size == out.size and (out == kernels.quantize(x, im, kind)).all()
+    assert validate(kernels.ffi.from_buffer(out), 24)
+    x[5, n // 2] = np.inf
+    quantize(kernels._floats(x), kernels.ffi.from_buffer(out), 8, n, kernels.ffi.NULL)
+    assert not validate(kernels.ffi.from_buffer(out), 24)
+    assert np.isnan(kind.unpack(out)[1]).nonzero()[0].tolist() == [5]
 
 
 def test_released_bytes_of_a_file_can_still_be_read(tmp_path):
@@ -166,44 +184,50 @@ def test_released_bytes_of_a_file_can_still_be_read(tmp_path):
         assert (mapped == expected).all()
 
 
+@each_kind
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e5])
-def test_what_no_block_can_hold(value):
+def test_what_no_block_can_hold(kind, value):
     x = np.ones((3, 2, 256), np.float32)
     x[1, 1, 200] = value if not np.isfinite(value) else 1e7
     with pytest.raises(QuantizeError) as expected:
-        tq1_25.quantize(x)
+        kind.quantize(x)
     with pytest.raises(QuantizeError) as error:
-        kernels.quantize(x)
+        kernels.quantize(x, kind=kind)
     assert str(error.value) == str(expected.value) and error.value.row == 3
     with pytest.raises(QuantizeError) as error:
-        kernels.quantize(x, np.ones(256, np.float32))
+        kernels.quantize(x, np.ones(256, np.float32), kind)
     assert str(error.value) == str(expected.value)
 
 
 # ---- importance ----
 
 
-def weighted_error(x, packed, importance):
-    return (importance * (x - kernels.dequantize(packed).astype(np.float64)) ** 2).reshape(*x.shape[:-1], -1, 128).sum(-1)
+def weighted_error(x, packed, importance, kind):
+    difference = x - kernels.dequantize(packed, kind).astype(np.float64)
+    return (importance * difference**2).reshape(*x.shape[:-1], -1, kind.size).sum(-1)
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "wide"])
-def test_importance_lowers_the_weighted_error(kind):
+@each_kind
+@pytest.mark.parametrize("character", ["normal", "ties", "wide"])
+def test_importance_lowers_the_weighted_error(kind, character):
     rng = np.random.default_rng(3)
-    for seed in range(10):
-        x, importance = random_rows(seed, 896, kind), rng.exponential(size=896).astype(np.float32) ** 3
-        plain = weighted_error(x, kernels.quantize(x), importance)
-        weighted = weighted_error(x, kernels.quantize(x, importance), importance)
+    for seed in range(5):
+        n = 7 * kind.size
+        x, importance = random_rows(seed, n, character, kind), rng.exponential(size=n).astype(np.float32) ** 3
+        plain = weighted_error(x, kernels.quantize(x, kind=kind), importance, kind)
+        weighted = weighted_error(x, kernels.quantize(x, importance, kind), importance, kind)
         assert (weighted <= plain * (1 + 1e-3)).all()  # the scale is rounded to fp16 only after the search
         assert weighted.sum() < plain.sum()
 
 
-def test_weighted_scale_and_zeros_are_best_for_each_other():
+@each_kind
+def test_weighted_scale_and_zeros_are_best_for_each_other(kind):
     """d = sum of w|x| over sum of w on the kept lanes; the zero costs least, w (x^2 - (|x| - d)^2) (float64 oracle)."""
     rng = np.random.default_rng(4)
-    x, importance = random_rows(5, 1280, "normal"), (rng.random(1280) + 0.1).astype(np.float32)
-    lanes, d = tq1_25.unpack(kernels.quantize(x, importance))
-    a, w = np.abs(x.astype(np.float64)).reshape(8, 10, 32, 4), importance.astype(np.float64).reshape(10, 32, 4)
+    n = 10 * kind.size
+    x, importance = random_rows(5, n, "normal", kind), (rng.random(n) + 0.1).astype(np.float32)
+    lanes, d = kind.unpack(kernels.quantize(x, importance, kind))
+    a, w = np.abs(x.astype(np.float64)).reshape(8, 10, -1, 4), importance.astype(np.float64).reshape(10, -1, 4)
     kept = lanes.reshape(a.shape) != 0
     best = (w * a * kept).sum((-1, -2)) / (w * kept).sum((-1, -2))
     assert (d == best.astype(np.float16)).all()
@@ -212,23 +236,24 @@ def test_weighted_scale_and_zeros_are_best_for_each_other():
     assert (np.where(x < 0, -1, 1)[lanes != 0] == lanes[lanes != 0]).all()
 
 
+@each_kind
 @pytest.mark.parametrize("importance", ["uniform", "random", "sparse", "zero"])
-def test_exact_weights_stay_exact_whatever_their_importance(importance):
+def test_exact_weights_stay_exact_whatever_their_importance(kind, importance):
     rng = np.random.default_rng(6)
-    x = random_rows(7, 512, "exact")
+    x = random_rows(7, 512, "exact", kind)
     weights = {"uniform": np.ones(512), "random": rng.random(512), "sparse": rng.random(512) > 0.9, "zero": np.zeros(512)}
-    packed = kernels.quantize(x, weights[importance].astype(np.float32))
-    assert (packed == kernels.quantize(x)).all()
+    packed = kernels.quantize(x, weights[importance].astype(np.float32), kind)
+    assert (packed == kernels.quantize(x, kind=kind)).all()
 
 
 # ---- dot products ----
 
 
-def absolute_terms(row, q8_0):
+def absolute_terms(row, q8_0, kind):
     """The sum of the absolute terms of a dot product, what its rounding error is measured against."""
-    lanes, d = tq1_25.unpack(row)
+    lanes, d = kind.unpack(row)
     y = quants.dequantize(q8_0, GGMLQuantizationType.Q8_0)
-    return float(np.abs(lanes * np.repeat(d.astype(np.float64), 128) * y).sum())
+    return float(np.abs(lanes * np.repeat(d.astype(np.float64), kind.size) * y).sum())
 
 
 def random_q8_0(rng, n):
@@ -238,63 +263,69 @@ def random_q8_0(rng, n):
     return q
 
 
+@each_kind
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("n", [128, 256, 384, 896, 4096, 4864])
-def test_integers_equal_those_of_scalar(isa, n):
+@pytest.mark.parametrize("blocks", [1, 2, 3, 7, 32, 45])
+def test_integers_equal_those_of_scalar(isa, blocks, kind):
     """Scales of 1, all but one Q8_0 block silenced by a scale of 0: each integer sum of 32 products comes out alone."""
-    rng = np.random.default_rng(n)
-    for _ in range(10):
-        row = rng.integers(0, 256, (n // 128, 22), dtype=np.uint8)
-        row[:, 20:] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
+    rng, n = np.random.default_rng(blocks), blocks * kind.size
+    for _ in range(5):
+        row = rng.integers(0, 256, (blocks, kind.bytes), dtype=np.uint8)
+        row[:, -2:] = np.frombuffer(np.float16(1).tobytes(), np.uint8)
         q8_0 = random_q8_0(rng, n)
-        lanes, _ = tq1_25.unpack(row.reshape(-1))
+        lanes, _ = kind.unpack(row.reshape(-1))
         sums = (lanes.reshape(-1, 32).astype(int) * q8_0[:, 2:].view(np.int8)).sum(axis=1)
-        assert kernels.vec_dot_q8_0(row.reshape(-1), q8_0.reshape(-1), isa) == sums.sum()
-        for j in rng.choice(n // 32, 4):
+        assert kernels.vec_dot_q8_0(row.reshape(-1), q8_0.reshape(-1), isa, kind) == sums.sum()
+        for j in {*rng.choice(n // 32, 4), n // 32 - 1}:
             alone = q8_0.copy()
             alone[np.arange(n // 32) != j, :2] = 0
-            assert kernels.vec_dot_q8_0(row.reshape(-1), alone.reshape(-1), isa) == sums[j]
-            assert kernels.vec_dot_q8_0(row.reshape(-1), alone.reshape(-1), "scalar") == sums[j]
+            assert kernels.vec_dot_q8_0(row.reshape(-1), alone.reshape(-1), isa, kind) == sums[j]
+            assert kernels.vec_dot_q8_0(row.reshape(-1), alone.reshape(-1), "scalar", kind) == sums[j]
 
 
+@each_kind
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("extreme", [-128, 127])
-def test_extreme_sums(isa, extreme):
+def test_extreme_sums(isa, extreme, kind):
     """Every product at its largest and all of one sign: no intermediate may overflow."""
-    row = tq1_25.pack(np.tile([0, -1, 1, -1], 64).astype(np.int8), np.ones(2, np.float16))
-    q8_0 = random_q8_0(np.random.default_rng(0), 256)
+    n = 3 * kind.size
+    row = kind.pack(np.tile([0, -1, 1, -1], n // 4).astype(np.int8), np.ones(3, np.float16))
+    q8_0 = random_q8_0(np.random.default_rng(0), n)
     y = np.where(np.arange(32) % 2, extreme, -extreme).clip(-128, 127)
     q8_0[:, 2:] = y.astype(np.int8).view(np.uint8)
-    assert kernels.vec_dot_q8_0(row, q8_0.reshape(-1), isa) == 64 * (-2 * extreme + min(-extreme, 127))
+    assert kernels.vec_dot_q8_0(row, q8_0.reshape(-1), isa, kind) == n // 4 * (-2 * extreme + min(-extreme, 127))
 
 
+@each_kind
 @pytest.mark.parametrize("isa", ISAS)
-def test_the_longest_rows_keep_the_tolerance(isa):
+def test_the_longest_rows_keep_the_tolerance(isa, kind):
     """53248 weights, Llama-3.1-405B's feed-forward; all terms of one sign, where rounding adds up the most."""
     n = 53248
-    row = tq1_25.pack(np.tile([0, 1, 1, 1], n // 4).astype(np.int8), np.full(n // 128, 0.01, np.float16))
+    row = kind.pack(np.tile([0, 1, 1, 1], n // 4).astype(np.int8), np.full(n // kind.size, 0.01, np.float16))
     y = np.random.default_rng(0).uniform(0.5, 1, n).astype(np.float32)
-    expected = tq1_25.vec_dot(row, y)
-    assert kernels.vec_dot(row, y, isa) == pytest.approx(expected, rel=1e-5)
+    expected = kind.vec_dot(row, y)
+    assert kernels.vec_dot(row, y, isa, kind) == pytest.approx(expected, rel=1e-5)
 
 
+@each_kind
 @given(seed=st.integers(0, 2**32 - 1), blocks=st.integers(1, 12), scale=st.floats(1e-3, 1e3))
 @settings(deadline=None)
-def test_floats_agree_within_their_rounding(seed, blocks, scale):
+def test_floats_agree_within_their_rounding(kind, seed, blocks, scale):
     rng = np.random.default_rng(seed)
-    row = kernels.quantize(rng.standard_normal(128 * blocks).astype(np.float32))
-    y = (scale * rng.standard_normal(128 * blocks)).astype(np.float32)
-    expected, tolerance = tq1_25.vec_dot(row, y), 1e-5 * absolute_terms(row, kernels.quantize_q8_0(y))
+    row = kernels.quantize(rng.standard_normal(kind.size * blocks).astype(np.float32), kind=kind)
+    y = (scale * rng.standard_normal(kind.size * blocks)).astype(np.float32)
+    expected, tolerance = kind.vec_dot(row, y), 1e-5 * absolute_terms(row, kernels.quantize_q8_0(y), kind)
     for isa in ISAS:
-        assert kernels.vec_dot(row, y, isa) == pytest.approx(expected, abs=tolerance)
+        assert kernels.vec_dot(row, y, isa, kind) == pytest.approx(expected, abs=tolerance)
 
 
+@each_kind
 @pytest.mark.parametrize("isa", ISAS)
-def test_zero_blocks(isa):
-    zero = np.zeros(256, np.float32)
-    assert kernels.vec_dot(kernels.quantize(zero), zero + 1, isa) == 0
-    assert kernels.vec_dot(kernels.quantize(zero + 1), zero, isa) == 0
-    assert kernels.vec_dot(np.zeros(0, np.uint8), np.zeros(0, np.float32), isa) == 0
+def test_zero_blocks(isa, kind):
+    zero = np.zeros(3 * kind.size, np.float32)
+    assert kernels.vec_dot(kernels.quantize(zero, kind=kind), zero + 1, isa, kind) == 0
+    assert kernels.vec_dot(kernels.quantize(zero + 1, kind=kind), zero, isa, kind) == 0
+    assert kernels.vec_dot(np.zeros(0, np.uint8), np.zeros(0, np.float32), isa, kind) == 0
 
 
 def test_q8_0_rounds_halves_away_from_zero_and_holds_any_scale():
@@ -307,7 +338,7 @@ def test_q8_0_rounds_halves_away_from_zero_and_holds_any_scale():
     assert np.abs(kernels.quantize_q8_0(y)[2:].view(np.int8)).max() <= 127
 
 
-@given(rows)
+@given(rows_of(tq1_25.TYPE))
 @settings(deadline=None)
 def test_q8_0_gives_the_bytes_of_gguf(x):
     y = x[0]
@@ -380,45 +411,55 @@ def test_the_environment_chooses(monkeypatch):
     (lambda: kernels.vec_dot(np.zeros(22, np.uint8), np.zeros(128, np.float16)), "float16.*float32"),
     (lambda: kernels.vec_dot_q8_0(np.zeros(22, np.uint8), np.zeros(135, np.uint8)), r"\(135,\).*\(136,\)"),
     (lambda: kernels.quantize_q8_0(np.zeros(33, np.float32)), r"\(33,\).*32"),
+    (lambda: kernels.quantize(np.zeros(96, np.float32), kind=tq1_25_64.TYPE), r"\(96,\).*64"),
+    (lambda: kernels.quantize(np.zeros(64, np.float32), np.zeros(128, np.float32), tq1_25_64.TYPE), r"\(128,\).*\(64,\)"),
+    (lambda: kernels.dequantize(np.zeros(22, np.uint8), tq1_25_64.TYPE), r"\(22,\).*12"),
+    (lambda: kernels.vec_dot(np.zeros(12, np.uint8), np.zeros(128, np.float32), kind=tq1_25_64.TYPE), r"\(128,\).*\(64,\)"),
+    (lambda: kernels.vec_dot_q8_0(np.zeros(12, np.uint8), np.zeros(34, np.uint8), kind=tq1_25_64.TYPE), r"\(34,\).*\(68,\)"),
 ])  # fmt: skip
 def test_wrong_arguments_raise_with_the_numbers(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
 
-def test_strided_and_read_only_arrays():
+@each_kind
+def test_strided_and_read_only_arrays(kind):
     x = np.random.default_rng(0).standard_normal((4, 512)).astype(np.float32)
     x.flags.writeable = False
-    assert (kernels.quantize(x[::2, ::-1]) == tq1_25.quantize(x[::2, ::-1])).all()
-    packed = kernels.quantize(x)
-    assert (kernels.dequantize(packed[::-2]) == tq1_25.dequantize(packed[::-2])).all()
-    assert (kernels.quantize(x, x[1, ::-1] ** 2) == kernels.quantize(x, np.ascontiguousarray(x[1, ::-1] ** 2))).all()
+    quantize, dequantize = functools.partial(kernels.quantize, kind=kind), functools.partial(kernels.dequantize, kind=kind)
+    assert (quantize(x[::2, ::-1]) == kind.quantize(x[::2, ::-1])).all()
+    packed = quantize(x)
+    assert (dequantize(packed[::-2]) == kind.dequantize(packed[::-2])).all()
+    assert (quantize(x, x[1, ::-1] ** 2) == quantize(x, np.ascontiguousarray(x[1, ::-1] ** 2))).all()
 
 
-def test_copies_live_as_long_as_the_call():
+@each_kind
+def test_copies_live_as_long_as_the_call(kind):
     """Large arrays that must be copied: memory given back too early would be unmapped or written to."""
-    y = np.random.default_rng(0).standard_normal(1 << 22).astype(np.float32)
-    packed, importance = kernels.quantize(y), np.abs(y)
+    y = np.random.default_rng(0).standard_normal(1 << 21).astype(np.float32)
+    quantize, dequantize = functools.partial(kernels.quantize, kind=kind), functools.partial(kernels.dequantize, kind=kind)
+    packed, importance = quantize(y), np.abs(y)
 
     def strided(a):
         return np.repeat(a, 2)[::2]
 
     assert (kernels.quantize_q8_0(strided(y)) == kernels.quantize_q8_0(y)).all()
-    assert (kernels.quantize(strided(y)) == packed).all()
-    assert (kernels.dequantize(strided(packed)) == kernels.dequantize(packed)).all()
-    assert (kernels.quantize(strided(y), strided(importance)) == kernels.quantize(y, importance)).all()
-    assert kernels.vec_dot(strided(packed), strided(y)) == kernels.vec_dot(packed, y)
+    assert (quantize(strided(y)) == packed).all()
+    assert (dequantize(strided(packed)) == dequantize(packed)).all()
+    assert (quantize(strided(y), strided(importance)) == quantize(y, importance)).all()
+    assert kernels.vec_dot(strided(packed), strided(y), kind=kind) == kernels.vec_dot(packed, y, kind=kind)
 
 
-def test_odd_addresses():
-    x = np.random.default_rng(0).standard_normal(512).astype(np.float32)
-    packed, q8_0 = kernels.quantize(x), kernels.quantize_q8_0(x)
+@each_kind
+def test_odd_addresses(kind):
+    x = np.random.default_rng(0).standard_normal(3 * kind.size).astype(np.float32)
+    packed, q8_0 = kernels.quantize(x, kind=kind), kernels.quantize_q8_0(x)
     shifted, shifted_q8_0 = np.insert(packed, 0, 0)[1:], np.insert(q8_0, 0, 0)[1:]
     floats = np.frombuffer(b"\0" + x.tobytes(), np.float32, offset=1)
     assert shifted.ctypes.data % 2 == 1 and floats.ctypes.data % 4 == 1
     # what C gets is a copy at an even address
-    assert int(kernels.ffi.cast("uintptr_t", kernels._blocks(shifted, "block_tq1_25"))) % 2 == 0
+    assert int(kernels.ffi.cast("uintptr_t", kernels._blocks(shifted, "uint8_t"))) % 2 == 0
     assert int(kernels.ffi.cast("uintptr_t", kernels._floats(floats))) % 4 == 0
-    assert (kernels.dequantize(shifted) == kernels.dequantize(packed)).all()
-    assert kernels.vec_dot_q8_0(shifted, shifted_q8_0) == kernels.vec_dot_q8_0(packed, q8_0)
-    assert (kernels.quantize(floats) == packed).all()
+    assert (kernels.dequantize(shifted, kind) == kernels.dequantize(packed, kind)).all()
+    assert kernels.vec_dot_q8_0(shifted, shifted_q8_0, kind=kind) == kernels.vec_dot_q8_0(packed, q8_0, kind=kind)
+    assert (kernels.quantize(floats, kind=kind) == packed).all()

@@ -6,18 +6,27 @@ import platform
 import numpy as np
 import pytest
 
-from sherry_gguf import kernels, ternary, tq1_25
+from sherry_gguf import kernels, ternary, tq1_25, tq1_25_64
 
 ffi, lib = kernels.ffi, kernels.lib
+KINDS = [tq1_25.TYPE, tq1_25_64.TYPE]  # tests/format has STQ1_0's tests
 ISAS = kernels.available_repacked()
 PRODUCTS = {"tables": kernels.mul_tables, "codes": kernels.mul_codes, "panels": kernels.mul_panels}
 HAS = {"tables": ISAS, "codes": ISAS, "panels": kernels.available_panels()}
-TILE, COLUMNS, DEPTH = 64, 6, 16  # of tile.h and repack.h
+TILE, COLUMNS, DEPTH = 64, 6, 64  # of tile.h and repack.h
 IN_PAIRS = platform.machine() == "aarch64"  # panels: five columns cost what six do there
-CODE_COLUMNS, CODE_PAIRS = 16, 128
+CODE_COLUMNS, CODE_TABLES = 16, 512
 
-every_product = pytest.mark.parametrize("isa, product", [(isa, product) for product in PRODUCTS for isa in HAS[product]])
-every_isa = pytest.mark.parametrize("isa", ISAS)
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+every_product = pytest.mark.parametrize(
+    "isa, product, kind",
+    [pytest.param(isa, p, kind, id=f"{isa}-{p}-{kind.name}") for kind in KINDS for p in PRODUCTS for isa in HAS[p]],
+)
+
+
+def deep(kind):
+    """Weights in a row of a block more than is decoded at a time: 17 blocks of TQ1_25, 33 of TQ1_25_64."""
+    return 32 * DEPTH + kind.size
 
 
 def halves(values):
@@ -25,11 +34,11 @@ def halves(values):
     return np.ascontiguousarray(np.asarray(values, "<f2"))[..., None].view(np.uint8)
 
 
-def random_rows(rng, rows, n, d=None):
+def random_rows(rng, rows, n, kind, d=None):
     """Random codes; scales are powers of two and some are 0, so that sums of a few thousand blocks are exact in float32."""
-    b = rng.integers(0, 256, (rows, n // 128, 22), dtype=np.uint8)
-    b[..., 20:] = halves(rng.choice([0, 0.5, 1, 2], b.shape[:2], p=[0.1, 0.3, 0.3, 0.3]) if d is None else d)
-    return b.reshape(rows, n // 128 * 22)
+    b = rng.integers(0, 256, (rows, n // kind.size, kind.bytes), dtype=np.uint8)
+    b[..., -2:] = halves(rng.choice([0, 0.5, 1, 2], b.shape[:2], p=[0.1, 0.3, 0.3, 0.3]) if d is None else d)
+    return b.reshape(rows, -1)
 
 
 def random_q8_0(rng, columns, n, d=None):
@@ -39,26 +48,30 @@ def random_q8_0(rng, columns, n, d=None):
     return q.reshape(columns, n // 32 * 34)
 
 
-def floats(b, q8_0):
+def floats(b, q8_0, kind):
     """Weights (rows, n) and activations (columns, n), float64."""
-    lanes, d = tq1_25.unpack(b)
+    lanes, d = kind.unpack(b)
     q = q8_0.reshape(len(q8_0), q8_0.shape[1] // 34, 34)
     dy = np.ascontiguousarray(q[..., :2]).view("<f2").astype(np.float64)
     with np.errstate(invalid="ignore"):
         y = (q[..., 2:].view(np.int8) * dy).reshape(len(q), 32 * q.shape[1])
-        return lanes * np.repeat(d.astype(np.float64), 128, axis=-1), y
+        return lanes * np.repeat(d.astype(np.float64), kind.size, axis=-1), y
 
 
-def check_exact(product, isa, b, q8_0, **kwargs):
-    w, y = floats(b, q8_0)
-    found = PRODUCTS[product](kernels.repack(b), len(b), w.shape[1], q8_0, isa, **kwargs)
+def multiply(product, isa, b, n, q8_0, kind, **kwargs):
+    return PRODUCTS[product](kernels.repack(b, kind), len(b), n, q8_0, isa, kind=kind, **kwargs)
+
+
+def check_exact(product, isa, b, q8_0, kind):
+    w, y = floats(b, q8_0, kind)
+    found = multiply(product, isa, b, w.shape[1], q8_0, kind)
     assert found.shape == (len(y), len(w)) and (found == y @ w.T).all()
 
 
 def test_constants_of_c_and_python_are_equal():
     assert (lib.TQ1_25_TILE, lib.TQ1_25_COLUMNS, lib.TQ1_25_DEPTH) == (TILE, COLUMNS, DEPTH)
-    assert (lib.TQ1_25_CODE_COLUMNS, lib.TQ1_25_CODE_PAIRS) == (CODE_COLUMNS, CODE_PAIRS)
-    assert ffi.sizeof("tq1_25_tile") == TILE * tq1_25.BLOCK_BYTES
+    assert (lib.TQ1_25_CODE_COLUMNS, lib.TQ1_25_CODE_TABLES) == (CODE_COLUMNS, CODE_TABLES)
+    assert all(ffi.sizeof(f"{kind.name.lower()}_tile") == TILE * kind.bytes for kind in KINDS)
 
 
 def test_what_has_kernels_for_repacked_rows():
@@ -75,101 +88,108 @@ def test_what_has_kernels_for_repacked_rows():
 # ---- layout ----
 
 
-def repacked(b):
-    """The layout in NumPy: of 64 rows and a block of each, four parts of four bytes of qs and one of sign, byte by byte
+def repacked(b, kind):
+    """The layout in NumPy: of 64 rows and a block of each, two or four parts of four bytes of qs and one of sign, byte by byte
     64 rows side by side; then 64 scales, in the order in which the lookup gives sums."""
-    rows, nb = len(b), b.shape[1] // 22
+    rows, nb, count = len(b), b.shape[1] // kind.bytes, kind.size // 32
     whole = rows // 64
-    blocks = b[: 64 * whole].reshape(whole, 64, nb, 22)
-    tiles = np.empty((whole, nb, 1408), np.uint8)
-    parts = tiles[..., :1280].reshape(whole, nb, 4, 5, 64)
-    for part in range(4):
+    blocks = b[: 64 * whole].reshape(whole, 64, nb, kind.bytes)
+    parts = np.empty((whole, nb, count, 5, 64), np.uint8)
+    for part in range(count):
         for byte in range(4):
             parts[:, :, part, byte] = blocks[..., 4 * part + byte].swapaxes(1, 2)
-        parts[:, :, part, 4] = blocks[..., 16 + part].swapaxes(1, 2)
-    tiles[..., :1280] = parts.reshape(whole, nb, 1280)
+        parts[:, :, part, 4] = blocks[..., 4 * count + part].swapaxes(1, 2)
     # Scales of 64 rows: row = 16 * sixteen + 8 * upper + 2 * pair + odd, place = 32 * upper + 16 * odd + 4 * sixteen + pair.
-    d = blocks[..., 20:].swapaxes(1, 2).reshape(whole, nb, 4, 2, 4, 2, 2)  # sixteen, upper, pair, odd, byte
-    tiles[..., 1280:] = d.transpose(0, 1, 3, 5, 2, 4, 6).reshape(whole, nb, 128)
+    d = blocks[..., -2:].swapaxes(1, 2).reshape(whole, nb, 4, 2, 4, 2, 2)  # sixteen, upper, pair, odd, byte
+    scales = d.transpose(0, 1, 3, 5, 2, 4, 6).reshape(whole, nb, 128)
+    tiles = np.concatenate([parts.reshape(whole, nb, 320 * count), scales], axis=-1)
     return np.concatenate([tiles.reshape(-1), b[64 * whole :].reshape(-1)])
 
 
-@pytest.mark.parametrize("n", [128, 384, 896, 2176])
+@each_kind
+@pytest.mark.parametrize("blocks", [1, 3, 7, 17])
 @pytest.mark.parametrize("rows", [0, 1, 63, 64, 65, 127, 128, 130, 200, 256])
-def test_layout(rows, n):
-    b = np.random.default_rng(rows).integers(0, 256, (rows, n // 128 * 22), dtype=np.uint8)
-    found = kernels.repack(b)
+def test_layout(rows, blocks, kind):
+    b = np.random.default_rng(rows).integers(0, 256, (rows, blocks * kind.bytes), dtype=np.uint8)
+    found = kernels.repack(b, kind)
     assert found.dtype == np.uint8 and found.shape == (b.size,)
-    assert (found == repacked(b)).all()
+    assert (found == repacked(b, kind)).all()
 
 
-def test_repack_writes_its_bytes_and_no_others():
+@each_kind
+def test_repack_writes_its_bytes_and_no_others(kind):
     for rows in 1, 64, 65, 129:
-        b = np.random.default_rng(0).integers(0, 256, (rows, 3 * 22), dtype=np.uint8)
+        b = np.random.default_rng(0).integers(0, 256, (rows, 3 * kind.bytes), dtype=np.uint8)
         out = np.full(b.size + 512, 0xA5, np.uint8)
-        lib.tq1_25_repack(lib.KIND_TQ1_25, rows, 384, kernels._blocks(b, "block_tq1_25"), ffi.from_buffer("uint8_t[]", out) + 256)
-        assert (out[256:-256] == repacked(b)).all() and (out[:256] == 0xA5).all() and (out[-256:] == 0xA5).all()
+        to = ffi.from_buffer("uint8_t[]", out) + 256
+        lib.tq1_25_repack(kernels._kind(kind), rows, 3 * kind.size, kernels._blocks(b, "uint8_t"), to)
+        assert (out[256:-256] == repacked(b, kind)).all() and (out[:256] == 0xA5).all() and (out[-256:] == 0xA5).all()
 
 
 # ---- integers ----
 
 
-@every_product
-@pytest.mark.parametrize("n", [128, 256, 384, 896, 2048, 2176, 4864])
-def test_integers_equal_those_of_numpy(isa, product, n):
-    rng = np.random.default_rng(n)
-    for rows, columns in [(1, 5), (63, 2), (64, 1), (65, 13), (127, 3), (128, 6), (130, 7), (191, 12), (200, 4)]:
-        check_exact(product, isa, random_rows(rng, rows, n), random_q8_0(rng, columns, n))
+WIDTHS = {tq1_25.TYPE: [128, 256, 384, 896, 2048, 2176, 4864], tq1_25_64.TYPE: [64, 192, 576, 960, 2112, 2880, 8640]}
 
 
 @every_product
-def test_every_number_of_rows(isa, product):
+def test_integers_equal_those_of_numpy(isa, product, kind):
+    for n in WIDTHS[kind]:
+        rng = np.random.default_rng(n)
+        sizes = [(1, 5), (64, 1), (65, 13), (130, 7), (200, 4), (63, 2), (127, 3), (128, 6), (191, 12)]
+        for rows, columns in sizes if n < 2000 else sizes[:5]:
+            check_exact(product, isa, random_rows(rng, rows, n, kind), random_q8_0(rng, columns, n), kind)
+
+
+@every_product
+def test_every_number_of_rows(isa, product, kind):
     rng = np.random.default_rng(1)
-    b, q8_0 = random_rows(rng, 200, 256), random_q8_0(rng, 7, 256)
+    n = 256 if kind is tq1_25.TYPE else 192
+    b, q8_0 = random_rows(rng, 200, n, kind), random_q8_0(rng, 7, n)
     for rows in range(201):
-        check_exact(product, isa, b[:rows], q8_0)
+        check_exact(product, isa, b[:rows], q8_0, kind)
 
 
 @every_product
-def test_every_number_of_columns(isa, product):
+def test_every_number_of_columns(isa, product, kind):
     """Up to six, and around every switch: to codes, to panels, and of the number of groups and of panels."""
-    rng = np.random.default_rng(2)
-    b, q8_0 = random_rows(rng, 67, 384), random_q8_0(rng, 512, 384)
+    rng, n = np.random.default_rng(2), 3 * kind.size
+    b, q8_0 = random_rows(rng, 67, n, kind), random_q8_0(rng, 512, n)
     switches = [k for k in (kernels._compiled()[isa].max_tables, kernels._compiled()[isa].max_codes) if k < 512]
     steps = [*switches, *range(COLUMNS, 60, COLUMNS), *range(CODE_COLUMNS, 100, CODE_COLUMNS), 256, 511]
     around = {k + i for k in steps for i in (-1, 0, 1)}
     for columns in sorted({0, 1, 2, 3, 4, 5, 6, 7, 12, 13, *around}):
-        check_exact(product, isa, b, q8_0[:columns])
+        check_exact(product, isa, b, q8_0[:columns], kind)
 
 
-def test_plain_and_repacked_kernels_agree():
-    rng = np.random.default_rng(3)
-    b, q8_0 = random_rows(rng, 70, 896), random_q8_0(rng, 3, 896)
+@each_kind
+def test_plain_and_repacked_kernels_agree(kind):
+    rng, n = np.random.default_rng(3), 7 * kind.size
+    b, q8_0 = random_rows(rng, 70, n, kind), random_q8_0(rng, 3, n)
     for isa in ISAS:
-        plain = np.array([[kernels.vec_dot_q8_0(row, y, isa) for row in b] for y in q8_0])
-        for name, product in PRODUCTS.items():
-            if isa in HAS[name]:
-                assert (product(kernels.repack(b), 70, 896, q8_0, isa) == plain).all()
+        plain = np.array([[kernels.vec_dot_q8_0(row, y, isa, kind) for row in b] for y in q8_0])
+        for product in PRODUCTS:
+            if isa in HAS[product]:
+                assert (multiply(product, isa, b, n, q8_0, kind) == plain).all()
 
 
 @every_product
-def test_each_integer_alone(isa, product):
+def test_each_integer_alone(isa, product, kind):
     """All but one Q8_0 block silenced by a scale of 0: the column holds the 32 products of that one."""
-    rng = np.random.default_rng(4)
-    n = 2176
-    b, q8_0 = random_rows(rng, 65, n, d=1), random_q8_0(rng, 1, n)
+    rng, n = np.random.default_rng(4), deep(kind)
+    b, q8_0 = random_rows(rng, 65, n, kind, d=1), random_q8_0(rng, 1, n)
     alone = np.repeat(q8_0.reshape(1, n // 32, 34), n // 32, axis=0)
     alone[..., :2] = halves(np.eye(n // 32))
-    check_exact(product, isa, b, alone.reshape(n // 32, -1))
+    check_exact(product, isa, b, alone.reshape(n // 32, -1), kind)
 
 
 # ---- extremes ----
 
 
-def uniform_rows(n=128):
+def uniform_rows(n, kind):
     """Row k holds code k % 32 in every group: 64 rows in tiles and 32 plain."""
     lanes = np.tile(ternary.PATTERNS[np.arange(96) % 32], (1, n // 4)).astype(np.int8)
-    return tq1_25.pack(lanes, np.ones((96, n // 128), np.float16))
+    return kind.pack(lanes, np.ones((96, n // kind.size), np.float16))
 
 
 def q8_0_of(values):
@@ -182,59 +202,58 @@ def q8_0_of(values):
 
 
 @functools.cache
-def every_sum():
+def every_sum(n):
     """Activations whose groups are all alike and add up to t under code 0, for every t and every zero lane."""
     t = np.arange(-384, 382)
     a = np.clip(t, -128, 127)
     b = np.clip(t - a, -128, 127)
     three = np.stack([a, b, t - a - b], axis=1)
     groups = np.concatenate([np.insert(three, lane, 0, axis=1) for lane in range(4)])
-    return q8_0_of(np.tile(groups, (1, 32)))
+    return q8_0_of(np.tile(groups, (1, n // 4)))
 
 
 @every_product
-def test_every_sum_of_a_group_eight_times(isa, product):
+def test_every_sum_of_a_group_eight_times(isa, product, kind):
     """What a lookup splits into high and low parts adds up eight times, all of one sign: no byte may overflow."""
-    check_exact(product, isa, uniform_rows(), every_sum())
+    check_exact(product, isa, uniform_rows(kind.size, kind), every_sum(kind.size), kind)
 
 
 @every_product
 @pytest.mark.parametrize("extreme", [-128, 127])
-def test_extreme_activations(isa, product, extreme):
-    rng = np.random.default_rng(5)
-    constant = q8_0_of(np.full((7, 896), extreme))
-    check_exact(product, isa, random_rows(rng, 130, 896), constant)
-    check_exact(product, isa, uniform_rows(896), constant)
+def test_extreme_activations(isa, product, kind, extreme):
+    rng, n = np.random.default_rng(5), 7 * kind.size
+    constant = q8_0_of(np.full((7, n), extreme))
+    check_exact(product, isa, random_rows(rng, 130, n, kind), constant, kind)
+    check_exact(product, isa, uniform_rows(n, kind), constant, kind)
     # every product of the row at its largest, and all of one sign
-    lanes = tq1_25.unpack(b := random_rows(rng, 96, 256, d=1))[0]
+    lanes = kind.unpack(b := random_rows(rng, 96, n, kind, d=1))[0]
     for sign in -1, 1:
-        check_exact(product, isa, b, q8_0_of((sign * extreme * lanes.astype(int)).clip(-128, 127)))
+        check_exact(product, isa, b, q8_0_of((sign * extreme * lanes.astype(int)).clip(-128, 127)), kind)
 
 
 @every_product
-def test_zero_blocks(isa, product):
-    rng = np.random.default_rng(6)
-    b, q8_0 = random_rows(rng, 130, 384), random_q8_0(rng, 7, 384)
-    call = PRODUCTS[product]
-    assert not call(kernels.repack(np.zeros_like(b)), 130, 384, q8_0, isa).any()
-    assert not call(kernels.repack(random_rows(rng, 130, 384, d=0)), 130, 384, q8_0, isa).any()
-    assert not call(kernels.repack(b), 130, 384, np.zeros_like(q8_0), isa).any()
-    assert not call(kernels.repack(b), 130, 384, random_q8_0(rng, 7, 384, d=0), isa).any()
+def test_zero_blocks(isa, product, kind):
+    rng, n = np.random.default_rng(6), 3 * kind.size
+    b, q8_0 = random_rows(rng, 130, n, kind), random_q8_0(rng, 7, n)
+    assert not multiply(product, isa, np.zeros_like(b), n, q8_0, kind).any()
+    assert not multiply(product, isa, random_rows(rng, 130, n, kind, d=0), n, q8_0, kind).any()
+    assert not multiply(product, isa, b, n, np.zeros_like(q8_0), kind).any()
+    assert not multiply(product, isa, b, n, random_q8_0(rng, 7, n, d=0), kind).any()
 
 
 @every_product
-def test_scales_that_are_not_finite_stay_in_their_row_and_column(isa, product):
+def test_scales_that_are_not_finite_stay_in_their_row_and_column(isa, product, kind):
     rng = np.random.default_rng(7)
-    n, rows, columns = 2176, 150, 9
-    b, q8_0 = random_rows(rng, rows, n), random_q8_0(rng, columns, n)
-    w, y = floats(b, q8_0)
+    n, rows, columns = deep(kind), 150, 9
+    b, q8_0 = random_rows(rng, rows, n, kind), random_q8_0(rng, columns, n)
+    w, y = floats(b, q8_0, kind)
     expected = y @ w.T
     bad_rows, bad_columns = [3, 17, 63, 64, 140], [0, 4, 8]
-    for i, row in enumerate(bad_rows):
-        b.reshape(rows, -1, 22)[row, i * 4, 20:] = halves([np.nan, np.inf, -np.inf][i % 3])
-    for i, column in enumerate(bad_columns):
-        q8_0.reshape(columns, -1, 34)[column, i * 33, :2] = halves([np.nan, np.inf, -np.inf][i])
-    found = PRODUCTS[product](kernels.repack(b), rows, n, q8_0, isa)
+    for i, row in enumerate(bad_rows):  # the first block and the last among them
+        b.reshape(rows, -1, kind.bytes)[row, i * (n // kind.size // 4), -2:] = halves([np.nan, np.inf, -np.inf][i % 3])
+    for column, block, d in zip(bad_columns, (0, n // 64, n // 32 - 1), (np.nan, np.inf, -np.inf)):
+        q8_0.reshape(columns, -1, 34)[column, block, :2] = halves(d)
+    found = multiply(product, isa, b, n, q8_0, kind)
     finite = np.ones_like(found, bool)
     finite[:, bad_rows] = finite[bad_columns] = False
     assert (np.isfinite(found) == finite).all() and (found[finite] == expected[finite]).all()
@@ -244,36 +263,37 @@ def test_scales_that_are_not_finite_stay_in_their_row_and_column(isa, product):
 
 
 @every_product
-@pytest.mark.parametrize("n", [128, 2176, 4864])
-def test_floats_agree_within_their_rounding(isa, product, n):
-    rng = np.random.default_rng(n)
-    b = random_rows(rng, 133, n, d=rng.exponential(size=(133, n // 128)))
-    q8_0 = random_q8_0(rng, 9, n, d=rng.exponential(size=(9, n // 32)))
-    w, y = floats(b, q8_0)
-    found = PRODUCTS[product](kernels.repack(b), 133, n, q8_0, isa)
-    assert (np.abs(found - y @ w.T) <= 1e-5 * (np.abs(y) @ np.abs(w).T)).all()
+def test_floats_agree_within_their_rounding(isa, product, kind):
+    for n in WIDTHS[kind][0], deep(kind), WIDTHS[kind][-1]:
+        rng = np.random.default_rng(n)
+        b = random_rows(rng, 133, n, kind, d=rng.exponential(size=(133, n // kind.size)))
+        q8_0 = random_q8_0(rng, 9, n, d=rng.exponential(size=(9, n // 32)))
+        w, y = floats(b, q8_0, kind)
+        found = multiply(product, isa, b, n, q8_0, kind)
+        assert (np.abs(found - y @ w.T) <= 1e-5 * (np.abs(y) @ np.abs(w).T)).all()
 
 
 @every_product
-def test_the_longest_rows_keep_the_tolerance(isa, product):
+def test_the_longest_rows_keep_the_tolerance(isa, product, kind):
     """53248 weights, all terms of one sign, where rounding adds up the most."""
     n = 53248
-    b = np.repeat(tq1_25.pack(np.tile([0, 1, 1, 1], n // 4).astype(np.int8), np.full(n // 128, 0.01, np.float16))[None], 65, axis=0)
+    row = kind.pack(np.tile([0, 1, 1, 1], n // 4).astype(np.int8), np.full(n // kind.size, 0.01, np.float16))
+    b = np.repeat(row[None], 65, axis=0)
     q8_0 = kernels.quantize_q8_0(np.random.default_rng(0).uniform(0.5, 1, n).astype(np.float32))[None]
-    w, y = floats(b[:1], q8_0)
-    assert PRODUCTS[product](kernels.repack(b), 65, n, q8_0, isa) == pytest.approx(float((y @ w.T)[0, 0]), rel=1e-5)
+    w, y = floats(b[:1], q8_0, kind)
+    assert multiply(product, isa, b, n, q8_0, kind) == pytest.approx(float((y @ w.T)[0, 0]), rel=1e-5)
 
 
 @every_product
-def test_random_bytes(isa, product):
+def test_random_bytes(isa, product, kind):
     """Scales of any bits, NaN and infinite ones among them: a result is finite where its scales are, and then close."""
     rng = np.random.default_rng(8)
     for _ in range(20):
-        n, rows, columns = 128 * rng.integers(1, 20), rng.integers(1, 200), rng.integers(1, 20)
-        b = rng.integers(0, 256, (rows, n // 128 * 22), dtype=np.uint8)
+        n, rows, columns = kind.size * rng.integers(1, 20), rng.integers(1, 200), rng.integers(1, 20)
+        b = rng.integers(0, 256, (rows, n // kind.size * kind.bytes), dtype=np.uint8)
         q8_0 = rng.integers(0, 256, (columns, n // 32 * 34), dtype=np.uint8)
-        w, y = floats(b, q8_0)
-        found = PRODUCTS[product](kernels.repack(b), rows, n, q8_0, isa)
+        w, y = floats(b, q8_0, kind)
+        found = multiply(product, isa, b, n, q8_0, kind)
         with np.errstate(invalid="ignore"):
             expected, terms = y @ w.T, np.abs(y) @ np.abs(w).T
         finite = np.isfinite(y).all(axis=1)[:, None] & np.isfinite(w).all(axis=1)
@@ -286,16 +306,16 @@ def test_random_bytes(isa, product):
 
 @every_product
 @pytest.mark.parametrize("columns", [1, 13, 31])
-def test_pieces_give_the_same_bits_as_the_whole(isa, product, columns):
+def test_pieces_give_the_same_bits_as_the_whole(isa, product, kind, columns):
     """As the threads of llama.cpp cut them: what is made along the vector, rows of tiles (the second of a pair begins a piece,
     too), groups of panels."""
     rng = np.random.default_rng(9)
-    n, rows = 2176, 330
-    b = kernels.repack(random_rows(rng, rows, n, d=rng.exponential(size=(rows, n // 128))))
+    n, rows = deep(kind), 330
+    b = random_rows(rng, rows, n, kind, d=rng.exponential(size=(rows, n // kind.size)))
     q8_0 = random_q8_0(rng, columns, n, d=rng.exponential(size=(columns, n // 32)))
-    whole = PRODUCTS[product](b, rows, n, q8_0, isa)
+    whole = multiply(product, isa, b, n, q8_0, kind)
     for pieces in 2, 3, 5, 8, 100:
-        assert (PRODUCTS[product](b, rows, n, q8_0, isa, pieces=pieces).view(np.uint32) == whole.view(np.uint32)).all()
+        assert (multiply(product, isa, b, n, q8_0, kind, pieces=pieces).view(np.uint32) == whole.view(np.uint32)).all()
 
 
 class Guarded:
@@ -311,17 +331,18 @@ class Guarded:
         return (self.all[:256] == 0xA5).all() and (self.all[-256:] == 0xA5).all()
 
 
-@every_isa
+@each_kind
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("columns", [1, 4, 6, 11, 20, 33])
-def test_nothing_is_written_outside_its_range(isa, columns):
+def test_nothing_is_written_outside_its_range(isa, columns, kind):
     """Tables, panels, scratch and results take the bytes that they say; of a result only the rows and columns of
     the ranges are written, whatever lies between columns."""
     entry = ffi.addressof(kernels._compiled()[isa])
     rng = np.random.default_rng(10)
-    n, rows, gap = 2176, 330, 7
-    b, q8_0 = random_rows(rng, rows, n), random_q8_0(rng, columns, n)
-    w, y = floats(b, q8_0)
-    expected, b = y @ w.T, kernels.repack(b)
+    n, rows, gap, number = deep(kind), 330, 7, kernels._kind(kind)
+    b, q8_0 = random_rows(rng, rows, n, kind), random_q8_0(rng, columns, n)
+    w, y = floats(b, q8_0, kind)
+    expected, b = y @ w.T, kernels.repack(b, kind)
     x, of = kernels._blocks(b, "uint8_t"), kernels._pointers("const tq1_25_q8_0 *", q8_0)
 
     tables = [Guarded(lib.tq1_25_table_size(entry, n)) for _ in range(columns)]
@@ -348,13 +369,13 @@ def test_nothing_is_written_outside_its_range(isa, columns):
                 floats32 = out.bytes.view(np.float32).reshape(columns, rows + gap)
                 s = ffi.new("float *[]", [ffi.cast("float *", out.pointer) + c * (rows + gap) for c in range(columns)])
                 if product == "panels":
-                    lib.tq1_25_mul_panels(entry, lib.KIND_TQ1_25, rows, n, x, begin, end, columns, p, q, panels.pointer, s,
+                    lib.tq1_25_mul_panels(entry, number, rows, n, x, begin, end, columns, p, q, panels.pointer, s,
                                           ffi.cast("struct tq1_25_panel_scratch *", panel_scratch.pointer))  # fmt: skip
                 elif product == "tables":
-                    lib.tq1_25_mul_tables(entry, lib.KIND_TQ1_25, rows, n, x, begin, end, columns, of, to, s)
+                    lib.tq1_25_mul_tables(entry, number, rows, n, x, begin, end, columns, of, to, s)
                 for group in range(groups if product == "codes" else 0):
                     first, last = (lib.tq1_25_first_of_group(columns, groups, k) for k in (group, group + 1))
-                    lib.tq1_25_mul_codes(entry, lib.KIND_TQ1_25, rows, n, x, begin, end, last - first, of + first, s + first,
+                    lib.tq1_25_mul_codes(entry, number, rows, n, x, begin, end, last - first, of + first, s + first,
                                          ffi.cast("struct tq1_25_code_scratch *", code_scratch.pointer))  # fmt: skip
                 assert out.intact() and panel_scratch.intact() and code_scratch.intact() and panels.intact()
                 written = np.zeros((columns, rows + gap), bool)
@@ -390,10 +411,8 @@ def test_columns_are_spread_evenly_over_panels():
 
 
 def good(product, **changed):
-    arguments = (
-        dict(isa=HAS[product][0], repacked=np.zeros(65 * 44, np.uint8), rows=65, n=256, q8_0=np.zeros((2, 8 * 34), np.uint8)) | changed
-    )
-    return PRODUCTS[product](**arguments)
+    given = dict(isa=HAS[product][0], repacked=np.zeros(65 * 44, np.uint8), rows=65, n=256, q8_0=np.zeros((2, 8 * 34), np.uint8))
+    return PRODUCTS[product](**given | changed)
 
 
 @pytest.mark.parametrize("product", [product for product in PRODUCTS if HAS[product]])
@@ -409,6 +428,8 @@ def good(product, **changed):
     (dict(q8_0=np.zeros((2, 271), np.uint8)), r"\(2, 271\).*\(columns, 272\)"),
     (dict(q8_0=np.zeros((2, 272), np.float32)), "float32.*uint8"),
     (dict(pieces=0), "0 pieces"),
+    (dict(kind=tq1_25_64.TYPE), r"\(2860,\), 65 rows of 256 weights need uint8 \(3120,\)"),
+    (dict(kind=tq1_25_64.TYPE, n=96), "rows of 96 weights.*64"),
     (dict(isa="scalar"), "instruction set scalar has no kernels for repacked rows; those that this CPU runs: "),
     (dict(isa="mmx"), "instruction set mmx: no such kernel"),
 ])  # fmt: skip
@@ -421,16 +442,17 @@ def test_wrong_arguments_raise_with_the_numbers(product, changed, message):
 
 @every_product
 @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint32, np.int64, np.uint64])
-def test_numbers_of_numpy_do_not_overflow(isa, product, dtype):
-    rng = np.random.default_rng(12)
-    b, q8_0 = random_rows(rng, 130, 128), random_q8_0(rng, 3, 128)
-    w, y = floats(b, q8_0)
-    packed = kernels.repack(b)
-    assert (PRODUCTS[product](packed, dtype(130), dtype(128), q8_0, isa, pieces=dtype(3)) == y @ w.T).all()
-    with pytest.raises(ValueError, match="200 rows of 128 weights need uint8 .4400,."):
-        PRODUCTS[product](packed[: 200 * 22 % 256], dtype(200), dtype(128), q8_0, isa)
+def test_numbers_of_numpy_do_not_overflow(isa, product, kind, dtype):
+    rng, call = np.random.default_rng(12), functools.partial(PRODUCTS[product], isa=isa, kind=kind)
+    n, size = kind.size, 200 * kind.bytes
+    b, q8_0 = random_rows(rng, 130, n, kind), random_q8_0(rng, 3, n)
+    w, y = floats(b, q8_0, kind)
+    packed = kernels.repack(b, kind)
+    assert (call(packed, dtype(130), dtype(n), q8_0, pieces=dtype(3)) == y @ w.T).all()
+    with pytest.raises(ValueError, match=f"200 rows of {n} weights need uint8 .{size},."):
+        call(packed[: size % 256], dtype(200), dtype(n), q8_0)
     with pytest.raises(TypeError):
-        PRODUCTS[product](packed, 130.0, 128, q8_0, isa)
+        call(packed, 130.0, n, q8_0)
 
 
 @pytest.mark.parametrize("b, message", [
@@ -460,18 +482,18 @@ def test_panels_of_an_instruction_set_without():
 
 
 @every_product
-def test_strided_read_only_and_odd_arrays(isa, product):
-    rng = np.random.default_rng(11)
-    b, q8_0 = random_rows(rng, 130, 384), random_q8_0(rng, 5, 384)
-    w, y = floats(b, q8_0)
-    packed = kernels.repack(b)
+def test_strided_read_only_and_odd_arrays(isa, product, kind):
+    rng, n = np.random.default_rng(11), 3 * kind.size
+    b, q8_0 = random_rows(rng, 130, n, kind), random_q8_0(rng, 5, n)
+    w, y = floats(b, q8_0, kind)
+    packed = kernels.repack(b, kind)
     strided = np.repeat(np.repeat(b, 2, axis=1), 2, axis=0)[::2, ::2]
     strided.flags.writeable = False
     shifted = np.insert(b.reshape(-1), 0, 0)[1:].reshape(b.shape)
     assert shifted.ctypes.data % 2 == 1
-    assert (kernels.repack(strided) == packed).all() and (kernels.repack(shifted) == packed).all()
+    assert (kernels.repack(strided, kind) == packed).all() and (kernels.repack(shifted, kind) == packed).all()
     odd = np.insert(packed, 0, 0)[1:], np.insert(q8_0.reshape(-1), 0, 0)[1:].reshape(q8_0.shape)
     wide = np.repeat(packed, 2)[::2], np.repeat(q8_0, 2, axis=1)[:, ::2]
     for x, q in odd, wide:
         x.flags.writeable = q.flags.writeable = False
-        assert (PRODUCTS[product](x, 130, 384, q, isa) == y @ w.T).all()
+        assert (PRODUCTS[product](x, 130, n, q, isa, kind=kind) == y @ w.T).all()
