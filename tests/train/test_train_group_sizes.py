@@ -1,20 +1,27 @@
-"""The training command with groups of 64 and with layers of different group sizes: its result, resuming, and going on from it."""
+"""The training command with groups of 64 and with layers of different group sizes: its result, resuming, going on from it, converting."""
 
 import json
 import shutil
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 import small_models
 import torch
 import train_sherry
+from conftest import pre, sherry
 from safetensors.torch import load_file
 from training_runs import flags
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sherry_gguf import tq1_25, tq1_25_64
+from sherry_gguf import gguf_type, tq1_25, tq1_25_64
+from sherry_gguf.qat import QuantConfig, export, prepare
 
 pytest_plugins = "training_runs"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+gguf_type.register()
 
 KINDS = {128: tq1_25.TYPE, 64: tq1_25_64.TYPE}
 DOWN = [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
@@ -98,3 +105,39 @@ def test_rows_that_do_not_fit(mixed, text, tmp_path, capfd):
     assert "12 of 14 layers have inputs that are not a multiple of 128" in error and "192 inputs: model.layers.*.self_attn.q_proj" in error
     assert [line.split("  (")[0] for line in error.splitlines()[1:3]] == ["  --group_size auto", "  --group_size 64"]
     assert "  --keep '" in error and "Traceback" not in error
+
+
+def convert(directory: Path, out: Path, *flags) -> dict[str, gguf.ReaderTensor]:
+    """The ternary tensors of a checkpoint's GGUF, which `verify` finds right."""
+    for result in sherry("convert", directory, "--outfile", out, *flags), sherry("verify", out, directory, *flags[1:]):
+        assert result.returncode == 0, result.stdout + result.stderr
+    return {t.name: t for t in gguf.GGUFReader(out).tensors if t.tensor_type in {kind.type_id for kind in KINDS.values()}}
+
+
+def test_gguf_holds_what_training_computed(trained, tmp_path):
+    """The export converts bit for bit, and the checkpoint with its latent weights to the same blocks, each layer's in its type."""
+    exact = convert(trained / "hf", tmp_path / "hf.gguf", "--require-exact")
+    latent = convert(trained / "checkpoint-4", tmp_path / "latent.gguf")
+    assert len(exact) == 14 and exact.keys() == latent.keys()
+    for name, tensor in exact.items():
+        assert tensor.tensor_type == latent[name].tensor_type == KINDS[128 if "ffn_down" in name else 64].type_id
+        assert np.array_equal(tensor.data, latent[name].data), name
+
+
+def test_gguf_of_groups_of_64_in_rows_of_128(mixed, tmp_path):
+    """They do not fit TQ1_25, whose rows they have."""
+    model = AutoModelForCausalLM.from_pretrained(mixed, dtype=torch.float32)
+    prepare(model, QuantConfig(group_size=64))
+    export(model, tmp_path / "hf", AutoTokenizer.from_pretrained(mixed))
+    assert {t.tensor_type for t in convert(tmp_path / "hf", tmp_path / "hf.gguf", "--require-exact").values()} == {tq1_25_64.TYPE.type_id}
+
+
+def test_gguf_of_experts(tmp_path):
+    """Each expert is a layer in training; the GGUF stacks them."""
+    start = small_models.make(tmp_path / "start", "qwen3moe", latent=True, config=dict(moe_intermediate_size=192))
+    model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32)
+    prepare(model)
+    export(model, tmp_path / "hf", AutoTokenizer.from_pretrained(start))
+    found = convert(tmp_path / "hf", tmp_path / "hf.gguf", "--require-exact", *pre("qwen3moe"))
+    assert {n.split(".")[2] for n, t in found.items() if t.tensor_type == tq1_25_64.TYPE.type_id} == {"ffn_down_exps"}
+    assert len(found) == 2 * (4 + 3)
