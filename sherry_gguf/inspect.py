@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import gguf_type, tq1_25
+from . import gguf_type, tq1_25, tq1_25_64
 from .gguf_file import Gguf, Stored, read_gguf
-from .report import counted, sizes, table
+from .report import counted, sizes, table, type_names
 
 _TOKENIZER = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
 
@@ -46,7 +46,8 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
     exact = _exact_flags(model)
     if exact:
         marked = sum(flag is True for flag in exact.values())
-        yield f"  {marked} of {len(exact)} {tq1_25.NAME} tensors are marked exact: bit for bit the checkpoint's"
+        names = type_names(model.tensors[name] for name in exact)
+        yield f"  {marked} of {len(exact)} {names} tensors are marked exact: bit for bit the checkpoint's"
     yield ""
     by_type = collections.defaultdict(list)
     for t in model.tensors.values():
@@ -62,11 +63,18 @@ def inspect(path: Path, tensors: bool = False) -> Iterator[str]:
 
 
 def _exact_flags(model: Gguf) -> dict[str, Any]:
-    """The converter's exactness flags of tensors that are still TQ1_25: other programs copy the flags when they change a type."""
-    names, flags = (model.fields.get(f"sherry.tensor.{key}") for key in ("names", "exact"))
+    """The converter's exactness flags that still hold: other programs copy the flags when they change a type (docs/format.md)."""
+    names, flags, sizes = (model.fields.get(f"sherry.tensor.{key}") for key in ("names", "exact", "group_size"))
     if not (isinstance(names, list) and isinstance(flags, list)):
         return {}
-    return {name: flag for name, flag in zip(names, flags) if name in model.tensors and model.tensors[name].type.name == tq1_25.NAME}
+    if not isinstance(sizes, list):
+        sizes = [model.fields.get("sherry.group_size", tq1_25.BLOCK)] * len(names)
+    found = {}
+    for name, flag, size in zip(names, flags, sizes):
+        kind = model.tensors[name].type.name if name in model.tensors else ""
+        if kind == tq1_25_64.TYPE.name or (kind == tq1_25.NAME and isinstance(size, int) and size % tq1_25.BLOCK == 0):
+            found[name] = flag
+    return found
 
 
 def _short(value: Any) -> str:

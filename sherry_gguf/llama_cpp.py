@@ -11,7 +11,7 @@ from pathlib import Path
 import cffi
 import numpy as np
 
-from . import tq1_25_64
+from . import gguf_type
 from .errors import NotBuilt
 
 
@@ -77,7 +77,8 @@ class Ggml:
         self._ffi.cdef(_CDEF)
         self._base = self._ffi.dlopen(str(library("ggml-base")))
         self.types: dict[str, int] = {}  # name in capitals to id
-        for type_id in range(tq1_25_64.TYPE.type_id + 1):  # the last one; unused ids have no name, removed types no block size
+        last = max(kind.type_id for kind in gguf_type.TYPES.values())
+        for type_id in range(last + 1):  # unused ids have no name, removed types no block size
             traits = self._base.ggml_get_type_traits(type_id)
             if traits.type_name != self._ffi.NULL and traits.blck_size:
                 self.types[self._ffi.string(traits.type_name).decode().upper()] = type_id

@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import atomic, llama_cpp, tq1_25
+from . import atomic, gguf_type, llama_cpp, tq1_25
 from .errors import ConvertError
 from .gguf_file import split_files
 
@@ -38,8 +38,9 @@ _NAME = "model.gguf"  # of the file that llama-quantize writes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] INPUT OUTPUT [TYPE] [THREADS]"
     parser.description = (
-        "Quantize the GGUF of any model with llama-quantize. A model that was not trained for TQ1_25 or STQ1_0 loses much quality in them: "
-        "train it first, or convert a Sherry checkpoint with `sherry-gguf convert`."
+        "Quantize the GGUF of any model with llama-quantize. TQ1_25 makes matrices TQ1_25_64 if only that fits their rows. A model that "
+        "was not trained for these types or STQ1_0 loses much quality in them: train it first, or convert a Sherry checkpoint with "
+        "`sherry-gguf convert`."
     )
     add = parser.add_argument
     add("input", type=Path, metavar="INPUT", help="the GGUF to read; for a split, its first file")
@@ -100,7 +101,7 @@ def _types() -> set[str]:
     """llama-quantize's names of types, most of them."""
     from gguf import LlamaFileType
 
-    return {"COPY", tq1_25.NAME, *(kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType)}
+    return {"COPY", *gguf_type.TYPES, *(kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in LlamaFileType)}
 
 
 def _checked(target: Path, source: Path) -> Path:

@@ -1,12 +1,13 @@
 """Changes the type of a GGUF file's ternary tensors and copies the rest, byte for byte.
 
-TQ1_25, STQ1_0, TQ1_0 and TQ2_0 tensors are ternary. So are F32, F16, BF16 and Q8_0 matrices if blocks of the new type hold all their
-values, so that a Sherry model comes back from these types. Exact means that every value decodes to what it was.
+TQ1_25, TQ1_25_64, STQ1_0, TQ1_0 and TQ2_0 tensors are ternary. So are F32, F16, BF16 and Q8_0 matrices if blocks of the new type hold all
+their values, so that a Sherry model comes back from these types. Exact means that every value decodes to what it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import hashlib
 import math
@@ -18,14 +19,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from . import atomic, gguf_type
+from . import atomic, gguf_type, tq1_25, tq1_25_64
 from .blocks import NOT_FINITE, BlockType
 from .errors import ConvertError, QuantizeError
 from .gguf_file import Stored, check_shard, is_shard
 from .reader import open_gguf, padded, part_at
-from .report import counted, progress_bar
+from .report import counted, progress_bar, starred
 
-TARGETS = ("tq1_25", "stq1_0", "tq2_0", "q8_0", "f16")
+TARGETS = ("tq1_25", "tq1_25_64", "stq1_0", "tq2_0", "q8_0", "f16")
 TERNARY = (*gguf_type.TYPES, "TQ1_0", "TQ2_0")
 OTHERS = ("F32", "F16", "BF16", "Q8_0")  # types that may hold ternary weights
 FILE_TYPES = {"tq2_0": 37, "q8_0": 7, "f16": 1}  # general.file_type; the sparse types have their own
@@ -42,7 +43,7 @@ class Transcoded:
     type: Any  # gguf.GGMLQuantizationType
     nbytes: int
     source: Stored
-    why: str = ""  # a ternary tensor keeps its type
+    why: str = ""  # a ternary tensor keeps its type, or one becomes TQ1_25_64 in place of TQ1_25
     # Known once a tensor whose type changes is written:
     blocks: int = 0  # of the new type
     exact: int = 0  # of the blocks
@@ -99,7 +100,8 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
     plan = [_planned(Stored.of(t, source), wanted, gguf) for t in reader.tensors]
     if not any(t.changes for t in plan) and not is_shard(source):  # a split's file is copied without any, so that the split stays whole
         types = sorted({t.source.type.name for t in plan})
-        raise ConvertError(f"{source} has no tensor that could be {wanted.name} instead, of {', '.join(types)}")
+        kept = "".join(f"; {line}" for line in _kept(plan))
+        raise ConvertError(f"{source} has no tensor that could be {wanted.name} instead, of {', '.join(types)}{kept}")
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the input file: name another one to write")
     head = _head(reader, plan, to)
@@ -137,12 +139,16 @@ def _planned(stored: Stored, wanted, gguf) -> Transcoded:
     if len(stored.shape) < 2 and not ternary:
         return t
     size, nbytes = gguf.GGML_QUANT_SIZES[wanted]
+    why = f"rows of {stored.shape[-1]} weights are not a multiple of {size}" * bool(stored.shape[-1] % size)
+    if why and wanted.name == tq1_25.NAME and not ternary:
+        wanted = gguf.GGMLQuantizationType[tq1_25_64.TYPE.name]
+        size, nbytes = gguf.GGML_QUANT_SIZES[wanted]
     if stored.shape[-1] % size:
-        t.why = f"rows of {stored.shape[-1]} weights are not a multiple of {size}" if ternary else ""
+        t.why = why if ternary else ""
         return t
     if not ternary and (wanted.name in ("F16", "Q8_0") or not _fits(stored, wanted, gguf)):
         return t
-    t.type, t.nbytes = wanted, stored.weights // size * nbytes
+    t.type, t.nbytes, t.why = wanted, stored.weights // size * nbytes, why
     return t
 
 
@@ -262,6 +268,8 @@ def _head(reader, plan: list[Transcoded], to: str) -> bytes:
     head = bytearray(reader.data[:first].tobytes())
     if (at := reader.file_type_at()) is not None:
         kind = gguf_type.TYPES.get(to.upper())
+        if kind is tq1_25.TYPE and {t.type.name for t in plan} & {tq1_25.NAME, tq1_25_64.TYPE.name} == {tq1_25_64.TYPE.name}:
+            kind = tq1_25_64.TYPE  # no row fits TQ1_25
         head[at : at + 4] = struct.pack("<I", kind.file_type if kind else FILE_TYPES[to])
     offset = 0
     for old, new in zip(reader.tensors, plan):
@@ -306,7 +314,9 @@ def summary(plan: list[Transcoded], others: int = 0) -> Iterator[str]:
     changed = [t for t in plan if t.changes]
     if changed:
         exact = sum(t.exact == t.blocks for t in changed)
-        yield f"Converted {len(changed)} of {len(plan)} tensors to {changed[0].type.name}, {exact} exactly; copied the rest unchanged."
+        counts = sorted(collections.Counter(t.type.name for t in changed).items())
+        to = " and ".join(f"{name} ({n})" if len(counts) > 1 else name for name, n in counts)
+        yield f"Converted {len(changed)} of {len(plan)} tensors to {to}, {exact} exactly; copied the rest unchanged."
     else:
         yield f"Converted none of {len(plan)} tensors; copied the file to go with the others of its split."
     for t in changed:
@@ -315,6 +325,14 @@ def summary(plan: list[Transcoded], others: int = 0) -> Iterator[str]:
     if others:
         cleared = counted(others, "tensor")
         yield f"Cleared the exactness flags of {cleared} in the split's other files; transcoding those files shows what they lose."
+    yield from _kept(plan)
+
+
+def _kept(plan: list[Transcoded]) -> Iterator[str]:
+    """Which tensors do not have the type that was asked for, and why."""
+    by_why = collections.defaultdict(list)
     for t in plan:
         if t.why:
-            yield f"kept as {t.type.name}: {t.name}, {t.why}"
+            by_why["stored" if t.changes else "kept", t.type.name, t.why].append(t)
+    for (how, name, why), tensors in by_why.items():
+        yield f"{how} as {name}, {why}: {starred(tensors)}"

@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-from sherry_gguf import cli, gguf_file, gguf_type, inspect, stq1_0, tq1_25, transcode
+from sherry_gguf import cli, gguf_file, gguf_type, inspect, stq1_0, tq1_25, tq1_25_64, transcode
 from sherry_gguf.errors import ConvertError
 
 gguf = gguf_type.register()
@@ -87,7 +87,7 @@ def test_what_a_larger_block_cannot_hold_is_told(model, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "Converted 2 of 6 tensors to TQ2_0, 1 exactly" in said
     assert "not exact: blk.0.attn_q.weight, 10 of 10 blocks, relative error 0." in said
-    assert "kept as TQ1_25: blk.0.odd.weight, rows of 384 weights are not a multiple of 256" in said
+    assert "kept as TQ1_25, rows of 384 weights are not a multiple of 256: blk.0.odd.weight" in said
     found, wanted = values(out), values(model)
     assert (found["blk.0.ffn_up.weight"] == wanted["blk.0.ffn_up.weight"]).all()
     error = np.linalg.norm(found["blk.0.attn_q.weight"] - wanted["blk.0.attn_q.weight"]) / np.linalg.norm(wanted["blk.0.attn_q.weight"])
@@ -107,6 +107,48 @@ def test_stq1_0_to_others_and_back(tmp_path, capsys):
     assert "to TQ1_25, 0 exactly" in (said := capsys.readouterr().out) and "not exact: a, 16 of 16 blocks" in said
 
 
+def test_tq1_25_64_and_back(model, tmp_path, capsys):
+    """A block of 128 is two of 64; the way back is exact if neighbours have the same scale."""
+    out = tmp_path / "64.gguf"
+    assert cli.main(["transcode", str(model), str(out), "--to", "tq1_25_64", "--require-exact"]) == 0
+    assert "Converted 3 of 6 tensors to TQ1_25_64, 3 exactly" in capsys.readouterr().out
+    assert all((values(out)[name] == x).all() for name, x in values(model).items())
+    assert cli.main(["transcode", str(out), str(tmp_path / "back.gguf"), "--to", "tq1_25", "--require-exact"]) == 0
+    assert (tmp_path / "back.gguf").read_bytes() == model.read_bytes()
+    write(out, {"a": (Q.TQ1_25_64, ternary(tq1_25_64.TYPE, 2, 512)), "b": (Q.TQ1_25_64, ternary(tq1_25_64.TYPE, 2, 512, same=True))}, 126)
+    assert cli.main(["transcode", str(out), str(tmp_path / "x.gguf"), "--to", "tq1_25"]) == 0
+    said = capsys.readouterr().out
+    assert "to TQ1_25, 1 exactly" in said and "not exact: a, 8 of 8 blocks, relative error 0." in said
+    assert cli.main(["transcode", str(out), str(tmp_path / "y.gguf"), "--to", "tq1_25", "--require-exact"]) == 1
+    for to in "f16", "q8_0":
+        assert cli.main(["transcode", str(out), str(tmp_path / "z.gguf"), "--to", to, "--require-exact"]) == 0
+        assert cli.main(["transcode", str(tmp_path / "z.gguf"), str(tmp_path / "back.gguf"), "--to", "tq1_25_64", "--require-exact"]) == 0
+        assert (tmp_path / "back.gguf").read_bytes() == out.read_bytes()
+
+
+def test_rows_that_tq1_25_does_not_fit(tmp_path, capsys):
+    """--to tq1_25 means what it means for the converter: such rows are TQ1_25_64."""
+    odd, even = ternary(tq1_25_64.TYPE, 3, 192), ternary(tq1_25.TYPE, 3, 256)
+    model = write(tmp_path / "m.gguf", {
+        "a": (Q.F16, odd), "b": (Q.F16, even), "c": (Q.TQ1_25_64, odd), "dense": (Q.F16, RNG.standard_normal((3, 192))),
+        "odd": (Q.F16, RNG.standard_normal((3, 96))),
+    }, 1)  # fmt: skip
+    out = tmp_path / "x.gguf"
+    assert cli.main(["transcode", str(model), str(out), "--to", "tq1_25", "--require-exact"]) == 0
+    said = capsys.readouterr().out
+    assert "Converted 2 of 5 tensors to TQ1_25 (1) and TQ1_25_64 (1), 2 exactly; copied the rest unchanged." in said
+    assert "stored as TQ1_25_64, rows of 192 weights are not a multiple of 128: a\n" in said
+    assert "kept as TQ1_25_64, rows of 192 weights are not a multiple of 128: c\n" in said and "dense" not in said
+    assert types(out) == {"a": "TQ1_25_64", "b": "TQ1_25", "c": "TQ1_25_64", "dense": "F16", "odd": "F16"}
+    assert gguf_file.read_gguf(out).fields["general.file_type"] == 125
+    assert all((values(out)[name] == x).all() for name, x in values(model).items())
+    only = write(tmp_path / "only.gguf", {"a": (Q.F16, odd)}, 1)
+    transcode.transcode(only, out, "tq1_25")
+    assert gguf_file.read_gguf(out).fields["general.file_type"] == 126
+    with pytest.raises(ConvertError, match="no tensor that could be TQ1_25 instead, of TQ1_25_64; kept as TQ1_25_64, rows of 192 weights"):
+        transcode.transcode(out, tmp_path / "y.gguf", "tq1_25")
+
+
 @pytest.mark.parametrize("to", transcode.TARGETS)
 def test_metadata_is_kept(model, tmp_path, to):
     if to == "tq1_25":
@@ -114,7 +156,7 @@ def test_metadata_is_kept(model, tmp_path, to):
         model = tmp_path / "f16.gguf"
     transcode.transcode(model, tmp_path / "out.gguf", to)
     before, after = gguf_file.read_gguf(model), gguf_file.read_gguf(tmp_path / "out.gguf")
-    wanted = {"tq1_25": 125, "stq1_0": 43, "tq2_0": 37, "q8_0": 7, "f16": 1}[to]
+    wanted = {"tq1_25": 125, "tq1_25_64": 126, "stq1_0": 43, "tq2_0": 37, "q8_0": 7, "f16": 1}[to]
     assert after.fields == before.fields | {"general.file_type": wanted} and after.types == before.types
     assert list(after.tensors) == list(before.tensors)
     for name in "token_embd.weight", "blk.0.norm.weight", "output.weight":
@@ -168,7 +210,7 @@ def test_what_cannot_be_transcoded(model, tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ["model.gguf", "other.gguf"]
 
 
-@pytest.mark.parametrize("kind", [tq1_25.TYPE, stq1_0.TYPE], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("kind", gguf_type.TYPES.values(), ids=lambda kind: kind.name)
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -np.inf, -0.5, -0.0])
 def test_bad_scales(tmp_path, capsys, kind, scale):
     """Like llama.cpp's --check-tensors, transcode refuses them, by name, for any target, and writes nothing."""
@@ -341,6 +383,28 @@ def test_other_types_are_not_called_exact(tmp_path):
     lines = list(inspect.inspect(tmp_path / "m.gguf", tensors=True))
     assert any("1 of 1 TQ1_25 tensors are marked exact" in line for line in lines), lines
     assert [line.split()[0] for line in lines if " yes " in line] == ["a"]
+
+
+@pytest.mark.parametrize("sizes, held", [
+    ({}, "abc"), ({"group_size": 64}, "b"), ({"group_size": 128, "tensor.group_size": [128, 64, 64]}, "ab"),
+])  # fmt: skip
+def test_flags_of_groups_that_the_type_does_not_hold(tmp_path, sizes, held):
+    """A tensor in groups of 64 that is TQ1_25 now: llama-quantize has changed it."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+    x = ternary(tq1_25.TYPE, 2, 512)
+    for name, qtype in {"a": Q.TQ1_25, "b": Q.TQ1_25_64, "c": Q.TQ1_25}.items():
+        writer.add_tensor(name, gguf.quants.quantize(x, qtype), raw_dtype=qtype)
+    writer.add_array("sherry.tensor.names", ["a", "b", "c"])
+    writer.add_array("sherry.tensor.exact", [True] * 3)
+    for key, size in sizes.items():
+        (writer.add_array if "tensor" in key else writer.add_uint32)(f"sherry.{key}", size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    lines = list(inspect.inspect(tmp_path / "m.gguf", tensors=True))
+    assert "".join(line.split()[0] for line in lines if " yes " in line) == held
+    assert sum(f"{len(held)} of {len(held)} TQ1_25" in line for line in lines) == 1
 
 
 @pytest.mark.parametrize("names", [7, "no list", True])

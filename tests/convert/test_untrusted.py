@@ -21,7 +21,7 @@ Q = gguf.GGMLQuantizationType
 NAME = "blk.0.attn_k.weight"
 
 
-@pytest.fixture(scope="module", params=["TQ1_25", "STQ1_0"])
+@pytest.fixture(scope="module", params=gguf_type.TYPES)
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "m.gguf"
     return fuzz_seeds.model(path, Q[request.param], 128 if request.param == "TQ1_25" else 256)
@@ -51,14 +51,14 @@ def put(data, at, value):
 
 
 def as_old(path, target):
-    """A copy with type 42 in place of STQ1_0 and TQ1_25, as far as the file can be read."""
+    """A copy with type 42 in place of our types, as far as the file can be read."""
     data = bytearray(path.read_bytes())
     try:
         table = open_gguf(path, types=False).table
     except ConvertError:
         table = []
     for e in table:
-        if e.type_id in (Q.STQ1_0, Q.TQ1_25):
+        if e.type_id in {kind.type_id for kind in gguf_type.TYPES.values()}:
             put(data, e.type_at, u32(stq1_0.OLD_TYPE_ID))
     target.write_bytes(data)
     return target
@@ -382,9 +382,8 @@ def test_scales_that_lie(model, tmp_path, d, flags):
     """The last block's scale, in a row that repacking may leave over."""
 
     def change(data, e, n):
-        size = {22: 22, 42: 42}[gguf.GGML_QUANT_SIZES[Q(e.type_id)][1]]
-        blocks = int(np.prod(e.shape)) // gguf.GGML_QUANT_SIZES[Q(e.type_id)][0]
-        put(data, e.start + size * blocks - 2, np.array([d], "<f2").tobytes())
+        block, size = gguf.GGML_QUANT_SIZES[Q(e.type_id)]
+        put(data, e.start + int(np.prod(e.shape)) // block * size - 2, np.array([d], "<f2").tobytes())
 
     path = changed(model, tmp_path, change)
     code, text = loaded(path, *flags, says=f"tensor '{NAME}' has invalid data")

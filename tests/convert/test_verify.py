@@ -342,6 +342,18 @@ def test_inspect(zoo):
         assert re.search(rf"^ *{line}$", done.stdout, re.M), (line, done.stdout)
 
 
+def test_inspect_of_two_types(zoo):
+    done = sherry("inspect", zoo[0] / "llama-64.gguf", "--tensors")
+    for line in (
+        r"14 of 14 TQ1_25 and TQ1_25_64 tensors are marked exact: bit for bit the checkpoint's",
+        r"sherry\.group_size +128",
+        r"sherry\.tensor\.group_size +\[64, 128, 128, ...\] \(14\)",
+        r"TQ1_25_64 +2 +49,152 +9,216 +1\.500",
+        r"blk\.0\.ffn_down\.weight +TQ1_25_64 +128 x 192 +yes +0\.0\d+ 0\.0\d+",
+    ):
+        assert re.search(rf"^ *{line}$", done.stdout, re.M), (line, done.stdout)
+
+
 def test_inspect_needs_no_torch_and_no_llama_cpp(zoo):
     script = """
 import sys

@@ -28,7 +28,7 @@ def f32(tmp_path_factory):
 TYPES = ("--tensor-type", "ffn_up=tq1_25", "--tensor-type", "attn_q=q4_0")
 
 
-@pytest.mark.parametrize("kind, flags", [((), ()), (("STQ1_0",), ()), (("Q8_0", 1), ("--pure", *TYPES))])
+@pytest.mark.parametrize("kind, flags", [((), ()), (("STQ1_0",), ()), (("TQ1_25_64",), ()), (("Q8_0", 1), ("--pure", *TYPES))])
 def test_the_bytes_of_llama_quantize(f32, tmp_path, kind, flags):
     (tmp_path / "ours.gguf").write_bytes(b"older")
     done = sherry("quantize", *flags, f32, tmp_path / "ours.gguf", *kind)
