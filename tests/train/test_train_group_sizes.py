@@ -87,16 +87,22 @@ def test_resuming(trained, mixed, text, tmp_path, capfd):
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize("start", ["hf", "checkpoint-4"])
-def test_training_goes_on_in_the_same_groups(trained, text, tmp_path, start):
-    """Also in some that the shapes would not give."""
-    shutil.copytree(trained / start, tmp_path / "start")
-    said = json.loads((tmp_path / "start/config.json").read_text())["sherry_config"]
+@pytest.fixture(scope="module", params=["hf", "checkpoint-4"])
+def further(trained, text, tmp_path_factory, request) -> Path:
+    """A run from that one's result or checkpoint, with a group size that the shapes alone would not give."""
+    out = tmp_path_factory.mktemp("further")
+    shutil.copytree(trained / request.param, out / "start")
+    said = json.loads((out / "start/config.json").read_text())["sherry_config"]
     said["group_sizes"][DOWN[0]] = 64
-    small_models.edit_config(tmp_path / "start", sherry_config=said)
-    assert train_sherry.main(flags(tmp_path / "start", text, tmp_path / "run", max_steps=1)) == 0
-    sizes = group_sizes(tmp_path / "run/hf")
-    assert sizes == {name: 128 if name == DOWN[1] else 64 for name in sizes}
+    small_models.edit_config(out / "start", sherry_config=said)
+    assert train_sherry.main(flags(out / "start", text, out / "run", max_steps=2)) == 0
+    return out / "run"
+
+
+def test_training_goes_on_in_the_same_groups(further):
+    for name in "hf", "checkpoint-2":
+        sizes = group_sizes(further / name)
+        assert sizes == {name: 128 if name == DOWN[1] else 64 for name in sizes}
 
 
 def test_rows_that_do_not_fit(mixed, text, tmp_path, capfd):
@@ -114,13 +120,13 @@ def convert(directory: Path, out: Path, *flags) -> dict[str, gguf.ReaderTensor]:
     return {t.name: t for t in gguf.GGUFReader(out).tensors if t.tensor_type in {kind.type_id for kind in KINDS.values()}}
 
 
-def test_gguf_holds_what_training_computed(trained, tmp_path):
+def test_gguf_holds_what_training_computed(further, tmp_path):
     """The export converts bit for bit, and the checkpoint with its latent weights to the same blocks, each layer's in its type."""
-    exact = convert(trained / "hf", tmp_path / "hf.gguf", "--require-exact")
-    latent = convert(trained / "checkpoint-4", tmp_path / "latent.gguf")
+    exact = convert(further / "hf", tmp_path / "hf.gguf", "--require-exact")
+    latent = convert(further / "checkpoint-2", tmp_path / "latent.gguf")
     assert len(exact) == 14 and exact.keys() == latent.keys()
     for name, tensor in exact.items():
-        assert tensor.tensor_type == latent[name].tensor_type == KINDS[128 if "ffn_down" in name else 64].type_id
+        assert tensor.tensor_type == latent[name].tensor_type == KINDS[128 if name == "blk.1.ffn_down.weight" else 64].type_id
         assert np.array_equal(tensor.data, latent[name].data), name
 
 
