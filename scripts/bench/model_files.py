@@ -11,11 +11,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 
-from sherry_gguf import llama_cpp, tq1_25
+from sherry_gguf import llama_cpp, tq1_25, tq1_25_64
 
 OURS = tq1_25.NAME
 PLAIN = "-plain"  # after a type's name: weights stay as in the file, without repacking
-FILE_VERSION = 1  # increment it when `write_model` or SHAPES changes
+FILE_VERSION = 1  # increment it when `write_model` or one of SHAPES changes
 BANK = 128  # random rows of each length; a tensor repeats them
 
 
@@ -34,16 +34,18 @@ class Shape:
 
 
 SHAPES = {  # all tied: the embeddings' matrix is also the output matrix
+    "135m": Shape("SmolLM2-135M", "llama", 576, 30, 9, 3, 64, 1536, 1e5),
     "0.5b": Shape("Qwen2.5-0.5B", "qwen2", 896, 24, 14, 2, 64, 4864, 1e6, qkv_bias=True),
     "0.7b": Shape("BitNet 0.7B", "llama", 1536, 24, 16, 16, 96, 4096, 1e4),
     "1b": Shape("Llama-3.2-1B", "llama", 2048, 16, 32, 8, 64, 8192, 5e5),
     "3b": Shape("Llama-3.2-3B", "llama", 3072, 28, 24, 8, 128, 8192, 5e5),
+    "3b-bitnet": Shape("BitNet 3B", "llama", 3200, 26, 32, 32, 100, 8640, 1e4),
     "tiny": Shape("tiny (for tests)", "llama", 256, 2, 4, 2, 64, 512, 1e4),
 }
 
 # What llama-quantize uses for rows that are not a multiple of the type's block; F16 if they do not fit these types either.
 FALLBACK = (
-    dict.fromkeys("Q2_0 Q2_K Q3_K STQ1_0 TQ1_0 TQ1_25 TQ2_0".split(), "Q4_0")
+    dict.fromkeys("Q2_0 Q2_K Q3_K STQ1_0 TQ1_0 TQ1_25 TQ1_25_64 TQ2_0".split(), "Q4_0")
     | dict.fromkeys("IQ1_S IQ1_M IQ2_XXS IQ2_XS IQ2_S IQ3_XXS IQ3_S IQ4_XS".split(), "IQ4_NL")
     | {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
 )
@@ -69,6 +71,8 @@ def stored_type(type_name: str, n: int) -> str:
     """The type that stores rows of n weights when `type_name` is wanted. Raises ValueError if there is none."""
     if n % llama_cpp.ggml().block(type_name)[0] == 0:
         return type_name
+    if type_name == OURS and n % tq1_25_64.TYPE.size == 0:
+        return tq1_25_64.TYPE.name  # before any fallback
     other = FALLBACK.get(type_name)
     if other is None and llama_cpp.ggml().block(type_name)[0] > 32:
         raise ValueError(f"rows of {n} weights are not a multiple of {type_name}'s block, and llama-quantize has no fallback for it")

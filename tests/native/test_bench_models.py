@@ -139,6 +139,14 @@ def test_fallbacks_are_those_of_llama_quantize():
     assert model_files.FALLBACK == theirs
 
 
+def test_the_papers_3b_model_has_the_size_that_its_table_gives():
+    """712.40 MiB in the Sherry paper's Table 4, whose ffn_down must have had a coarser scale: 1.25 bits a weight instead of 1.5."""
+    facts = model_files.facts(model_files.SHAPES["3b-bitnet"], "TQ1_25", 32_002, "F16")
+    down = 26 * 3200 * 8640
+    assert facts["bytes"] - down * (1.5 - 1.25) / 8 == pytest.approx(712.40 * 2**20, rel=2e-4)
+    assert facts["bytes"] <= 735 * 2**20 and set(facts["stored"]) == {"TQ1_25", "TQ1_25_64"}
+
+
 def test_types_without_a_fallback():
     assert model_files.stored_type("Q4_0", 100) == model_files.stored_type("TQ1_0", 100) == "F16"
     with pytest.raises(ValueError, match="rows of 192 weights are not a multiple of Q1_0's block"):
@@ -146,11 +154,11 @@ def test_types_without_a_fallback():
 
 
 def test_shapes_are_the_published_ones():
-    parameters = {"0.5b": 494_032_768, "1b": 1_235_814_400, "3b": 3_212_749_824, "0.7b": 728_842_752}
+    parameters = {"135m": 134_515_008, "0.5b": 494_032_768, "1b": 1_235_814_400, "3b": 3_212_749_824, "0.7b": 728_842_752}
     parameters["0.7b"] -= 24 * (1536 + 4096)  # BitNet's inner norms, which the llama architecture has not
-    vocabularies = {"0.5b": 151_936, "1b": 128_256, "3b": 128_256, "0.7b": 32_002}
+    vocabularies = {"135m": 49_152, "0.5b": 151_936, "1b": 128_256, "3b": 128_256, "0.7b": 32_002}
     for key, shape in model_files.SHAPES.items():
-        if key != "tiny":
+        if key in parameters:
             tensors = model_files.plan(shape, "F16", vocabularies[key], "F16")
             assert sum(math.prod(t.shape) for t in tensors) == parameters[key]
 
