@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from .. import gguf_type, patterns, tq1_25, tq1_25_64
+from ..blocks import BlockType
 from ..errors import ConvertError
 from ..report import starred
 from .checkpoint import Grouping
@@ -104,11 +105,11 @@ def _choose(t: Tensor, sources: list[str], forced: Any, arch: str, keep: list[re
     if t.why == _IN_TRAINING and options.fallback_type and n % grouping.group_size:  # why training kept it
         t.why = why_kept(t, arch, keep) or f"{_MISFIT}{n}, not a multiple of {grouping.group_size}"
     if not t.why:
-        if n % tq1_25.BLOCK:
-            t.why = f"{_MISFIT}{n}, not a multiple of {tq1_25.BLOCK}"
-        elif grouping.granularity == "per_group" and group % tq1_25.BLOCK:
-            t.why = f"groups of {group}, not a multiple of {tq1_25.BLOCK}"
-        _set_type(t, types[tq1_25_64.TYPE.name if t.why else tq1_25.NAME])
+        kind = block_type(n, group if grouping.granularity == "per_group" else n)
+        assert kind
+        if kind is not tq1_25.TYPE:
+            t.why = (f"{_MISFIT}{n}" if n % tq1_25.BLOCK else f"groups of {group}") + f", not a multiple of {tq1_25.BLOCK}"
+        _set_type(t, types[kind.name])
         _set_group(t, grouping, group)
     elif t.why.startswith(_MISFIT):
         t.misfit = True
@@ -117,6 +118,13 @@ def _choose(t: Tensor, sources: list[str], forced: Any, arch: str, keep: list[re
             _set_type(t, fallback)
         else:
             t.why += f" nor of {block}, which {fallback.name} needs"
+
+
+def block_type(n: int, group: int = tq1_25.BLOCK) -> BlockType | None:
+    """The type of matrices with rows of `n` weights that are trained in groups of `group`: the largest that holds both, if any does."""
+    if n % tq1_25.BLOCK == group % tq1_25.BLOCK == 0:
+        return tq1_25.TYPE
+    return tq1_25_64.TYPE if n % tq1_25_64.TYPE.size == group % tq1_25_64.TYPE.size == 0 else None
 
 
 def _kept(t: Tensor, keep: list[re.Pattern]) -> bool:
@@ -142,7 +150,7 @@ def why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: bool = F
         return "not a block's weights"
     if _NOT_WEIGHTS.search(t.name) or ((special := _NOT_WEIGHTS_OF.get(arch)) and special.search(t.name)):
         return "not a block's weights"
-    if t.shape[-1] % tq1_25_64.TYPE.size:
+    if not block_type(t.shape[-1]):
         return f"{_MISFIT}{t.shape[-1]}, not a multiple of {tq1_25_64.TYPE.size}"
     return ""
 
