@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import itertools
 import json
 import os
 import re
@@ -236,15 +237,13 @@ def loaded(text):
     return re.findall(r"loaded CPU backend from .*/(libggml-cpu-\S+\.so)", text)
 
 
-def backend_ops(command, kinds=("tq1_25", "stq1_0"), **kwargs):
-    """Run test-backend-ops on our types; return its output. It starts once for each: building the list of all cases takes longest."""
-    output = ""
-    for kind in kinds:
-        done = subprocess.run([*command, "test", "-b", "CPU", "-o", ",".join(LEAST), "-p", kind], stdin=subprocess.DEVNULL,
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kwargs)  # fmt: skip
-        passed = re.search(r"(\d+)/(\d+) tests passed", done.stdout)
-        assert done.returncode == 0 and passed and passed[1] == passed[2], done.stdout[-3000:]
-        for op, count in LEAST.items():
-            assert len(re.findall(rf"^ *{op}\(.*OK", done.stdout, re.M)) >= count, (op, done.stdout[-3000:])
-        output += done.stdout
-    return output
+def backend_ops(command, kinds=("tq1_25", "tq1_25_64", "stq1_0"), **kwargs):
+    """Run test-backend-ops on our types; return its output. It starts once for all: building the list of all cases takes longest."""
+    which = "|".join(rf"\b{kind}\b" for kind in kinds)
+    done = subprocess.run([*command, "test", "-b", "CPU", "-o", ",".join(LEAST), "-p", which], stdin=subprocess.DEVNULL,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kwargs)  # fmt: skip
+    passed = re.search(r"(\d+)/(\d+) tests passed", done.stdout)
+    assert done.returncode == 0 and passed and passed[1] == passed[2], done.stdout[-3000:]
+    for kind, (op, least) in itertools.product(kinds, LEAST.items()):
+        assert len(re.findall(rf"^ *{op}\(.*\b{kind}\b.*OK", done.stdout, re.M)) >= least, (kind, op, done.stdout[-3000:])
+    return done.stdout

@@ -1,4 +1,4 @@
-"""The built libggml's TQ1_25 and STQ1_0 give the same bytes and numbers as the reference."""
+"""The built libggml's TQ1_25, TQ1_25_64 and STQ1_0 give the same bytes and numbers as the reference."""
 
 import re
 import subprocess
@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from built_ggml import CpuGgml
-from vectors import BLOCKS, DOTS
+from vectors import ALL_BLOCKS, ALL_DOTS, VECTORS
 
-from sherry_gguf import kernels, llama_cpp, reader, retag, stq1_0, tq1_25
+from sherry_gguf import kernels, llama_cpp, reader, retag, stq1_0, tq1_25, tq1_25_64
 from sherry_gguf.errors import NotBuilt
 
-KINDS = pytest.mark.parametrize("kind", [tq1_25.TYPE, stq1_0.TYPE])
+KINDS = pytest.mark.parametrize("kind", [tq1_25.TYPE, tq1_25_64.TYPE, stq1_0.TYPE])
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,12 @@ def test_what_python_knows_of_upstream(ggml):
     assert int(re.search(r"#define GGML_MAX_DIMS +(\d+)", header)[1]) == reader.MAX_DIMS
 
 
-def test_golden_blocks(ggml):
-    for x, block, lanes, d in BLOCKS.values():
-        assert (ggml.quantize("TQ1_25", x[None]) == block).all()
-        assert (ggml.from_float("TQ1_25", x) == block).all()
-        assert (ggml.dequantize("TQ1_25", block[None])[0] == np.float32(d) * np.array(lanes, np.float32)).all()
+@pytest.mark.parametrize("kind, name", ALL_BLOCKS)
+def test_golden_blocks(ggml, kind, name):
+    x, block, lanes, d = VECTORS[kind].blocks[name]
+    assert (ggml.quantize(kind, x[None]) == block).all()
+    assert (ggml.from_float(kind, x) == block).all()
+    assert (ggml.dequantize(kind, block[None])[0] == np.float32(d) * np.array(lanes, np.float32)).all()
 
 
 @KINDS
@@ -63,10 +64,10 @@ def test_importance_matrix(ggml, x, kind):
     assert (packed != kind.quantize(x)).any()
 
 
-@pytest.mark.parametrize("i", range(len(DOTS)))
-def test_golden_dots(ggml, i):
-    row, y, _, result = DOTS[i]
-    assert ggml.vec_dot("TQ1_25", row, kernels.quantize_q8_0(y)) == pytest.approx(result, rel=1e-5)
+@pytest.mark.parametrize("kind, i", ALL_DOTS)
+def test_golden_dots(ggml, kind, i):
+    row, y, _, result = VECTORS[kind].dots[i]
+    assert ggml.vec_dot(kind, row, kernels.quantize_q8_0(y)) == pytest.approx(result, rel=1e-5)
 
 
 @KINDS
@@ -81,10 +82,11 @@ HERE = Path(__file__).parent
 IN_ANOTHER_PROCESS = """
 import numpy as np
 from built_ggml import CpuGgml
-from sherry_gguf import kernels, tq1_25
-x = np.random.default_rng(0).standard_normal(896).astype(np.float32)
-row, q8_0 = tq1_25.quantize(x), kernels.quantize_q8_0(x)
-print(CpuGgml().vec_dot("TQ1_25", row, q8_0), kernels.vec_dot_q8_0(row, q8_0))
+from sherry_gguf import gguf_type, kernels
+for kind in gguf_type.TYPES.values():
+    x = np.random.default_rng(0).standard_normal(7 * kind.size).astype(np.float32)
+    row, q8_0 = kind.quantize(x), kernels.quantize_q8_0(x)
+    print(CpuGgml().vec_dot(kind.name, row, q8_0), kernels.vec_dot_q8_0(row, q8_0, kind=kind))
 """
 
 
@@ -92,8 +94,8 @@ print(CpuGgml().vec_dot("TQ1_25", row, q8_0), kernels.vec_dot_q8_0(row, q8_0))
 def test_the_environment_chooses_the_kernel(isa, monkeypatch):
     monkeypatch.setenv("SHERRY_ISA", isa)
     result = subprocess.run([sys.executable, "-c", IN_ANOTHER_PROCESS], cwd=HERE, capture_output=True, text=True, check=True)
-    built, ours = map(float, result.stdout.split())
-    assert built == ours
+    lines = [line.split() for line in result.stdout.splitlines()]
+    assert len(lines) == 3 and all(float(built) == float(ours) for built, ours in lines), lines
 
 
 def test_a_missing_instruction_set_ends_the_process_with_its_name():
@@ -144,6 +146,7 @@ def test_other_types(ggml, x):
     (lambda g, x: g.quantize("TQ1_25", x, x[0, :128]), r"\(128,\), rows have 768"),
     (lambda g, x: g.dequantize("I32", x.view(np.uint8)), "I32 has no to_float"),
     (lambda g, x: g.dequantize("TQ1_25", np.zeros((1, 23), np.uint8)), "rows of 23 bytes"),
+    (lambda g, x: g.dequantize("TQ1_25_64", np.zeros((1, 22), np.uint8)), "rows of 22 bytes are not a multiple of 12"),
     (lambda g, x: g.from_float("IQ2_XXS", x[0, :768]), "IQ2_XXS has no from_float"),
     (lambda g, x: g.vec_dot("I32", np.zeros(4, np.uint8), np.zeros(4, np.uint8)), "I32"),
     (lambda g, x: g.vec_dot("TQ1_25", np.zeros(22, np.uint8), np.zeros(34, np.uint8)), "34 bytes of Q8_0"),
@@ -153,10 +156,11 @@ def test_what_would_end_the_process_raises(ggml, x, call, message):
         call(ggml, x)
 
 
-def test_odd_addresses(ggml, x):
-    packed = ggml.quantize("TQ1_25", x)
+@KINDS
+def test_odd_addresses(ggml, x, kind):
+    packed = ggml.quantize(kind.name, x)
     shifted = np.insert(packed.reshape(-1), 0, 0)[1:].reshape(packed.shape)
-    assert shifted.ctypes.data % 2 and (ggml.dequantize("TQ1_25", shifted) == ggml.dequantize("TQ1_25", packed)).all()
+    assert shifted.ctypes.data % 2 and (ggml.dequantize(kind.name, shifted) == ggml.dequantize(kind.name, packed)).all()
 
 
 def test_what_is_not_built_is_named(monkeypatch, tmp_path):

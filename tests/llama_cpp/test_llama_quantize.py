@@ -1,4 +1,4 @@
-"""llama-quantize to TQ1_25 and STQ1_0: rows that don't fit, failures that leave nothing, and warnings about weights that aren't ternary."""
+"""llama-quantize to our types: rows that fit and that do not, failures that leave nothing, warnings about weights that are not ternary."""
 
 import os
 import re
@@ -11,7 +11,7 @@ import pytest
 import small_models
 from conftest import upstream_f32
 
-from sherry_gguf import gguf_type, llama_cpp
+from sherry_gguf import gguf_type, kernels, llama_cpp
 
 pytestmark = pytest.mark.slow
 
@@ -28,13 +28,17 @@ def quantize(*args):
     return run("llama-quantize", *args, 2)
 
 
+def tensors(path):
+    return {t.name: t for t in gguf.GGUFReader(path).tensors}
+
+
 def types_of(path):
-    return {t.name: t.tensor_type.name for t in gguf.GGUFReader(path).tensors}
+    return {name: t.tensor_type.name for name, t in tensors(path).items()}
 
 
 @pytest.fixture(scope="session")
 def odd(tmp_path_factory):
-    """An F32 GGUF and its importance matrix: rows of 192, not a multiple of these types' blocks; four heads share keys and values."""
+    """An F32 GGUF and its importance matrix: rows of 192, and of 384 in ffn_down; four heads share keys and values."""
     root = tmp_path_factory.mktemp("odd")
     shape = dict(hidden_size=192, intermediate_size=384, num_attention_heads=8, num_key_value_heads=2)
     small_models.make(root / "hf", "llama", latent=True, config=shape)
@@ -46,15 +50,80 @@ def odd(tmp_path_factory):
     return root / "f32.gguf", root / "im.gguf"
 
 
-@pytest.mark.parametrize("kind", ["TQ1_25", "STQ1_0"])
+def file_type(path):
+    return gguf.GGUFReader(path).fields["general.file_type"].contents()
+
+
+@pytest.mark.parametrize("kind, down", [("TQ1_25", "TQ1_25"), ("TQ1_25_64", "TQ1_25_64"), ("STQ1_0", "Q4_0")])
+def test_rows_of_64(odd, tmp_path, kind, down):
+    """TQ1_25 becomes TQ1_25_64 where rows are not whole blocks of 128; TQ1_25_64 is for all rows; STQ1_0 falls back."""
+    code, text = quantize(odd[0], tmp_path / "q.gguf", kind)
+    assert code == 0, text
+    source, found = tensors(odd[0]), tensors(tmp_path / "q.gguf")
+    matrices = [name for name in found if re.match(r"blk\.\d\.(attn_(q|k|v|output)|ffn_\w+)\.weight", name) and "norm" not in name]
+    assert len(matrices) == 14 and file_type(tmp_path / "q.gguf") == gguf_type.TYPES[kind].file_type
+    for name in matrices:
+        wanted = down if "ffn_down" in name else "Q4_0" if kind == "STQ1_0" else "TQ1_25_64"
+        assert found[name].tensor_type.name == wanted, name
+        if wanted in gguf_type.TYPES:
+            assert f"converting to {wanted.lower()} " in re.search(rf"{name} .*", text)[0]
+            assert (found[name].data == gguf_type.TYPES[wanted].quantize(source[name].data)).all(), name
+    code, text = run("llama-bench", "-m", tmp_path / "q.gguf", "-p", 40, "-n", 2, "-r", 1, "-t", 2)
+    assert code == 0 and re.search(rf"llama .* {kind} - 1\.\d+ bpw 3:4 sparse ternary \|", text), text
+
+
+def test_rows_of_64_and_an_importance_matrix(odd, tmp_path):
+    code, text = quantize("--pure", "--imatrix", odd[1], odd[0], tmp_path / "q.gguf", "TQ1_25")
+    assert code == 0, text
+    source, found, sums = tensors(odd[0]), tensors(tmp_path / "q.gguf"), tensors(odd[1])
+    for name, kind in ("blk.0.ffn_up.weight", "TQ1_25_64"), ("blk.1.attn_v.weight", "TQ1_25_64"), ("blk.1.ffn_down.weight", "TQ1_25"):
+        importance = (sums[f"{name}.in_sum2"].data / sums[f"{name}.counts"].data).astype(np.float32).reshape(-1)
+        weights, kind = source[name].data, gguf_type.TYPES[kind]
+        assert (found[name].data == kernels.quantize(weights, importance, kind)).all(), name
+        assert (found[name].data != kernels.quantize(weights, kind=kind)).any()
+
+
+@pytest.mark.parametrize("flags", [[], ["--no-repack"]])
+def test_rows_of_64_compute_what_the_checkpoint_does(flags, tmp_path):
+    """SmolLM2's shape, ternary in groups of 64: the file is exact, so it computes what the F32 file does."""
+    shape = dict(hidden_size=192, intermediate_size=320, num_attention_heads=3, num_key_value_heads=1, tie_word_embeddings=True)
+    small_models.make(tmp_path / "hf", "llama", config=shape)
+    upstream_f32(tmp_path / "hf", tmp_path / "f32.gguf")
+    code, text = quantize("--token-embedding-type", "f16", tmp_path / "f32.gguf", tmp_path / "q.gguf", "TQ1_25")
+    assert code == 0 and "WARNING: " not in text, text
+    assert {t for name, t in types_of(tmp_path / "q.gguf").items() if "norm" not in name} == {"F16", "TQ1_25_64"}
+    (tmp_path / "text.txt").write_text(small_models.corpus()[:4000])
+    found = []
+    for model in "f32.gguf", "q.gguf":
+        code, text = run("llama-perplexity", "-m", tmp_path / model, "-f", tmp_path / "text.txt", "-c", 128, "--chunks", 4, "-t", 2, *flags)
+        assert code == 0, text
+        found.append(float(re.search(r"Final estimate: PPL = ([0-9.]+)", text)[1]))
+    assert found[1] == pytest.approx(found[0], rel=2e-3), found
+
+
+@pytest.mark.parametrize("d", [np.nan, np.inf, -0.5])
+def test_check_tensors_finds_a_bad_scale_of_64(odd, tmp_path, d):
+    code, text = quantize(odd[0], tmp_path / "q.gguf", "TQ1_25")
+    assert code == 0, text
+    reader = gguf.GGUFReader(tmp_path / "q.gguf", "r+")
+    data = next(t for t in reader.tensors if t.name == "blk.1.ffn_up.weight").data
+    data[7, -2:] = np.frombuffer(np.float16(d).tobytes(), np.uint8)  # the last of the row's three blocks
+    reader.data.flush()
+    code, text = run("llama-cli", "-m", tmp_path / "q.gguf", "-p", "x", "-n", 1, "-st", "--check-tensors")
+    assert code == 1 and "tq1_25_64: the scale of block 23 is" in text and "blk.1.ffn_up.weight" in text, text
+
+
+@pytest.mark.parametrize("kind", ["TQ1_25", "TQ1_25_64", "STQ1_0"])
 def test_fallbacks_of_mixed_types(odd, tmp_path, kind):
-    """Each type of the mixture has its own fallback: Q4_0 for the sparse types and Q2_K, Q5_0 for Q4_K."""
+    """Each type of the mixture has its own fallback: Q4_0 for STQ1_0 and Q2_K, TQ1_25_64 for TQ1_25, Q5_0 for Q4_K."""
     code, text = quantize("--imatrix", odd[1], odd[0], tmp_path / "q.gguf", kind)
     assert code == 0, text
     found = types_of(tmp_path / "q.gguf")
     assert {found[f"blk.{i}.attn_v.weight"] for i in (0, 1)} == {"Q5_0"} and found["token_embd.weight"] == "Q5_0"
-    assert {found[f"blk.{i}.{name}.weight"] for i in (0, 1) for name in ("attn_q", "ffn_up")} == {"Q4_0"}
+    wanted = "Q4_0" if kind == "STQ1_0" else "TQ1_25_64"
+    assert {found[f"blk.{i}.{name}.weight"] for i in (0, 1) for name in ("attn_q", "ffn_up")} == {wanted}
     assert found["blk.0.ffn_down.weight"] == "Q4_0" and found["output.weight"] == "Q8_0"
+    assert found["blk.1.ffn_down.weight"] == ("Q4_0" if kind == "STQ1_0" else kind)
 
 
 @pytest.mark.parametrize("flags, tensor, block", [
@@ -76,11 +145,12 @@ def test_quantize_refuses_a_type_that_rows_do_not_fit(odd, tmp_path, flags, tens
 
 def test_quantize_falls_back_from_a_tensor_type(odd, tmp_path):
     """As upstream does: --tensor-type has fallbacks, the flags for embeddings and output have none."""
-    flags = ["--tensor-type", "attn_q=tq1_25", "--tensor-type", "ffn_up=q4_K"]
+    flags = [f for flag in ("attn_q=stq1_0", "attn_k=tq1_25", "ffn_up=q4_K", "ffn_down=tq1_25_64") for f in ("--tensor-type", flag)]
     code, text = quantize(*flags, odd[0], tmp_path / "q.gguf", "Q8_0")
-    assert code == 0 and re.search(r"blk.0.attn_q.weight .*ncols +192 not divisible by 128 .*falling back to +q4_0", text), text
+    assert code == 0 and re.search(r"blk.0.attn_q.weight .*ncols +192 not divisible by 256 .*falling back to +q4_0", text), text
     found = types_of(tmp_path / "q.gguf")
     assert found["blk.0.attn_q.weight"] == "Q4_0" and found["blk.0.ffn_up.weight"] == "Q5_0"
+    assert found["blk.0.attn_k.weight"] == "TQ1_25_64" == found["blk.0.ffn_down.weight"] and found["blk.0.ffn_gate.weight"] == "Q8_0"
 
 
 @pytest.mark.parametrize("case", ["file", "split", "link"])

@@ -23,22 +23,34 @@ int main(int argc, char ** argv) {
         return 3;
     }
     struct tq1_25_panel_scratch * scratch = aligned_alloc(64, (sizeof(*scratch) + 63) / 64 * 64);
+    static const struct {
+        enum tq1_25_kind kind;
+        int64_t weights;
+        size_t bytes;
+        tq1_25_vec_dot_t * scalar;
+    } types[2] = {
+        { KIND_TQ1_25, QK_TQ1_25, sizeof(block_tq1_25), tq1_25_vec_dot_scalar },
+        { KIND_TQ1_25_64, QK_TQ1_25_64, sizeof(block_tq1_25_64), tq1_25_64_vec_dot_scalar },
+    };
     long compared = 0;
-    for (int round = 0; round < 60; ++round) {
-        const int64_t nb = 1 + next() % 40, n = nb * QK_TQ1_25, rows = 1 + next() % 200, nc = 1 + next() % 20;
-        block_tq1_25 * x = malloc((size_t) (rows * nb) * sizeof(*x));
-        void * tiles = malloc((size_t) (rows * nb) * sizeof(*x));
+    for (int round = 0; round < 80; ++round) {
+        const enum tq1_25_kind kind = types[round % 2].kind;
+        const size_t block = types[round % 2].bytes;
+        const int64_t nb = 1 + next() % 40, n = nb * types[round % 2].weights, rows = 1 + next() % 200, nc = 1 + next() % 20;
+        uint8_t * x = malloc((size_t) (rows * nb) * block);
+        void * tiles = malloc((size_t) (rows * nb) * block);
         for (int64_t i = 0; i < rows * nb; ++i) {
-            for (size_t k = 0; k < sizeof(x[i].qs) + sizeof(x[i].sign); ++k) {
-                ((uint8_t *) &x[i])[k] = (uint8_t) next();
+            for (size_t k = 0; k < block; ++k) {
+                x[(size_t) i * block + k] = (uint8_t) next();
             }
-            x[i].d = (uint16_t) (0x3c00 + 0x400 * (next() % 2)); // 1 or 2
+            const uint16_t d = (uint16_t) (0x3c00 + 0x400 * (next() % 2)); // 1 or 2
+            memcpy(x + (size_t) (i + 1) * block - sizeof(d), &d, sizeof(d));
         }
-        tq1_25_repack(KIND_TQ1_25, rows, n, x, tiles);
+        tq1_25_repack(kind, rows, n, x, tiles);
         tq1_25_q8_0 * y = malloc((size_t) (nc * n / TQ1_25_QK8_0) * sizeof(*y));
         for (int64_t i = 0; i < nc * n / TQ1_25_QK8_0; ++i) {
             for (int k = 0; k < TQ1_25_QK8_0; ++k) {
-                y[i].qs[k] = (int8_t) (round % 4 == 0 ? -128 : (int) (next() % 256) - 128);
+                y[i].qs[k] = (int8_t) (round % 8 < 2 ? -128 : (int) (next() % 256) - 128);
             }
             y[i].d = (uint16_t) (0x3c00 + 0x400 * (next() % 2));
         }
@@ -54,14 +66,14 @@ int main(int argc, char ** argv) {
             const int64_t c = tq1_25_first_column(nc, p);
             tq1_25_make_panel(0, n, (int) (tq1_25_first_column(nc, p + 1) - c), of + c, panels + tq1_25_panel_size(n, c));
         }
-        tq1_25_mul_panels(isa, KIND_TQ1_25, rows, n, tiles, 0, (rows + TQ1_25_TILE - 1) / TQ1_25_TILE, nc, 0, count, panels, s, scratch);
+        tq1_25_mul_panels(isa, kind, rows, n, tiles, 0, (rows + TQ1_25_TILE - 1) / TQ1_25_TILE, nc, 0, count, panels, s, scratch);
         for (int64_t c = 0; c < nc; ++c) {
             for (int64_t r = 0; r < rows; ++r, ++compared) {
                 float expected;
-                tq1_25_vec_dot_scalar(n, &expected, x + r * nb, of[c]);
+                types[round % 2].scalar(n, &expected, x + (size_t) (r * nb) * block, of[c]);
                 if (s[c][r] != expected) {
-                    fprintf(stderr, "n %d, row %d of %d, column %d of %d: %g, not %g\n", (int) n, (int) r, (int) rows, (int) c, (int) nc,
-                            (double) s[c][r], (double) expected);
+                    fprintf(stderr, "kind %d, n %d, row %d of %d, column %d of %d: %g, not %g\n", (int) kind, (int) n, (int) r, (int) rows,
+                            (int) c, (int) nc, (double) s[c][r], (double) expected);
                     return 1;
                 }
             }

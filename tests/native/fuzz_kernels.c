@@ -27,8 +27,16 @@ static void * bytes(size_t n, size_t skew) { // random, skew bytes off an aligne
 
 // Repacked rows by every product. All sizes are exact; prefetches beyond them do not count.
 static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
-    const int64_t size = kind == KIND_TQ1_25 ? QK_TQ1_25 : QK_STQ1_0, n = nb * size;
-    const size_t block = kind == KIND_TQ1_25 ? sizeof(block_tq1_25) : sizeof(block_stq1_0);
+    static const struct {
+        int64_t weights;
+        size_t bytes;
+    } of[TQ1_25_KINDS] = {
+        [KIND_TQ1_25] = { QK_TQ1_25, sizeof(block_tq1_25) },
+        [KIND_STQ1_0] = { QK_STQ1_0, sizeof(block_stq1_0) },
+        [KIND_TQ1_25_64] = { QK_TQ1_25_64, sizeof(block_tq1_25_64) },
+    };
+    const int64_t n = nb * of[kind].weights;
+    const size_t block = of[kind].bytes;
     const int64_t units_of_64 = next() % 4 == 0 ? 1 + next() % 2 : 0;
     const int64_t rows = units_of_64 * TQ1_25_TILE + next() % 4, nc = 1 + next() % 20, units = (rows + TQ1_25_TILE - 1) / TQ1_25_TILE;
     uint8_t * blocks = bytes((size_t) (rows * nb) * block, skew);
@@ -48,13 +56,13 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
     struct tq1_25_code_scratch * code_scratch = aligned_alloc(64, (sizeof(*code_scratch) + 63) / 64 * 64);
     long calls = 0;
     for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
-        if (!isa->gemv[kind] || (isa->supported && !isa->supported())) {
+        if (!isa->gemv || (isa->supported && !isa->supported())) {
             continue;
         }
         for (int64_t c = 0; c < nc; ++c) {
             tables[c] = aligned_alloc(64, (size_t) tq1_25_table_size(isa, n));
         }
-        const int64_t cut = next() % (n / QK_TQ1_25 + 1) * QK_TQ1_25, middle = next() % (uint32_t) (units + 1);
+        const int64_t cut = next() % (n / TQ1_25_QK8_0 + 1) * TQ1_25_QK8_0, middle = next() % (uint32_t) (units + 1);
         for (int64_t c = 0; c < nc; ++c) {
             tq1_25_make_table(isa, n, 0, cut, y[c], tables[c]);
             tq1_25_make_table(isa, n, cut, n, y[c], tables[c]);
@@ -69,13 +77,13 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
             tq1_25_mul_codes(isa, kind, rows, n, x + skew, 0, middle, columns, y + c, s + c, code_scratch);
         }
         calls += 2;
-        const int64_t count = tq1_25_panels(nc), between = next() % (uint32_t) (count + 1), narrow = cut + next() % 4 * TQ1_25_QK8_0;
+        const int64_t count = tq1_25_panels(nc), between = next() % (uint32_t) (count + 1);
         for (int64_t p = 0; isa->gemm && p < count; ++p) {
-            const int64_t c = tq1_25_first_column(nc, p), middle_ = narrow < n ? narrow : n;
+            const int64_t c = tq1_25_first_column(nc, p);
             const int columns = (int) (tq1_25_first_column(nc, p + 1) - c);
             uint8_t * panel = (uint8_t *) panels + tq1_25_panel_size(n, c);
-            tq1_25_make_panel(0, middle_, columns, y + c, panel);
-            tq1_25_make_panel(middle_, n, columns, y + c, panel);
+            tq1_25_make_panel(0, cut, columns, y + c, panel);
+            tq1_25_make_panel(cut, n, columns, y + c, panel);
         }
         if (isa->gemm) {
             tq1_25_mul_panels(isa, kind, rows, n, x + skew, 0, units, nc, between, count, panels, s, panel_scratch);
@@ -99,7 +107,7 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
 }
 
 // The codec and the plain dot products of a type.
-#define PLAIN(type, QK, dot)                                                                                                       \
+#define PLAIN(type, QK, kind)                                                                                                      \
     static long plain_##type(long round, int64_t nb, size_t skew) {                                                                \
         const int64_t n = nb * QK;                                                                                                 \
         uint8_t * blocks = bytes((size_t) nb * sizeof(block_##type), skew);                                                        \
@@ -114,7 +122,7 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
         for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {                                                      \
             if (!isa->supported || isa->supported()) {                                                                             \
                 float s;                                                                                                           \
-                isa->dot(n, &s, b, q);                                                                                             \
+                isa->vec_dot[kind](n, &s, b, q);                                                                                   \
                 ++calls;                                                                                                           \
             }                                                                                                                      \
         }                                                                                                                          \
@@ -142,8 +150,9 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
         return calls;                                                                                                              \
     }
 
-PLAIN(tq1_25, QK_TQ1_25, vec_dot)
-PLAIN(stq1_0, QK_STQ1_0, vec_dot_stq1_0)
+PLAIN(tq1_25, QK_TQ1_25, KIND_TQ1_25)
+PLAIN(tq1_25_64, QK_TQ1_25_64, KIND_TQ1_25_64)
+PLAIN(stq1_0, QK_STQ1_0, KIND_STQ1_0)
 
 static long ordered(int64_t nb) {
     const int64_t n = nb * QK_STQ1_0;
@@ -164,9 +173,9 @@ int main(int argc, char ** argv) {
     for (long round = 0; round < rounds; ++round) {
         const int64_t nb = next() % 9;
         const size_t skew = next() % 2 * 2; // blocks are aligned to two bytes and no more
-        calls += plain_tq1_25(round, nb, skew) + plain_stq1_0(round, nb, skew) + ordered(nb);
+        calls += plain_tq1_25(round, nb, skew) + plain_tq1_25_64(round, nb, skew) + plain_stq1_0(round, nb, skew) + ordered(nb);
         if (round % 5 == 0) {
-            calls += repacked(round % 2 ? KIND_STQ1_0 : KIND_TQ1_25, 1 + next() % 20, skew);
+            calls += repacked((enum tq1_25_kind)(round / 5 % TQ1_25_KINDS), 1 + next() % 20, skew);
         }
     }
     printf("%ld calls\n", calls);
