@@ -59,7 +59,7 @@ def build_loader(work: Path) -> Path:
     call("cmake", "--build", cmake, "--target", "llama", env=env)
     libraries = [cmake / "src/libllama.a", *(cmake / f"ggml/src/lib{name}.a" for name in ("ggml", "ggml-cpu", "ggml-base"))]
     flags = ["-std=c++17", *FLAGS.replace("fuzzer-no-link", "fuzzer").split()]
-    flags += [f"-I{source / directory}" for directory in ("include", "ggml/include", "src")]
+    flags += [f"-I{source / directory}" for directory in ("include", "ggml/include", "ggml/src", "src")]
     files = [TESTS / "fuzz" / "fuzz_loader.cpp", *libraries, "-lpthread", "-ldl", "-lm", "-o", work / "loader"]
     call("clang++", *flags, *files)
     return work / "loader"

@@ -15,6 +15,7 @@
 #include "gguf.h"
 #include "llama-model.h"
 #include "llama.h"
+#include "sherry/ggml/types.h"
 
 #include <fcntl.h>
 #include <stdint.h>
@@ -115,7 +116,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t * data, size_t size) {
             return 0;
         }
         for (const auto & [name, tensor] : llama_internal_get_tensor_map(model)) {
-            if ((tensor->type == GGML_TYPE_TQ1_25 || tensor->type == GGML_TYPE_STQ1_0) && ggml_nelements(tensor) && tensor->ne[3] == 1) {
+            if (sherry_has_type(tensor->type) && ggml_nelements(tensor) && tensor->ne[3] == 1) {
                 multiply(tensor, 1);
                 multiply(tensor, 9);
             }

@@ -67,15 +67,15 @@ def model(path: Path, qtype, width: int, old: bool = False) -> Path:
 
 
 def table(path: Path) -> Path:
-    """No model: a tensor of each of some types, in less than a kilobyte."""
+    """No model: a tensor of each of some types, in a kilobyte."""
     rng = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_TQ1_25)
     writer.add_token_list(["a", "b"])
-    for name in "F32", "F16", "Q8_0", "TQ2_0", "TQ1_25", "STQ1_0":
+    for name in "F32", "F16", "Q8_0", "TQ2_0", "TQ1_25", "TQ1_25_64", "STQ1_0":
         block = gguf.GGML_QUANT_SIZES[Q[name]][0]
         x = rng.choice([-0.5, 0.0, 0.5], (2, max(block, 8))).astype(np.float16 if name == "F16" else np.float32)
-        if name in ("TQ1_25", "STQ1_0"):
+        if name in gguf_type.TYPES:
             x = rng.standard_normal(x.shape).astype(np.float32)
         writer.add_tensor(name.lower(), x if name in ("F32", "F16") else gguf.quants.quantize(x, Q[name]), raw_dtype=Q[name])
     writer.write_header_to_file()
@@ -100,6 +100,7 @@ def write(directory: Path) -> list[Path]:
     return [
         table(directory / "table.gguf"),
         model(directory / "tq1_25.gguf", Q.TQ1_25, 128),
+        model(directory / "tq1_25_64.gguf", Q.TQ1_25_64, 192),
         model(directory / "stq1_0.gguf", Q.STQ1_0, 256),
         model(directory / "stq1_0-old.gguf", Q.STQ1_0, 256, old=True),
         # two findings: gguf.cpp passed both, and an assertion of ggml_new_tensor ended the process
