@@ -7,6 +7,7 @@ would quantize. All others stay what upstream makes of them.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import re
 import shlex
@@ -51,7 +52,7 @@ def make_plan(model: Any, options: Options, grouping: Grouping) -> list[Tensor]:
     """The tensors of the file, each with its type. Raises ConvertError."""
     gguf = gguf_type.register()
     keep = [_compiled(p) for p in options.keep]
-    checkpoint = Checkpoint(model)
+    checkpoint, grouping = Checkpoint(model), _by_upstreams_names(model, grouping)
     plan = []
     for name, info in collect(model).items():
         source, forced = model.asked.get(name, ("", None))
@@ -62,7 +63,6 @@ def make_plan(model: Any, options: Options, grouping: Grouping) -> list[Tensor]:
         _choose(t, checkpoint.sources(name, info.tensor), forced, gguf.MODEL_ARCH_NAMES[model.model_arch], keep, options, grouping)
         if info.dtype == gguf.GGMLQuantizationType.F16:
             t.data = unrounded(t.data)
-    _check_names(model, options, grouping)
     _check_groups(model, plan, grouping, options.keep)
     if options.output_tensor_type and not any(t.name == OUTPUT for t in plan):
         raise ConvertError(
@@ -79,6 +79,28 @@ def make_plan(model: Any, options: Options, grouping: Grouping) -> list[Tensor]:
         if t.type.name != "F32" and not t.kind and not t.raw:
             _fit(t, fixed=t.why.startswith("as "))
     return plan
+
+
+def _by_upstreams_names(model: Any, grouping: Grouping) -> Grouping:
+    """The grouping with the names that upstream gives the checkpoint's tensors, without those that it leaves out.
+
+    Raises ConvertError if group_sizes has a module that the checkpoint lacks: its weights would get other groups than in training.
+    """
+    known = {name.removesuffix(".weight") for name in model.model_tensors}
+
+    def renamed(name: str) -> str:
+        return (model.filter_tensors((name, None)) or ("",))[0]
+
+    sizes = {}
+    for name, size in grouping.group_sizes.items():
+        new = renamed(f"{name}.weight").removesuffix(".weight")
+        if new and new not in known:
+            raise ConvertError(
+                f"{model.dir_model / 'config.json'}: sherry_config has group_sizes for {name}, and the checkpoint has no such matrix. "
+                "Correct the name, or pass --group-size to quantize all weights again, with loss"
+            )
+        sizes[new] = size
+    return dataclasses.replace(grouping, group_sizes=sizes, kept=frozenset(map(renamed, grouping.kept)))
 
 
 def _choose(t: Tensor, sources: list[str], forced: Any, arch: str, keep: list[re.Pattern], options: Options, grouping: Grouping):
@@ -198,17 +220,6 @@ def _fit(t: Tensor, fixed: bool):
 
 
 # ---- checks ----
-
-
-def _check_names(model: Any, options: Options, grouping: Grouping):
-    """Raise ConvertError if group_sizes has a module that the checkpoint lacks: it would be quantized in other groups than in training."""
-    known = {name.removesuffix(".weight") for name in model.model_tensors}
-    unknown = [name for name in grouping.group_sizes if name not in known]
-    if unknown and not options.mtp and not options.no_nextn:  # which leave out tensors
-        raise ConvertError(
-            f"{model.dir_model / 'config.json'}: sherry_config has group_sizes for {unknown[0]}, and the checkpoint has no such matrix. "
-            "Correct the name, or pass --group-size to quantize all weights again, with loss"
-        )
 
 
 def _check_groups(model: Any, plan: list[Tensor], grouping: Grouping, keep: tuple[str, ...]):

@@ -117,6 +117,23 @@ def test_groups_by_matrix(tmp_path):
     assert kinds(tensors)["ffn_down"] == "TQ1_25_64"
 
 
+def test_names_that_upstream_shortens(tmp_path):
+    """A text model inside another: sherry_config has the checkpoint's names."""
+    model = small_models.make(tmp_path / "m", "llama-64", group=64)
+
+    def change(tensors):
+        for name in [name for name in tensors if ".layers." in name]:
+            tensors[name.replace("model.", "model.language_model.", 1)] = tensors.pop(name)
+
+    small_models.edit_weights(model, change)
+    layers = "model.language_model.layers."
+    small_models.edit_config(
+        model, sherry_config=dict(group_sizes={f"{layers}0.mlp.up_proj": 64}, kept=[f"{layers}{i}.mlp.gate_proj.weight" for i in range(2)])
+    )
+    _, _, tensors = converted(model, tmp_path / "x.gguf")
+    assert kinds(tensors)["ffn_up"] == "TQ1_25_64" and kinds(tensors)["attn_q"] == "TQ1_25" and "ffn_gate" not in kinds(tensors)
+
+
 def test_groups_of_experts(tmp_path):
     """A stack has the largest blocks that all its experts allow, whatever the other stacks need."""
     model = small_models.make(tmp_path / "m", "mixtral")
