@@ -10,8 +10,6 @@ environment:
   SHERRY_BUILD_DIR  the build directory (default: build)
 """
 
-from __future__ import annotations
-
 import argparse
 import filecmp
 import hashlib

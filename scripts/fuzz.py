@@ -13,8 +13,6 @@ Inputs that crash a target, or make it hang for 20 seconds or use 4 GiB, are lef
 code is 1. --keep DIR keeps inputs that reach new code; without it they are lost at the end.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

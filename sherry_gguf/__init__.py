@@ -25,8 +25,6 @@ Errors:
 Training is in `sherry_gguf.qat`. Names load when they are first used: the import alone needs nothing.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

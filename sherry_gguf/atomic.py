@@ -3,8 +3,6 @@
 Files are written to a staging directory beside the target, flushed, read back, and renamed.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -1,7 +1,5 @@
 """Compare how fast models run: llama-bench on each file, in turns (`sherry-gguf bench`)."""
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

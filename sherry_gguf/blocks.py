@@ -4,8 +4,6 @@ A block holds a 4-bit slot for each group, then a sign bit for each, then an fp1
 `stq1_0` also in the weights that form a group, and in the order of the nibbles (docs/format.md).
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

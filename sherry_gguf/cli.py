@@ -1,7 +1,5 @@
 """`sherry-gguf VERB ...`: one command for everything."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import logging

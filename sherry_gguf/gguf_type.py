@@ -1,7 +1,5 @@
 """Teaches the `gguf` package the TQ1_25, TQ1_25_64 and STQ1_0 types: enum members, sizes, codecs."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from . import stq1_0, tq1_25, tq1_25_64

@@ -1,7 +1,5 @@
 """Describes a GGUF file: its metadata, types and sizes, and which tensors are exact."""
 
-from __future__ import annotations
-
 import argparse
 import collections
 from collections.abc import Iterator

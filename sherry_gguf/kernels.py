@@ -1,7 +1,5 @@
 """The C kernels of ggml_patch/src on NumPy arrays. No call reads or writes outside its arrays, whatever the arguments."""
 
-from __future__ import annotations
-
 import operator
 import os
 

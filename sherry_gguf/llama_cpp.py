@@ -1,7 +1,5 @@
 """The built llama.cpp: its directory, tools and libraries."""
 
-from __future__ import annotations
-
 import functools
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """`sherry-gguf quantize`: llama-quantize, with earlier checks and an output file that appears only when complete."""
 
-from __future__ import annotations
-
 import argparse
 import signal
 import subprocess

@@ -3,8 +3,6 @@
 Imports only what that process needs.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

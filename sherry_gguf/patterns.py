@@ -1,7 +1,5 @@
 """Names of tensors and layers: lists with many as one, and regular expressions that match them."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 

@@ -1,7 +1,5 @@
 """Helpers for the programs in scripts/: --help that fits the terminal, run a command, end with a message."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,7 +1,5 @@
 """Opens GGUF files from untrusted sources: gguf's own reader, with every length, offset and type checked before use."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import math

@@ -1,7 +1,5 @@
 """What commands print: progress bars, tables, and names of tensors."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any

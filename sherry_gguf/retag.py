@@ -6,8 +6,6 @@ tensor of any other size stops the command.
 general.file_type has the same history: it is 41 (now Q2_0's) or 42 in the first files and becomes 43 with the tensors.
 """
 
-from __future__ import annotations
-
 import argparse
 import bisect
 import contextlib

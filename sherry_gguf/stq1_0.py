@@ -5,8 +5,6 @@ A block is 32 bytes of 4-bit slots, 8 bytes of signs and an fp16 scale (ggml-org
 patterns are those of TQ1_25.
 """
 
-from __future__ import annotations
-
 from .blocks import BlockType
 
 OLD_TYPE_ID = 42  # in the first files; now upstream's number of Q2_0

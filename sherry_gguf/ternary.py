@@ -3,8 +3,6 @@
 Sparse-AbsMean (Sherry, arXiv 2601.07892, Eq. 4 and 5) and the 32 patterns of a group; `blocks` packs them.
 """
 
-from __future__ import annotations
-
 import numpy as np
 
 GROUP = 4  # weights per group

@@ -5,8 +5,6 @@ slot is in byte 4 * (g // 8) + g % 4: in the low nibble if g % 8 < 4, else in th
 sign word.
 """
 
-from __future__ import annotations
-
 from .blocks import NOT_FINITE, OVERFLOW, BlockType, dot_q8_0
 
 TYPE = BlockType("TQ1_25", type_id=125, file_type=125, size=128, weights=(128,), nibbles=(4, 2, 4))

@@ -3,8 +3,6 @@
 A block is 8 bytes of 4-bit slots, 2 bytes of signs and an fp16 scale, in TQ1_25's order. A TQ1_25 block is two of these with one scale.
 """
 
-from __future__ import annotations
-
 from .blocks import BlockType
 
 TYPE = BlockType("TQ1_25_64", type_id=126, file_type=126, size=64, weights=(64,), nibbles=(2, 2, 4))

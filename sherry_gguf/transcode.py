@@ -4,8 +4,6 @@ TQ1_25, TQ1_25_64, STQ1_0, TQ1_0 and TQ2_0 tensors are ternary. So are F32, F16,
 their values, so that a Sherry model comes back from these types. Exact means that every value decodes to what it was.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import dataclasses

@@ -5,8 +5,6 @@ reference decodes the file's blocks, or quantizes the tensor to the bytes that m
 itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import dataclasses

@@ -4,8 +4,6 @@
 must be exact; `latent=True` leaves them as drawn.
 """
 
-from __future__ import annotations
-
 import functools
 import io
 import json

@@ -3,8 +3,6 @@
 .venv/bin/python scripts/bench/chart.py scripts/results/llama-1b.json docs/speed.svg
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

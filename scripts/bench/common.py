@@ -1,7 +1,5 @@
 """What the benchmarks share: compiling the C programs beside them, and measuring memory bandwidth."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 from pathlib import Path

@@ -5,8 +5,6 @@ The checkpoint is made once (2.5 GB in several shards). Half of its layers are 3
 weights. Needs scripts/build_llama_cpp.py, and scripts/demo.sh for a tokenizer. Linux or macOS.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

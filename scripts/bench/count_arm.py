@@ -8,8 +8,6 @@ own line. Upstream's kernels are compiled from the patched llama.cpp for each le
 Needs scripts/build_llama_cpp.py, and what scripts/build/arm.py needs.
 """
 
-from __future__ import annotations
-
 import argparse
 import functools
 import json

@@ -8,8 +8,6 @@ Kernels take turns in each round; the tables show medians.
 Needs scripts/build_llama_cpp.py and a C compiler. Whole models: scripts/bench/models.py.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

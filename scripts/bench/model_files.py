@@ -1,7 +1,5 @@
 """Model files for scripts/bench/models.py: real shapes, random weights."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """What scripts/bench/models.py measured, as tables and bars."""
 
-from __future__ import annotations
-
 import statistics
 from pathlib import Path
 

@@ -9,8 +9,6 @@ On Linux it also measures the time and memory of loading.
 Needs scripts/build_llama_cpp.py and a C compiler. To compare your own files: sherry-gguf bench.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json

@@ -7,8 +7,6 @@ the CPU for qemu-aarch64 -cpu (default: max).
 First, as root: apt-get install gcc-aarch64-linux-gnu g++-aarch64-linux-gnu qemu-user
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import re

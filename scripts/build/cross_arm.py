@@ -1,7 +1,5 @@
 """The tools for 64-bit ARM Linux on another machine: Debian's cross compiler and QEMU."""
 
-from __future__ import annotations
-
 import platform
 import shutil
 

@@ -11,8 +11,6 @@ Each archive has a libggml-cpu for every generation of CPUs, and the tools load 
 to CMake: -DSHERRY_CPU_VARIANTS="haswell;zen4" builds only these two.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import os

@@ -9,8 +9,6 @@ The models are built without memory for their weights, so the table counts every
 ternary. Routers, embeddings and the output matrix are not counted.
 """
 
-from __future__ import annotations
-
 import collections
 import re
 import sys

@@ -5,8 +5,6 @@ tensors that become ternary. `rows` and `encode` read and convert them in chunks
 replace anything.
 """
 
-from __future__ import annotations
-
 import concurrent.futures
 import dataclasses
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What a model directory holds: whether it is whole, and how its weights were trained."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import re

@@ -1,7 +1,5 @@
 """`sherry-gguf convert`: its flags, and the table that it prints."""
 
-from __future__ import annotations
-
 import argparse
 import logging
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Turns a tensor into the file's bytes, and measures how well they hold its values."""
 
-from __future__ import annotations
-
 import collections
 import concurrent.futures
 import hashlib

@@ -1,7 +1,5 @@
 """The file's metadata: upstream's, the tokenizer and its check, and the sherry.* keys."""
 
-from __future__ import annotations
-
 import contextlib
 import tempfile
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ A byte holds four weights in 2 bits each, as code - 1, from rows that are a quar
 `weight_scale`: transformers' AutoBitLinear multiplies by it, its BitLinear divides.
 """
 
-from __future__ import annotations
-
 
 def unpack_bitnet(model) -> None:
     """Replace the packed tensors of an upstream model object with lazy float32 ones, remove their scales, and add the tensors' names to

@@ -4,8 +4,6 @@ Of the tensors of upstream's F16 file, the blocks' weights become TQ1_25, or TQ1
 would quantize. All others stay what upstream makes of them.
 """
 
-from __future__ import annotations
-
 import collections
 import dataclasses
 import math

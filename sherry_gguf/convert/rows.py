@@ -1,7 +1,5 @@
 """Reads a lazy tensor in chunks of rows, so that memory stays near one chunk for each thread."""
 
-from __future__ import annotations
-
 import functools
 import math
 from collections.abc import Callable, Iterator

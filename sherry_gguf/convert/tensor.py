@@ -1,7 +1,5 @@
 """A tensor of the GGUF that is to be written."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from typing import Any

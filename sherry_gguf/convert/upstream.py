@@ -4,8 +4,6 @@ They read the checkpoint, rename and reshape tensors, and collect metadata and t
 name, and `plan` has one more architecture.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import json

@@ -4,8 +4,6 @@ Upstream chooses llama.cpp's tokenizer by the files that exist and by a hash of 
 an error, so `problem` lets llama.cpp and transformers split the same texts.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import re

@@ -1,7 +1,5 @@
 """Writes the planned tensors to the target, whole or not at all, and says where the target is."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import os

@@ -19,16 +19,16 @@ def model(good, tmp_path):
 
 @pytest.fixture
 def fails(tmp_path):
-    """Convert, which must fail with a message that holds all `told`, and leave every file as it was."""
+    """Convert, which must fail with a message that holds all `says`, and leave every file as it was."""
     target = tmp_path / "out.gguf"
     target.write_bytes(b"an older target")
 
-    def check(*args, told, code=1, **kwargs):
+    def check(*args, says, code=1, **kwargs):
         before = small_models.snapshot(tmp_path)
         done = sherry("convert", *args, *([] if "--outfile" in args else ["--outfile", target]), **kwargs)
         assert done.returncode == code, done.stdout + done.stderr
         assert "Traceback" not in done.stderr
-        for text in told:
+        for text in says:
             assert text in done.stderr, done.stderr
         assert small_models.snapshot(tmp_path) == before
         return done

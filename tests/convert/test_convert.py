@@ -119,7 +119,7 @@ MAMBA = ("ssm_in", "ssm_out", "ffn_up")
 
 
 @pytest.mark.parametrize(
-    "blocks, told",
+    "blocks, says",
     [
         ([DENSE] * 2, ""),
         ([DENSE, EXPERTS], ""),  # the first one dense
@@ -137,8 +137,8 @@ MAMBA = ("ssm_in", "ssm_out", "ffn_up")
         ([DENSE, (), DENSE], "blk.1.attn_q.weight, blk.1.ffn_up.weight missing"),
     ],
 )
-def test_missing_matrices(blocks, told):
-    """A lost matrix is told, blocks of several kinds are not; with a list of figures by block anything goes."""
+def test_missing_matrices(blocks, says):
+    """A lost matrix is reported, blocks of several kinds are not; with a list of figures by block anything goes."""
     tensors = [
         Tensor(f"blk.{i}.{name}.weight", "", (1, 128), None, 0, None)
         for i, names in enumerate(blocks)
@@ -152,8 +152,8 @@ def test_missing_matrices(blocks, told):
         plan.check_blocks(model, tensors, Options())
 
     check([2] * len(blocks))
-    if told:
-        with pytest.raises(ConvertError, match=re.escape(told)):
+    if says:
+        with pytest.raises(ConvertError, match=re.escape(says)):
             check(2)
     else:
         check(2)
@@ -197,8 +197,8 @@ def test_latent(latent, tmp_path, granularity, size):
     assert (d == np.broadcast_to(np.repeat(scale, d.shape[1] // scale.shape[1], axis=1), d.shape)).all()
     assert (lanes == ternary.sparse_absmean(wanted)[0]).all()
     error = np.linalg.norm(tq1_25.dequantize(blocks) - wanted) / np.linalg.norm(wanted)
-    told = dict(zip(model.fields["sherry.tensor.names"], model.fields["sherry.tensor.relative_error"]))
-    assert told["blk.0.ffn_up.weight"] == pytest.approx(error, rel=1e-4)
+    errors = dict(zip(model.fields["sherry.tensor.names"], model.fields["sherry.tensor.relative_error"]))
+    assert errors["blk.0.ffn_up.weight"] == pytest.approx(error, rel=1e-4)
 
 
 def test_per_tensor_of_experts(tmp_path):
@@ -224,7 +224,7 @@ def test_per_tensor_of_experts(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_one_ulp_is_not_exact(tmp_path, dtype):
-    """A weight or a scale that is off by one unit in the last place, of float64 too, is told by convert and verify."""
+    """A weight or a scale that is off by one unit in the last place, of float64 too, is reported by convert and verify."""
     model = small_models.make(tmp_path / "m", "llama", dtype=dtype)
 
     def change(tensors):

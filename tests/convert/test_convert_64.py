@@ -196,4 +196,4 @@ def test_kept_by_training(zoo, tmp_path, fails):
         assert tensors["blk.0.ffn_down.weight"].type.name == kind and tensors["blk.1.ffn_down.weight"].type.name == "TQ1_25_64"
     assert "stored as Q8_0, rows of 192, not a multiple of 128: blk.0.ffn_down.weight" in text
     for kind in "TQ1_25", "tq1_25_64", "STQ1_0":
-        fails(model, "--fallback-type", kind, told=[f"--fallback-type {kind}" if kind != "STQ1_0" else "unknown tensor type STQ1_0"])
+        fails(model, "--fallback-type", kind, says=[f"--fallback-type {kind}" if kind != "STQ1_0" else "unknown tensor type STQ1_0"])

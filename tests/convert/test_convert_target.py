@@ -23,13 +23,13 @@ pytestmark = pytest.mark.slow
 
 
 def test_no_target_directory(model, fails, tmp_path):
-    fails(model, "--outfile", tmp_path / "none" / "x.gguf", told=["cannot write", "none does not exist. Create it first"])
-    fails(model, "--outfile", tmp_path / "out.gguf" / "x.gguf", told=["cannot write", "out.gguf is not a directory"])
+    fails(model, "--outfile", tmp_path / "none" / "x.gguf", says=["cannot write", "none does not exist. Create it first"])
+    fails(model, "--outfile", tmp_path / "out.gguf" / "x.gguf", says=["cannot write", "out.gguf is not a directory"])
 
 
 def test_unwritable_target(model, fails):
-    fails(model, "--outfile", "/proc/x.gguf", told=["cannot write /proc/x.gguf", "Choose another place for it"])
-    fails(model, "--outfile", "/dev/null", told=["cannot write /dev/null: it exists and is not an ordinary file"])
+    fails(model, "--outfile", "/proc/x.gguf", says=["cannot write /proc/x.gguf", "Choose another place for it"])
+    fails(model, "--outfile", "/dev/null", says=["cannot write /dev/null: it exists and is not an ordinary file"])
 
 
 def test_unusable_target_names(model, fails, tmp_path):
@@ -37,7 +37,7 @@ def test_unusable_target_names(model, fails, tmp_path):
     (tmp_path / "loop2").symlink_to(tmp_path / "loop")
     (tmp_path / "away").symlink_to(tmp_path / "none" / "x")
     for name in "loop", "away", "x" * 300:
-        fails(model, "--outfile", tmp_path / name, told=["error: cannot write"])
+        fails(model, "--outfile", tmp_path / name, says=["error: cannot write"])
 
 
 @pytest.mark.parametrize("flags", [[], ["--dry-run"]])
@@ -46,14 +46,14 @@ def test_every_file_of_a_split_is_checked(model, fails, tmp_path, flags):
     flags = [*flags, "--split-max-tensors", 8]
     shards[1].mkdir()
     (shards[1] / "precious").write_text("x")
-    fails(model, *flags, told=["out-00002-of-00003.gguf: it exists and is not an ordinary file"])
+    fails(model, *flags, says=["out-00002-of-00003.gguf: it exists and is not an ordinary file"])
     shutil.rmtree(shards[1])
     os.link(model / "config.json", shards[1])
-    fails(model, *flags, told=["out-00002-of-00003.gguf: it is a file of the checkpoint itself"])
+    fails(model, *flags, says=["out-00002-of-00003.gguf: it is a file of the checkpoint itself"])
     shards[1].unlink()
     for i in 0, 2:
         shards[i].symlink_to(tmp_path / "same")
-    fails(model, *flags, told=["two files of the split are symbolic links to the same place"])
+    fails(model, *flags, says=["two files of the split are symbolic links to the same place"])
 
 
 @contextlib.contextmanager
@@ -73,17 +73,17 @@ def mounted(directory, options):
 def test_read_only(model, fails, tmp_path):
     if os.geteuid():
         (tmp_path / "ro").mkdir(mode=0o500)
-        fails(model, "--outfile", tmp_path / "ro" / "x.gguf", told=["cannot write", "Permission denied"])
+        fails(model, "--outfile", tmp_path / "ro" / "x.gguf", says=["cannot write", "Permission denied"])
         return
     with mounted(tmp_path / "ro", "ro") as directory:
-        fails(model, "--outfile", directory / "x.gguf", told=["cannot write", "Read-only file system"])
+        fails(model, "--outfile", directory / "x.gguf", says=["cannot write", "Read-only file system"])
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
 def test_target_is_input(model, fails, file):
-    fails(model, "--outfile", model / file, told=[f"{file}: it is a file of the checkpoint itself"])
+    fails(model, "--outfile", model / file, says=[f"{file}: it is a file of the checkpoint itself"])
     (model.parent / "link.gguf").symlink_to(model / file)
-    fails(model, "--outfile", model.parent / "link.gguf", told=[f"{file}: it is a file of the checkpoint itself"])
+    fails(model, "--outfile", model.parent / "link.gguf", says=[f"{file}: it is a file of the checkpoint itself"])
 
 
 def test_disk_full_while_writing(model, fails):
@@ -92,13 +92,13 @@ def test_disk_full_while_writing(model, fails):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
 
-    fails(model, told=["no room for", "it takes 0.7 MB", "Nothing was written"], preexec_fn=limit)
+    fails(model, says=["no room for", "it takes 0.7 MB", "Nothing was written"], preexec_fn=limit)
 
 
 def test_disk_full(model, fails, tmp_path):
-    """A file system that really is too small: told before anything is written."""
+    """A file system that really is too small: reported before anything is written."""
     with mounted(tmp_path / "small", "size=300k") as directory:
-        fails(model, "--outfile", directory / "x.gguf", told=["no room for", "0.3 MB are free"])
+        fails(model, "--outfile", directory / "x.gguf", says=["no room for", "0.3 MB are free"])
 
 
 # ---- interruptions ----
@@ -142,10 +142,10 @@ def test_interrupted(slow, tmp_path, number, code, split):
 
 
 @pytest.mark.parametrize(
-    "error, code, told",
+    "error, code, says",
     [('OSError(5, "Input/output error")', 1, "Input/output error"), ("KeyboardInterrupt()", 130, "interrupted")],
 )
-def test_interrupted_commit(good, tmp_path, error, code, told):
+def test_interrupted_commit(good, tmp_path, error, code, says):
     """A split that cannot be put in place as a whole is not put in place at all."""
     patch = f"""
 import os
@@ -161,7 +161,7 @@ os.rename = failing
         (tmp_path / f"x-0000{i}-of-00003.gguf").write_bytes(b"older %d" % i)
     before = small_models.snapshot(tmp_path)
     done = sherry("convert", good, "--outfile", tmp_path / "x.gguf", "--split-max-tensors", 8, patch=patch)
-    assert done.returncode == code and told in done.stderr, done.stderr
+    assert done.returncode == code and says in done.stderr, done.stderr
     assert small_models.snapshot(tmp_path) == before
 
 
@@ -242,14 +242,14 @@ os.fsync = failing
 
 
 @pytest.mark.parametrize(
-    "where, error, told",
+    "where, error, says",
     [
         ("check_checkpoint", "MemoryError()", "error: not enough memory: MemoryError"),
         ("make_plan", 'RuntimeError("can\'t start new thread")', "error: can't start new thread"),
         ("write", 'OSError(24, "Too many open files")', "error: [Errno 24] Too many open files"),
     ],
 )
-def test_whatever_else(good, tmp_path, where, error, told):
+def test_whatever_else(good, tmp_path, where, error, says):
     """One line, and a traceback only where it is asked for."""
     patch = f"""
 from sherry_gguf import convert
@@ -260,7 +260,7 @@ convert.{where} = failing
     for flags in [], ["--verbose"]:
         done = sherry("convert", good, "--outfile", tmp_path / "x.gguf", *flags, patch=patch)
         assert done.returncode == 1 and ("Traceback" in done.stderr) == bool(flags), done.stderr
-        assert flags or done.stderr == told + "\n"
+        assert flags or done.stderr == says + "\n"
     assert not list(tmp_path.iterdir())
 
 
@@ -282,7 +282,7 @@ os.fsync = damaging
 def test_not_built(good, fails, tmp_path):
     fails(
         good,
-        told=["llama.cpp", "is not there: run scripts/build_llama_cpp.py"],
+        says=["llama.cpp", "is not there: run scripts/build_llama_cpp.py"],
         env=conftest.ENV | {"SHERRY_BUILD_DIR": str(tmp_path / "none")},
     )
 

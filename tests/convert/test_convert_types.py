@@ -182,11 +182,11 @@ def test_all_misfits_are_listed_once(tmp_path, fails):
     """With the flags that convert what fits, as a line to copy."""
     model = small_models.make(tmp_path / "m", "llama", config=dict(intermediate_size=640))
     small_models.edit_config(model, sherry_config=dict(group_size=256))
-    done = fails(model, told=["2 of 14 matrices have rows of 640, not a multiple of the group size, 256: blk.*.ffn_down.weight (2 blocks)"])
+    done = fails(model, says=["2 of 14 matrices have rows of 640, not a multiple of the group size, 256: blk.*.ffn_down.weight (2 blocks)"])
     flags = done.stderr[done.stderr.index("--keep") :].splitlines()[0].split()
     assert sherry("convert", model, "--outfile", tmp_path / "x.gguf", *flags).returncode == 0
     small_models.edit_config(model, sherry_config=dict(group_size=512))
-    done = fails(model, "--keep", "attn_q", told=["12 of 12 matrices have rows of 256, 640"])
+    done = fails(model, "--keep", "attn_q", says=["12 of 12 matrices have rows of 256, 640"])
     assert "--keep attn_q --keep" in done.stderr
 
 
@@ -211,9 +211,9 @@ def test_fallback_types(tmp_path, fails):
             line = next(line for line in text.splitlines() if line.startswith("blk.*.attn_q.weight"))
             assert line.split()[1] == kind and line.endswith("fallback")
         assert sherry("verify", out, model, *flags).returncode == 0
-        told = done.stdout[done.stdout.index("by --fallback-type: ") :].splitlines()[0]
+        says = done.stdout[done.stdout.index("by --fallback-type: ") :].splitlines()[0]
         sizes[kind] = sum(int(line.split()[4].replace(",", "")) for line in done.stdout.splitlines() if line.endswith("fallback"))
-        assert f"{kind} {sizes[kind] / 1e6:.1f} MB" in told
+        assert f"{kind} {sizes[kind] / 1e6:.1f} MB" in says
     assert sizes["Q4_0"] * 8.5 == sizes["Q8_0"] * 4.5 and sizes["Q4_0"] * 16 == sizes["F16"] * 4.5
     # what training kept in full precision stays so, if nothing else is asked for
     kept = [f"model.layers.{i}.mlp.up_proj.weight" for i in range(2)]
@@ -223,10 +223,10 @@ def test_fallback_types(tmp_path, fails):
         assert next(line for line in done.stdout.splitlines() if line.startswith("blk.*.ffn_up.weight")).split()[1] == kind
     small_models.edit_config(model, sherry_config=None)
     out.unlink()
-    fails(model, "--require-exact", told=["tensors would be stored as Q4_0, with loss", "Pass --fallback-type F16 as well"])
+    fails(model, "--require-exact", says=["tensors would be stored as Q4_0, with loss", "Pass --fallback-type F16 as well"])
     assert sherry("convert", model, "--outfile", out, "--require-exact", "--fallback-type", "F16").returncode == 0
-    fails(model, "--fallback-type", "Q5", told=["unknown tensor type Q5"])
-    fails(model, "--fallback-type", "tq1_25", told=["--fallback-type"])
+    fails(model, "--fallback-type", "Q5", says=["unknown tensor type Q5"])
+    fails(model, "--fallback-type", "tq1_25", says=["--fallback-type"])
 
 
 # ---- files ----
@@ -262,7 +262,7 @@ def test_split(zoo, tmp_path):
 
 
 def test_split_beside_others(zoo, tmp_path):
-    """Links are written through, permissions stay, and other splits are left alone and told."""
+    """Links are written through, permissions stay, and other splits are left alone and reported."""
     root, _ = zoo
     (tmp_path / "a-00001-of-00003.gguf").write_bytes(b"old")
     (tmp_path / "a-00001-of-00003.gguf").chmod(0o600)

@@ -256,7 +256,7 @@ def test_what_cannot_be_put_back_is_kept(tmp_path, monkeypatch, good, old, after
     for name in names if old else ():
         (tmp_path / name).write_text(f"old {name}")
     failing = Renames(good, lambda here: failing.left == -1 or after(here))
-    with pytest.raises(ConvertError, match="cannot write .*: Permission denied") as told:
+    with pytest.raises(ConvertError, match="cannot write .*: Permission denied") as says:
         with atomic.staging(tmp_path / "x.gguf", 1) as staging:
             for name in names:
                 (staging / name).write_text(f"new {name}")
@@ -270,7 +270,7 @@ def test_what_cannot_be_put_back_is_kept(tmp_path, monkeypatch, good, old, after
         assert {f"old {name}" for name in names} <= set(found.values())
         for place, text in found.items():
             if text.startswith("old") and place.name not in names:
-                assert f"{text[4:]} is {tmp_path / place}" in str(told.value)
+                assert f"{text[4:]} is {tmp_path / place}" in str(says.value)
                 os.rename(tmp_path / place, tmp_path / text[4:])  # as it says
         assert {name: (tmp_path / name).read_text() for name in names} == {name: f"old {name}" for name in names}
     else:

@@ -78,7 +78,7 @@ def test_bitnet_weights_are_taken_as_they_are(tmp_path, one_scale):
 
 @pytest.mark.parametrize("one_scale, change", [(False, "values changed by llama.cpp"), (True, "each value times 0.75")])
 def test_bitnet_as_upstream_does_it_is_no_proof(tmp_path, one_scale, change):
-    """The same with upstream's quantization left in place: told, refused where it must be exact, no success of verify."""
+    """The same with upstream's quantization left in place: reported, refused where it must be exact, no success of verify."""
     model, out = bitnet_model(tmp_path / "m", one_scale), tmp_path / "x.gguf"
     patch = "from sherry_gguf.convert import upstream; upstream.AS_STORED.clear()"
     done = sherry("convert", model, "--outfile", out, "--require-exact", patch=patch)
@@ -102,10 +102,10 @@ def load_flags(path):
 def test_bitnet_with_another_activation(tmp_path):
     """llama.cpp's graph is that of the first BitNet models."""
     model = bitnet_model(tmp_path / "m")
-    told = "config.json says that hidden_act is relu2, llama.cpp computes BitNet with silu"
-    assert told not in sherry("convert", model, "--outfile", tmp_path / "x.gguf").stdout
+    says = "config.json says that hidden_act is relu2, llama.cpp computes BitNet with silu"
+    assert says not in sherry("convert", model, "--outfile", tmp_path / "x.gguf").stdout
     small_models.edit_config(model, hidden_act="relu2")
-    assert told in sherry("convert", model, "--outfile", tmp_path / "x.gguf").stdout
+    assert says in sherry("convert", model, "--outfile", tmp_path / "x.gguf").stdout
 
 
 def test_bitnet_as_transformers_has_it(tmp_path):
@@ -131,7 +131,7 @@ def changed(self, data, name, bid):
 
 
 @pytest.mark.parametrize(
-    "name, cls, where, change, told",
+    "name, cls, where, change, says",
     [
         ("llama", "LlamaModel", "ffn_up", "x * 2", "each value times 2"),
         ("llama", "LlamaModel", "blk.1.attn_v", "x / 4", "each value times 0.25"),
@@ -141,14 +141,14 @@ def changed(self, data, name, bid):
         ("gptneox", "GPTNeoXModel", "attn_qkv", "x * 0.5", "values changed by llama.cpp"),
     ],
 )
-def test_a_changed_value_is_no_proof(zoo, tmp_path, name, cls, where, change, told):
+def test_a_changed_value_is_no_proof(zoo, tmp_path, name, cls, where, change, says):
     root, _ = zoo
     module = cls.removesuffix("Model").lower()
     patch = PATCH.format(module=module, cls=cls, where=where, change=change)
     flags = ["--tokenizer-pre", "gpt-2"] if name == "gptneox" else []
     done = sherry("convert", root / name, "--outfile", tmp_path / "x.gguf", "--require-exact", *flags, patch=patch)
     assert done.returncode == 1 and not (tmp_path / "x.gguf").exists(), done.stdout
-    assert f"do not hold the checkpoint's values: llama.cpp's {cls} changes" in done.stderr and told in done.stderr
+    assert f"do not hold the checkpoint's values: llama.cpp's {cls} changes" in done.stderr and says in done.stderr
     done = sherry("convert", root / name, "--outfile", tmp_path / "x.gguf", *flags, patch=patch)
     assert done.returncode == 0 and "not the checkpoint's weights" in done.stdout, done.stderr
     done = sherry("verify", tmp_path / "x.gguf", root / name, *flags, patch=patch)
@@ -300,11 +300,11 @@ def test_packed_weights_that_are_not_sparse(tmp_path):
     pack(model, "bitlinear", 0.0625)
     done = sherry("convert", model, "--outfile", tmp_path / "x.gguf")
     assert done.returncode == 0, done.stderr
-    told = re.search(
+    says = re.search(
         r"ternary weights that are not 3:4 sparse lose precision in TQ1_25 \(relative error up to (0\.\d+)\): .*TQ2_0 and TQ1_0 hold",
         done.stdout,
     )
-    assert told and 0.3 < float(told[1]) < 0.6
+    assert says and 0.3 < float(says[1]) < 0.6
     done = sherry("convert", model, "--outfile", tmp_path / "y.gguf", "--require-exact")
     assert done.returncode == 1 and "not 3:4 sparse" in done.stderr
 

@@ -1,4 +1,4 @@
-"""Old STQ1_0 files are told from upstream's Q2_0 by size alone, and changed whole or not at all."""
+"""Old STQ1_0 files are says from upstream's Q2_0 by size alone, and changed whole or not at all."""
 
 import os
 
@@ -171,11 +171,11 @@ def test_rooms_that_tell_nothing(tmp_path, capsys, alignment, real):
         larger = {"a": (type_id, 42, real), "b": (type_id, 42, (300, 256)), "z": (0, 0, (1, 32))}
         file = write(tmp_path / "x.gguf", larger, alignment)
         assert cli.main(["retag", str(file), str(tmp_path / "new.gguf")]) == (0 if type_id == 43 else 1)
-        told = capsys.readouterr()
+        says = capsys.readouterr()
         assert (
-            "2 tensors and general.file_type now have STQ1_0's number, 43" in told.out
+            "2 tensors and general.file_type now have STQ1_0's number, 43" in says.out
             if type_id == 43
-            else "tensor b, 256 x 300, has 21632 bytes" in told.err or "it is upstream's Q2_0" in told.err
+            else "tensor b, 256 x 300, has 21632 bytes" in says.err or "it is upstream's Q2_0" in says.err
         )
 
 

@@ -126,11 +126,11 @@ def test_byte_level_bpe(model, name):
 
 def test_another_way_to_split_is_an_error_that_names_the_right_ones(model):
     save(byte_level(pre_tokenizer("qwen2")), model)
-    told = convert(model, "--tokenizer-pre", "gpt-2").stderr
-    assert "llama.cpp splits text into other tokens than the checkpoint's tokenizer" in told
+    says = convert(model, "--tokenizer-pre", "gpt-2").stderr
+    assert "llama.cpp splits text into other tokens than the checkpoint's tokenizer" in says
     # a text, and both splits
-    assert any(repr(text) in told for text in tokenizer_check.SAMPLE) and ": transformers " in told and "; llama.cpp " in told
-    names = re.search(r"--tokenizer-pre (\S+(?: or \S+)*)\. Nothing was written", told)[1].split(" or ")
+    assert any(repr(text) in says for text in tokenizer_check.SAMPLE) and ": transformers " in says and "; llama.cpp " in says
+    names = re.search(r"--tokenizer-pre (\S+(?: or \S+)*)\. Nothing was written", says)[1].split(" or ")
     assert "qwen2" in names and "gpt-2" not in names
     assert convert(model, "--tokenizer-pre", names[0]).returncode == 0
     # who knows better may have it so, and verify sees it
@@ -266,7 +266,7 @@ def save_spm(directory, **settings):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_bpe(model, prefix):
-    """Without a space in front, which sentencepiece's model says and llama.cpp is told."""
+    """Without a space in front, which sentencepiece's model says and llama.cpp is says."""
     save_spm(model, add_dummy_prefix=prefix)
     done = convert(model, "--vocab-only")
     assert done.returncode == 0, done.stderr
@@ -282,8 +282,8 @@ def test_sentencepiece_bpe(model, prefix):
 )
 def test_sentencepiece_that_llama_cpp_does_otherwise(model, settings, cause):
     save_spm(model, **settings)
-    told = convert(model, "--vocab-only").stderr
-    assert "llama.cpp splits text into other tokens" in told and cause in told and "--no-tokenizer-check" in told
+    says = convert(model, "--vocab-only").stderr
+    assert "llama.cpp splits text into other tokens" in says and cause in says and "--no-tokenizer-check" in says
 
 
 def test_sentencepiece_unigram_where_the_architecture_has_it(tmp_path):
@@ -329,21 +329,21 @@ def test_a_sentencepiece_model_that_is_missing(tmp_path):
     save(tokenizer, model, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     for name in "Gemma2ForCausalLM", "Gemma3ForCausalLM":
         small_models.edit_config(model, architectures=[name], model_type=name[:6].lower())
-        told = convert(model).stderr
-        assert "tokenizer.model" in told and "--tokenizer-pre" not in told
+        says = convert(model).stderr
+        assert "tokenizer.model" in says and "--tokenizer-pre" not in says
 
 
 @pytest.mark.parametrize(
-    "head, told",
+    "head, says",
     [
         (b"GGUF\x03\0\0\0", "is a GGUF file and not a sentencepiece model: transformers writes that"),
         (b"version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer"),
     ],
 )
-def test_a_sentencepiece_model_that_is_something_else(model, head, told):
+def test_a_sentencepiece_model_that_is_something_else(model, head, says):
     save_spm(model)
     (model / "tokenizer.model").write_bytes(head + bytes(100))
-    assert told in convert(model).stderr
+    assert says in convert(model).stderr
 
 
 # ---- WordPiece ----

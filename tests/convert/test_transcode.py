@@ -270,8 +270,8 @@ def test_what_is_beyond_a_type_is_refused(tmp_path, capfd):
     writer.close()
     for to in "f16", "q8_0":
         assert cli.main(["transcode", str(tmp_path / "m.gguf"), str(tmp_path / "x.gguf"), "--to", to]) == (1 if to == "f16" else 0)
-    told = capfd.readouterr()
-    assert told.err.count("tensor w, row 2: a weight is beyond what F16 holds") == 1 and "Warning" not in told.err
+    says = capfd.readouterr()
+    assert says.err.count("tensor w, row 2: a weight is beyond what F16 holds") == 1 and "Warning" not in says.err
 
 
 def test_ternary_vectors_are_transcoded_too(tmp_path):
@@ -356,14 +356,14 @@ def test_the_first_file_of_a_split_says_what_it_knows(tmp_path, capsys, to):
         for source, target, t in ("m", "there", to), ("there", "back", "tq1_25"):
             names = [str(tmp_path / f"{s}-0000{i}-of-00002.gguf") for s in (source, target)]
             assert cli.main(["transcode", *names, "--to", t]) == 0
-    told = capsys.readouterr().out
+    says = capsys.readouterr().out
     fields = gguf_file.read_gguf(tmp_path / "there-00001-of-00002.gguf").fields
     if to == "f16":  # exact here; on the way back, the other file is unknown
         assert fields["sherry.tensor.exact"] == [True, True] and fields["sherry.exact"] is True
     else:
         assert fields["sherry.tensor.exact"] == [True, False] and fields["sherry.exact"] is False
         assert fields["sherry.tensor.relative_error"][0] == 0 and np.isnan(fields["sherry.tensor.relative_error"][1])
-    assert told.count("Cleared the exactness flags of 1 tensor in the split's other files") == 1
+    assert says.count("Cleared the exactness flags of 1 tensor in the split's other files") == 1
     lines = list(inspect.inspect(tmp_path / "back-00002-of-00002.gguf"))
     assert any("1 of 2 TQ1_25 tensors are marked exact" in line for line in lines), lines
 

@@ -37,12 +37,12 @@ def copy(zoo, tmp_path):
     return shutil.copy(root / "llama.gguf", tmp_path / "x.gguf")
 
 
-def differs(zoo, path, *told, flags=()):
+def differs(zoo, path, *says, flags=()):
     root, _ = zoo
     done = sherry("verify", path, root / "llama", *flags)
     assert done.returncode == 1 and not done.stderr, done.stdout + done.stderr
-    assert f"; {len(told)} difference" in done.stdout, done.stdout
-    for text in told:
+    assert f"; {len(says)} difference" in done.stdout, done.stdout
+    for text in says:
         assert text in done.stdout, done.stdout
 
 
@@ -55,7 +55,7 @@ def flip(path, offset: int, bit: int = 0):
 
 
 @pytest.mark.parametrize(
-    "name, row, told",
+    "name, row, says",
     [
         (
             "blk.1.ffn_up.weight",
@@ -66,12 +66,12 @@ def flip(path, offset: int, bit: int = 0):
         ("output_norm.weight", 0, "are not the checkpoint's values as F32"),
     ],
 )
-def test_one_bit(zoo, copy, name, row, told):
+def test_one_bit(zoo, copy, name, row, says):
     t = gguf_file.read_gguf(copy).tensors[name]
     for byte in (0, 5, 19, 20) if "blk" in name else (3,):
         offset = t.offset + row * (t.nbytes // t.shape[0]) * (len(t.shape) > 1) + byte
         flip(copy, offset, 6 if byte == 20 else 0)
-        differs(zoo, copy, told)
+        differs(zoo, copy, says)
         flip(copy, offset, 6 if byte == 20 else 0)
 
 
@@ -145,10 +145,10 @@ def test_metadata_and_tables(zoo, tmp_path):
             ["output.weight: shape (511, 256), the checkpoint has (512, 256)"],
         ),
     ]
-    for i, (changes, told) in enumerate(cases):
+    for i, (changes, says) in enumerate(cases):
         rewrite(source, tmp_path / f"{i}.gguf", **changes)
-        if told:
-            differs(zoo, tmp_path / f"{i}.gguf", *told)
+        if says:
+            differs(zoo, tmp_path / f"{i}.gguf", *says)
         else:
             assert sherry("verify", tmp_path / f"{i}.gguf", zoo[0] / "llama").returncode == 0
 
@@ -193,10 +193,10 @@ def test_a_file_is_not_believed(zoo, tmp_path):
         value = list(fields[key])
         cases.append((key, (value[:-1], V.ARRAY, element), [f"{key} has 511 values, the checkpoint has 512"]))
         value[300] += 1
-        told = f"{key}[300] is {value[300]!r}, the checkpoint has {fields[key][300]!r}"
-        cases.append((key, (value, V.ARRAY, element), [told]))
+        says = f"{key}[300] is {value[300]!r}, the checkpoint has {fields[key][300]!r}"
+        cases.append((key, (value, V.ARRAY, element), [says]))
     while cases:  # one of each key at a time
-        batch = {key: (value, told) for key, value, told in reversed(cases)}
+        batch = {key: (value, says) for key, value, says in reversed(cases)}
         cases = [case for case in cases if batch[case[0]][1] is not case[2]]
 
         def change(fields, batch=batch):
@@ -205,7 +205,7 @@ def test_a_file_is_not_believed(zoo, tmp_path):
 
         rewrite(source, path, fields=change)
         # llama.cpp refuses a damaged vocabulary or splits text differently, which would be another difference
-        differs(zoo, path, *(text for _, told in batch.values() for text in told), flags=["--no-tokenizer-check"])
+        differs(zoo, path, *(text for _, says in batch.values() for text in says), flags=["--no-tokenizer-check"])
         done = sherry("inspect", path, "--tensors")
         assert done.returncode == 0, done.stderr
     rewrite(source, path, fields=lambda f: {k: v for k, v in f.items() if not k.startswith("sherry.")})
@@ -218,7 +218,7 @@ def test_inexact_claims(tmp_path):
     source, path = tmp_path / "x.gguf", tmp_path / "y.gguf"
     assert sherry("convert", model, "--outfile", source).returncode == 0
     errors = gguf_file.read_gguf(source).fields["sherry.tensor.relative_error"]
-    for key, value, told in [
+    for key, value, says in [
         ("sherry.tensor.exact", FLAGS, "sherry.tensor.exact[0] is True, the checkpoint has False"),
         ("sherry.exact", True, "sherry.exact is True, the checkpoint has False"),
         ("sherry.tensor.relative_error", [0.0] * 14, "sherry.tensor.relative_error[0] is 0.0, the checkpoint has 0.5"),
@@ -226,7 +226,7 @@ def test_inexact_claims(tmp_path):
     ]:
         rewrite(source, path, fields=lambda f, key=key, value=value: f | {key: (value, *f[key][1:])})
         done = sherry("verify", path, model)
-        assert done.returncode == 1 and told in done.stdout and "; 1 difference" in done.stdout, done.stdout
+        assert done.returncode == 1 and says in done.stdout and "; 1 difference" in done.stdout, done.stdout
     done = sherry("verify", source, model, "--granularity", "per_channel")
     assert done.returncode == 1 and "nor their Sparse-AbsMean in per_channel" in done.stdout
     assert "sherry.granularity is 'per_group', the checkpoint has 'per_channel'" in done.stdout
@@ -272,8 +272,8 @@ def test_types(zoo, tmp_path, name, types, planned):
     for qtype in types:
         change = retyped(name, gguf.GGMLQuantizationType[qtype])
         rewrite(zoo[0] / "llama.gguf", tmp_path / "x.gguf", tensors=change)
-        told = f"{name}: stored as {qtype}, but conversion with these flags stores {planned}"
-        differs(zoo, tmp_path / "x.gguf", told)
+        says = f"{name}: stored as {qtype}, but conversion with these flags stores {planned}"
+        differs(zoo, tmp_path / "x.gguf", says)
 
 
 @pytest.mark.slow
@@ -310,7 +310,7 @@ def test_broken_splits(zoo, tmp_path):
 
 def test_verify_bad_input(zoo, tmp_path):
     root, _ = zoo
-    for args, told in [
+    for args, says in [
         ((tmp_path / "none.gguf", root / "llama"), "none.gguf: no such file"),
         ((root / "llama.gguf", tmp_path / "none"), "none does not exist"),
         ((root / "llama.gguf", root / "llama.gguf"), "llama.gguf is not a directory"),
@@ -319,7 +319,7 @@ def test_verify_bad_input(zoo, tmp_path):
         ((root / "llama" / "config.json", root / "llama"), "is not a GGUF file"),
     ]:
         done = sherry("verify", *args)
-        assert done.returncode == 1 and told in done.stderr, done.stderr
+        assert done.returncode == 1 and says in done.stderr, done.stderr
 
 
 # ---- inspect ----
@@ -387,9 +387,9 @@ def test_inspect_broken_files(zoo, tmp_path):
     for size in (0, 3, 10, 24, 100, 5000, table + 20, len(data) - 100_000, len(data) - 1):
         path.write_bytes(data[:size])
         done = sherry("inspect", path)
-        told = r"x.gguf(: tensor \S+ .* would end at byte \d+, the file has \d+: it is truncated"
-        told += "| is not a GGUF file, or is truncated or damaged)"
-        assert done.returncode == 1 and re.search(told, done.stderr), (size, done.stderr)
+        says = r"x.gguf(: tensor \S+ .* would end at byte \d+, the file has \d+: it is truncated"
+        says += "| is not a GGUF file, or is truncated or damaged)"
+        assert done.returncode == 1 and re.search(says, done.stderr), (size, done.stderr)
         assert "Traceback" not in done.stderr
     for offset in itertools.chain(range(0, 60, 5), range(table - 8, table + 60, 7)):
         path.write_bytes(data[:offset] + bytes([data[offset] ^ 0xFF]) + data[offset + 1 :])

@@ -255,7 +255,7 @@ def test_the_documents_flags():
 
 
 @pytest.mark.parametrize(
-    "text, told",
+    "text, says",
     [
         ("`--no-such-flag`", "no program that the documents name takes --no-such-flag"),
         ("`llama-cli`, `--perplexity`", "no program that the documents name takes --perplexity"),
@@ -268,8 +268,8 @@ def test_the_documents_flags():
         ("```\n$ build/bin/llama-cli --no-repack 5\n$ scripts/fuzz.py --no-repack\n```\n", "fuzz.py does not take --no-repack"),
     ],
 )
-def test_a_wrong_flag_is_found(text, told):
+def test_a_wrong_flag_is_found(text, says):
     """After a right one, and with the number of its line."""
     text = "`scripts/fuzz.py --seconds 3`\n\n" + text
-    lines = [i for i, line in enumerate(text.splitlines(), 1) if told.rpartition(" ")[2] in line]
-    assert wrong({"a.md": text}) == [f"a.md:{lines[-1]}: {told}"]
+    lines = [i for i, line in enumerate(text.splitlines(), 1) if says.rpartition(" ")[2] in line]
+    assert wrong({"a.md": text}) == [f"a.md:{lines[-1]}: {says}"]
