@@ -1,4 +1,4 @@
-"""Old STQ1_0 files are says from upstream's Q2_0 by size alone, and changed whole or not at all."""
+"""Old STQ1_0 files are told from upstream's Q2_0 by size alone, and changed whole or not at all."""
 
 import os
 

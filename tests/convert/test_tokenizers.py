@@ -266,7 +266,7 @@ def save_spm(directory, **settings):
 
 @pytest.mark.parametrize("prefix", [True, False])
 def test_sentencepiece_bpe(model, prefix):
-    """Without a space in front, which sentencepiece's model says and llama.cpp is says."""
+    """Without a space in front, which sentencepiece's model says and llama.cpp is told."""
     save_spm(model, add_dummy_prefix=prefix)
     done = convert(model, "--vocab-only")
     assert done.returncode == 0, done.stderr
