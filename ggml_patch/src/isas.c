@@ -40,7 +40,7 @@ const struct tq1_25_isa tq1_25_isas[] = {
 #    endif
     { "neon",       VEC_DOT(neon),       NULL,                  LOOKUP_NEON(1, INT_MAX) },
 #endif
-    { "scalar",     VEC_DOT(scalar),     NULL },
+    { "scalar",     VEC_DOT(scalar),     .supported = NULL },
     { .name = NULL },
 };
 // clang-format on

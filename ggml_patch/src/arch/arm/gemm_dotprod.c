@@ -64,11 +64,22 @@ DOTPROD INLINE void eight_rows(int parts, int64_t units, int nc, float * s, cons
     }
 }
 
-DOTPROD void tq1_25_gemm_dotprod(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+DOTPROD INLINE void gemm(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
     for (int at = 0; at < TQ1_25_TILE; at += 8) {
 #define PRODUCT(parts, nc) eight_rows(parts, units, nc, s, w, at, panel)
-        CONSTANTS(parts, nc, PRODUCT)
+        BY_COLUMNS(parts, nc, PRODUCT)
     }
+}
+
+DOTPROD APART void gemm_64(int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+    gemm(PARTS_64, units, nc, s, w, panel);
+}
+DOTPROD APART void gemm_128(int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+    gemm(PARTS, units, nc, s, w, panel);
+}
+
+DOTPROD void tq1_25_gemm_dotprod(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+    (parts == PARTS_64 ? gemm_64 : gemm_128)(units, nc, s, w, panel);
 }
 
 void tq1_25_decode_dotprod(int parts, tq1_25_unit x, uint8_t * w) {

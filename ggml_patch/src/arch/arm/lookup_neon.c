@@ -108,12 +108,12 @@ INLINE void gemv(int parts, int64_t n, float * s, const void * x, const int8_t *
     }
 }
 
+APART void gemv_64(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(PARTS_64, n, s, x, table, d); }
+APART void gemv_128(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(PARTS, n, s, x, table, d); }
+APART void gemv_256(int64_t n, float * s, const void * x, const int8_t * table, const float * d) { gemv(PARTS_STQ1_0, n, s, x, table, d); }
+
 void tq1_25_gemv_neon(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
-    switch (parts) { // constants
-        case PARTS_64:     gemv(PARTS_64, n, s, x, table, d); break;
-        case PARTS_STQ1_0: gemv(PARTS_STQ1_0, n, s, x, table, d); break;
-        default:           gemv(PARTS, n, s, x, table, d);
-    }
+    (parts == PARTS_64 ? gemv_64 : parts == PARTS ? gemv_128 : gemv_256)(n, s, x, table, d);
 }
 
 // ---- several vectors ----
@@ -181,13 +181,11 @@ INLINE void lookup(int parts, const tq1_25_codes * codes, int nc, const int8_t *
     }
 }
 
-void tq1_25_lookup_neon(int parts, const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums) {
-    if (parts == PARTS_64) { // constants
-        lookup(PARTS_64, codes, nc, table, d, sums);
-    } else {
-        lookup(PARTS, codes, nc, table, d, sums);
-    }
-}
+#define PARAMETERS const tq1_25_codes *codes, int nc, const int8_t *table, const float *d, float *sums
+APART void lookup_64(PARAMETERS) { lookup(PARTS_64, codes, nc, table, d, sums); }
+APART void lookup_128(PARAMETERS) { lookup(PARTS, codes, nc, table, d, sums); }
+
+void tq1_25_lookup_neon(int parts, PARAMETERS) { (parts == PARTS_64 ? lookup_64 : lookup_128)(codes, nc, table, d, sums); }
 
 // The sums are in the order of the rows already.
 void tq1_25_store_neon(float * s, const float * sums, bool add) {

@@ -12,6 +12,7 @@
 TARGET(AVX512VNNI) INLINE void half_tile(int parts, int64_t units, int nc, float * s, const uint8_t * w, int half, const int8_t * panel) {
     for (int64_t i = 0; i < units; ++i, w += TQ1_25_DECODED(parts)) {
         __m512 block[TQ1_25_COLUMNS][2];
+        UNROLL for (int c = 0; c < nc; ++c) { block[c][0] = block[c][1] = _mm512_setzero_ps(); }
         const uint8_t *rows0 = w + 2 * half * TQ1_25_DECODED_SIXTEEN(parts), *rows1 = rows0 + TQ1_25_DECODED_SIXTEEN(parts);
         const float * scales = (const float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)) + 32 * half;
         for (int j = 0; j < parts; ++j) {
@@ -28,8 +29,8 @@ TARGET(AVX512VNNI) INLINE void half_tile(int parts, int64_t units, int nc, float
             UNROLL for (int c = 0; c < nc; ++c) {
                 const __m512 d = _mm512_set1_ps(*(const float *) (panel + 4 * ((GROUPS + 1) * nc + c)));
                 const __m512 f0 = _mm512_cvtepi32_ps(sum[c][0]), f1 = _mm512_cvtepi32_ps(sum[c][1]);
-                block[c][0] = j == 0 ? _mm512_mul_ps(f0, d) : _mm512_fmadd_ps(f0, d, block[c][0]);
-                block[c][1] = j == 0 ? _mm512_mul_ps(f1, d) : _mm512_fmadd_ps(f1, d, block[c][1]);
+                block[c][0] = _mm512_fmadd_ps(f0, d, block[c][0]);
+                block[c][1] = _mm512_fmadd_ps(f1, d, block[c][1]);
             }
             panel += 4 * (GROUPS + 2) * nc;
         }
@@ -44,11 +45,22 @@ TARGET(AVX512VNNI) INLINE void half_tile(int parts, int64_t units, int nc, float
     }
 }
 
-TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+TARGET(AVX512VNNI) INLINE void gemm(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
     for (int half = 0; half < 2; ++half) {
 #define PRODUCT(parts, nc) half_tile(parts, units, nc, s, w, half, panel)
-        CONSTANTS(parts, nc, PRODUCT)
+        BY_COLUMNS(parts, nc, PRODUCT)
     }
+}
+
+TARGET(AVX512VNNI) APART void gemm_64(int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+    gemm(PARTS_64, units, nc, s, w, panel);
+}
+TARGET(AVX512VNNI) APART void gemm_128(int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+    gemm(PARTS, units, nc, s, w, panel);
+}
+
+TARGET(AVX512VNNI) void tq1_25_gemm_avx512vnni(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+    (parts == PARTS_64 ? gemm_64 : gemm_128)(units, nc, s, w, panel);
 }
 
 // ---- decoding ----

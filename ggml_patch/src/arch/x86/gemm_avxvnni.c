@@ -17,6 +17,7 @@ TARGET(AVXVNNI) INLINE void quarter_tile(int parts, int64_t units, int nc, int f
                                          const int8_t * panel) {
     for (int64_t i = 0; i < units; ++i, w += TQ1_25_DECODED(parts)) {
         __m256 block[WIDTH][2];
+        UNROLL for (int c = 0; c < width; ++c) { block[c][0] = block[c][1] = _mm256_setzero_ps(); }
         const uint8_t * rows = w + quarter * TQ1_25_DECODED_SIXTEEN(parts);
         const float * scales = (const float *) (w + 4 * TQ1_25_DECODED_SIXTEEN(parts)) + 16 * quarter;
         for (int j = 0; j < parts; ++j) {
@@ -33,8 +34,8 @@ TARGET(AVXVNNI) INLINE void quarter_tile(int parts, int64_t units, int nc, int f
             UNROLL for (int c = 0; c < width; ++c) {
                 const __m256 d = _mm256_set1_ps(*(const float *) (panel + 4 * ((GROUPS + 1) * nc + first + c)));
                 const __m256 f0 = _mm256_cvtepi32_ps(sum[c][0]), f1 = _mm256_cvtepi32_ps(sum[c][1]);
-                block[c][0] = j == 0 ? _mm256_mul_ps(f0, d) : _mm256_fmadd_ps(f0, d, block[c][0]);
-                block[c][1] = j == 0 ? _mm256_mul_ps(f1, d) : _mm256_fmadd_ps(f1, d, block[c][1]);
+                block[c][0] = _mm256_fmadd_ps(f0, d, block[c][0]);
+                block[c][1] = _mm256_fmadd_ps(f1, d, block[c][1]);
             }
             panel += 4 * (GROUPS + 2) * nc;
         }
@@ -49,7 +50,7 @@ TARGET(AVXVNNI) INLINE void quarter_tile(int parts, int64_t units, int nc, int f
     }
 }
 
-TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+TARGET(AVXVNNI) INLINE void gemm(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
 // One pass over the rows, or two. With numbers of columns that are not constant, GCC runs out of registers for addresses.
 #define FIRST(nc) ((nc) <= WIDTH ? (nc) : ((nc) + 1) / 2)
 #define PRODUCT(parts, nc)                                                         \
@@ -58,8 +59,19 @@ TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int parts, int64_t units, int nc, float
         quarter_tile(parts, units, nc, FIRST(nc), (nc) / 2, s, w, quarter, panel); \
     }
     for (int quarter = 0; quarter < TQ1_25_TILE / 16; ++quarter) {
-        CONSTANTS(parts, nc, PRODUCT)
+        BY_COLUMNS(parts, nc, PRODUCT)
     }
+}
+
+TARGET(AVXVNNI) APART void gemm_64(int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+    gemm(PARTS_64, units, nc, s, w, panel);
+}
+TARGET(AVXVNNI) APART void gemm_128(int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+    gemm(PARTS, units, nc, s, w, panel);
+}
+
+TARGET(AVXVNNI) void tq1_25_gemm_avxvnni(int parts, int64_t units, int nc, float * s, const uint8_t * w, const int8_t * panel) {
+    (parts == PARTS_64 ? gemm_64 : gemm_128)(units, nc, s, w, panel);
 }
 
 // ---- decoding ----

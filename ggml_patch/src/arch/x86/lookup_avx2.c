@@ -112,12 +112,18 @@ TARGET(AVX2) INLINE void gemv(int parts, int64_t n, float * s, const void * x, c
     store(s + 32, total + 4);
 }
 
+TARGET(AVX2) APART void gemv_64(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    gemv(PARTS_64, n, s, x, table, d);
+}
+TARGET(AVX2) APART void gemv_128(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    gemv(PARTS, n, s, x, table, d);
+}
+TARGET(AVX2) APART void gemv_256(int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
+    gemv(PARTS_STQ1_0, n, s, x, table, d);
+}
+
 TARGET(AVX2) void tq1_25_gemv_avx2(int parts, int64_t n, float * s, const void * x, const int8_t * table, const float * d) {
-    switch (parts) { // constants
-        case PARTS_64:     gemv(PARTS_64, n, s, x, table, d); break;
-        case PARTS_STQ1_0: gemv(PARTS_STQ1_0, n, s, x, table, d); break;
-        default:           gemv(PARTS, n, s, x, table, d);
-    }
+    (parts == PARTS_64 ? gemv_64 : parts == PARTS ? gemv_128 : gemv_256)(n, s, x, table, d);
 }
 
 // ---- several vectors ----
