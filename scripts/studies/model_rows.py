@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Prints which published models fit TQ1_25 and TQ1_25_64: the table in docs/convert.md.
+"""Print which published models fit TQ1_25 and TQ1_25_64: the table in docs/convert.md.
 
 The sizes come from the configuration classes of the transformers package. Where a class's defaults are those of a published model, they are
 taken as they are; most of these classes name the model in their documentation. Other sizes are given here, with their source. Classes
@@ -9,9 +9,9 @@ The models are built without memory for their weights, so the table counts every
 ternary. Routers, embeddings and the output matrix are not counted.
 """
 
+import argparse
 import collections
 import re
-import sys
 from typing import Any
 
 from sherry_gguf.convert.plan import block_type
@@ -101,4 +101,5 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(print(table()))
+    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
+    print(table())
