@@ -41,7 +41,7 @@ class Transcoded:
     type: Any  # gguf.GGMLQuantizationType
     nbytes: int
     source: Stored
-    why: str = ""  # a ternary tensor keeps its type, or one becomes TQ1_25_64 in place of TQ1_25
+    why: str = ""  # a ternary tensor keeps its type, or becomes TQ1_25_64 instead of TQ1_25
     # Known once a tensor whose type changes is written:
     blocks: int = 0  # of the new type
     exact: int = 0  # of the blocks
@@ -136,17 +136,21 @@ def _planned(stored: Stored, wanted, gguf) -> Transcoded:
         return t
     if len(stored.shape) < 2 and not ternary:
         return t
-    size, nbytes = gguf.GGML_QUANT_SIZES[wanted]
-    why = f"rows of {stored.shape[-1]} weights are not a multiple of {size}" * bool(stored.shape[-1] % size)
-    if why and wanted.name == tq1_25.NAME and not ternary:
-        wanted = gguf.GGMLQuantizationType[tq1_25_64.TYPE.name]
-        size, nbytes = gguf.GGML_QUANT_SIZES[wanted]
-    if stored.shape[-1] % size:
-        t.why = why if ternary else ""
+    n, size = stored.shape[-1], gguf.GGML_QUANT_SIZES[wanted][0]
+    why = f"rows of {n} weights are not a multiple of {size}" if n % size else ""
+    if ternary and why:
+        t.why = why
         return t
-    if not ternary and (wanted.name in ("F16", "Q8_0") or not _fits(stored, wanted, gguf)):
-        return t
-    t.type, t.nbytes, t.why = wanted, stored.weights // size * nbytes, why
+    if not ternary:
+        if wanted.name in ("F16", "Q8_0"):
+            return t
+        if why or not _fits(stored, wanted, gguf):
+            small = gguf.GGMLQuantizationType[tq1_25_64.TYPE.name]
+            if wanted.name != tq1_25.NAME or n % tq1_25_64.TYPE.size or not _fits(stored, small, gguf):
+                return t
+            wanted, why = small, why or f"scales differ within blocks of {size} weights"
+    block, nbytes = gguf.GGML_QUANT_SIZES[wanted]
+    t.type, t.nbytes, t.why = wanted, stored.weights // block * nbytes, why
     return t
 
 
@@ -267,7 +271,7 @@ def _head(reader, plan: list[Transcoded], to: str) -> bytes:
     if (at := reader.file_type_at()) is not None:
         kind = gguf_type.TYPES.get(to.upper())
         if kind is tq1_25.TYPE and {t.type.name for t in plan} & {tq1_25.NAME, tq1_25_64.TYPE.name} == {tq1_25_64.TYPE.name}:
-            kind = tq1_25_64.TYPE  # no row fits TQ1_25
+            kind = tq1_25_64.TYPE  # nothing is TQ1_25
         head[at : at + 4] = struct.pack("<I", kind.file_type if kind else FILE_TYPES[to])
     offset = 0
     for old, new in zip(reader.tensors, plan):

@@ -127,7 +127,7 @@ def test_tq1_25_64_and_back(model, tmp_path, capsys):
 
 
 def test_rows_that_tq1_25_does_not_fit(tmp_path, capsys):
-    """--to tq1_25 means what it means for the converter: such rows are TQ1_25_64."""
+    """--to tq1_25 means what it means for the converter: such rows are TQ1_25_64, and so are rows in groups of 64 (the next test)."""
     odd, even = ternary(tq1_25_64.TYPE, 3, 192), ternary(tq1_25.TYPE, 3, 256)
     model = write(tmp_path / "m.gguf", {
         "a": (Q.F16, odd), "b": (Q.F16, even), "c": (Q.TQ1_25_64, odd), "dense": (Q.F16, RNG.standard_normal((3, 192))),
@@ -147,6 +147,31 @@ def test_rows_that_tq1_25_does_not_fit(tmp_path, capsys):
     assert gguf_file.read_gguf(out).fields["general.file_type"] == 126
     with pytest.raises(ConvertError, match="no tensor that could be TQ1_25 instead, of TQ1_25_64; kept as TQ1_25_64, rows of 192 weights"):
         transcode.transcode(out, tmp_path / "y.gguf", "tq1_25")
+
+
+@pytest.mark.parametrize("source", [Q.F16, Q.F32, Q.Q8_0], ids=lambda q: q.name)
+def test_groups_that_tq1_25_does_not_fit(tmp_path, capsys, source):
+    """From another type, a matrix whose scales are those of 64 weights becomes TQ1_25_64, next to others or alone."""
+    tensors = {"a": ternary(tq1_25_64.TYPE, 3, 256), "b": ternary(tq1_25.TYPE, 3, 256), "dense": RNG.standard_normal((3, 256), np.float32)}
+    ours = write(tmp_path / "ours.gguf", {name: (Q.TQ1_25_64, tensors[name]) for name in "ab"} | {"dense": (Q.F32, tensors["dense"])})
+    model, out = tmp_path / "m.gguf", tmp_path / "x.gguf"
+    if source == Q.Q8_0:
+        transcode.transcode(ours, model, "q8_0")
+    else:
+        write(model, {name: (source, x) for name, x in tensors.items()})
+    assert cli.main(["transcode", str(model), str(out), "--to", "tq1_25", "--require-exact"]) == 0
+    said = capsys.readouterr().out
+    assert "Converted 2 of 3 tensors to TQ1_25 (1) and TQ1_25_64 (1), 2 exactly; copied the rest unchanged." in said
+    assert "stored as TQ1_25_64, scales differ within blocks of 128 weights: a\n" in said
+    assert types(out) | {"dense": ""} == {"a": "TQ1_25_64", "b": "TQ1_25", "dense": ""}
+    assert gguf_file.read_gguf(out).fields["general.file_type"] == 125
+    assert all((values(out)[name] == x).all() for name, x in values(model).items())
+    only = write(tmp_path / "only.gguf", {"a": (Q.F16, tensors["a"])}, 1)
+    transcode.transcode(only, out, "tq1_25")
+    assert types(out) == {"a": "TQ1_25_64"} and gguf_file.read_gguf(out).fields["general.file_type"] == 126
+    for to in "stq1_0", "tq2_0":
+        with pytest.raises(ConvertError, match=f"no tensor that could be {to.upper()} instead"):
+            transcode.transcode(only, out, to)
 
 
 @pytest.mark.parametrize("to", transcode.TARGETS)
