@@ -15,7 +15,7 @@ from .checkpoint import Grouping, check_checkpoint, check_input, read_grouping
 from .encode import WORKERS, Encoder
 from .metadata import add_metadata, check_token_count, check_tokenizer
 from .options import Options
-from .plan import check_blocks, check_fallbacks, kept_notes, make_plan
+from .plan import check_blocks, check_fallbacks, make_plan, type_notes
 from .provenance import Checkpoint
 from .tensor import Tensor
 from .upstream import activation_note, instantiate, read_json
@@ -49,7 +49,7 @@ def convert(model_dir: Path, options: Options | None = None) -> Report:
         model, plan = _prepared(model_dir, options, grouping)
         names = model.gguf_writer.format_shard_names(target)
         files = files_of(model_dir, target, names)
-        notes = [*kept_notes(plan), *filter(None, [activation_note(model)])]
+        notes = [*type_notes(plan), *filter(None, [activation_note(model)])]
         if others := other_splits(target, names):
             notes.append(f"files of another conversion beside it, left as they are: {', '.join(others)}")
         if not options.dry_run:

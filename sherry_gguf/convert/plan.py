@@ -29,7 +29,6 @@ OUTPUT = "output.weight"
 FLOATS = ("F32", "F16", "BF16")
 
 _MISFIT = "rows of "  # begins `why` of a matrix whose rows are not a multiple of a block
-_TOLD = re.compile(rf"^{_MISFIT}|^groups of |magnitude|overrules")  # `why` that a note tells
 _IN_TRAINING = "full precision in training"
 _FALLBACK = "Q4_0"  # type of misfits, as in llama-quantize
 _LARGEST = {"BF16": float(np.uint32(0x7F7F0000).view(np.float32))}  # else 65504: F16, and scales are fp16
@@ -71,7 +70,7 @@ def make_plan(model: Any, options: Options, grouping: Grouping) -> list[Tensor]:
             raise ConvertError(f"--keep {p.pattern}: no tensor has such a name; --dry-run without it lists them")
     if not any(t.kind for t in plan):
         by_flag = [f"--keep keeps {sum(t.why == '--keep' for t in plan)} tensors"] * bool(keep)
-        reasons = "; ".join(by_flag + kept_notes(plan))
+        reasons = "; ".join(by_flag + type_notes(plan))
         raise ConvertError(f"{model.dir_model}: no tensor can be {tq1_25.NAME} or {tq1_25_64.TYPE.name}. {reasons}")
     for t in plan:
         if t.type.name != "F32" and not t.kind and not t.raw:
@@ -117,22 +116,25 @@ def _choose(t: Tensor, sources: list[str], forced: Any, arch: str, keep: list[re
         t.raw = t.type not in (types.F32, types.F16)
         return
     if wanted:
-        t.why = "as asked" + ", which overrules --keep" * _kept(t, keep)
+        t.noted = _kept(t, keep)
+        t.why = "as asked" + ", which overrules --keep" * t.noted
         _set_type(t, types[wanted.upper()])
         _set_group(t, grouping, group)
         return
     t.why = why_kept(t, arch, keep, not grouping.kept.isdisjoint(sources))
-    if t.why == _IN_TRAINING and options.fallback_type and n % grouping.group_size:  # why training kept it
-        t.why = why_kept(t, arch, keep) or f"{_MISFIT}{n}, not a multiple of {grouping.group_size}"
+    smallest = min((grouping.group_size, *grouping.group_sizes.values()))
+    if t.why == _IN_TRAINING and options.fallback_type and n % smallest:  # why training kept it
+        t.why = why_kept(t, arch, keep) or f"{_MISFIT}{n}, not a multiple of {smallest}"
     if not t.why:
         kind = block_type(n, group if grouping.granularity == "per_group" else n)
         assert kind
         if kind is not tq1_25.TYPE:
+            t.noted = True
             t.why = (f"{_MISFIT}{n}" if n % tq1_25.BLOCK else f"groups of {group}") + f", not a multiple of {tq1_25.BLOCK}"
         _set_type(t, types[kind.name])
         _set_group(t, grouping, group)
     elif t.why.startswith(_MISFIT):
-        t.misfit = True
+        t.misfit = t.noted = True
         fallback = types[(options.fallback_type or _FALLBACK).upper()]
         if n % (block := gguf.GGML_QUANT_SIZES[fallback][0]) == 0:
             _set_type(t, fallback)
@@ -213,7 +215,7 @@ def _fit(t: Tensor, fixed: bool):
                 f"{t.name} ({t.source}) has a weight of magnitude {largest:.6g}, {t.type.name} holds "
                 f"none beyond {limit:.6g}: {'F32 does' if t.type.name == 'BF16' else 'BF16 or F32 does'}"
             )
-        t.why = f"a weight of magnitude {largest:.6g}, too large for F16"
+        t.why, t.noted = f"a weight of magnitude {largest:.6g}, too large for F16", True
         _set_type(t, gguf_type.register().GGMLQuantizationType.F32)
 
 
@@ -291,11 +293,11 @@ def check_fallbacks(plan: list[Tensor]):
         )
 
 
-def kept_notes(plan: list[Tensor]) -> list[str]:
-    """Notes on tensors that are not TQ1_25 although a user may expect it, or not what --keep asks for."""
+def type_notes(plan: list[Tensor]) -> list[str]:
+    """Notes on tensors whose type a user may not expect, and why they have it."""
     by_why = collections.defaultdict(list)
     for t in plan:
-        if _TOLD.search(t.why):
+        if t.noted:
             by_why[t.type.name, t.why].append(t)
     notes = []
     if any(name == tq1_25_64.TYPE.name for name, _ in by_why):

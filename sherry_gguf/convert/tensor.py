@@ -23,6 +23,7 @@ class Tensor:
     data: Any  # lazy, not rounded yet unless raw
     raw: bool = False  # bytes or integers that upstream made: copied
     why: str = ""  # why it is not TQ1_25
+    noted: bool = False  # whether a note says why
     group: int = 0  # ternary: weights that share a scale; a row's length if more than a row do
     blocks: int = 0
     exact: int = 0  # blocks

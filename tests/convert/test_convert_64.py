@@ -186,14 +186,20 @@ def test_embeddings(zoo, tmp_path):
     assert done.returncode == 1 and "token_embd.weight has rows of 192, TQ1_25 needs a multiple of 128" in done.stderr
 
 
-def test_kept_by_training(zoo, tmp_path, fails):
+def test_kept_by_training(tmp_path, fails):
     """Rows that training did not fit into its groups stay F16, or become --fallback-type, which may not be ternary."""
-    root, _ = zoo
     model = small_models.make(tmp_path / "m", "llama-64")
-    small_models.edit_config(model, sherry_config=dict(kept=[f"{DOWN}.weight"]))
+    downs = [DOWN, DOWN.replace("layers.0", "layers.1")]
+    small_models.edit_config(model, sherry_config=dict(group_size=128, kept=[f"{name}.weight" for name in downs]))
     for flags, kind in ([], "F16"), (["--fallback-type", "Q8_0"], "Q8_0"):
         text, _, tensors = converted(model, tmp_path / "x.gguf", both=flags)
-        assert tensors["blk.0.ffn_down.weight"].type.name == kind and tensors["blk.1.ffn_down.weight"].type.name == "TQ1_25_64"
-    assert "stored as Q8_0, rows of 192, not a multiple of 128: blk.0.ffn_down.weight" in text
+        assert {tensors[f"blk.{i}.ffn_down.weight"].type.name for i in range(2)} == {kind}
+    assert "stored as Q8_0, rows of 192, not a multiple of 128: blk.*.ffn_down.weight (2 blocks)" in text
+    # Training had groups of 64, which fit these rows: it kept the matrix on purpose.
+    for sizes in dict(group_size=128, group_sizes={downs[1]: 64}), dict(group_size=64):
+        small_models.edit_config(model, sherry_config=sizes | dict(kept=[f"{DOWN}.weight"]))
+        text, _, tensors = converted(model, tmp_path / "x.gguf", both=["--fallback-type", "Q8_0"])
+        assert tensors["blk.0.ffn_down.weight"].type.name == "F16" and tensors["blk.1.ffn_down.weight"].type.name == "TQ1_25_64"
+        assert "Q8_0" not in text and "fallback" not in text
     for kind in "TQ1_25", "tq1_25_64", "STQ1_0":
         fails(model, "--fallback-type", kind, says=[f"--fallback-type {kind}" if kind != "STQ1_0" else "unknown tensor type STQ1_0"])
