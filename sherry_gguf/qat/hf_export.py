@@ -9,7 +9,7 @@ import torch
 
 from .files import whole_directory
 from .linear import QuantizedLayer, quantized_layers, sherry_config
-from .quantizer import GROUP_SIZES
+from .quantizer import SMALL_GROUP_SIZE
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def export(model, directory: str | os.PathLike, tokenizer=None, dtype: torch.dty
                          "prepare(model, QuantConfig(...)) first, as in its training")  # fmt: skip
     sherry = sherry_config(model, "fake_quantized")
     sizes = {sherry["group_size"], *sherry.get("group_sizes", {}).values()} if sherry and "group_size" in sherry else set()
-    if lossy := sorted(n for n in sizes if n % GROUP_SIZES[-1]):
+    if lossy := sorted(n for n in sizes if n % SMALL_GROUP_SIZE):
         logger.warning("groups of %s: TQ1_25 stores multiples of 128 and TQ1_25_64 multiples of 64, so neither can store these weights "
                        "without loss", ", ".join(map(str, lossy)))  # fmt: skip
     with whole_directory(directory) as part:

@@ -217,13 +217,19 @@ def _misfits(layers: dict[str, Any], misfits: list[str], quant: QuantConfig, kee
     listed = "; ".join(f"{n} inputs: {patterns.starred(names)}" for n, names in sorted(sizes.items()))
     needs = f"a multiple of {_divisor(quant.of_layer(min(sizes)))}, as {quant.method} {quant.granularity} needs"
     message = f"{len(misfits)} of {len(layers)} layers have inputs that are not {needs} ({listed})"
+
+    def keeping(names: list[str]) -> str:
+        return f"--keep '{f'{keep}|' * bool(keep)}{patterns.matching(names, set(layers) - set(names))}'"
+
     ways = []
-    small = quantizer.GROUP_SIZES[-1]
+    small = quantizer.SMALL_GROUP_SIZE
     if quant.granularity == "per_group" and quant.group_size not in (AUTO, small) and any(n % small == 0 for n in sizes):
-        ways += [f"--group_size {AUTO}  ({small} where {quantizer.GROUP_SIZE} does not fit)", f"--group_size {small}  (everywhere)"]
+        rest = [name for name, m in layers.items() if _inputs(m) % small]
+        also = f" {keeping(rest)}" if rest else ""
+        ways += [f"--group_size {AUTO}{also}  ({small} where {quantizer.GROUP_SIZE} does not fit)",
+                 f"--group_size {small}{also}  (everywhere)"]  # fmt: skip
     if len(misfits) < len(layers):
-        pattern = patterns.matching(misfits, set(layers) - set(misfits))
-        ways.append(f"--keep '{f'{keep}|' * bool(keep)}{pattern}'  (leaves them in full precision)")
+        ways.append(f"{keeping(misfits)}  (leaves them in full precision)")
     if not ways:
         return f"{message}. None is left to quantize"
     return "\n  ".join([f"{message}. Pass{' one of these' * (len(ways) > 1)}:", *ways])

@@ -8,7 +8,8 @@ from sherry_gguf.ternary import GROUP, KEPT
 
 GRANULARITIES = ("per_group", "per_channel", "per_tensor")
 GROUP_SIZE = 128  # weights of a TQ1_25 block, which stores such groups without loss
-GROUP_SIZES = (GROUP_SIZE, 64)  # and of a TQ1_25_64 block
+SMALL_GROUP_SIZE = 64  # and of a TQ1_25_64 block
+GROUP_SIZES = (GROUP_SIZE, SMALL_GROUP_SIZE)
 TWN_THRESHOLD = 0.7  # of the mean magnitude
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _CHUNK = 1 << 22  # weights per step of a sum in order

@@ -29,7 +29,7 @@ from .linear import QuantConfig, full_precision, prepare, quantized_layers
 from .models import warn
 from .monitor import TrainingMonitor
 from .parsing import Arguments
-from .quantizer import GROUP_SIZES
+from .quantizer import SMALL_GROUP_SIZE
 from .resume import SETTINGS, check_settings, resume_from, settings
 from .trainer import SherryTrainer, bf16_time
 
@@ -198,8 +198,8 @@ def announce(s: SherryArguments, args: Arguments, trainer: SherryTrainer, texts:
         warn(f"--bf16 true: on this CPU bfloat16 products take {slower:.3g} times as long as float32: leave it out")
     before = before_training(s, args, model, rows, trained)
     layers = quantized_layers(model)
-    small = sum(m.quant.group_size == GROUP_SIZES[-1] for m in layers.values())
-    in_groups = f" ({small} in groups of {GROUP_SIZES[-1]})" * (small > 0 and s.granularity == "per_group")
+    small = sum(m.quant.group_size == SMALL_GROUP_SIZE for m in layers.values())
+    in_groups = f" ({small} in groups of {SMALL_GROUP_SIZE})" * (small > 0 and s.granularity == "per_group")
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     print(f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(layers)} matrices by {s.method}{in_groups}, "
           f"sequences of {s.context} tokens, {sequences} a step, {len(texts.train)} to train on and {len(texts.held_out)} held out, "

@@ -203,6 +203,22 @@ def test_rows_that_do_not_fit_name_the_ways_out():
         prepare(smol(544, 544))
 
 
+@pytest.mark.parametrize("hidden, intermediate, size, trained", [
+    (544, 576, 128, [2, 2]),  # no group size fits 544 inputs, 64 fits 576
+    (576, 544, 128, [12, 12]),
+    (704, 96, 96, [12, 12, 2]),  # 96 fits only the others
+])  # fmt: skip
+def test_ways_out_that_keep_some_layers(hidden, intermediate, size, trained):
+    """With a smaller group size, --keep names the layers that it does not fit."""
+    with pytest.raises(ValueError, match=r"--group_size auto --keep '") as e:
+        prepare(smol(hidden, intermediate), QuantConfig(group_size=size))
+    ways = [re.fullmatch(r"(?:--group_size (\w+) )?--keep '(.*)'  \(.*\)", way).groups() for way in str(e.value).split("\n  ")[1:]]
+    assert [way[0] for way in ways] == ["auto", "64", None][: len(trained)]
+    for (other, keep), count in zip(ways, trained, strict=True):
+        quant = QuantConfig(group_size={None: size, "64": 64}.get(other, other))
+        assert len(prepare(smol(hidden, intermediate), quant, keep=keep)) == count
+
+
 @pytest.mark.parametrize("size", ["Auto", "128", 128.0, 0, -64, 6])
 def test_impossible_group_sizes(size):
     with pytest.raises(ValueError, match=re.escape(f"group_size is {size!r}: it must be a positive multiple of 4, or 'auto'")):
