@@ -72,8 +72,8 @@ static inline float tq1_25_fp16_to_float(uint16_t h) {
     return out.f;
 }
 
-// Weights are read once, so they are fetched 24 tiles (33 KB) ahead into the L2 cache. Fetching that far into L1 evicts the tables (half
-// the rate), and 4 to 8 tiles ahead is too late on Zen 4 (two thirds). Not measured on ARM.
+// Weights are read once, so they are fetched 33 KB (24 tiles of TQ1_25) ahead into the L2 cache. Fetching that far into L1 evicts the
+// tables (half the rate), and 4 to 8 tiles ahead is too late on Zen 4 (two thirds). Not measured on ARM.
 INLINE void prefetch_part(const tq1_25_part * x, int part, const uint16_t * d) {
     enum { AHEAD = 24 * sizeof(tq1_25_tile) };
     for (size_t i = 0; i < sizeof(*x); i += 64) {
@@ -95,5 +95,6 @@ INLINE void prefetch_part(const tq1_25_part * x, int part, const uint16_t * d) {
         case 5:  PRODUCT(parts, 5); break;       \
         default: PRODUCT(parts, TQ1_25_COLUMNS); \
     }
+
 // Converts a unit's scales and puts them into the order of the rows.
 void tq1_25_decode_scales(const uint16_t * d, float * to);

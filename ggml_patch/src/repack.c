@@ -26,15 +26,8 @@ typedef uint8x16_t bytes;
 
 // ---- repacking ----
 
-// The sizes of a kind.
-typedef struct {
-    int64_t weights;    // in a block
-    size_t block, tile; // bytes
-    int parts, units;   // parts in a unit, units in a tile
-} sizes;
-
-static inline sizes sizes_of(enum tq1_25_kind kind) {
-    static const sizes of_kinds[TQ1_25_KINDS] = {
+static inline tq1_25_sizes sizes_of(enum tq1_25_kind kind) {
+    static const tq1_25_sizes of_kinds[TQ1_25_KINDS] = {
         { QK_TQ1_25, sizeof(block_tq1_25), sizeof(tq1_25_tile), PARTS, 1 },
         { QK_STQ1_0, sizeof(block_stq1_0), sizeof(stq1_0_tile), PARTS_STQ1_0 / 2, 2 },
         { QK_TQ1_25_64, sizeof(block_tq1_25_64), sizeof(tq1_25_64_tile), PARTS_64, 1 },
@@ -42,7 +35,9 @@ static inline sizes sizes_of(enum tq1_25_kind kind) {
     return of_kinds[kind];
 }
 
-static inline tq1_25_unit unit_of(sizes of, const void * tile, int64_t i) {
+tq1_25_sizes tq1_25_sizes_of(enum tq1_25_kind kind) { return sizes_of(kind); }
+
+static inline tq1_25_unit unit_of(tq1_25_sizes of, const void * tile, int64_t i) {
     const tq1_25_part * part = (const tq1_25_part *) tile;
     const tq1_25_unit unit = { part + of.parts * i, (const uint16_t *) (part + of.parts * of.units) };
     return unit;
@@ -57,7 +52,7 @@ static inline void prefetch(const void * x, size_t size) {
 
 // Writes a block into a row of a tile.
 static void put_row(enum tq1_25_kind kind, const void * x, void * y, int row) {
-    const sizes of = sizes_of(kind);
+    const tq1_25_sizes of = sizes_of(kind);
     const int parts = of.parts * of.units;
     const uint8_t *qs = (const uint8_t *) x, *sign = qs + GROUPS / 2 * parts, *d = sign + parts;
     tq1_25_part * part = (tq1_25_part *) y;
@@ -146,7 +141,7 @@ static inline void put_scales(bytes eight, uint16_t * even, uint16_t * odd) {
 // Writes the blocks of sixteen rows, which are `stride` bytes apart, into a tile. The first row is a multiple of sixteen.
 static inline void put_sixteen(enum tq1_25_kind kind, const char * x, size_t stride, void * y, int row) {
 #ifdef LOAD
-    const sizes of = sizes_of(kind);
+    const tq1_25_sizes of = sizes_of(kind);
     const int parts = of.parts * of.units;
     tq1_25_part * part = (tq1_25_part *) y;
     uint16_t * d = (uint16_t *) (part + parts);
@@ -197,7 +192,7 @@ static void put_tile(const void * x, void * y, size_t size) {
 }
 
 void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y) {
-    const sizes of = sizes_of(kind);
+    const tq1_25_sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights;
     const char * from = (const char *) x;
     char * to = (char *) y;
@@ -270,7 +265,7 @@ void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, 
 
 // Block i of the leftover rows as a tile whose other rows are zero.
 static void leftover_tile(enum tq1_25_kind kind, int64_t rows, int64_t nb, const void * x, int64_t i, stq1_0_tile * tile) {
-    const sizes of = sizes_of(kind);
+    const tq1_25_sizes of = sizes_of(kind);
     memset(tile, 0, of.tile);
     for (int64_t r = 0; r < rows; ++r) {
         put_row(kind, (const char *) x + of.block * (size_t) (r * nb + i), tile, (int) r);
@@ -279,7 +274,7 @@ static void leftover_tile(enum tq1_25_kind kind, int64_t rows, int64_t nb, const
 
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
                        int64_t end, int nc, const tq1_25_q8_0 * const * y, void * const * tables, float * const * s) {
-    const sizes of = sizes_of(kind);
+    const tq1_25_sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights, whole = rows / TQ1_25_TILE, left = rows % TQ1_25_TILE;
     const int parts = of.parts * of.units;
     for (int64_t t = begin; t < end; ++t) {
@@ -313,7 +308,7 @@ void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int
 
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
                       int64_t end, int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch) {
-    const sizes of = sizes_of(kind);
+    const tq1_25_sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights, units = nb * of.units; // in a row
     const int64_t whole = rows / TQ1_25_TILE, size = isa->table_size * of.parts, tiles = isa->code_tiles;
     const int64_t depth = TQ1_25_CODE_TABLES / of.parts / nc / of.units * of.units; // units at a time
@@ -422,7 +417,7 @@ void tq1_25_decode_scales(const uint16_t * d, float * to) {
 void tq1_25_mul_panels(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
                        int64_t end, int64_t nc, int64_t first, int64_t last, const void * panels, float * const * s,
                        struct tq1_25_panel_scratch * scratch) {
-    const sizes of = sizes_of(kind);
+    const tq1_25_sizes of = sizes_of(kind);
     const int64_t nb = n / of.weights, units = nb * of.units, whole = rows / TQ1_25_TILE;
     const int64_t most = TQ1_25_DEPTH / of.parts; // units at a time
     for (int64_t t = begin; t < end; ++t) {

@@ -8,6 +8,15 @@
 extern "C" {
 #endif
 
+// The sizes of a kind.
+typedef struct {
+    int64_t weights;    // in a block
+    size_t block, tile; // bytes
+    int parts, units;   // parts in a unit, units in a tile
+} tq1_25_sizes;
+
+tq1_25_sizes tq1_25_sizes_of(enum tq1_25_kind kind);
+
 // Repacks blocks of rows into tiles, as many bytes. x and y must not overlap.
 void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y);
 
@@ -75,7 +84,7 @@ TQ1_25_ASSERT(TQ1_25_DEPTH % (QK_STQ1_0 / TQ1_25_QK8_0) == 0, "both units of an 
 
 // One per thread, aligned to 64 bytes.
 struct tq1_25_panel_scratch {
-    uint8_t decoded[TQ1_25_DEPTH / 2 * TQ1_25_DECODED(2)]; // the scales take most room if units have two parts
+    uint8_t decoded[TQ1_25_DEPTH / (QK_TQ1_25_64 / TQ1_25_QK8_0) * TQ1_25_DECODED(QK_TQ1_25_64 / TQ1_25_QK8_0)]; // most units, most scales
     stq1_0_tile tile; // the leftover rows, of any type
     float sums[TQ1_25_COLUMNS][TQ1_25_TILE];
 };

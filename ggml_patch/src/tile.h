@@ -3,7 +3,7 @@
 // At load, 64 rows are interleaved so that one instruction reads the same place in each. A matrix keeps its size: first rows / 64 rows
 // of tiles, one tile per block, then up to 63 leftover rows as the plain blocks they were.
 //
-// STQ1_0's weights are stored in the order of their groups, so that the same kernels multiply both types. Its activations are put into
+// STQ1_0's weights are stored in the order of their groups, so that the same kernels multiply all types. Its activations are put into
 // that order before they are quantized to Q8_0 (stq1_0_order).
 
 #pragma once

@@ -49,7 +49,7 @@ typedef struct {
     uint8_t slot[MOST_GROUPS];
     uint8_t sign[MOST_GROUPS / 8];
     uint16_t d;
-} content; // of a block of either type
+} content; // of a block of any type
 
 // Finds the zero lane of each group: the smallest magnitude, the lowest lane among equals. False if a weight is NaN or infinite.
 INLINE bool choose_zeros(const float * x, int groups, uint8_t * zero) {

@@ -48,7 +48,7 @@ TQ1_25_ASSERT(sizeof(block_tq1_25) == TQ1_25_GROUPS / 2 + TQ1_25_GROUPS / 8 + si
 #define QK_TQ1_25_64 64       // weights in a block
 #define TQ1_25_64_GROUPS (QK_TQ1_25_64 / TQ1_25_GROUP)
 
-// 1.5 bits per weight, for rows that are not a multiple of 128. Two of these blocks with equal scales hold what one of TQ1_25 holds.
+// 1.5 bits per weight, for rows that are not a multiple of 128 and for groups of 64. Two of these blocks with equal scales hold what one of TQ1_25 holds.
 typedef struct {
     uint8_t qs[TQ1_25_64_GROUPS / 2];   // as in block_tq1_25
     uint8_t sign[TQ1_25_64_GROUPS / 8]; // as in block_tq1_25

@@ -59,20 +59,16 @@ static int upstream(const char * what, int n, int nc) {
 }
 
 static int ours(const struct tq1_25_isa * isa, const char * what, const char * type, int n, int nc) {
-    static const struct {
-        const char * name;
-        int tile, unit; // parts
-    } kinds[TQ1_25_KINDS] = { [KIND_TQ1_25] = { "TQ1_25", 4, 4 },
-                              [KIND_STQ1_0] = { "STQ1_0", 8, 4 },
-                              [KIND_TQ1_25_64] = { "TQ1_25_64", 2, 2 } };
+    static const char * const names[TQ1_25_KINDS] = { [KIND_TQ1_25] = "TQ1_25", [KIND_STQ1_0] = "STQ1_0", [KIND_TQ1_25_64] = "TQ1_25_64" };
     const int nq = n / TQ1_25_QK8_0;
     int k = 0;
-    while (strcmp(type, kinds[k].name) != 0) {
+    while (strcmp(type, names[k]) != 0) {
         if (++k == TQ1_25_KINDS) {
             return 0;
         }
     }
-    const int unit = kinds[k].unit;
+    const tq1_25_sizes of = tq1_25_sizes_of((enum tq1_25_kind) k);
+    const int unit = of.parts;
     const tq1_25_part * part = (const tq1_25_part *) x;
     const tq1_25_unit units[2] = { { part, (const uint16_t *) (part + unit) }, { part, (const uint16_t *) (part + unit) } };
     if (IS("table")) {
@@ -80,7 +76,7 @@ static int ours(const struct tq1_25_isa * isa, const char * what, const char * t
     } else if (IS("vec_dot")) {
         isa->vec_dot[k](n, s, x, (const tq1_25_q8_0 *) y);
     } else if (IS("gemv")) {
-        isa->gemv(kinds[k].tile, n, s, x, table, d);
+        isa->gemv(of.parts * of.units, n, s, x, table, d);
     } else if (IS("codes")) {
         for (int i = 0; i < nq; i += unit) {
             isa->expand(unit, units, &codes);

@@ -23,20 +23,11 @@ int main(int argc, char ** argv) {
         return 3;
     }
     struct tq1_25_panel_scratch * scratch = aligned_alloc(64, (sizeof(*scratch) + 63) / 64 * 64);
-    static const struct {
-        enum tq1_25_kind kind;
-        int64_t weights;
-        size_t bytes;
-        tq1_25_vec_dot_t * scalar;
-    } types[2] = {
-        { KIND_TQ1_25, QK_TQ1_25, sizeof(block_tq1_25), tq1_25_vec_dot_scalar },
-        { KIND_TQ1_25_64, QK_TQ1_25_64, sizeof(block_tq1_25_64), tq1_25_64_vec_dot_scalar },
-    };
     long compared = 0;
     for (int round = 0; round < 80; ++round) {
-        const enum tq1_25_kind kind = types[round % 2].kind;
-        const size_t block = types[round % 2].bytes;
-        const int64_t nb = 1 + next() % 40, n = nb * types[round % 2].weights, rows = 1 + next() % 200, nc = 1 + next() % 20;
+        const enum tq1_25_kind kind = round % 2 ? KIND_TQ1_25_64 : KIND_TQ1_25;
+        const size_t block = tq1_25_sizes_of(kind).block;
+        const int64_t nb = 1 + next() % 40, n = nb * tq1_25_sizes_of(kind).weights, rows = 1 + next() % 200, nc = 1 + next() % 20;
         uint8_t * x = malloc((size_t) (rows * nb) * block);
         void * tiles = malloc((size_t) (rows * nb) * block);
         for (int64_t i = 0; i < rows * nb; ++i) {
@@ -70,7 +61,8 @@ int main(int argc, char ** argv) {
         for (int64_t c = 0; c < nc; ++c) {
             for (int64_t r = 0; r < rows; ++r, ++compared) {
                 float expected;
-                types[round % 2].scalar(n, &expected, x + (size_t) (r * nb) * block, of[c]);
+                (kind == KIND_TQ1_25_64 ? tq1_25_64_vec_dot_scalar : tq1_25_vec_dot_scalar)(n, &expected, x + (size_t) (r * nb) * block,
+                                                                                            of[c]);
                 if (s[c][r] != expected) {
                     fprintf(stderr, "kind %d, n %d, row %d of %d, column %d of %d: %g, not %g\n", (int) kind, (int) n, (int) r, (int) rows,
                             (int) c, (int) nc, (double) s[c][r], (double) expected);

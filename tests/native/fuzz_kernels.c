@@ -27,16 +27,9 @@ static void * bytes(size_t n, size_t skew) { // random, skew bytes off an aligne
 
 // Repacked rows by every product. All sizes are exact; prefetches beyond them do not count.
 static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
-    static const struct {
-        int64_t weights;
-        size_t bytes;
-    } of[TQ1_25_KINDS] = {
-        [KIND_TQ1_25] = { QK_TQ1_25, sizeof(block_tq1_25) },
-        [KIND_STQ1_0] = { QK_STQ1_0, sizeof(block_stq1_0) },
-        [KIND_TQ1_25_64] = { QK_TQ1_25_64, sizeof(block_tq1_25_64) },
-    };
-    const int64_t n = nb * of[kind].weights;
-    const size_t block = of[kind].bytes;
+    const tq1_25_sizes of = tq1_25_sizes_of(kind);
+    const int64_t n = nb * of.weights;
+    const size_t block = of.block;
     const int64_t units_of_64 = next() % 4 == 0 ? 1 + next() % 2 : 0;
     const int64_t rows = units_of_64 * TQ1_25_TILE + next() % 4, nc = 1 + next() % 20, units = (rows + TQ1_25_TILE - 1) / TQ1_25_TILE;
     uint8_t * blocks = bytes((size_t) (rows * nb) * block, skew);

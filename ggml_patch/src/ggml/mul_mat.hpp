@@ -31,7 +31,7 @@ namespace {
 class tq1_25_traits : public tensor_traits_base {
     struct work_buffer {
         bool ids;
-        int64_t n, rows, columns, experts, units; // rows of src1; units: tile rows in a matrix
+        int64_t n, rows, columns, experts, tile_rows; // rows of src1; tile_rows in a matrix
         bool all_tables;                       // by tables; else each matrix by codes or panels
         size_t row_size, table_size;
         size_t q8_0, tables, panels;             // offsets
@@ -48,7 +48,7 @@ class tq1_25_traits : public tensor_traits_base {
             rows = ggml_nrows(src1);
             columns = ggml_nrows(op);
             experts = ids ? src0->ne[2] : 1;
-            units = (src0->ne[1] + TQ1_25_TILE - 1) / TQ1_25_TILE;
+            tile_rows = (src0->ne[1] + TQ1_25_TILE - 1) / TQ1_25_TILE;
             // With few tokens most experts have one column, and experts share the tables of a token.
             const int64_t tokens = op->ne[2];
             all_tables =
@@ -214,16 +214,17 @@ class tq1_25_traits : public tensor_traits_base {
             ggml_barrier(params->threadpool);
         }
 
-        // Threads take items in turn; with NUMA, each has fixed ones. Tables: first each thread gets a share of three quarters of the units,
-        // since prefetching likes long runs, then threads take unit by unit, so that all end together. Codes: items are groups of columns,
-        // times parts of the units if the groups are few; a part must be worth the tables that it makes. Panels: items are units, times
-        // groups of panels if the units are few.
+        // Threads take items in turn; with NUMA, each has fixed ones. Tables: first each thread gets a share of three quarters of the tile
+        // rows, since prefetching likes long runs, then threads take one by one, so that all end together. Codes: items are groups of
+        // columns, times pieces of the tile rows if the groups are few; a piece must be worth the tables that it makes. Panels: items are
+        // tile rows, times groups of panels if the tile rows are few.
         void multiply() const {
             const bool numa = ggml_is_numa();
-            const int64_t nth = params->nth, each = numa ? units / nth : units * 3 / 4 / nth;
+            const int64_t nth = params->nth, each = numa ? tile_rows / nth : tile_rows * 3 / 4 / nth;
             int64_t next = params->ith, before = 0;
-            enum { FEWEST_UNITS = 16, FEWEST_PANELS = 8 }; // worth making tables for, worth decoding for
-            const int64_t tiles = std::max(isa->code_tiles, 1), pairs = (units + tiles - 1) / tiles; // units that are multiplied together
+            enum { FEWEST_TILE_ROWS = 16, FEWEST_PANELS = 8 }; // worth making tables for, worth decoding for
+            const int64_t tiles = std::max(isa->code_tiles, 1),
+                          pairs = (tile_rows + tiles - 1) / tiles; // multiplied together
             const auto code_groups = [&](int64_t times) {
                 int64_t sum = 0;
                 for (int64_t e = 0; e < experts; ++e) {
@@ -234,10 +235,10 @@ class tq1_25_traits : public tensor_traits_base {
             };
             const int64_t times = (nth - 1) / (code_groups(1) * pairs) + 1; // enough for each thread
             const int64_t sum = code_groups(times);
-            int64_t parts =
-                std::clamp<int64_t>(std::min((4 * nth - 1) / sum + 1, units / FEWEST_UNITS), std::min((nth - 1) / sum + 1, pairs), pairs);
-            while (parts < pairs && parts * sum < 4 * nth && parts * sum % nth) { // if items are few, as many for each thread
-                ++parts;
+            int64_t pieces = std::clamp<int64_t>(std::min((4 * nth - 1) / sum + 1, tile_rows / FEWEST_TILE_ROWS),
+                                                 std::min((nth - 1) / sum + 1, pairs), pairs);
+            while (pieces < pairs && pieces * sum < 4 * nth && pieces * sum % nth) { // if items are few, as many for each thread
+                ++pieces;
             }
             for (int64_t e = 0; e < experts; ++e) {
                 const int64_t count = firsts()[e + 1] - firsts()[e];
@@ -245,23 +246,23 @@ class tq1_25_traits : public tensor_traits_base {
                     continue;
                 }
                 const int64_t panels_ = tq1_25_panels(count);
-                const int64_t groups = std::clamp<int64_t>(4 * nth / units, 1, (panels_ + FEWEST_PANELS - 1) / FEWEST_PANELS);
+                const int64_t groups = std::clamp<int64_t>(4 * nth / tile_rows, 1, (panels_ + FEWEST_PANELS - 1) / FEWEST_PANELS);
                 const int64_t shares = each > 0 ? nth : 0;
-                const int64_t items = all_tables         ? shares + units - shares * each
-                                      : by_panels(count) ? units * groups
-                                                         : parts * groups_of(count, times);
+                const int64_t items = all_tables         ? shares + tile_rows - shares * each
+                                      : by_panels(count) ? tile_rows * groups
+                                                         : pieces * groups_of(count, times);
                 for (; next < before + items; next = numa ? next + nth : ggml_threadpool_chunk_add(params->threadpool, 1)) {
                     const int64_t item = next - before;
                     if (all_tables) {
-                        const int64_t unit = item < shares ? item * each : shares * each + (item - shares);
-                        by_table(e, unit, item < shares ? unit + each : unit + 1);
+                        const int64_t tile_row = item < shares ? item * each : shares * each + (item - shares);
+                        by_table(e, tile_row, item < shares ? tile_row + each : tile_row + 1);
                     } else if (by_panels(count)) {
-                        const int64_t unit = item / groups, group = item % groups;
-                        by_panel(e, unit, unit + 1, panels_ * group / groups, panels_ * (group + 1) / groups);
+                        const int64_t tile_row = item / groups, group = item % groups;
+                        by_panel(e, tile_row, tile_row + 1, panels_ * group / groups, panels_ * (group + 1) / groups);
                     } else {
-                        const int64_t group = item / parts, part = item % parts;
-                        by_code(e, groups_of(count, times), group, pairs * part / parts * tiles,
-                                std::min(pairs * (part + 1) / parts * tiles, units));
+                        const int64_t group = item / pieces, piece = item % pieces;
+                        by_code(e, groups_of(count, times), group, pairs * piece / pieces * tiles,
+                                std::min(pairs * (piece + 1) / pieces * tiles, tile_rows));
                     }
                 }
                 before += items;
@@ -270,26 +271,26 @@ class tq1_25_traits : public tensor_traits_base {
 
         const void * matrix(int64_t e) const { return (const char *) op->src[0]->data + e * op->src[0]->nb[2]; }
 
-        void by_table(int64_t e, int64_t unit, int64_t end) const {
+        void by_table(int64_t e, int64_t tile_row, int64_t end) const {
             const int64_t c = firsts()[e];
-            tq1_25_mul_tables(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, (int) (firsts()[e + 1] - c), columns_y() + c,
+            tq1_25_mul_tables(isa, kind, op->src[0]->ne[1], n, matrix(e), tile_row, end, (int) (firsts()[e + 1] - c), columns_y() + c,
                               columns_table() + c, columns_s() + c);
         }
 
         // The number of column groups for codes: the least, or `times` as many, of at least two columns each.
         static int64_t groups_of(int64_t count, int64_t times) { return std::min(tq1_25_code_groups(count) * times, (count + 1) / 2); }
 
-        void by_code(int64_t e, int64_t groups, int64_t group, int64_t unit, int64_t end) const {
+        void by_code(int64_t e, int64_t groups, int64_t group, int64_t tile_row, int64_t end) const {
             const int64_t count = firsts()[e + 1] - firsts()[e], begin = tq1_25_first_of_group(count, groups, group);
             const int64_t c = firsts()[e] + begin;
-            tq1_25_mul_codes(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end,
+            tq1_25_mul_codes(isa, kind, op->src[0]->ne[1], n, matrix(e), tile_row, end,
                              (int) (tq1_25_first_of_group(count, groups, group + 1) - begin), columns_y() + c, columns_s() + c,
                              at<tq1_25_code_scratch>(code_scratch) + params->ith);
         }
 
-        void by_panel(int64_t e, int64_t unit, int64_t end, int64_t panel, int64_t last) const {
+        void by_panel(int64_t e, int64_t tile_row, int64_t end, int64_t panel, int64_t last) const {
             const int64_t c = firsts()[e];
-            tq1_25_mul_panels(isa, kind, op->src[0]->ne[1], n, matrix(e), unit, end, firsts()[e + 1] - c, panel, last, panel_at(c),
+            tq1_25_mul_panels(isa, kind, op->src[0]->ne[1], n, matrix(e), tile_row, end, firsts()[e + 1] - c, panel, last, panel_at(c),
                               columns_s() + c, at<tq1_25_panel_scratch>(panel_scratch) + params->ith);
         }
     };

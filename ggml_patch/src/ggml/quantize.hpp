@@ -4,6 +4,7 @@
 
 #include "types.h"
 
+#include <algorithm>
 #include <filesystem>
 #include <stdexcept>
 #include <string>
@@ -16,7 +17,7 @@ static bool tq1_25_is_ftype(llama_ftype ftype) {
     }
 }
 
-// TQ1_25 becomes TQ1_25_64 in rows that are not whole blocks of 128 weights, but of 64.
+// TQ1_25 becomes TQ1_25_64 if the rows are a multiple of 64 but not of 128.
 static ggml_type tq1_25_type_for_rows(const ggml_tensor * tensor, ggml_type type) {
     const int64_t n = tensor->ne[0];
     return type == GGML_TYPE_TQ1_25 && n % QK_TQ1_25 && n % QK_TQ1_25_64 == 0 ? GGML_TYPE_TQ1_25_64 : type;
@@ -44,6 +45,7 @@ template <typename State> static bool tq1_25_mixed_type(State & state, llama_fty
 class tq1_25_quantize_run {
     struct loss {
         const ggml_tensor * tensor;
+        ggml_type type; // the new one
         double squared_error, squares; // of the rows that were measured
     };
     std::vector<loss> losses; // of the tensors that got one of our types
@@ -51,7 +53,17 @@ class tq1_25_quantize_run {
     std::vector<std::filesystem::path> unfinished;
 
   public:
-    tq1_25_quantize_run() = default;
+    // `tensors` know their target types; `ctx` has the new file's metadata, its file type under `key`.
+    template <typename Tensors> tq1_25_quantize_run(const Tensors & tensors, gguf_context * ctx, const std::string & key) {
+        const auto any = [&](ggml_type type) {
+            return std::any_of(tensors.begin(), tensors.end(), [type](const auto & t) { return t.target_type == type; });
+        };
+        const int64_t at = gguf_find_key(ctx, key.c_str());
+        if (at >= 0 && gguf_get_kv_type(ctx, at) == GGUF_TYPE_UINT32 && gguf_get_val_u32(ctx, at) == LLAMA_FTYPE_MOSTLY_TQ1_25 &&
+            any(GGML_TYPE_TQ1_25_64) && !any(GGML_TYPE_TQ1_25)) {
+            gguf_set_val_u32(ctx, key.c_str(), LLAMA_FTYPE_MOSTLY_TQ1_25_64);
+        }
+    }
     tq1_25_quantize_run(const tq1_25_quantize_run &) = delete;
     tq1_25_quantize_run & operator=(const tq1_25_quantize_run &) = delete;
 
@@ -83,7 +95,7 @@ class tq1_25_quantize_run {
             return;
         }
         if (losses.empty() || losses.back().tensor != tensor) {
-            losses.push_back({ tensor, 0.0, 0.0 });
+            losses.push_back({ tensor, type, 0.0, 0.0 });
         }
         const int64_t n = tensor->ne[0];
         const int64_t step = std::max<int64_t>(1, rows / 16); // a trained matrix is ternary in every row
@@ -104,8 +116,9 @@ class tq1_25_quantize_run {
         const loss * first = nullptr;
         size_t count = 0;
         for (const loss & l : losses) {
-            // If the weights were ternary, only the scale's rounding to fp16 is lost, less than a millionth; otherwise a tenth or more.
-            if (l.squared_error > 0.01 * l.squares) {
+            // If the weights were ternary, only the scale's rounding to fp16 is lost, less than a millionth. Two groups of 64 under one
+            // scale lose about half a hundredth, other weights a tenth or more.
+            if (l.squared_error > 1e-5 * l.squares) {
                 first = first ? first : &l;
                 ++count;
             }
@@ -113,8 +126,9 @@ class tq1_25_quantize_run {
         if (first) {
             LLAMA_LOG_WARN(
                 "WARNING: %zu of %zu tensors were not 3:4 sparse ternary in the groups of their new type, such as %s "
-                "(relative error %.2f): an importance matrix (--imatrix) helps, but training the model for the type works best\n",
-                count, losses.size(), first->tensor->name, std::sqrt(first->squared_error / first->squares));
+                "(relative error %.2g): %san importance matrix (--imatrix) helps, but training the model for the type works best\n",
+                count, losses.size(), first->tensor->name, std::sqrt(first->squared_error / first->squares),
+                first->type == GGML_TYPE_TQ1_25 ? "if the model was trained in groups of 64, quantize it to TQ1_25_64; otherwise " : "");
         }
     }
 };
