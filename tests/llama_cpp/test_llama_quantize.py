@@ -9,19 +9,14 @@ import gguf
 import numpy as np
 import pytest
 import small_models
+from built_tools import run, run_for
 from conftest import upstream_f32
 
-from sherry_gguf import gguf_type, kernels, llama_cpp
+from sherry_gguf import gguf_type, kernels
 
 pytestmark = pytest.mark.slow
 
 gguf_type.register()
-
-
-def run(name, *args):
-    """(exit code, stdout and stderr) of a tool."""
-    result = llama_cpp.run(name, *args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
-    return result.returncode, result.stdout
 
 
 def quantize(*args):
@@ -92,12 +87,13 @@ def test_rows_of_64_compute_what_the_checkpoint_does(flags, tmp_path):
     code, text = quantize("--token-embedding-type", "f16", tmp_path / "f32.gguf", tmp_path / "q.gguf", "TQ1_25")
     assert code == 0 and "WARNING: " not in text, text
     assert {t for name, t in types_of(tmp_path / "q.gguf").items() if "norm" not in name} == {"F16", "TQ1_25_64"}
+    assert file_type(tmp_path / "q.gguf") == gguf_type.TYPES["TQ1_25_64"].file_type  # since no tensor is TQ1_25
     (tmp_path / "text.txt").write_text(small_models.corpus()[:4000])
     found = []
     for model in "f32.gguf", "q.gguf":
-        code, text = run("llama-perplexity", "-m", tmp_path / model, "-f", tmp_path / "text.txt", "-c", 128, "--chunks", 4, "-t", 2, *flags)
-        assert code == 0, text
-        found.append(float(re.search(r"Final estimate: PPL = ([0-9.]+)", text)[1]))
+        common = "-f", tmp_path / "text.txt", "-c", 128, "--chunks", 4, "-t", 2, *flags
+        _, match = run_for(r"Final estimate: PPL = ([0-9.]+)", "llama-perplexity", "-m", tmp_path / model, *common)
+        found.append(float(match[1]))
     assert found[1] == pytest.approx(found[0], rel=2e-3), found
 
 
@@ -185,7 +181,7 @@ def test_a_quantization_to_a_device_leaves_it(odd, tmp_path):
 
 WARNING = (
     r"WARNING: (\d+) of (\d+) tensors were not 3:4 sparse ternary in the groups of their new type, such as \S+ "
-    r"\(relative error 0\.\d\d\): .*training"
+    r"\(relative error 0\.\d\d\d\): .*training"
 )
 
 
@@ -208,3 +204,13 @@ def test_quantize_warns_of_latent_weights_once(tmp_path):
     upstream_f32(tmp_path / "hf", tmp_path / "f32.gguf")
     code, text = quantize("--max-buffer-size", 1, tmp_path / "f32.gguf", tmp_path / "q.gguf", "TQ1_25")
     assert code == 0 and re.findall(WARNING, text) == [("14", "14")], text
+
+
+def test_quantize_warns_of_groups_of_64(tmp_path):
+    """Two groups of 64 under one scale lose less than untrained weights do; the warning names the type that holds them."""
+    small_models.make(tmp_path / "hf", "llama", group=64)
+    upstream_f32(tmp_path / "hf", tmp_path / "f32.gguf")
+    code, text = quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", "TQ1_25")
+    assert code == 0 and re.findall(WARNING, text) == [("14", "14")] and "groups of 64, quantize it to TQ1_25_64" in text, text
+    code, text = quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", "TQ1_25_64")
+    assert code == 0 and "WARNING" not in text, text

@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import small_models
+from built_tools import run, run_for
 from conftest import ENV, backend_ops, greedy, sherry, upstream_f32
 
 from sherry_gguf import cli, gguf_type, kernels, llama_cpp, stq1_0, tq1_25
@@ -22,24 +23,6 @@ pytestmark = pytest.mark.slow
 
 gguf_type.register()
 HERE = Path(__file__).parent
-
-
-def run(name, *args, **kwargs):
-    """(exit code, stdout and stderr) of a tool without input."""
-    result = llama_cpp.run(name, *args, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                           text=True, errors="replace", timeout=600, **kwargs)  # fmt: skip
-    return result.returncode, result.stdout
-
-
-def run_for(pattern, name, *args):
-    """A tool's output and the match of `pattern` in it. llama.cpp logs from a thread and doesn't always wait for it at the end: a run
-    whose output is cut short is repeated."""
-    for _ in range(8):
-        code, text = run(name, *args)
-        assert code == 0, text
-        if match := re.search(pattern, text):
-            return text, match
-    raise AssertionError(f"{pattern} is not in the output of {name}:\n{text}")
 
 
 @pytest.fixture(scope="session")

@@ -126,7 +126,7 @@ class tq1_25_quantize_run {
         if (first) {
             LLAMA_LOG_WARN(
                 "WARNING: %zu of %zu tensors were not 3:4 sparse ternary in the groups of their new type, such as %s "
-                "(relative error %.2g): %san importance matrix (--imatrix) helps, but training the model for the type works best\n",
+                "(relative error %.3f): %san importance matrix (--imatrix) helps, but training the model for the type works best\n",
                 count, losses.size(), first->tensor->name, std::sqrt(first->squared_error / first->squares),
                 first->type == GGML_TYPE_TQ1_25 ? "if the model was trained in groups of 64, quantize it to TQ1_25_64; otherwise " : "");
         }
