@@ -28,7 +28,7 @@ MODELS: list[tuple[str, str, dict[str, int], str]] = [
                                            num_key_value_heads=2, vocab_size=151936, tie_word_embeddings=True), ""),
     # the 3B model of Sherry's paper, Table 4
     ("BitNet b1.58 3B *", "LlamaConfig", dict(hidden_size=3200, intermediate_size=8640, num_hidden_layers=26, num_attention_heads=32,
-                                              vocab_size=32000), ""),
+                                              vocab_size=32002, tie_word_embeddings=True), ""),
     ("GPT-2", "GPT2Config", {}, "openai-community/gpt2"),
     ("Phi-1", "PhiConfig", {}, "microsoft/phi-1"),
     ("StableLM-3B-4E1T", "StableLmConfig", {}, "stabilityai/stablelm-3b-4e1t"),
@@ -48,7 +48,6 @@ MODELS: list[tuple[str, str, dict[str, int], str]] = [
     ("gpt-oss-120b", "GptOssConfig", {}, ""),  # whose documentation names BERT
 ]  # fmt: skip
 _LAYER = re.compile(r"\.(?:layers|h)\.\d+\.")
-_ROUTER = re.compile(r"\.(?:gate|router|shared_expert_gate)$")
 
 
 def built(name: str, sizes: dict[str, int]) -> Any:
@@ -65,9 +64,11 @@ def rows_of(model: Any) -> dict[int, int]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
+    from sherry_gguf.qat.linear import KEEP
+
     found: dict[int, int] = collections.Counter()
     for name, module in model.named_modules():
-        if not _LAYER.search(f"{name}.") or _ROUTER.search(name):
+        if not _LAYER.search(f"{name}.") or re.search(KEEP, name):
             continue
         for p in module.parameters(recurse=False):
             if isinstance(module, (torch.nn.Linear, Conv1D)) and p.ndim == 2:
