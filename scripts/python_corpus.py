@@ -30,8 +30,8 @@ def add_sizes(parser: argparse.ArgumentParser, context: int) -> None:
     """Flags for the sizes of `small_llama` and of its batches."""
     parser.add_argument("--vocab", type=int, default=2048, help="tokens of the tokenizer")
     parser.add_argument("--layers", type=int, default=4, help="layers of the model")
-    parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128")
-    parser.add_argument("--intermediate", type=int, default=768, help="size of the feed-forward layers, a multiple of 128")
+    parser.add_argument("--hidden", type=int, default=256, help="hidden size, a multiple of 128: an even number of heads of 64")
+    parser.add_argument("--intermediate", type=int, default=768, help="size of the feed-forward layers, a multiple of 64")
     parser.add_argument("--context", type=int, default=context, help="tokens of a training sequence")
     parser.add_argument("--batch", type=int, default=8, help="sequences per step")
 
@@ -101,14 +101,15 @@ def encode(model: bytes, texts: list[str]) -> np.ndarray:
 
 
 def check_sizes(hidden: int, intermediate: int) -> None:
-    """Raises Stop if `small_llama`'s matrices would not fit blocks."""
-    for name, size in ("hidden", hidden), ("intermediate", intermediate):
-        if size <= 0 or size % 128:
-            raise Stop(f"--{name} {size}: it must be a multiple of 128, a block's weights")
+    """Raises Stop if `small_llama` cannot have these sizes, or its matrices would not fit blocks."""
+    if hidden <= 0 or hidden % 128:
+        raise Stop(f"--hidden {hidden}: it must be a multiple of 128, for an even number of heads of 64")
+    if intermediate <= 0 or intermediate % 64:
+        raise Stop(f"--intermediate {intermediate}: it must be a multiple of 64, the weights of a TQ1_25_64 block")
 
 
 def small_llama(vocab: int, layers: int, hidden: int, intermediate: int, context: int, seed: int) -> LlamaForCausalLM:
-    """A Llama with heads of 64, two for each key and value. Raises Stop for sizes that do not fit blocks."""
+    """A Llama with heads of 64, two for each key and value. Raises Stop for sizes that `check_sizes` refuses."""
     check_sizes(hidden, intermediate)
     heads = hidden // 64
     torch.manual_seed(seed)

@@ -134,6 +134,7 @@ def test_foreign_directory_is_left_alone(run, tmp_path, corpus):
     "settings, says",
     [
         (dict(hidden=192), "--hidden 192: it must be a multiple of 128"),
+        (dict(intermediate=96), "--intermediate 96: it must be a multiple of 64"),
         (dict(vocab=10), "sentencepiece made no tokenizer of 10 pieces"),
         (dict(context=5_000_000), "shorter than one context of 5000000 tokens"),
     ],
