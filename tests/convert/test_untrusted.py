@@ -24,7 +24,8 @@ NAME = "blk.0.attn_k.weight"
 @pytest.fixture(scope="module", params=gguf_type.TYPES)
 def model(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "m.gguf"
-    return fuzz_seeds.model(path, Q[request.param], 128 if request.param == "TQ1_25" else 256)
+    # rows of TQ1_25_64 that no larger block fits
+    return fuzz_seeds.model(path, Q[request.param], {"TQ1_25": 128, "TQ1_25_64": 192}.get(request.param, 256))
 
 
 def u32(value):
@@ -149,7 +150,8 @@ LIES = {
         r"tensor 'blk.0.attn_v.weight' has offset",
     ),
     "another type's number, for fewer bytes": (
-        lambda d, e, n: put(d, e.type_at, u32(41)),
+        # in rows of 128, the block of Q1_0
+        lambda d, e, n: put(d, e.type_at - 16, u64(128) + u64(int(np.prod(e.shape)) // 128) + u32(41)),
         rf"tensor {NAME} takes \d+ bytes as Q1_0, but there are \d+ up to the next tensor",
         r"tensor 'blk.0.attn_v.weight' has offset \d+, expected \d+",
     ),
