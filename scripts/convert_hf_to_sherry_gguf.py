@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Convert a Hugging Face model directory to a TQ1_25 GGUF: `sherry-gguf convert` under llama.cpp's customary name."""
+"""Convert a Hugging Face model directory to a ternary GGUF: `sherry-gguf convert` under llama.cpp's customary name."""
 
 import sys
 from pathlib import Path

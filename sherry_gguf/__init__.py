@@ -10,8 +10,8 @@ Arrays:
 
 Models:
     read_gguf               a GGUF, or all files of a split: a Gguf of metadata and Stored tensors
-    convert.convert         a Hugging Face model directory to a TQ1_25 GGUF, with Options
-    verify.verify           compare a TQ1_25 GGUF with the directory
+    convert.convert         a Hugging Face model directory to a ternary GGUF, with Options
+    verify.verify           compare such a GGUF with the directory
     inspect.inspect         describe a GGUF
     retag.retag             renumber the type of an old STQ1_0 file
     transcode.transcode     ternary tensors to another type

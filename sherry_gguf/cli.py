@@ -10,8 +10,8 @@ from .errors import ConvertError, NotBuilt
 
 # Verb to its module and what it does. A module is imported only when its verb is used: some need PyTorch.
 VERBS = {
-    "convert": ("convert.command", "convert a Hugging Face model directory to a TQ1_25 GGUF"),
-    "verify": ("verify", "prove that a TQ1_25 GGUF holds what a model directory holds"),
+    "convert": ("convert.command", "convert a Hugging Face model directory to a ternary GGUF"),
+    "verify": ("verify", "prove that a converted GGUF holds what a model directory holds"),
     "inspect": ("inspect", "show a GGUF's metadata, types, sizes, and what is exact"),
     "transcode": ("transcode", "change the type of a GGUF's ternary tensors"),
     "retag": ("retag", "make an old STQ1_0 file loadable"),

@@ -36,8 +36,8 @@ _NAME = "model.gguf"  # of the file that llama-quantize writes
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] INPUT OUTPUT [TYPE] [THREADS]"
     parser.description = (
-        "Quantize the GGUF of any model with llama-quantize. TQ1_25 makes matrices TQ1_25_64 if only that fits their rows. A model that "
-        "was not trained for these types or STQ1_0 loses much quality in them: train it first, or convert a Sherry checkpoint with "
+        "Quantize the GGUF of any model with llama-quantize. With TQ1_25, matrices whose rows fit only TQ1_25_64 get that type. A model "
+        "that was not trained for these types or STQ1_0 loses much quality in them: train it first, or convert a Sherry checkpoint with "
         "`sherry-gguf convert`."
     )
     add = parser.add_argument

@@ -47,7 +47,7 @@ class Verdict:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] GGUF MODEL_DIR"
     parser.description = (
-        "Prove, tensor by tensor, that a TQ1_25 GGUF holds what a model directory holds. Pass the same flags as for the conversion."
+        "Prove, tensor by tensor, that a converted GGUF holds what a model directory holds. Pass the same flags as for the conversion."
     )
     parser.add_argument("gguf", type=Path, metavar="GGUF", help="the GGUF; for a split, any of its files")
     parser.add_argument("model", type=Path, metavar="MODEL_DIR", help="the model directory that it was made from")

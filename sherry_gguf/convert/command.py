@@ -16,8 +16,8 @@ from .upstream import upstream
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "%(prog)s [options] MODEL_DIR"
     parser.description = (
-        "Convert a Hugging Face model directory to a GGUF whose blocks have TQ1_25 weights, or TQ1_25_64 where rows are not a multiple of "
-        "128: bit for bit if they are 3:4 sparse ternary, else by Sparse-AbsMean."
+        "Convert a Hugging Face model directory to a GGUF whose blocks have TQ1_25 weights, or TQ1_25_64 where the rows or the groups of "
+        "training are not a multiple of 128: bit for bit if they are 3:4 sparse ternary, else by Sparse-AbsMean."
     )
     parser.set_defaults(usage_error=parser.error)
     add = parser.add_argument
