@@ -118,7 +118,7 @@ void tq1_25_gemv_neon(int parts, int64_t n, float * s, const void * x, const int
 
 // ---- several vectors ----
 
-void tq1_25_expand_neon(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
+INLINE void expand(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
     for (int at = 0; at < TQ1_25_TILE; at += 16) {
         for (int j = 0; j < parts; ++j) {
             const tq1_25_part * part = x[0].part + j;
@@ -132,6 +132,14 @@ void tq1_25_expand_neon(int parts, const tq1_25_unit x[2], tq1_25_codes * codes)
         }
     }
     put_scales(x[0].d, codes->neon.d);
+}
+
+void tq1_25_expand_neon(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
+    if (parts == PARTS_64) { // constants
+        expand(PARTS_64, x, codes);
+    } else {
+        expand(PARTS, x, codes);
+    }
 }
 
 // 32 rows by nc columns.

@@ -128,7 +128,7 @@ TARGET(AVX2) void tq1_25_gemv_avx2(int parts, int64_t n, float * s, const void *
 
 // ---- several vectors ----
 
-TARGET(AVX2) void tq1_25_expand_avx2(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
+TARGET(AVX2) INLINE void expand(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
     const __m256i nibble = _mm256_set1_epi8(15);
     for (int at = 0; at < TQ1_25_TILE; at += 32) {
         for (int j = 0; j < parts; ++j) {
@@ -146,6 +146,14 @@ TARGET(AVX2) void tq1_25_expand_avx2(int parts, const tq1_25_unit x[2], tq1_25_c
         for (int k = 0; k < 4; ++k) {
             _mm256_storeu_ps(codes->one.d + at + 8 * k, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *) (x[0].d + 16 * k + at / 4))));
         }
+    }
+}
+
+TARGET(AVX2) void tq1_25_expand_avx2(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
+    if (parts == PARTS_64) { // constants
+        expand(PARTS_64, x, codes);
+    } else {
+        expand(PARTS, x, codes);
     }
 }
 

@@ -147,7 +147,7 @@ TARGET(AVX512) void tq1_25_gemv_avx512(int parts, int64_t n, float * s, const vo
 
 // ---- several vectors ----
 
-TARGET(AVX512) void tq1_25_expand_avx512(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
+TARGET(AVX512) INLINE void expand(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
     for (int r = 0; r < 2; ++r) {
         for (int j = 0; j < parts; ++j) {
             __m512i code[GROUPS];
@@ -159,6 +159,14 @@ TARGET(AVX512) void tq1_25_expand_avx512(int parts, const tq1_25_unit x[2], tq1_
         for (int k = 0; k < 4; ++k) {
             _mm512_storeu_ps(codes->two.d[r] + 16 * k, d[k]);
         }
+    }
+}
+
+TARGET(AVX512) void tq1_25_expand_avx512(int parts, const tq1_25_unit x[2], tq1_25_codes * codes) {
+    if (parts == PARTS_64) { // constants
+        expand(PARTS_64, x, codes);
+    } else {
+        expand(PARTS, x, codes);
     }
 }
 
