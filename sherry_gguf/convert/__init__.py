@@ -19,7 +19,7 @@ from .plan import check_blocks, check_fallbacks, make_plan, type_notes
 from .provenance import Checkpoint
 from .tensor import Tensor
 from .upstream import activation_note, instantiate, read_json
-from .writer import changes, files_of, other_splits, set_tensors, target_of, write
+from .writer import changes, files_of, needing_64, other_splits, set_tensors, target_of, write
 
 __all__ = ["Options", "Report", "convert"]
 
@@ -92,7 +92,8 @@ def _findings(model: Any, plan: list[Tensor], grouping: Grouping) -> list[str]:
             f"ternary weights that are not 3:4 sparse lose precision in {type_names(dense)} (relative error up to "
             f"{max(t.relative_error for t in dense):.3f}): {starred(dense)}. TQ2_0 and TQ1_0 hold such weights"
         )
-    if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if t.kind and not t.is_exact]):
+    notes += needing_64(plan, grouping)
+    if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if t.kind and not t.is_exact and not t.needs_64]):
         notes.append(
             f"the checkpoint says that its weights are fake_quantized, yet these are not 3:4 sparse ternary "
             f"in {grouping.described(t.group for t in inexact)} and were quantized, with loss: {starred(inexact)}. --keep keeps them"

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import gguf_type, llama_cpp, ternary
+from .. import gguf_type, llama_cpp, ternary, tq1_25_64
 from ..blocks import NOT_FINITE
 from ..errors import ConvertError, QuantizeError
 from .checkpoint import Grouping
@@ -98,7 +98,22 @@ class Encoder:
             data = _quantize_groups(t, x, None if scale is None else scale[row : row + len(x)])
         exact, vanished, sums = compare(source, self.kernels.dequantize(data, t.kind), t.kind.size)
         blocks = x.size // t.kind.size
-        return _bytes(data), x.size, blocks, exact, vanished, sums, exact < blocks and _is_dense(x, t.kind.size)
+        found = blocks, exact, vanished, sums
+        if exact == blocks:
+            return _bytes(data), x.size, *found
+        return _bytes(data), x.size, *found, _is_dense(x, t.kind.size), t.group > tq1_25_64.TYPE.size and self._is_exact_in_64(source)
+
+    def _is_exact_in_64(self, source: np.ndarray) -> bool:
+        """Whether TQ1_25_64 holds each value of (rows, n). Weights that are not ternary show it in the first rows."""
+        kind = tq1_25_64.TYPE
+        for rows in source[: 1 + 4096 // source.shape[-1]], source:
+            try:
+                data = self.kernels.quantize(np.ascontiguousarray(rows, np.float32), kind=kind)
+            except QuantizeError:
+                return False
+            if not (self.kernels.dequantize(data, kind) == rows).all():
+                return False
+        return True
 
     def _tensor_scales(self, t: Tensor) -> np.ndarray | None:
         """per_tensor: each row's scale, which is its matrix's; a stack of experts is many matrices."""

@@ -31,6 +31,7 @@ class Tensor:
     # float64 (4,): error², weight², value², weight · value
     sums: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(4))
     dense: bool = False  # it has rows that are ternary, but not 3:4 sparse
+    in_64: bool = True  # groups of 64 would hold every value
     misfit: bool = False  # only the length of its rows keeps it from being ternary
     changed: str = ""  # how upstream changed the checkpoint's values; "" if it only moved them
     sha256: bytes = b""
@@ -50,6 +51,11 @@ class Tensor:
         return self.exact == self.blocks and not self.changed
 
     @property
+    def needs_64(self) -> bool:
+        """Whether --group-size 64 would store every value of the checkpoint, which its own group does not."""
+        return self.in_64 and not self.is_exact and not self.changed and not self.why.startswith("as asked")
+
+    @property
     def relative_error(self) -> float:
         error, weight = self.sums[:2]
         return math.sqrt(error / weight) if weight else 0.0
@@ -59,9 +65,9 @@ class Tensor:
         _, weight, value, both = self.sums
         return both / math.sqrt(weight) / math.sqrt(value) if weight and value else float(weight == value)
 
-    def add(self, blocks: int, exact: int, vanished: int, sums: np.ndarray | float, dense: bool = False):
+    def add(self, blocks: int, exact: int, vanished: int, sums: np.ndarray | float, dense: bool = False, in_64: bool = True):
         """Count the blocks of more rows; `encode.compare` returns the other arguments."""
-        self.dense = self.dense or dense
+        self.dense, self.in_64 = self.dense or dense, self.in_64 and in_64
         self.blocks, self.exact, self.vanished = self.blocks + blocks, self.exact + exact, self.vanished + vanished
         self.sums = self.sums + sums
 

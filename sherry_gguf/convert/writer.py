@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .. import atomic, tq1_25
+from .. import atomic, tq1_25, tq1_25_64
 from ..errors import ConvertError
 from ..report import progress_bar, starred
 from . import metadata
@@ -116,11 +116,23 @@ def _check_exact(model: Any, quantized: list[Tensor], grouping: Grouping):
         )
     if inexact := [t for t in quantized if not t.is_exact]:
         groups = grouping.described(t.group for t in inexact)
+        remedy = needing_64(inexact, grouping)
+        if rest := [t for t in inexact if not t.needs_64]:
+            remedy += [f"--keep keeps {'the others' if remedy else 'them'} unquantized" + f": {starred(rest)}" * bool(remedy)]
         raise ConvertError(
             f"--require-exact: {len(inexact)} of {len(quantized)} tensors are not 3:4 sparse ternary with fp16 scales "
             f"in {groups}, bit for bit (relative error up to {max(t.relative_error for t in inexact):.2g}): {starred(inexact)}. "
-            "Nothing was written"
+            f"{'. '.join(remedy)}. Nothing was written"
         )
+
+
+def needing_64(tensors: list[Tensor], grouping: Grouping) -> list[str]:
+    """Advice on matrices that are exact only in groups of 64: one text, or none."""
+    if not (found := [t for t in tensors if t.kind and t.needs_64]):
+        return []
+    small = tq1_25_64.TYPE.size
+    flags = f"--group-size {small}" + " --granularity per_group" * (grouping.granularity != "per_group")
+    return [f"exact in groups of {small}, but not in {grouping.described(t.group for t in found)}: {starred(found)}. Pass {flags}"]
 
 
 def changes(model: Any, tensors: list[Tensor]) -> Iterator[str]:

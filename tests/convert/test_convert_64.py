@@ -90,6 +90,31 @@ def test_latent_weights(tmp_path, granularity, size, kind):
     assert (lanes == ternary.sparse_absmean(x, 64)[0]).all()
 
 
+@pytest.mark.parametrize("config, was, flags", [
+    ({}, "groups of 128", "--group-size 64"),
+    (dict(group_size=128, weights="fake_quantized"), "groups of 128", "--group-size 64"),
+    (dict(granularity="per_channel"), "per_channel", "--group-size 64 --granularity per_group"),
+])  # fmt: skip
+def test_groups_of_64_that_nobody_told(tmp_path, config, was, flags):
+    """A note names the flags that lose nothing, and --require-exact does so too; a matrix that is off is not promised to be exact."""
+    model = small_models.make(tmp_path / "m", "llama", group=64)
+    small_models.edit_config(model, sherry_config=config)
+
+    def change(tensors):
+        tensors[f"{DOWN}.weight"][-1, -1] = 0.25
+
+    small_models.edit_weights(model, change)
+    text, _, _ = converted(model, tmp_path / "x.gguf")
+    (note,) = (line for line in text.splitlines() if line.startswith(f"note: exact in groups of 64, but not in {was}: blk."))
+    assert note.endswith(f". Pass {flags}") and "blk.1.ffn_down.weight" in note and "blk.0.ffn_down" not in note
+    assert ("were quantized, with loss: blk.0.ffn_down.weight. --keep keeps them" in text) == ("weights" in config)
+    done = sherry("convert", model, "--outfile", tmp_path / "y.gguf", "--require-exact")
+    assert done.returncode == 1 and f". Pass {flags}. --keep keeps the others unquantized: blk.0.ffn_down.weight. " in done.stderr
+    done = sherry("convert", model, "--outfile", tmp_path / "y.gguf", "--require-exact", *flags.split(), "--keep", r"0\.ffn_down")
+    assert done.returncode == 0, done.stderr
+    assert "note: exact" not in done.stdout
+
+
 def test_groups_by_matrix(tmp_path):
     """sherry_config's group_sizes: matrices with another group size than the others."""
     model = small_models.make(tmp_path / "m", "llama")
