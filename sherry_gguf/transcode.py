@@ -136,19 +136,18 @@ def _planned(stored: Stored, wanted, gguf) -> Transcoded:
         return t
     if len(stored.shape) < 2 and not ternary:
         return t
-    n, size = stored.shape[-1], gguf.GGML_QUANT_SIZES[wanted][0]
+    if not ternary and wanted.name in ("F16", "Q8_0"):
+        return t
+    n, size, small = stored.shape[-1], gguf.GGML_QUANT_SIZES[wanted][0], gguf.GGMLQuantizationType[tq1_25_64.TYPE.name]
     why = f"rows of {n} weights are not a multiple of {size}" if n % size else ""
+    may_be_small = wanted.name == tq1_25.NAME and n % tq1_25_64.TYPE.size == 0
     if ternary and why:
         t.why = why
         return t
-    if not ternary:
-        if wanted.name in ("F16", "Q8_0"):
+    if (not ternary or (may_be_small and stored.type == small)) and (why or not _fits(stored, wanted, gguf)):
+        if not may_be_small or (stored.type != small and not _fits(stored, small, gguf)):
             return t
-        if why or not _fits(stored, wanted, gguf):
-            small = gguf.GGMLQuantizationType[tq1_25_64.TYPE.name]
-            if wanted.name != tq1_25.NAME or n % tq1_25_64.TYPE.size or not _fits(stored, small, gguf):
-                return t
-            wanted, why = small, why or f"scales differ within blocks of {size} weights"
+        wanted, why = small, why or f"scales differ within blocks of {size} weights"
     block, nbytes = gguf.GGML_QUANT_SIZES[wanted]
     t.type, t.nbytes, t.why = wanted, stored.weights // block * nbytes, why
     return t
@@ -168,15 +167,20 @@ def _write(out: BinaryIO, t: Transcoded, alignment: int, bar, gguf) -> None:
 
 
 def _fits(stored: Stored, wanted, gguf) -> bool:
-    """Whether blocks of the wanted type hold a matrix exactly. All zeros is an unused matrix, not a ternary one."""
+    """Whether blocks of the wanted type hold a matrix exactly. All zeros of a type that is not ternary are an unused matrix.
+
+    Raises ConvertError for a damaged ternary matrix.
+    """
+    used = ternary = stored.type.name in TERNARY
     try:
-        used = False
         for x, _, exact, _ in _encoded(stored, wanted, gguf):
             if not exact.all():
                 return False
             used = used or bool(x.any())
         return used
     except ConvertError:  # NaN, or too large
+        if ternary:
+            raise
         return False
 
 

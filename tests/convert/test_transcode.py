@@ -108,18 +108,26 @@ def test_stq1_0_to_others_and_back(tmp_path, capsys):
 
 
 def test_tq1_25_64_and_back(model, tmp_path, capsys):
-    """A block of 128 is two of 64; the way back is exact if neighbours have the same scale."""
+    """A block of 128 is two of 64. The way back is for matrices whose neighbours have the same scale; others stay."""
     out = tmp_path / "64.gguf"
     assert cli.main(["transcode", str(model), str(out), "--to", "tq1_25_64", "--require-exact"]) == 0
     assert "Converted 3 of 6 tensors to TQ1_25_64, 3 exactly" in capsys.readouterr().out
     assert all((values(out)[name] == x).all() for name, x in values(model).items())
     assert cli.main(["transcode", str(out), str(tmp_path / "back.gguf"), "--to", "tq1_25", "--require-exact"]) == 0
     assert (tmp_path / "back.gguf").read_bytes() == model.read_bytes()
-    write(out, {"a": (Q.TQ1_25_64, ternary(tq1_25_64.TYPE, 2, 512)), "b": (Q.TQ1_25_64, ternary(tq1_25_64.TYPE, 2, 512, same=True))}, 126)
-    assert cli.main(["transcode", str(out), str(tmp_path / "x.gguf"), "--to", "tq1_25"]) == 0
+    write(out, {
+        "a": (Q.TQ1_25_64, ternary(tq1_25_64.TYPE, 2, 512)), "b": (Q.TQ1_25_64, ternary(tq1_25_64.TYPE, 2, 512, same=True)),
+        "zeros": (Q.TQ1_25_64, np.zeros((2, 512), np.float32)),
+    }, 126)  # fmt: skip
+    assert cli.main(["transcode", str(out), str(tmp_path / "x.gguf"), "--to", "tq1_25", "--require-exact"]) == 0
     said = capsys.readouterr().out
-    assert "to TQ1_25, 1 exactly" in said and "not exact: a, 8 of 8 blocks, relative error 0." in said
-    assert cli.main(["transcode", str(out), str(tmp_path / "y.gguf"), "--to", "tq1_25", "--require-exact"]) == 1
+    assert "Converted 2 of 3 tensors to TQ1_25, 2 exactly" in said
+    assert "kept as TQ1_25_64, scales differ within blocks of 128 weights: a\n" in said
+    assert types(tmp_path / "x.gguf") == {"a": "TQ1_25_64", "b": "TQ1_25", "zeros": "TQ1_25"}
+    assert all((values(tmp_path / "x.gguf")[name] == x).all() for name, x in values(out).items())
+    write(out, {"a": (Q.TQ1_25_64, ternary(tq1_25_64.TYPE, 2, 512))}, 126)
+    with pytest.raises(ConvertError, match="no tensor that could be TQ1_25 instead, of TQ1_25_64; kept as TQ1_25_64, scales differ"):
+        transcode.transcode(out, tmp_path / "y.gguf", "tq1_25")
     for to in "f16", "q8_0":
         assert cli.main(["transcode", str(out), str(tmp_path / "z.gguf"), "--to", to, "--require-exact"]) == 0
         assert cli.main(["transcode", str(tmp_path / "z.gguf"), str(tmp_path / "back.gguf"), "--to", "tq1_25_64", "--require-exact"]) == 0
