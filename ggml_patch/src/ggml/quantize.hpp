@@ -111,7 +111,7 @@ class tq1_25_quantize_run {
     }
 
     // Call when everything is written.
-    void finished() {
+    void finished(bool has_imatrix) {
         unfinished.clear();
         const loss * first = nullptr;
         size_t count = 0;
@@ -126,9 +126,10 @@ class tq1_25_quantize_run {
         if (first) {
             LLAMA_LOG_WARN(
                 "WARNING: %zu of %zu tensors were not 3:4 sparse ternary in the groups of their new type, such as %s "
-                "(relative error %.3f): %san importance matrix (--imatrix) helps, but training the model for the type works best\n",
+                "(relative error %.2g): %straining the model for the type works best%s\n",
                 count, losses.size(), first->tensor->name, std::sqrt(first->squared_error / first->squares),
-                first->type == GGML_TYPE_TQ1_25 ? "if the model was trained in groups of 64, quantize it to TQ1_25_64; otherwise " : "");
+                first->type == GGML_TYPE_TQ1_25 ? "if the model was trained in groups of 64, quantize it to TQ1_25_64; otherwise " : "",
+                has_imatrix ? "" : ", and an importance matrix (--imatrix) helps");
         }
     }
 };
