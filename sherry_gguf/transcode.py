@@ -8,6 +8,7 @@ import argparse
 import collections
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
 import struct
@@ -20,7 +21,7 @@ import numpy as np
 from . import atomic, gguf_type, tq1_25, tq1_25_64
 from .blocks import NOT_FINITE, BlockType
 from .errors import ConvertError, QuantizeError
-from .gguf_file import Stored, check_shard, is_shard
+from .gguf_file import Stored, check_shard, is_shard, split_files
 from .reader import open_gguf, padded, part_at
 from .report import counted, progress_bar, starred
 
@@ -102,7 +103,10 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
         raise ConvertError(f"{source} has no tensor that could be {wanted.name} instead, of {', '.join(types)}{kept}")
     if target.exists() and target.samefile(source):
         raise ConvertError(f"{target} is the input file: name another one to write")
-    head = _head(reader, plan, to)
+    lossy = is_shard(source) and wanted.name in TERNARY
+    describes = "sherry.tensor.names" in reader.fields or reader.file_type_at() is not None  # the other files too
+    elsewhere = list(_elsewhere(source)) if lossy and describes else []
+    head = _head(reader, plan, to, (_planned(stored, wanted, gguf) for stored in elsewhere))
     alignment = int(reader.alignment)
     start = padded(len(head), alignment) if plan else len(head)
     needed = start + sum(padded(t.nbytes, alignment) for t in plan)
@@ -117,7 +121,8 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
             for t in plan:
                 _write(out, t, alignment, bar, gguf)
             out.truncate()
-            others = _clear_flags(reader, plan, out, is_shard(source) and wanted.name in TERNARY)
+            known = {t.name for t in plan} | {t.name for t in elsewhere if not _may_lose(t.type, wanted)}
+            others = _clear_flags(reader, plan, out, known if lossy else None)
         if require_exact and (inexact := [t for t in plan if t.exact < t.blocks]):
             first = inexact[0]
             raise ConvertError(
@@ -127,6 +132,21 @@ def transcode(source: Path, target: Path, to: str, require_exact: bool = False, 
         atomic.reread(new, plan)
         atomic.commit([new], [target])
     return plan, others
+
+
+def _elsewhere(source: Path) -> Iterator[Stored]:
+    """The tensors in the other files of a split, without those of files that are missing or damaged."""
+    for path in split_files(source):
+        if path != source and path.exists():
+            try:
+                yield from [Stored.of(t, path) for t in open_gguf(path).tensors]
+            except ConvertError:  # the user learns it when it is transcoded
+                continue
+
+
+def _may_lose(old, new) -> bool:
+    """Whether `_planned` may turn a tensor of the type `old` into the ternary type `new` with loss."""
+    return old != new and old.name in TERNARY and not {old.name, new.name} <= {tq1_25.NAME, tq1_25_64.TYPE.name}
 
 
 def _planned(stored: Stored, wanted, gguf) -> Transcoded:
@@ -268,14 +288,23 @@ def _data(t: Transcoded, gguf) -> Iterator[bytes | memoryview]:
         yield np.ascontiguousarray(encoded).data.cast("B")
 
 
-def _head(reader, plan: list[Transcoded], to: str) -> bytes:
-    """The file's bytes before the tensors' data: the old metadata with the new file type, and a new table."""
+def _head(reader, plan: list[Transcoded], to: str, elsewhere: Iterator[Transcoded]) -> bytes:
+    """The file's bytes before the tensors' data: the old metadata with the new file type, and a new table.
+
+    elsewhere: what becomes of the tensors in a split's other files.
+    """
     first = min((int(t.field.offset) for t in reader.tensors), default=len(reader.data))
     head = bytearray(reader.data[:first].tobytes())
     if (at := reader.file_type_at()) is not None:
         kind = gguf_type.TYPES.get(to.upper())
-        if kind is tq1_25.TYPE and {t.type.name for t in plan} & {tq1_25.NAME, tq1_25_64.TYPE.name} == {tq1_25_64.TYPE.name}:
-            kind = tq1_25_64.TYPE  # nothing is TQ1_25
+        if kind is tq1_25.TYPE:
+            types = set()
+            for t in itertools.chain(plan, elsewhere):
+                types.add(t.type.name)
+                if tq1_25.NAME in types:  # spares reading the rest
+                    break
+            if tq1_25.NAME not in types and tq1_25_64.TYPE.name in types:
+                kind = tq1_25_64.TYPE
         head[at : at + 4] = struct.pack("<I", kind.file_type if kind else FILE_TYPES[to])
     offset = 0
     for old, new in zip(reader.tensors, plan):
@@ -286,10 +315,11 @@ def _head(reader, plan: list[Transcoded], to: str) -> bytes:
     return bytes(head)
 
 
-def _clear_flags(reader, plan: list[Transcoded], out: BinaryIO, others: bool) -> int:
+def _clear_flags(reader, plan: list[Transcoded], out: BinaryIO, known: set[str] | None) -> int:
     """Clear the converter's exactness flags that this transcode invalidates, and update the relative errors.
 
-    With `others`, flags of tensors that are not in this file are cleared too, and their errors become NaN. Returns the number of these.
+    known: tensors that are in this file, or that lose nothing in a split's other files. The flags of all others are cleared too, and their
+    errors become NaN. None: no other file loses anything. Returns the number of tensors cleared outside this file.
     """
     keys = ("tensor.names", "tensor.exact", "tensor.relative_error", "exact")
     names, exact, errors, every = (reader.fields.get(f"sherry.{key}") for key in keys)
@@ -299,8 +329,7 @@ def _clear_flags(reader, plan: list[Transcoded], out: BinaryIO, others: bool) ->
         listed = list(names.contents())
     except (TypeError, ValueError):  # not a list, or not UTF-8: not the converter's
         return 0
-    here = {t.name for t in plan}
-    unknown = [name for name, flag in zip(listed, exact.parts[-1]) if others and flag and name not in here]
+    unknown = [name for name, flag in zip(listed, exact.parts[-1]) if known is not None and flag and name not in known]
     error_of = {t.name: t.relative_error for t in plan if t.exact < t.blocks} | dict.fromkeys(unknown, math.nan)
     for i, name in enumerate(listed[: len(exact.parts[-1])]):
         if name in error_of:

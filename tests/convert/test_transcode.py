@@ -4,44 +4,13 @@ import os
 
 import numpy as np
 import pytest
+from gguf_tensors import RNG, ternary, write
 
 from sherry_gguf import cli, gguf_file, gguf_type, inspect, stq1_0, tq1_25, tq1_25_64, transcode
 from sherry_gguf.errors import ConvertError
 
 gguf = gguf_type.register()
 Q = gguf.GGMLQuantizationType
-RNG = np.random.default_rng(0)
-
-
-def ternary(kind, rows, n, same=False):
-    """Weights that `kind` holds; with `same`, neighbouring blocks of 128 share a scale."""
-    x = kind.dequantize(kind.quantize(RNG.standard_normal((rows, n)).astype(np.float32)))
-    if same:
-        x = np.sign(x) * np.repeat(np.abs(x).max(axis=1, keepdims=True), n, axis=1)
-    return x.astype(np.float32)
-
-
-def write(path, tensors, file_type=125, alignment=None):
-    """tensors: name to (type, values)."""
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_string("general.name", "ternäry")
-    writer.add_file_type(file_type)
-    writer.add_array("tokenizer.ggml.tokens", ["a", "b", "ж"])
-    writer.add_array("x.numbers", [1, 2, 3])
-    if alignment:
-        writer.add_custom_alignment(alignment)
-    for name, (qtype, x) in tensors.items():
-        if qtype == Q.F32:
-            writer.add_tensor(name, x)
-        elif qtype == Q.F16:
-            writer.add_tensor(name, x.astype(np.float16))
-        else:
-            writer.add_tensor(name, gguf.quants.quantize(x, qtype), raw_dtype=qtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def values(path):
@@ -196,18 +165,6 @@ def test_metadata_is_kept(model, tmp_path, to):
         assert (after.tensors[name].read() == before.tensors[name].read()).all()
 
 
-def test_the_files_of_a_split_keep_their_places(model, tmp_path, capsys):
-    shard = model.rename(tmp_path / "m-00002-of-00003.gguf")
-    for name in "out.gguf", "out-00001-of-00003.gguf", "out-00002-of-00004.gguf":
-        for command in ["transcode", str(shard), str(tmp_path / name), "--to", "f16"], ["retag", str(shard), str(tmp_path / name)]:
-            assert cli.main(command) == 1
-            assert (
-                f"is file 2 of 3 of a split. Name the output so that it ends with -00002-of-00003.gguf, not {name}"
-                in capsys.readouterr().err
-            )
-    assert cli.main(["transcode", str(shard), str(tmp_path / "out-00002-of-00003.gguf"), "--to", "f16"]) == 0
-
-
 def test_file_types_are_llama_cpps():
     for to, number in transcode.FILE_TYPES.items():
         assert gguf.LlamaFileType[f"MOSTLY_{to.upper()}"] == number
@@ -331,17 +288,6 @@ def test_zeros_are_no_ternary_matrix(tmp_path, capsys):
     assert types(tmp_path / "out.gguf") == {"a": "STQ1_0", "zeros": "F32"}
 
 
-def test_a_split_goes_file_by_file(model, tmp_path, capsys):
-    """A file without ternary tensors, or without tensors, is copied with the others' file type."""
-    for i, tensors in enumerate(({}, {"norm": (Q.F32, np.ones(3, np.float32))}), 1):
-        shard = write(tmp_path / f"m-0000{i}-of-00003.gguf", tensors)
-        out = tmp_path / f"n-0000{i}-of-00003.gguf"
-        assert cli.main(["transcode", str(shard), str(out), "--to", "f16"]) == 0
-        assert f"Converted none of {len(tensors)} tensors" in capsys.readouterr().out
-        assert len(out.read_bytes()) == len(shard.read_bytes()) and len(gguf.GGUFReader(out).tensors) == len(tensors)
-        assert gguf.GGUFReader(out).fields["general.file_type"].contents() == 1
-
-
 def test_what_was_said_of_exactness_is_corrected(tmp_path, capsys):
     """The converter's sherry.* keys: a tensor that became inexact is marked so, also after the way back."""
     kind = tq1_25.TYPE
@@ -368,37 +314,6 @@ def test_what_was_said_of_exactness_is_corrected(tmp_path, capsys):
         )
     lines = list(inspect.inspect(tmp_path / "back.gguf", tensors=True))
     assert any("1 of 3 TQ1_25 tensors are marked exact" in line for line in lines)
-
-
-@pytest.mark.parametrize("to", ["tq2_0", "f16"])
-def test_the_first_file_of_a_split_says_what_it_knows(tmp_path, capsys, to):
-    """It has the flags of all files' tensors. If the new type may lose precision, those of the other files are cleared."""
-    kind = tq1_25.TYPE
-    for i, (name, same) in enumerate({"a": True, "b": False}.items(), 1):
-        writer = gguf.GGUFWriter(tmp_path / f"m-0000{i}-of-00002.gguf", "llama")
-        if i == 1:
-            writer.add_bool("sherry.exact", True)
-            writer.add_array("sherry.tensor.names", ["a", "b"])
-            writer.add_array("sherry.tensor.exact", [True, True])
-            writer.add_array("sherry.tensor.relative_error", [0.0, 0.0])
-        writer.add_tensor(name, kind.quantize(ternary(kind, 2, 512, same)), raw_dtype=Q.TQ1_25)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        for source, target, t in ("m", "there", to), ("there", "back", "tq1_25"):
-            names = [str(tmp_path / f"{s}-0000{i}-of-00002.gguf") for s in (source, target)]
-            assert cli.main(["transcode", *names, "--to", t]) == 0
-    says = capsys.readouterr().out
-    fields = gguf_file.read_gguf(tmp_path / "there-00001-of-00002.gguf").fields
-    if to == "f16":  # exact here; on the way back, the other file is unknown
-        assert fields["sherry.tensor.exact"] == [True, True] and fields["sherry.exact"] is True
-    else:
-        assert fields["sherry.tensor.exact"] == [True, False] and fields["sherry.exact"] is False
-        assert fields["sherry.tensor.relative_error"][0] == 0 and np.isnan(fields["sherry.tensor.relative_error"][1])
-    assert says.count("Cleared the exactness flags of 1 tensor in the split's other files") == 1
-    lines = list(inspect.inspect(tmp_path / "back-00002-of-00002.gguf"))
-    assert any("1 of 2 TQ1_25 tensors are marked exact" in line for line in lines), lines
 
 
 def test_other_types_are_not_called_exact(tmp_path):
