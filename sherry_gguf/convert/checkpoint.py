@@ -171,8 +171,10 @@ def read_grouping(model_dir: Path, options: Options) -> Grouping:
 
 def _check_size(what: str, size: Any):
     least = tq1_25_64.TYPE.size
-    if type(size) is not int or size <= 0 or size % least:
+    if type(size) is not int:
+        raise ConvertError(f"{what}, not an integer: correct it, or pass the group size of training as --group-size")
+    if size <= 0 or size % least:
         raise ConvertError(
             f"{what}. A TQ1_25 block holds {tq1_25.BLOCK} weights under one scale, a TQ1_25_64 block {least}, so groups must be a multiple "
-            f"of {least}: train with such a group size, or pass --group-size {tq1_25.BLOCK} to quantize these weights again, with loss"
+            f"of {least}: train with such a group size, or pass --group-size {least} to quantize these weights again, with loss"
         )

@@ -239,12 +239,13 @@ DOWN = "model.layers.0.mlp.down_proj"
 @pytest.mark.parametrize(
     "config, says",
     [
-        (dict(group_size=32), ["sherry_config has group_size 32", "--group-size 128"]),
+        (dict(group_size=32), ["sherry_config has group_size 32", "pass --group-size 64 to quantize these weights again"]),
         (dict(group_size=96), ["sherry_config has group_size 96", "a TQ1_25_64 block 64, so groups must be a multiple of 64"]),
         (dict(group_size=0), ["sherry_config has group_size 0"]),
         (dict(group_sizes=[64]), ["sherry_config has group_sizes [64], not an object"]),
         (dict(group_sizes={DOWN: 32}), [f"sherry_config has group_sizes with 32 for {DOWN}. A TQ1_25 block", "a multiple of 64"]),
-        (dict(group_sizes={DOWN: "64"}), [f"group_sizes with '64' for {DOWN}"]),
+        (dict(group_sizes={DOWN: "64"}), [f"group_sizes with '64' for {DOWN}, not an integer: correct it"]),
+        (dict(group_sizes={DOWN: True}), [f"group_sizes with True for {DOWN}, not an integer"]),
         (
             dict(group_sizes={DOWN: 256}),
             ["1 of 14 matrices have rows of 384, not a multiple of the group size, 256: blk.0.ffn_down.weight"],
@@ -253,7 +254,8 @@ DOWN = "model.layers.0.mlp.down_proj"
             dict(group_sizes={"model.layers.7.mlp.down_proj": 64}),
             ["config.json: sherry_config has group_sizes for model.layers.7.mlp.down_proj, and the checkpoint has no such matrix"],
         ),
-        (dict(group_size="128"), ["sherry_config has group_size '128'"]),
+        (dict(group_size="128"), ["sherry_config has group_size '128', not an integer"]),
+        (dict(group_size=64.0), ["sherry_config has group_size 64.0, not an integer"]),
         (dict(kept="model.norm"), ["sherry_config has kept 'model.norm', not a list of tensor names"]),
         (dict(kept=[1]), ["sherry_config has kept [1]"]),
         (
