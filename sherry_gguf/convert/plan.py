@@ -81,20 +81,22 @@ def make_plan(model: Any, options: Options, grouping: Grouping) -> list[Tensor]:
 def _by_upstreams_names(model: Any, grouping: Grouping) -> Grouping:
     """The grouping with the names that upstream gives the checkpoint's tensors, without those that it leaves out.
 
-    Raises ConvertError if group_sizes has a module that the checkpoint lacks: its weights would get other groups than in training.
+    Raises ConvertError if group_sizes has a module whose matrix the checkpoint lacks: the one meant would get other groups than trained.
     """
-    known = {name.removesuffix(".weight") for name in model.model_tensors}
+    known = {name.removesuffix(".weight"): tensor for name, tensor in model.model_tensors.items()}
 
     def renamed(name: str) -> str:
         return (model.filter_tensors((name, None)) or ("",))[0]
 
     sizes = {}
     for name, size in grouping.group_sizes.items():
-        new = renamed(f"{name}.weight").removesuffix(".weight")
-        if new and new not in known:
+        if not (new := renamed(f"{name}.weight")):
+            continue
+        new = new.removesuffix(".weight")
+        if new not in known or len(known[new]().shape) < 2:
             raise ConvertError(
-                f"{model.dir_model / 'config.json'}: sherry_config has group_sizes for {name}, and the checkpoint has no such matrix. "
-                "Correct the name, or pass --group-size to quantize all weights again, with loss"
+                f"{model.dir_model / 'config.json'}: sherry_config has group_sizes for {name or repr(name)}, "
+                "and the checkpoint has no such matrix. Correct the name, or pass --group-size to quantize all weights again, with loss"
             )
         sizes[new] = size
     return dataclasses.replace(grouping, group_sizes=sizes, kept=frozenset(map(renamed, grouping.kept)))

@@ -254,6 +254,8 @@ DOWN = "model.layers.0.mlp.down_proj"
             dict(group_sizes={"model.layers.7.mlp.down_proj": 64}),
             ["config.json: sherry_config has group_sizes for model.layers.7.mlp.down_proj, and the checkpoint has no such matrix"],
         ),
+        (dict(group_sizes={"model.norm": 64}), ["group_sizes for model.norm, and the checkpoint has no such matrix"]),
+        (dict(group_sizes={"": 64}), ["group_sizes for '', and the checkpoint has no such matrix"]),
         (dict(group_size="128"), ["sherry_config has group_size '128', not an integer"]),
         (dict(group_size=64.0), ["sherry_config has group_size 64.0, not an integer"]),
         (dict(kept="model.norm"), ["sherry_config has kept 'model.norm', not a list of tensor names"]),
