@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from . import gguf_type, llama_cpp, ternary, tq1_25
+from . import gguf_type, llama_cpp, ternary, tq1_25, tq1_25_64
 from .blocks import NOT_FINITE, OVERFLOW
 from .convert import Options, command
 from .convert.checkpoint import Grouping, check_checkpoint, check_input, read_grouping
@@ -190,9 +190,11 @@ def _compare_data(tensor, planned: Tensor, t: Stored, grouping: Grouping, verdic
     if t.shape != planned.shape:
         return f"shape {t.shape}, the checkpoint has {planned.shape}"
     if t.type != planned.type:
+        by_groups = {t.type.name, planned.type.name} == {tq1_25.NAME, tq1_25_64.TYPE.name} and not planned.why.startswith("as asked")
+        flags = "--group-size or --granularity" if by_groups else "--keep, --output-tensor-type or --fallback-type"
         return (
             f"stored as {t.type.name}, but conversion with these flags stores {planned.type.name}. Pass the same flags as for the "
-            "conversion, such as --keep, --output-tensor-type or --fallback-type"
+            f"conversion, such as {flags}"
         )
     if planned.raw:  # upstream packs it
         verdict.kept[t.type.name] += 1

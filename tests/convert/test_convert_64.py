@@ -63,6 +63,9 @@ def test_groups_of_64(tmp_path, by_flag):
     assert len(kinds(tensors)) == 7 and set(kinds(tensors).values()) == {"TQ1_25_64"}
     assert fields["general.file_type"] == 126 and fields["sherry.group_size"] == 64 and "sherry.tensor.group_size" not in fields
     assert "note: stored as TQ1_25_64, groups of 64, not a multiple of 128: blk.*." in text
+    said = sherry("verify", tmp_path / "x.gguf", model, *([] if by_flag else ["--group-size", 128])).stdout
+    says = "blk.0.attn_q.weight: stored as TQ1_25_64, but conversion with these flags stores TQ1_25. Pass the same flags as for the "
+    assert f"{says}conversion, such as --group-size or --granularity\n" in said
     text, fields, tensors = converted(model, tmp_path / "y.gguf", both=["--group-size", 128])
     assert set(kinds(tensors).values()) == {"TQ1_25"} and fields["sherry.exact"] is False and "exact 0/14" in text
 
