@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import ENV
 
-from sherry_gguf import gguf_type, tq1_25
+from sherry_gguf import gguf_type, stq1_0, tq1_25, tq1_25_64
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -17,21 +17,6 @@ def run(name: str, *args) -> str:
     done = subprocess.run([sys.executable, EXAMPLES / name, *map(str, args)], capture_output=True, text=True, env=ENV)
     assert done.returncode == 0, done.stderr
     return done.stdout
-
-
-@pytest.fixture
-def model(tmp_path):
-    """A GGUF of two tensors, made with the published gguf package."""
-    gguf = gguf_type.register()
-    writer = gguf.GGUFWriter(path := tmp_path / "model.gguf", "llama")
-    x = np.random.default_rng(0).standard_normal((3, 256), np.float32)
-    writer.add_tensor("blk.0.ffn_up.weight", tq1_25.quantize(x), raw_dtype=gguf.GGMLQuantizationType.TQ1_25)
-    writer.add_tensor("blk.0.ffn_norm.weight", np.ones(256, np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
 
 
 def test_quantize_array():
@@ -49,11 +34,24 @@ def test_train_loop():
     assert printed.count("32768 weights in 5632 bytes, every block exact") == 2
 
 
-def test_read_gguf(model):
-    printed = run("read_gguf.py", model)
-    assert "blk.0.ffn_up.weight          TQ1_25  3 x 256\nblk.0.ffn_norm.weight        F32     256\n" in printed
-    assert "blk.0.ffn_up.weight: 3 rows of 256, 132 bytes" in printed
-    assert "zeros: 25%" in printed
+@pytest.mark.parametrize(
+    "kind, nbytes", [(tq1_25.TYPE, 132), (tq1_25_64.TYPE, 144), (stq1_0.TYPE, 126)], ids=lambda v: getattr(v, "name", "")
+)
+def test_read_gguf(tmp_path, kind, nbytes):
+    """A GGUF of two tensors, made with the published gguf package."""
+    gguf = gguf_type.register()
+    writer = gguf.GGUFWriter(path := tmp_path / "model.gguf", "llama")
+    x = np.random.default_rng(0).standard_normal((3, 256), np.float32)
+    writer.add_tensor("blk.0.ffn_norm.weight", np.ones(256, np.float32))
+    writer.add_tensor("blk.0.ffn_up.weight", packed := kind.quantize(x), raw_dtype=gguf.GGMLQuantizationType[kind.name])
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    printed = run("read_gguf.py", path)
+    assert f"blk.0.ffn_norm.weight        F32       256\nblk.0.ffn_up.weight          {kind.name:9} 3 x 256\n" in printed
+    assert f"blk.0.ffn_up.weight: 3 rows of 256, {nbytes} bytes" in printed
+    assert f" = {kind.dequantize(packed)[0, :4].round(4)}\n" in printed and "zeros: 25%" in printed
 
 
 def test_every_example_is_listed():
