@@ -229,12 +229,19 @@ def _check_groups(model: Any, plan: list[Tensor], grouping: Grouping, keep: tupl
     quantized = [t for t in plan if t.kind]
 
     def refuse(misfits: list[Tensor], what: str, flag: str):
-        names = {t.name for t in misfits}
-        pattern = patterns.matching(names, [t.name for t in quantized if t.name not in names])
-        flags = "".join(f"--keep {shlex.quote(p)} " for p in (*keep, pattern))
+        asked = {t.name for t in misfits if t.why.startswith("as asked")}  # which overrules --keep
+        names = {t.name for t in misfits} - asked
+        ways = [
+            f"--{'output-tensor' if name == OUTPUT else 'token-embedding'}-type with a type that is not ternary" for name in sorted(asked)
+        ]
+        if names:
+            pattern = patterns.matching(names, [t.name for t in quantized if t.name not in names])
+            ways.insert(0, "".join(f"--keep {shlex.quote(p)} " for p in (*keep, pattern)))
+        some_left = len(misfits) < len(quantized)
+        start = "".join(["To keep them unquantized:\n", *(f"  {way}\n" for way in ways), "or to"]) if some_left else "To"
         raise ConvertError(
-            f"{len(misfits)} of {len(quantized)} matrices {what}: {starred(misfits)}. To keep them unquantized:\n  {flags}\n"
-            f"or to quantize all weights again, with loss:\n  {flag}"
+            f"{len(misfits)} of {len(quantized)} matrices {what}: {starred(misfits)}. {start} quantize all weights again, "
+            f"with loss:\n  {flag}"
         )
 
     if misfits := [t for t in quantized if t.shape[-1] % t.group]:

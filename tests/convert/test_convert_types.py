@@ -185,9 +185,19 @@ def test_all_misfits_are_listed_once(tmp_path, fails):
     done = fails(model, says=["2 of 14 matrices have rows of 640, not a multiple of the group size, 256: blk.*.ffn_down.weight (2 blocks)"])
     flags = done.stderr[done.stderr.index("--keep") :].splitlines()[0].split()
     assert sherry("convert", model, "--outfile", tmp_path / "x.gguf", *flags).returncode == 0
+    fails(model, "--keep", "attn_q", says=["2 of 12 matrices have rows of 640", "\n  --keep attn_q --keep ffn_down \nor to quantize"])
     small_models.edit_config(model, sherry_config=dict(group_size=512))
-    done = fails(model, "--keep", "attn_q", says=["12 of 12 matrices have rows of 256, 640"])
-    assert "--keep attn_q --keep" in done.stderr
+    done = fails(
+        model, "--keep", "attn_q", says=["12 of 12 matrices have rows of 256, 640", ". To quantize all weights again, with loss:\n"]
+    )
+    assert "--keep" not in done.stderr  # nothing would be left
+    flag = "--output-tensor-type"
+    small_models.edit_config(model, sherry_config=dict(group_size=128, group_sizes={"lm_head": 512}))
+    done = fails(
+        model, flag, "TQ1_25", says=["1 of 15 matrices", f"unquantized:\n  {flag} with a type that is not ternary\nor to quantize"]
+    )
+    assert "--keep" not in done.stderr
+    assert sherry("convert", model, "--outfile", tmp_path / "x.gguf", flag, "Q6_K").returncode == 0
 
 
 @pytest.mark.slow
