@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 from .files import whole_directory
-from .linear import QuantizedLayer, quantized_layers, sherry_config
-from .quantizer import SMALL_GROUP_SIZE
+from .linear import QuantizedLayer, lossy_sizes, quantized_layers, sherry_config
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +46,9 @@ def export(model, directory: str | os.PathLike, tokenizer=None, dtype: torch.dty
         raise ValueError("the model's weights are latent, says its config, but its layers do not quantize them: call "
                          "prepare(model, QuantConfig(...)) first, as in its training")  # fmt: skip
     sherry = sherry_config(model, "fake_quantized")
-    sizes = {sherry["group_size"], *sherry.get("group_sizes", {}).values()} if sherry and "group_size" in sherry else set()
-    if lossy := sorted(n for n in sizes if n % SMALL_GROUP_SIZE):
+    if lossy := lossy_sizes(model):
         logger.warning("groups of %s: TQ1_25 stores multiples of 128 and TQ1_25_64 multiples of 64, so neither can store these weights "
-                       "without loss", ", ".join(map(str, lossy)))  # fmt: skip
+                       "without loss", lossy)  # fmt: skip
     with whole_directory(directory) as part:
         model.save_pretrained(part, state_dict=_quantized(state or model.state_dict(), layers, dtype))
         if tokenizer is not None:

@@ -256,6 +256,13 @@ def sherry_config(model: nn.Module, weights: str) -> dict | None:
             "weights": weights, **({"kept": kept} if kept else {})}  # fmt: skip
 
 
+def lossy_sizes(model: nn.Module) -> str:
+    """The group sizes of Sherry's layers that no block can hold, as text: "32, 96"; "" if there are none."""
+    sizes = {int(m.quant.group_size) for m in quantized_layers(model).values()
+             if (m.quant.method, m.quant.granularity) == ("sherry", "per_group")}  # fmt: skip
+    return ", ".join(str(n) for n in sorted(sizes) if n % quantizer.SMALL_GROUP_SIZE)
+
+
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     """The layers that `prepare` quantized, by their names before any wrapping (DDP, FSDP, ...)."""
     return {_WRAPPED.sub("", name): m for name, m in model.named_modules() if isinstance(m, QuantizedLayer)}

@@ -58,7 +58,9 @@ def check(shape: tuple[int, ...], method: str, granularity: str, group_size: int
     if method == "full":
         return
     if granularity == "per_group" and (not isinstance(group_size, int) or group_size <= 0 or group_size % GROUP):
-        raise ValueError(f"group_size is {group_size!r}: it must be a positive multiple of {GROUP}, or 'auto' in a QuantConfig")
+        raise ValueError(
+            f"group_size is {group_size!r}: it must be a positive multiple of {GROUP}, or 'auto' for --group_size and QuantConfig"
+        )
     multiple = divisor(method, granularity, group_size)
     if len(shape) == 0 or shape[-1] % multiple:
         raise ValueError(

@@ -25,7 +25,7 @@ from .arguments import SherryArguments
 from .callbacks import Estimate, Finished, Interrupt, Progress, plot
 from .data import mean_loss
 from .files import locked, whole_directory, write
-from .linear import QuantConfig, full_precision, prepare, quantized_layers
+from .linear import QuantConfig, full_precision, lossy_sizes, prepare, quantized_layers
 from .models import warn
 from .monitor import TrainingMonitor
 from .parsing import Arguments
@@ -198,6 +198,8 @@ def announce(s: SherryArguments, args: Arguments, trainer: SherryTrainer, texts:
         warn(f"--bf16 true: on this CPU bfloat16 products take {slower:.3g} times as long as float32: leave it out")
     before = before_training(s, args, model, rows, trained)
     layers = quantized_layers(model)
+    if lossy := lossy_sizes(model):
+        warn(f"groups of {lossy}: neither TQ1_25 nor TQ1_25_64 can store these weights without loss. Use a multiple of {SMALL_GROUP_SIZE}")
     small = sum(m.quant.group_size == SMALL_GROUP_SIZE for m in layers.values())
     in_groups = f" ({small} in groups of {SMALL_GROUP_SIZE})" * (small > 0 and s.granularity == "per_group")
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size

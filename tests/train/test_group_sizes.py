@@ -221,5 +221,8 @@ def test_ways_out_that_keep_some_layers(hidden, intermediate, size, trained):
 
 @pytest.mark.parametrize("size", ["Auto", "128", 128.0, 0, -64, 6])
 def test_impossible_group_sizes(size):
-    with pytest.raises(ValueError, match=re.escape(f"group_size is {size!r}: it must be a positive multiple of 4, or 'auto'")):
+    with pytest.raises(
+        ValueError,
+        match=re.escape(f"group_size is {size!r}: it must be a positive multiple of 4, or 'auto' for --group_size and QuantConfig"),
+    ):
         QuantConfig(group_size=size)

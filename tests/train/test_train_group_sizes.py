@@ -16,7 +16,8 @@ from training_runs import flags
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sherry_gguf import gguf_type, tq1_25, tq1_25_64
-from sherry_gguf.qat import QuantConfig, export, prepare
+from sherry_gguf.errors import Stop
+from sherry_gguf.qat import QuantConfig, export, prepare, run
 
 pytest_plugins = "training_runs"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -111,6 +112,18 @@ def test_rows_that_do_not_fit(mixed, text, tmp_path, capfd):
     assert "12 of 14 layers have inputs that are not a multiple of 128" in error and "192 inputs: model.layers.*.self_attn.q_proj" in error
     assert [line.split("  (")[0] for line in error.splitlines()[1:3]] == ["  --group_size auto", "  --group_size 64"]
     assert "  --keep '" in error and "Traceback" not in error
+
+
+def test_groups_that_no_type_holds_are_warned_about_before_the_first_step(mixed, text, tmp_path, capfd, monkeypatch):
+    def began(trainer, interrupt, checkpoint):
+        raise Stop("training has begun")
+
+    monkeypatch.setattr(run, "train", began)
+    for size, warned in (32, True), (64, False):
+        assert train_sherry.main(flags(mixed, text, tmp_path / str(size), group_size=size)) == 1
+        error = capfd.readouterr().err
+        assert "training has begun" in error
+        assert (f"warning: groups of {size}: neither TQ1_25 nor TQ1_25_64 can store these weights" in error) is warned, error
 
 
 def convert(directory: Path, out: Path, *flags) -> dict[str, gguf.ReaderTensor]:
