@@ -1,5 +1,6 @@
 """One run of the training command, from its arguments to the evaluated export."""
 
+import collections
 import contextlib
 import json
 import math
@@ -29,7 +30,7 @@ from .linear import QuantConfig, full_precision, lossy_sizes, prepare, quantized
 from .models import warn
 from .monitor import TrainingMonitor
 from .parsing import Arguments
-from .quantizer import SMALL_GROUP_SIZE
+from .quantizer import GROUP_SIZE, SMALL_GROUP_SIZE
 from .resume import SETTINGS, check_settings, resume_from, settings
 from .trainer import SherryTrainer, bf16_time
 
@@ -200,8 +201,9 @@ def announce(s: SherryArguments, args: Arguments, trainer: SherryTrainer, texts:
     layers = quantized_layers(model)
     if lossy := lossy_sizes(model):
         warn(f"groups of {lossy}: neither TQ1_25 nor TQ1_25_64 can store these weights without loss. Use a multiple of {SMALL_GROUP_SIZE}")
-    small = sum(m.quant.group_size == SMALL_GROUP_SIZE for m in layers.values())
-    in_groups = f" ({small} in groups of {SMALL_GROUP_SIZE})" * (small > 0 and s.granularity == "per_group")
+    sizes = collections.Counter(int(m.quant.group_size) for m in layers.values())
+    others = ", ".join(f"{n} in groups of {size}" for size, n in sorted(sizes.items()) if size != GROUP_SIZE)
+    in_groups = f" ({others})" * (others != "" and s.granularity == "per_group")
     sequences = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     print(f"training: {model.num_parameters() / 1e6:.1f} M parameters, {len(layers)} matrices by {s.method}{in_groups}, "
           f"sequences of {s.context} tokens, {sequences} a step, {len(texts.train)} to train on and {len(texts.held_out)} held out, "

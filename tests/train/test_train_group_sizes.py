@@ -121,7 +121,8 @@ def test_groups_that_no_type_holds_are_warned_about_before_the_first_step(mixed,
     monkeypatch.setattr(run, "train", began)
     for size, warned in (32, True), (64, False):
         assert train_sherry.main(flags(mixed, text, tmp_path / str(size), group_size=size)) == 1
-        error = capfd.readouterr().err
+        out, error = capfd.readouterr()
+        assert f"14 matrices by sherry (14 in groups of {size}), sequences" in out
         assert "training has begun" in error
         assert (f"warning: groups of {size}: neither TQ1_25 nor TQ1_25_64 can store these weights" in error) is warned, error
 
