@@ -76,16 +76,26 @@ def _function(kind: BlockType, name: str):
     return getattr(lib, name.replace("TYPE", kind.name.lower()))
 
 
+def _check_kind(kind: BlockType) -> None:
+    if not isinstance(kind, BlockType):
+        raise TypeError(f"kind is {kind!r}: pass a block type, such as sherry_gguf.TQ1_25")
+
+
 def quantize(x: np.ndarray, importance: np.ndarray | None = None, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
     """Quantize weights, float32 (..., n) with n a multiple of the block size, to blocks, uint8 (..., bytes), as `kind.quantize` does.
 
     importance: float32 (n,), one per input. Scales and zeros then minimize the squared error weighted by it, as in llama-quantize with an
     importance matrix. Releases the GIL.
-    Raises ValueError for another dtype or shape, QuantizeError for weights that no block can hold.
+    Raises ValueError for another dtype or shape, QuantizeError for weights that no block can hold, TypeError for a `kind` that is not a
+    BlockType.
     """
-    x = kind.check_weights(x)
+    if isinstance(importance, BlockType):
+        raise TypeError(f"importance is the block type {importance.name}: pass it as kind=")
+    _check_kind(kind)
+    x = np.asarray(x)
     if x.dtype != np.float32:
         raise ValueError(f"weights are {x.dtype}, not float32")
+    x = kind.check_weights(x)
     n, ctype = x.shape[-1], f"block_{kind.name.lower()}"
     out = np.empty((*x.shape[:-1], n // kind.size * kind.bytes), np.uint8)
     bad = ffi.new("int64_t *", -1)
@@ -117,8 +127,10 @@ def _error(kind: BlockType, n: int, block: int, status: int) -> QuantizeError:
 def dequantize(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
     """Dequantize blocks, uint8 (..., bytes), to float32 (..., weights), as `kind.dequantize` does.
 
-    Raises ValueError for another dtype or a length that is not a multiple of the block's bytes.
+    Raises ValueError for another dtype or a length that is not a multiple of the block's bytes, TypeError for a `kind` that is not a
+    BlockType.
     """
+    _check_kind(kind)
     b = kind.check_blocks(b)
     out = np.empty((*b.shape[:-1], b.shape[-1] // kind.bytes * kind.size), np.float32)
     _function(kind, "TYPE_dequantize")(_blocks(b, f"block_{kind.name.lower()}"), _floats(out), out.size)

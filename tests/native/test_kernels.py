@@ -396,6 +396,7 @@ def test_the_environment_chooses(monkeypatch):
 @pytest.mark.parametrize("call, message", [
     (lambda: kernels.quantize(np.zeros(130, np.float32)), r"\(130,\).*128"),
     (lambda: kernels.quantize(np.zeros(128, np.float64)), "float64.*float32"),
+    (lambda: kernels.quantize(np.zeros(128, np.int64)), "^weights are int64, not float32$"),
     (lambda: kernels.quantize(np.zeros(128, ">f4")), ">f4"),
     (lambda: kernels.quantize(np.zeros(128, np.float32), np.zeros(64, np.float32)), r"\(64,\).*\(128,\)"),
     (lambda: kernels.quantize(np.zeros(128, np.float32), np.zeros(128)), "float64"),
@@ -419,6 +420,16 @@ def test_the_environment_chooses(monkeypatch):
 ])  # fmt: skip
 def test_wrong_arguments_raise_with_the_numbers(call, message):
     with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize("call, message", [
+    (lambda: kernels.quantize(np.zeros(64, np.float32), tq1_25_64.TYPE), "importance is the block type TQ1_25_64: pass it as kind="),
+    (lambda: kernels.quantize(np.zeros(64, np.float32), kind="TQ1_25_64"), "kind is 'TQ1_25_64': pass a block type"),
+    (lambda: kernels.dequantize(np.zeros(12, np.uint8), "TQ1_25_64"), "kind is 'TQ1_25_64': pass a block type"),
+])  # fmt: skip
+def test_what_is_no_block_type_raises(call, message):
+    with pytest.raises(TypeError, match=message):
         call()
 
 
