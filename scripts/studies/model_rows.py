@@ -3,7 +3,7 @@
 
 The sizes come from the configuration classes of the transformers package. Where a class's defaults are those of a published model, they are
 taken as they are; most of these classes name the model in their documentation. Other sizes are given here, with their source. Classes
-whose defaults are no published model's (Qwen2Config, Qwen3Config, OPTConfig, ...) are left out.
+whose defaults match no published model (Qwen2Config, Qwen3Config, OPTConfig, ...) are left out.
 
 The models are built without memory for their weights, so the table counts every matrix of the layers: what `sherry-gguf convert` makes
 ternary. Routers, embeddings and the output matrix are not counted.
