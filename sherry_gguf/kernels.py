@@ -45,7 +45,8 @@ def available_panels() -> list[str]:
     return [name for name in available_repacked() if _compiled()[name].gemm != ffi.NULL]
 
 
-def _entry(isa: str | None):
+def instruction_set(isa: str | None):
+    """The table entry of an instruction set, by default of the one that SHERRY_ISA names, else of the best. Raises ValueError."""
     if isa is None:
         isa = os.environ.get("SHERRY_ISA") or available()[0]
     entry = _compiled().get(isa)
@@ -160,7 +161,7 @@ def vec_dot_q8_0(b_row: np.ndarray, q8_0: np.ndarray, isa: str | None = None, ki
     isa: an instruction set in `available()`; by default the one that SHERRY_ISA names, else the best.
     Raises ValueError for a missing set or another dtype, shape or length.
     """
-    entry = _entry(isa)
+    entry = instruction_set(isa)
     b_row, q8_0 = kind.check_row(b_row), np.asarray(q8_0)
     n = b_row.size // kind.bytes * kind.size
     if q8_0.dtype != np.uint8 or q8_0.shape != (_q8_0_bytes(n),):
@@ -218,7 +219,7 @@ class _Product:
     """The checked arguments of a product of repacked rows, as C takes them, and its result, `out`. Raises ValueError."""
 
     def __init__(self, repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None, pieces: int, kind: BlockType):
-        entry = _entry(isa)
+        entry = instruction_set(isa)
         if entry.gemv == ffi.NULL:
             raise _lacking(entry, "kernels for repacked rows", available_repacked())
         repacked, q8_0 = np.asarray(repacked), np.asarray(q8_0)
@@ -254,7 +255,7 @@ def _lacking(entry, what: str, others: list[str]) -> ValueError:
     return ValueError(f"instruction set {name} has no {what}; those that this CPU runs: {', '.join(others) or 'none'}")
 
 
-def _aligned(size: int) -> np.ndarray:
+def aligned(size: int) -> np.ndarray:
     """`size` bytes at an address that is a multiple of 64."""
     out = np.empty(size + 64, np.uint8)
     skip = -out.ctypes.data % 64
@@ -278,7 +279,7 @@ def mul_tables(
     """
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
     size = lib.tq1_25_table_size(p.isa, p.n)
-    tables = _aligned(p.columns * size).reshape(p.columns, size)
+    tables = aligned(p.columns * size).reshape(p.columns, size)
     to_tables = _pointers("void *", tables)
     for begin, end in p.ranges(p.n // lib.TQ1_25_QK8_0):
         for c in range(p.columns):
@@ -296,7 +297,7 @@ def mul_codes(
     pieces: how many pieces to cut the tile rows into.
     """
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
-    scratch = ffi.from_buffer("struct tq1_25_code_scratch *", _aligned(ffi.sizeof("struct tq1_25_code_scratch")))
+    scratch = ffi.from_buffer("struct tq1_25_code_scratch *", aligned(ffi.sizeof("struct tq1_25_code_scratch")))
     groups = lib.tq1_25_code_groups(p.columns)
     for group in range(groups):
         first, last = (lib.tq1_25_first_of_group(p.columns, groups, k) for k in (group, group + 1))
@@ -315,14 +316,14 @@ def mul_panels(
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
     if p.isa.gemm == ffi.NULL:
         raise _lacking(p.isa, "panels", available_panels())
-    panels = ffi.from_buffer("uint8_t[]", _aligned(lib.tq1_25_panel_size(p.n, p.columns)))
+    panels = ffi.from_buffer("uint8_t[]", aligned(lib.tq1_25_panel_size(p.n, p.columns)))
     count = lib.tq1_25_panels(p.columns)
     for panel in range(count):
         first, last = (lib.tq1_25_first_column(p.columns, k) for k in (panel, panel + 1))
         out = panels + lib.tq1_25_panel_size(p.n, first)
         for begin, end in p.ranges(p.n // lib.TQ1_25_QK8_0):
             lib.tq1_25_make_panel(begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, last - first, p.y + first, out)
-    scratch = ffi.from_buffer("struct tq1_25_panel_scratch *", _aligned(ffi.sizeof("struct tq1_25_panel_scratch")))
+    scratch = ffi.from_buffer("struct tq1_25_panel_scratch *", aligned(ffi.sizeof("struct tq1_25_panel_scratch")))
     for begin, end in p.tiles():
         for first, last in p.ranges(count):
             lib.tq1_25_mul_panels(p.isa, p.kind, p.rows, p.n, p.x, begin, end, p.columns, first, last, panels, p.s, scratch)

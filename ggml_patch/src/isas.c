@@ -18,27 +18,28 @@
 #define LOOKUP_AVX2(tables, codes) LOOKUP(avx2, tables, codes, TQ1_25_TABLE_AVX2, 1)
 #define LOOKUP_AVX512(tables, codes) LOOKUP(avx512, tables, codes, TQ1_25_TABLE, 2)
 #define LOOKUP_NEON(tables, codes) LOOKUP(neon, tables, codes, TQ1_25_TABLE, 1)
+#define ATTENTION(isa) .attention = &sherry_attention_##isa
 #define PANELS(isa) .decode = tq1_25_decode_##isa, .gemm = tq1_25_gemm_##isa
 
 // clang-format off
 const struct tq1_25_isa tq1_25_isas[] = {
 #ifdef TQ1_25_X86
-    { "zen4",       VEC_DOT(avx512vnni), tq1_25_has_zen4,       LOOKUP_AVX512(1, INT_MAX) },
-    { "avx512vnni", VEC_DOT(avx512vnni), tq1_25_has_avx512vnni, LOOKUP_AVX512(1, 8), PANELS(avx512vnni) },
-    { "avx512",     VEC_DOT(avx512),     tq1_25_has_avx512,     LOOKUP_AVX512(1, INT_MAX) },
+    { "zen4",       VEC_DOT(avx512vnni), tq1_25_has_zen4,       LOOKUP_AVX512(1, INT_MAX), ATTENTION(avx512) },
+    { "avx512vnni", VEC_DOT(avx512vnni), tq1_25_has_avx512vnni, LOOKUP_AVX512(1, 8), PANELS(avx512vnni), ATTENTION(avx512) },
+    { "avx512",     VEC_DOT(avx512),     tq1_25_has_avx512,     LOOKUP_AVX512(1, INT_MAX), ATTENTION(avx512) },
 #    ifdef TQ1_25_AVXVNNI
-    { "avxvnni",    VEC_DOT(avx2),       tq1_25_has_avxvnni,    LOOKUP_AVX2(2, 8), PANELS(avxvnni) },
+    { "avxvnni",    VEC_DOT(avx2),       tq1_25_has_avxvnni,    LOOKUP_AVX2(2, 8), PANELS(avxvnni), ATTENTION(avx2) },
 #    endif
-    { "avx2",       VEC_DOT(avx2),       tq1_25_has_avx2,       LOOKUP_AVX2(2, INT_MAX) },
+    { "avx2",       VEC_DOT(avx2),       tq1_25_has_avx2,       LOOKUP_AVX2(2, INT_MAX), ATTENTION(avx2) },
 #endif
 #ifdef TQ1_25_ARM
 #    ifdef TQ1_25_I8MM
-    { "i8mm",       VEC_DOT(dotprod),    tq1_25_has_i8mm,       LOOKUP_NEON(1, 9), PANELS(i8mm) },
+    { "i8mm",       VEC_DOT(dotprod),    tq1_25_has_i8mm,       LOOKUP_NEON(1, 9), PANELS(i8mm), ATTENTION(neon) },
 #    endif
 #    ifdef TQ1_25_DOTPROD
-    { "dotprod",    VEC_DOT(dotprod),    tq1_25_has_dotprod,    LOOKUP_NEON(1, 15), PANELS(dotprod) },
+    { "dotprod",    VEC_DOT(dotprod),    tq1_25_has_dotprod,    LOOKUP_NEON(1, 15), PANELS(dotprod), ATTENTION(neon) },
 #    endif
-    { "neon",       VEC_DOT(neon),       NULL,                  LOOKUP_NEON(1, INT_MAX) },
+    { "neon",       VEC_DOT(neon),       NULL,                  LOOKUP_NEON(1, INT_MAX), ATTENTION(neon) },
 #endif
     { "scalar",     VEC_DOT(scalar),     .supported = NULL },
     { .name = NULL },

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include "attention.h"
 #include "tile.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -61,6 +62,8 @@ struct tq1_25_isa {
 
     tq1_25_decode_t * decode; // NULL without panels
     tq1_25_gemm_t * gemm; // NULL without panels
+
+    const struct sherry_attention_kernels * attention; // NULL: llama.cpp's own
 };
 
 // The sets compiled in, best first. "scalar" is the last; then comes a NULL name.

@@ -6,18 +6,22 @@ set(SHERRY_BASE_SOURCES ${CMAKE_CURRENT_LIST_DIR}/tq1_25.c)
 set(SHERRY_CPU_SOURCES
     isas.c
     repack.c
+    attention.c
     arch/scalar/vec_dot.c
     arch/x86/features.c
     arch/x86/vec_dot_avx2.c
     arch/x86/vec_dot_avx512.c
     arch/x86/lookup_avx2.c
     arch/x86/lookup_avx512.c
+    arch/x86/attention_avx2.c
+    arch/x86/attention_avx512.c
     arch/x86/gemm_avxvnni.c
     arch/x86/gemm_avx512vnni.c
     arch/arm/features.c
     arch/arm/vec_dot_neon.c
     arch/arm/vec_dot_dotprod.c
     arch/arm/lookup_neon.c
+    arch/arm/attention_neon.c
     arch/arm/gemm_dotprod.c
     arch/arm/gemm_i8mm.c)
 list(TRANSFORM SHERRY_CPU_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)

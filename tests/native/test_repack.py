@@ -322,7 +322,7 @@ class Guarded:
     """Bytes from a multiple of 64 with canaries to either side."""
 
     def __init__(self, size):
-        self.all = kernels._aligned(size + 512)
+        self.all = kernels.aligned(size + 512)
         self.all[:] = 0xA5
         self.bytes = self.all[256:-256]
         self.pointer = ffi.from_buffer("uint8_t[]", self.all) + 256

@@ -23,5 +23,6 @@ tq1_25_lookup_t tq1_25_lookup_neon;
 tq1_25_store_t tq1_25_store_neon;
 tq1_25_decode_t tq1_25_decode_dotprod, tq1_25_decode_i8mm;
 tq1_25_gemm_t tq1_25_gemm_dotprod, tq1_25_gemm_i8mm;
+extern const struct sherry_attention_kernels sherry_attention_neon;
 
 #endif

@@ -21,5 +21,6 @@ tq1_25_lookup_t tq1_25_lookup_avx2, tq1_25_lookup_avx512;
 tq1_25_store_t tq1_25_store_avx2, tq1_25_store_avx512;
 tq1_25_decode_t tq1_25_decode_avxvnni, tq1_25_decode_avx512vnni;
 tq1_25_gemm_t tq1_25_gemm_avxvnni, tq1_25_gemm_avx512vnni;
+extern const struct sherry_attention_kernels sherry_attention_avx2, sherry_attention_avx512;
 
 #endif

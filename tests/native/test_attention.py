@@ -1,0 +1,301 @@
+"""The attention kernels against float64, for every instruction set, within bounds that follow from the arithmetic."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from sherry_gguf import attention, kernels
+
+ISAS = attention.available()
+U = 2.0**-24  # half a unit in the last place of float32
+KEYS, PANEL, TILE_ROWS = 64, 16, 16  # of attention.h and attention.c
+TYPES = ["f16", "bf16", "q8_0"]
+SIZES = [64, 80, 96, 128, 192, 256]
+TINY = 2.0**-100  # exp rounds to 0 below -87
+
+each_isa = pytest.mark.parametrize("isa", ISAS)
+
+
+def stored(x, kind):
+    """float32 values as a cache holds them."""
+    if kind == "f16":
+        return x.astype(np.float16)
+    if kind == "bf16":
+        return (np.ascontiguousarray(x).view(np.uint32) >> 16).astype(np.uint16)
+    return kernels.quantize_q8_0(np.ascontiguousarray(x).ravel()).reshape(*x.shape[:-1], x.shape[-1] // 32 * 34)
+
+
+def values(x):
+    """What a cache's bytes stand for, float64."""
+    if x.dtype == np.float16:
+        return x.astype(np.float64)
+    if x.dtype == np.uint16:
+        return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    blocks = np.ascontiguousarray(x).reshape(*x.shape[:-1], -1, 34)
+    d = np.ascontiguousarray(blocks[..., :2]).view(np.float16).astype(np.float64)
+    return (d * blocks[..., 2:].view(np.int8)).reshape(*x.shape[:-1], -1)
+
+
+def slopes(heads, max_bias):
+    """ALiBi's factors (Press et al. 2022), extended to other numbers of heads as llama.cpp does."""
+    power = 2 ** int(np.log2(heads))
+    h = np.arange(heads)
+    exponent = np.where(h < power, (h + 1) / power, (2 * (h - power) + 1) / 2 / power)
+    return 2.0 ** (-max_bias * exponent) if max_bias else np.ones(heads)
+
+
+def repeated(x, streams, heads):
+    return np.repeat(np.repeat(x, streams // x.shape[0], axis=0), heads // x.shape[1], axis=1)
+
+
+def reference(q, k, v, mask=None, sinks=None, scale=1.0, max_bias=0.0, softcap=0.0, parts=1):
+    """The exact result in float64, and how far float32 arithmetic may be from it.
+
+    The bound adds what each operation may contribute, to first order: the dot product's sum of k_size terms, the scale, softcap, mask and
+    exp; one factor for each chunk of keys that moved the maximum; the sums over all keys. docs/kernels.md derives it.
+    """
+    streams, heads, tokens, size = q.shape
+    keys = k.shape[2]
+    k, v, q = repeated(values(k), streams, heads), repeated(values(v), streams, heads), q.astype(np.float64)
+    s = scale * np.einsum("shtd,shkd->shtk", q, k)
+    error = (size + 3) * U * abs(scale) * np.einsum("shtd,shkd->shtk", abs(q), abs(k))
+    if softcap:
+        s = softcap * np.tanh(s / softcap)
+        error += 12 * U * softcap
+    if mask is not None:
+        bias = mask[np.arange(streams) % mask.shape[0]][:, np.arange(heads) % mask.shape[1]].astype(np.float64)
+        bias *= slopes(heads, max_bias)[:, None, None]
+        s = s + bias
+        error += np.where(np.isfinite(bias), abs(bias), 0) * (2 * heads + 4) * U * (max_bias > 0)
+    error += U * np.where(np.isfinite(s), abs(s), 0)
+    if sinks is not None:
+        s = np.concatenate([s, np.broadcast_to(sinks.astype(np.float64)[:, None, None], (streams, heads, tokens, 1))], axis=-1)
+        error = np.concatenate([error, np.zeros((streams, heads, tokens, 1))], axis=-1)
+        v = np.concatenate([v, np.zeros((*v.shape[:2], 1, v.shape[3]))], axis=2)
+    most = s.max(-1, keepdims=True)
+    most = np.where(np.isfinite(most), most, 0)
+    p = np.exp(s - most)
+    span = np.where(np.isfinite(s), most - s, 0)
+    chunks = keys // KEYS + 1 + parts
+    error = error + U * (4 + 4 * chunks + 2 * span + span.max(-1, keepdims=True))
+    total = p.sum(-1, keepdims=True)
+    p /= np.where(total == 0, 1, total)
+    exact = np.einsum("shtk,shkd->sthd", p, v)
+    bound = np.einsum("shtk,shkd->sthd", p * error, abs(v)) + np.einsum("shtk->sth", p * error)[..., None] * abs(exact)
+    bound += (2 * keys + 2 * chunks + 8) * U * np.einsum("shtk,shkd->sthd", p, abs(v)) + TINY
+    return exact, 1.01 * bound
+
+
+def operands(rng, k_kind="f16", v_kind=None, streams=1, heads=4, kv_heads=2, tokens=3, keys=100, size=64, v_size=None, kv_streams=None):
+    """q, k, v; keys lie in memory as in llama.cpp's cache, all heads of a key together."""
+    kv_streams = kv_streams or streams
+    q = rng.standard_normal((streams, tokens, heads, size), np.float32).transpose(0, 2, 1, 3)
+    k = stored(rng.standard_normal((kv_streams, keys, kv_heads, size), np.float32), k_kind).transpose(0, 2, 1, 3)
+    v = stored(rng.standard_normal((kv_streams, keys, kv_heads, v_size or size), np.float32), v_kind or k_kind).transpose(0, 2, 1, 3)
+    return q, k, v
+
+
+def causal(tokens, keys, window=None):
+    """float16 (1, 1, tokens, keys): the last token sees all keys, or the last `window` of them."""
+    behind = np.arange(keys - tokens, keys)[:, None] - np.arange(keys)
+    return np.where((behind >= 0) & (behind < (window or keys)), 0, -np.inf).astype(np.float16)[None, None]
+
+
+def check(isa, q, k, v, mask=None, sinks=None, threads=1, scratch=None, **options):
+    options = {"scale": q.shape[-1] ** -0.5} | options
+    exact, bound = reference(q, k, v, mask, sinks, parts=threads, **options)
+    found = attention.attend(q, k, v, mask, sinks, isa=isa, threads=threads, scratch=scratch, **options)
+    assert found.shape == exact.shape
+    worse = abs(found - exact) > bound
+    assert not worse.any() and not np.isnan(found).any(), (np.argwhere(worse)[:3], abs(found - exact).max(), bound.min())
+    return found
+
+
+def test_constants_of_c_and_python_are_equal():
+    lib = kernels.lib
+    assert (lib.SHERRY_ATTENTION_KEYS, lib.SHERRY_ATTENTION_PANEL, lib.SHERRY_ATTENTION_MAX_SIZE) == (KEYS, PANEL, max(SIZES))
+
+
+def test_every_set_but_scalar_has_attention():
+    assert ISAS == [isa for isa in kernels.available() if isa != "scalar"]
+
+
+@each_isa
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", TYPES)
+def test_sizes_and_lengths(isa, kind, size):
+    """One row, few rows and many, lengths around those of the loops."""
+    if kind == "q8_0" and size % 32:
+        pytest.skip("Q8_0 has blocks of 32")
+    rng = np.random.default_rng(size)
+    for tokens, keys in itertools.product([1, 2, 9, 40], [1, 5, 16, 63, 64, 65, 131]):
+        check(isa, *operands(rng, kind, tokens=tokens, keys=keys, size=size), causal(min(tokens, keys), keys) if tokens <= keys else None)
+
+
+@each_isa
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 6, 7, 8, 9, 15, 16, 17, 71])
+def test_queries_that_share_keys(isa, group):
+    rng = np.random.default_rng(group)
+    for tokens in 1, 2, 5, 33:
+        check(isa, *operands(rng, heads=2 * group, kv_heads=2, tokens=tokens, keys=90), causal(tokens, 90))
+
+
+@each_isa
+@pytest.mark.parametrize("threads", [2, 3, 4, 5, 8, 16, 64])
+def test_threads(isa, threads):
+    """Heads and keys are split among threads, also where most threads get nothing."""
+    rng = np.random.default_rng(threads)
+    for tokens, keys, kv_heads in itertools.product([1, 2, 20], [1, 40, 700], [1, 2, 6]):
+        options = {"sinks": rng.standard_normal(12, np.float32)} if keys == 700 else {}
+        check(isa, *operands(rng, heads=12, kv_heads=kv_heads, tokens=tokens, keys=keys), threads=threads, **options)
+
+
+@each_isa
+def test_little_scratch_takes_more_rounds(isa):
+    rng = np.random.default_rng(0)
+    q, k, v = operands(rng, streams=3, heads=8, kv_heads=4, tokens=2, keys=200)
+    for threads in 1, 2, 5, 8:
+        results = [check(isa, q, k, v, causal(2, 200), threads=threads, scratch=scratch) for scratch in (8 << 10, 12 << 10, 1 << 20)]
+        assert all((result == results[0]).all() for result in results)  # the same operations
+    with pytest.raises(ValueError, match="head sizes 64 and 64 with 1024 bytes of scratch"):
+        attention.attend(q, k, v, isa=isa, scratch=1024)
+
+
+@each_isa
+def test_tiles_of_fewer_rows(isa):
+    """With many threads or little scratch, tiles have 16, 32 or 48 rows."""
+    rng = np.random.default_rng(1)
+    q, k, v = operands(rng, tokens=50, keys=150)
+    for threads, scratch in itertools.product([1, 2, 3, 4], [52 << 10, 64 << 10, 80 << 10]):
+        check(isa, q, k, v, causal(50, 150), threads=threads, scratch=scratch)
+
+
+@each_isa
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+def test_options(isa, tokens):
+    rng = np.random.default_rng(tokens)
+    q, k, v = operands(rng, heads=12, kv_heads=4, tokens=tokens, keys=300)
+    mask, sinks = causal(tokens, 300), rng.standard_normal(12, np.float32) * 4
+    biased = (mask + rng.standard_normal(mask.shape)).astype(np.float16)
+    distance = np.where(np.isfinite(mask), -np.arange(300)[::-1], -np.inf).astype(np.float16)
+    check(isa, q, k, v, biased)
+    check(isa, q, k, v, mask, sinks)
+    check(isa, q, k, v, mask, softcap=2.0)
+    check(isa, q, k, v, mask, softcap=50.0, scale=1.0)
+    for max_bias in 1.0, 8.0:
+        check(isa, q, k, v, distance, max_bias=max_bias)
+    check(isa, q, k, v, biased, sinks, softcap=20.0, max_bias=8.0, scale=0.3, threads=3)
+    check(isa, q, k, v, biased, np.full(12, -np.inf, np.float32))
+    check(isa, q, k, v, mask, scale=0.0)
+    check(isa, q, k, v, mask, scale=-2.0)
+
+
+@each_isa
+@pytest.mark.parametrize("tokens", [1, 4, 60])
+def test_windows(isa, tokens):
+    """Keys outside the window are not even read: there they are not numbers."""
+    rng = np.random.default_rng(tokens)
+    q, k, v = operands(rng, tokens=tokens, keys=500)
+    mask = causal(tokens, 500, window=100)
+    mask[..., -37:] = -np.inf  # a cache that is not full
+    unseen = np.isinf(mask).all((0, 1, 2))
+    k[:, :, unseen] = v[:, :, unseen] = np.nan
+    found = attention.attend(q, k, v, mask, isa=isa, threads=2)
+    seen = ~unseen
+    exact, bound = reference(q, k[:, :, seen], v[:, :, seen], mask[..., seen])
+    assert (abs(found - exact) <= bound).all()
+
+
+@each_isa
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+def test_rows_that_see_nothing_are_zero(isa, tokens):
+    rng = np.random.default_rng(tokens)
+    q, k, v = operands(rng, tokens=tokens, keys=200)
+    mask = np.zeros((1, 1, tokens, 200), np.float16)
+    mask[..., ::2, :] = -np.inf
+    for threads, sinks in itertools.product([1, 3], [None, np.ones(4, np.float32)]):
+        found = check(isa, q, k, v, mask, sinks, threads=threads)
+        assert (found[:, ::2] == 0).all() and (tokens == 1 or (found[:, 1::2] != 0).all())
+    mask[...] = -np.inf
+    assert (check(isa, q, k, v, mask, threads=3) == 0).all()
+
+
+@each_isa
+@pytest.mark.parametrize("tokens", [1, 2, 30])
+def test_streams_and_masks_of_heads(isa, tokens):
+    """Sequences with caches of their own, shared caches, and masks for each stream and head."""
+    rng = np.random.default_rng(tokens)
+    for streams, kv_streams, mask_streams, mask_heads in [(3, 3, 3, 1), (4, 2, 2, 1), (2, 2, 1, 8), (4, 1, 2, 4), (3, 3, 1, 2)]:
+        operand = operands(rng, streams=streams, kv_streams=kv_streams, heads=8, tokens=tokens, keys=130)
+        mask = rng.choice([0, -np.inf, 0.5], (mask_streams, mask_heads, tokens, 130)).astype(np.float16)
+        for threads in 1, 2, 5:
+            check(isa, *operand, mask, threads=threads)
+
+
+@each_isa
+@pytest.mark.parametrize("k_kind, v_kind", [pair for pair in itertools.permutations(TYPES, 2)])
+def test_keys_and_values_of_different_types_and_sizes(isa, k_kind, v_kind):
+    rng = np.random.default_rng(0)
+    for tokens in 1, 2, 20:
+        check(isa, *operands(rng, k_kind, v_kind, tokens=tokens, size=192, v_size=128))
+        check(isa, *operands(rng, k_kind, v_kind, tokens=tokens, size=64, v_size=256))
+
+
+@each_isa
+@pytest.mark.parametrize("kind", TYPES)
+def test_long_contexts(isa, kind):
+    rng = np.random.default_rng(0)
+    check(isa, *operands(rng, kind, keys=8192, tokens=1), causal(1, 8192))
+    check(isa, *operands(rng, kind, keys=8192 + 7, tokens=16, heads=2), causal(16, 8199), threads=3)
+
+
+@each_isa
+def test_scores_of_any_magnitude(isa):
+    """Softmax of large scores, of scores whose exp vanishes, and of a maximum that grows with every chunk."""
+    rng = np.random.default_rng(0)
+    for tokens in 1, 20:
+        q, k, v = operands(rng, tokens=tokens, keys=400)
+        check(isa, q, k, v, scale=30.0)
+        check(isa, q, k, v, scale=1e-6)
+        check(isa, q, k, v, np.linspace(-200, 0, 400, dtype=np.float16)[None, None, None].repeat(tokens, 2))
+        check(isa, q, k, v, np.linspace(0, -200, 400, dtype=np.float16)[None, None, None].repeat(tokens, 2))
+
+
+@each_isa
+@pytest.mark.parametrize("tokens", [1, 20])
+def test_not_a_number_stays_visible(isa, tokens):
+    q, k, v = operands(np.random.default_rng(0), tokens=tokens, keys=70)
+    for broken in q, k, v:
+        kept = broken[0, 0, 0, 5]
+        broken[0, 0, 0, 5] = np.nan
+        found = attention.attend(q, k, v, isa=isa)
+        broken[0, 0, 0, 5] = kept
+        assert np.isnan(found).any()
+
+
+def test_what_is_left_to_llama_cpp():
+    rng = np.random.default_rng(0)
+    for size, kind in [(72, "f16"), (8, "bf16"), (272, "f16"), (288, "q8_0")]:
+        with pytest.raises(ValueError, match=f"head sizes {size} and {size} with .* llama.cpp's code must do it"):
+            attention.attend(*operands(rng, kind, size=size), isa=ISAS[0])
+
+
+def test_wrong_arguments():
+    rng = np.random.default_rng(0)
+    q, k, v = operands(rng)
+    for arguments, message in [
+        ((q.astype(np.float64), k, v), "they do not belong together"),
+        ((q[..., :32], k, v), "they do not belong together"),
+        ((q, k, v[:, :, :50]), "they do not belong together"),
+        ((q[:, :3], k, v), "they do not belong together"),
+        ((q, k.astype(np.float32), v), "keys or values are float32"),
+        ((q, k, v, np.zeros((1, 1, 3, 99), np.float16)), "the mask is float16"),
+        ((q, k, v, np.zeros((1, 1, 3, 100), np.float32)), "the mask is float32"),
+        ((q, k, v, None, np.zeros(3, np.float32)), "the sinks are float32"),
+        ((q, k[..., ::2], v[..., ::2]), "they do not belong together"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            attention.attend(*arguments)
+    with pytest.raises(ValueError, match="instruction set scalar has no attention"):
+        attention.attend(q, k, v, isa="scalar")
