@@ -13,6 +13,7 @@ from typing import Any
 from ..report import counted, starred, type_names
 from .checkpoint import Grouping, check_checkpoint, check_input, read_grouping
 from .encode import WORKERS, Encoder
+from .hint import output_note
 from .metadata import add_metadata, check_token_count, check_tokenizer
 from .options import Options
 from .plan import check_blocks, check_fallbacks, make_plan, type_notes
@@ -57,6 +58,7 @@ def convert(model_dir: Path, options: Options | None = None) -> Report:
                 check_tokenizer(model, options)
             write(model, plan, target, files, Encoder(grouping, pool, Checkpoint(model)), grouping, options)
             notes += _findings(model, plan, grouping)
+        notes += filter(None, [output_note(model, plan)])
     return Report(files, plan, notes)
 
 

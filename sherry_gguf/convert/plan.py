@@ -27,6 +27,7 @@ from .upstream import collect
 EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 OUTPUT = "output.weight"
 FLOATS = ("F32", "F16", "BF16")
+BY_DEFAULT = "embeddings and output"  # `why` of these unless the user asks for a type
 
 _MISFIT = "rows of "  # begins `why` of a matrix whose rows are not a multiple of a block
 _IN_TRAINING = "full precision in training"
@@ -169,7 +170,7 @@ def why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: bool = F
     if in_training:
         return _IN_TRAINING
     if t.name in (*EMBEDDINGS, OUTPUT):
-        return "embeddings and output"
+        return BY_DEFAULT
     if not _IN_BLOCK.match(t.name) or not t.name.endswith(".weight") or len(t.shape) not in (2, 3):
         return "not a block's weights"
     if _NOT_WEIGHTS.search(t.name) or ((special := _NOT_WEIGHTS_OF.get(arch)) and special.search(t.name)):

@@ -228,6 +228,6 @@ def test_kept_by_training(tmp_path, fails):
         small_models.edit_config(model, sherry_config=sizes | dict(kept=[f"{DOWN}.weight"]))
         text, _, tensors = converted(model, tmp_path / "x.gguf", both=["--fallback-type", "Q8_0"])
         assert tensors["blk.0.ffn_down.weight"].type.name == "F16" and tensors["blk.1.ffn_down.weight"].type.name == "TQ1_25_64"
-        assert "Q8_0" not in text and "fallback" not in text
+        assert "stored as Q8_0" not in text and "fallback" not in text
     for kind in "TQ1_25", "tq1_25_64", "STQ1_0":
         fails(model, "--fallback-type", kind, says=[f"--fallback-type {kind}" if kind != "STQ1_0" else "unknown tensor type STQ1_0"])
