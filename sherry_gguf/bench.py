@@ -8,6 +8,7 @@ import re
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -46,25 +47,48 @@ def cpu_name() -> str:
     return f"{name[1]}{f' ({numbers})' * bool(numbers)}, {os.cpu_count()} threads"
 
 
-def llama_bench(file: Path, threads: int, test: Test, repack: bool = True) -> dict:
-    """Run one test in a new process; llama-bench's record, whose "avg_ts" is tokens a second.
+def llama_bench(file: Path, threads: int, test: Test, repack: bool = True, build: Path | None = None) -> dict:
+    """Run one test in a new process; returns its record. For the arguments and errors, see `llama_bench_each`."""
+    (record,) = llama_bench_each([file], threads, test, repack, build)
+    return record
 
-    Raises OSError if llama-bench fails, NotBuilt if it isn't there.
+
+def llama_bench_each(files: list[Path], threads: int, test: Test, repack: bool = True, build: Path | None = None) -> Iterator[dict]:
+    """Run one test on each file in turn, in one process; yields llama-bench's records, whose "avg_ts" is tokens a second.
+
+    The first file fills the context, and the others of its shape take over what is in it: at a depth of 16384, filling takes minutes.
+    build: the directory of another build, instead of `llama_cpp.root()`. Raises OSError if llama-bench fails, NotBuilt if it isn't there.
     """
-    prompt, generate = (str(test.tokens), 0) if test.kind == "pp" else (0, test.tokens)
-    warm_up = []
+    prompt, generate = (test.tokens, 0) if test.kind == "pp" else (0, test.tokens)
+    prompts, warm_up = [prompt], []
     if test.kind == "pp" and test.depth:
         warm_up = ["--no-warmup"]  # filling the context warms up
     elif test.kind == "pp" and test.tokens > WARM_UP:
         # llama-bench's own warm-up would read the whole prompt; without any, the first touch of the mapped file would count
-        prompt, warm_up = f"{WARM_UP},{prompt}", ["--no-warmup"]
-    result = llama_cpp.run("llama-bench", "-m", file, "-o", "json", "-r", 1, "-t", threads, "-p", prompt, "-n", generate,
-                           "-d", test.depth, "-b", test.batch, "-ub", test.ubatch, "--repack", int(repack), *warm_up,
-                           stdin=subprocess.DEVNULL, capture_output=True, text=True)  # fmt: skip
-    if result.returncode:
-        last = " ".join(result.stderr.strip().splitlines()[-3:])
-        raise OSError(f"llama-bench ended with {result.returncode} on {file.name}, {test}: {last}")
-    return json.loads(result.stdout)[-1]
+        prompts, warm_up = [WARM_UP, prompt], ["--no-warmup"]
+    command = [build / "bin" / "llama-bench" if build else llama_cpp.tool("llama-bench"), *(arg for file in files for arg in ("-m", file)),
+               "-o", "jsonl", "-r", 1, "-t", threads, "-p", ",".join(map(str, prompts)), "-n", generate, "-d", test.depth,
+               "-b", test.batch, "-ub", test.ubatch, "--repack", int(repack), *warm_up]  # fmt: skip
+    done = 0
+    with (
+        tempfile.TemporaryFile("w+") as errors,
+        subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors, text=True) as process,
+    ):
+        assert process.stdout
+        try:
+            for line in process.stdout:
+                record = json.loads(line)
+                if (record["n_prompt"], record["n_gen"]) == (prompt, generate):
+                    done += 1
+                    yield record
+        except BaseException:
+            process.kill()
+            raise
+        if process.wait() or done < len(files):
+            errors.seek(0)
+            last = " ".join(errors.read().strip().splitlines()[-3:])
+            name = files[min(done, len(files) - 1)].name
+            raise OSError(f"llama-bench ended with {process.returncode} on {name}, {test}: {last}")
 
 
 def rotated(items: list, by: int) -> list:
@@ -102,11 +126,24 @@ def compare(files: list[Path], threads: list[int], tests: list[Test], rounds: in
         (file, *group): {"file": str(file), "threads": group[0], "test": str(group[1]), "rates": []} for group in groups for file in files
     }
     report["speed"] += speed.values()
+
+    def step(file: Path, count: int, test: Test, turn: int) -> str:
+        return f"{file.name}, {test}, {counted(count, 'thread')}, round {turn + 1}"
+
     for turn in range(rounds):
         for count, test in groups:
-            for file in rotated(files, turn):
-                yield f"{file.name}, {test}, {counted(count, 'thread')}, round {turn + 1}"
+            for file in rotated(files, turn) if not test.depth else ():
+                yield step(file, count, test, turn)
                 speed[file, count, test]["rates"].append(llama_bench(file, count, test)["avg_ts"])
+    for count, test in groups:
+        if test.depth:
+            turns = [(file, turn) for turn in range(rounds) for file in rotated(files, turn)]
+            records = llama_bench_each([file for file, _ in turns], count, test)
+            for file, turn in turns:
+                yield step(file, count, test, turn)
+                speed[file, count, test]["rates"].append(next(records)["avg_ts"])
+            for _ in records:
+                pass  # raises if llama-bench failed at its end
 
 
 def tables(report: dict) -> str:
@@ -140,6 +177,11 @@ def numbers(text: str) -> list[int]:
     return list(dict.fromkeys(values))
 
 
+def depths(text: str) -> list[int]:
+    """A list of numbers from 0 on."""
+    return [n - 1 for n in numbers(",".join(str(int(part) + 1) for part in text.split(",")))]
+
+
 def thread_counts(text: str) -> list[int]:
     """Like `numbers`, sorted; "all" is the number of CPUs that this process may use."""
     every = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -154,13 +196,15 @@ def parse(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     add = parser.add_argument
     add("files", type=Path, nargs="+", metavar="FILE", help="a GGUF; for a split, its first file")
     add("--threads", type=thread_counts, default="all", metavar="LIST", help="numbers of threads, such as 1,2 (default: all)")
-    add("--prompt", type=int, default=512, metavar="N", help="tokens of the prompt to read; 0: none (default: 512)")
+    add("--prompt", type=depths, default="512", metavar="LIST", help="tokens of the prompt to read; 0: none (default: 512)")
     add("--generate", type=int, default=128, metavar="N", help="tokens to generate; 0: none (default: 128)")
+    add("--depth", type=depths, default="0", metavar="LIST", help="tokens in the context before generating, such as 0,1024 (default: 0)")
     add("--rounds", type=int, default=3, metavar="N", help="rounds (default: 3)")
     add("--json", type=Path, metavar="FILE", help="also write every round to FILE")
     args = parser.parse_args(argv)
-    args.tests = [Test(kind, tokens) for kind, tokens in (("pp", args.prompt), ("tg", args.generate)) if tokens]
-    if min(args.prompt, args.generate) < 0 or not args.tests or args.rounds < 1:
+    args.tests = [Test("pp", tokens) for tokens in args.prompt if tokens]
+    args.tests += [Test("tg", args.generate, depth) for depth in args.depth if args.generate]
+    if args.generate < 0 or not args.tests or args.rounds < 1:
         parser.error("--prompt and --generate must be at least 0 and not both 0, --rounds at least 1")
     args.files = list(dict.fromkeys(args.files))
     return args

@@ -12,7 +12,10 @@ import numpy as np
 from sherry_gguf import llama_cpp, tq1_25, tq1_25_64
 
 OURS = tq1_25.NAME
-PLAIN = "-plain"  # after a type's name: weights stay as in the file, without repacking
+# What a label of the tables has after the type's name, in this order:
+EMBEDDINGS = "+"  # and their type, if files differ in it
+PLAIN = "-plain"  # weights stay as in the file, without repacking
+BEFORE = "-before"  # the build that this one is compared with
 FILE_VERSION = 1  # increment it when `write_model` or one of SHAPES changes
 BANK = 128  # random rows of each length; a tensor repeats them
 
@@ -28,17 +31,27 @@ class Shape:
     head_dim: int
     ffn: int
     rope_base: float
+    vocab: int = 32000
     qkv_bias: bool = False
+    window: int = 0  # tokens that five of six layers see, in gemma3
+
+    def cache_bytes(self, context: float) -> float:
+        """Bytes of keys and values, F16, that a token reads of a context of so many tokens."""
+        local = self.layers - self.layers // 6 if self.window else 0
+        tokens = local * min(context, self.window) + (self.layers - local) * context
+        return 2 * 2 * self.kv_heads * self.head_dim * tokens
 
 
 SHAPES = {  # all tied: the embeddings' matrix is also the output matrix
-    "135m": Shape("SmolLM2-135M", "llama", 576, 30, 9, 3, 64, 1536, 1e5),
-    "0.5b": Shape("Qwen2.5-0.5B", "qwen2", 896, 24, 14, 2, 64, 4864, 1e6, qkv_bias=True),
-    "0.7b": Shape("BitNet 0.7B", "llama", 1536, 24, 16, 16, 96, 4096, 1e4),
-    "1b": Shape("Llama-3.2-1B", "llama", 2048, 16, 32, 8, 64, 8192, 5e5),
-    "3b": Shape("Llama-3.2-3B", "llama", 3072, 28, 24, 8, 128, 8192, 5e5),
-    "3b-bitnet": Shape("BitNet 3B", "llama", 3200, 26, 32, 32, 100, 8640, 1e4),
-    "tiny": Shape("tiny (for tests)", "llama", 256, 2, 4, 2, 64, 512, 1e4),
+    "135m": Shape("SmolLM2-135M", "llama", 576, 30, 9, 3, 64, 1536, 1e5, vocab=49152),
+    "270m": Shape("Gemma-3-270m", "gemma3", 640, 18, 4, 1, 256, 2048, 1e6, vocab=262144, window=512),
+    "0.5b": Shape("Qwen2.5-0.5B", "qwen2", 896, 24, 14, 2, 64, 4864, 1e6, vocab=151936, qkv_bias=True),
+    "0.7b": Shape("BitNet 0.7B", "llama", 1536, 24, 16, 16, 96, 4096, 1e4, vocab=32002),
+    "1b": Shape("Llama-3.2-1B", "llama", 2048, 16, 32, 8, 64, 8192, 5e5, vocab=128256),
+    "1.5b": Shape("Qwen2.5-1.5B", "qwen2", 1536, 28, 12, 2, 128, 8960, 1e6, vocab=151936, qkv_bias=True),
+    "3b": Shape("Llama-3.2-3B", "llama", 3072, 28, 24, 8, 128, 8192, 5e5, vocab=128256),
+    "3b-bitnet": Shape("BitNet 3B", "llama", 3200, 26, 32, 32, 100, 8640, 1e4, vocab=32002),
+    "tiny": Shape("tiny (for tests)", "llama", 256, 2, 4, 2, 64, 512, 1e4, vocab=512),
 }
 
 # What llama-quantize uses for rows that are not a multiple of the type's block; F16 if they do not fit these types either.
@@ -61,8 +74,13 @@ class Tensor:
 
 
 def base(label: str) -> str:
-    """The type that a label such as TQ1_25-plain names."""
-    return label.removesuffix(PLAIN)
+    """What of a label names a file: TQ1_25+F16 of TQ1_25+F16-plain."""
+    return label.removesuffix(BEFORE).removesuffix(PLAIN)
+
+
+def type_of(label: str) -> str:
+    """The type that a label names: TQ1_25 of TQ1_25+F16-plain."""
+    return base(label).partition(EMBEDDINGS)[0]
 
 
 def stored_type(type_name: str, n: int) -> str:
@@ -85,7 +103,11 @@ def plan(shape: Shape, type_name: str, vocab: int, embeddings: str) -> list[Tens
                 "ffn_up": (shape.ffn, shape.hidden), "ffn_down": (shape.hidden, shape.ffn)}  # fmt: skip
     tensors = [Tensor("token_embd.weight", (vocab, shape.hidden), stored_type(embeddings, shape.hidden))]
     for layer in range(shape.layers):
-        tensors += [Tensor(f"blk.{layer}.{n}.weight", (shape.hidden,), "F32") for n in ("attn_norm", "ffn_norm")]
+        norms = dict.fromkeys(("attn_norm", "ffn_norm"), shape.hidden)
+        if shape.arch == "gemma3":
+            norms |= dict.fromkeys(("post_attention_norm", "post_ffw_norm"), shape.hidden)
+            norms |= dict.fromkeys(("attn_q_norm", "attn_k_norm"), shape.head_dim)
+        tensors += [Tensor(f"blk.{layer}.{name}.weight", (n,), "F32") for name, n in norms.items()]
         for name, size in matrices.items():
             tensors.append(Tensor(f"blk.{layer}.{name}.weight", size, stored_type(type_name, size[1])))
             if shape.qkv_bias and name in ("attn_q", "attn_k", "attn_v"):
@@ -98,12 +120,15 @@ def facts(shape: Shape, type_name: str, vocab: int, embeddings: str) -> dict:
     tensors = plan(shape, type_name, vocab, embeddings)
     blocks = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
     weights = sum(math.prod(t.shape) for t in blocks)
+    output, size = tensors[0], sum(t.bytes for t in tensors)  # the tied embeddings are the output matrix
     stored: dict[str, int] = {}
     for t in blocks:
         stored[t.type] = stored.get(t.type, 0) + math.prod(t.shape)
     return {
-        "bytes": sum(t.bytes for t in tensors),
-        "bytes_per_token": sum(t.bytes for t in tensors),  # all of it: the tied embeddings are the output matrix
+        "bytes": size,
+        "bytes_per_token": size,
+        "output": output.type,
+        "output_share": output.bytes / size,
         "bits_per_weight": 8 * sum(t.bytes for t in blocks) / weights,
         "stored": {name: count / weights for name, count in stored.items()},  # shares of the block weights
         "kept_rows": sorted({t.shape[1] for t in blocks if t.type != type_name}),
@@ -130,6 +155,8 @@ def write_model(path: Path, shape: Shape, tensors: list[Tensor], vocab: int, don
         writer.add_rope_freq_base(shape.rope_base)
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_vocab_size(vocab)
+        if shape.window:
+            writer.add_sliding_window(shape.window)
         writer.add_tokenizer_model("no_vocab")
         for t in tensors:
             # a number, since the published gguf package lacks some of llama.cpp's types

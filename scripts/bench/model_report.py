@@ -3,7 +3,7 @@
 import statistics
 from pathlib import Path
 
-from model_files import OURS, PLAIN, base
+from model_files import EMBEDDINGS, OURS, PLAIN, base, type_of
 
 from sherry_gguf.bench import median_ratio, number
 from sherry_gguf.report import counted, markdown_table
@@ -18,11 +18,15 @@ def summarize(report: dict) -> None:
     by_key = {tuple(entry[k] for k in SAME): entry for entry in report["speed"]}
     for entry in report["speed"]:
         rates = entry["rates"]
-        ours = by_key.get((entry["model"], OURS, entry["threads"], entry["test"]))
+        ours, reference = (
+            by_key.get((entry["model"], label, entry["threads"], entry["test"]))
+            for label in (ours_like(entry["type"]), entry.get("reference"))
+        )
         entry["median"] = statistics.median(rates) if rates else None
         entry["ours_ratio"] = median_ratio(ours["rates"], rates) if ours else None
+        entry["reference_ratio"] = median_ratio(rates, reference["rates"]) if reference else None
         if entry["kind"] == "tg" and rates:
-            size = report["models"][entry["model"]]["types"][base(entry["type"])]["bytes_per_token"]
+            size = report["models"][entry["model"]]["types"][base(entry["type"])]["bytes_per_token"] + entry.get("cache_bytes", 0)
             limit = report["bandwidth_median"].get(str(entry["threads"]))
             entry["gb_per_s"] = size * entry["median"] / 1e9
             entry["limit"] = limit * 1e9 / size if limit else None  # tokens a second
@@ -34,16 +38,23 @@ def summarize(report: dict) -> None:
                 entry[f"{what}_{unit}"] = statistics.median(values) if values else None
 
 
+def ours_like(label: str) -> str:
+    """Our type with the same embeddings, in this build."""
+    return OURS + "".join(base(label).partition(EMBEDDINGS)[1:])
+
+
 def shown(label: str) -> str:
-    return label.replace(PLAIN, " plain")
+    kind, _, embeddings = base(label).partition(EMBEDDINGS)
+    return kind + f", {embeddings} embeddings" * bool(embeddings) + label.removeprefix(base(label)).replace("-", " ")
 
 
 def markdown(report: dict) -> str:
     """A summarized report as tables."""
+    vocabulary = "the models' own vocabularies" if report["vocab"] == "real" else f"a vocabulary of {report['vocab']}"
     intro = (
-        f"{report['cpu']}; llama.cpp {report['llama_cpp']}; {report['date']}. Random weights, a vocabulary of "
-        f"{report['vocab']}, tied embeddings in {report['embeddings']}. llama-bench runs the types in turn; medians of "
-        f"{report['rounds']} rounds, in tokens a second. pp: read a prompt; tg: generate."
+        f"{report['cpu']}; llama.cpp {report['llama_cpp']}; {report['date']}. Random weights, {vocabulary}, tied embeddings in "
+        f"{report['embeddings']}. llama-bench runs the types in turn; medians of {report['rounds']} rounds, in tokens a second. "
+        "pp: read a prompt; tg: generate."
     )
     if report["isa"]:
         intro += f" {OURS}'s kernels: SHERRY_ISA={report['isa']}."
@@ -51,30 +62,34 @@ def markdown(report: dict) -> str:
         intro += " **Ended early: some rounds are missing.**"
     legend = (
         f'"{OURS} ×": {OURS}\'s rate over the row\'s, the median of the rounds\' ratios. "GB/s": generating reads every weight '
-        'for every token. "of limit": GB/s as a share of the memory bandwidth:'
+        'and the keys and values of the context for every token. "of limit": GB/s as a share of the memory bandwidth:'
     )
+    if reference := report.get("reference"):
+        what = "--against's build" if reference == "before" else f"the same type with {reference}"
+        legend = f'"× {reference}": the row\'s rate over that of {what}. {legend}'
     out = ["# Whole models", "", intro, "", legend, ""]
     for threads, rate in report["bandwidth_median"].items():
         rounds, highest = len(report["bandwidth"][threads]), report["bandwidth_maximum"][threads]
         out.append(f"* {counted(int(threads), 'thread')}: {rate:.1f} GB/s, the median of {rounds} rounds (highest {highest:.1f})")
     for key, model in report["models"].items():
         size = f"{model['parameters'] / 1e6:,.0f} M parameters: {model['layers']} layers, hidden {model['hidden']}"
+        size += f", a vocabulary of {model['vocab']}" if report["vocab"] == "real" else ""
         heads = f"{model['heads']} heads of {model['head_dim']}, {model['kv_heads']} for keys and values"
         out += ["", f"## {model['name']}", "", f"{size}, feed-forward {model['ffn']}, {heads}."]
         entries = [e for e in report["speed"] if e["model"] == key]
         for threads in dict.fromkeys(e["threads"] for e in entries):
-            out += speed_table(model, [e for e in entries if e["threads"] == threads], threads)
+            out += speed_table(model, [e for e in entries if e["threads"] == threads], threads, reference)
         out += load_table([e for e in report["load"] if e["model"] == key])
     return "\n".join(out) + "\n"
 
 
 def fallen_back(file: dict, label: str) -> dict[str, float]:
     """The types that store block weights in place of the wanted one, and their shares."""
-    return {name: share for name, share in file["stored"].items() if name != base(label)}
+    return {name: share for name, share in file["stored"].items() if name != type_of(label)}
 
 
-def speed_table(model: dict, entries: list[dict], threads: int) -> list[str]:
-    """One model's rates with this number of threads: a row for each type, and footnotes."""
+def speed_table(model: dict, entries: list[dict], threads: int, reference: str | None) -> list[str]:
+    """One model's rates with this number of threads: a row for each type, and footnotes. For `reference`, see the report's legend."""
     notes: list[str] = []
 
     def note(text: str) -> str:
@@ -84,23 +99,32 @@ def speed_table(model: dict, entries: list[dict], threads: int) -> list[str]:
 
     tests = list(dict.fromkeys(e["test"] for e in entries))
     cells = {(e["type"], e["test"]): e for e in entries}
-    head = ["type", "bits/weight", "MiB"]
+    peers = any(e["type"] != ours_like(e["type"]) for e in entries)
+    outputs = any(EMBEDDINGS in e["type"] for e in entries)
+    head = ["type", "bits/weight", "MiB", *["output matrix", "of the bytes"] * outputs]
     for test in tests:
         e = next(e for e in entries if e["test"] == test)
-        head += [f"{e['common']} t/s", f"{OURS} ×", *["GB/s", "of limit"] * (e["kind"] == "tg")]
+        head += [
+            f"{e['common']} t/s",
+            *[f"{OURS} ×"] * peers,
+            *[f"× {reference}"] * bool(reference),
+            *["GB/s", "of limit"] * (e["kind"] == "tg"),
+        ]
     body = []
     for label in dict.fromkeys(e["type"] for e in entries):
         file = model["types"][base(label)]
         others = fallen_back(file, label)
         kept = " and ".join(f"{100 * share:.0f} % of the block weights are {name}" for name, share in others.items())
         rows = " and ".join(map(str, file["kept_rows"]))
-        mark = note(f"{kept}: rows of {rows} are not a multiple of {base(label)}'s block") if kept else ""
+        mark = note(f"{kept}: rows of {rows} are not a multiple of {type_of(label)}'s block") if kept else ""
         row = [shown(label) + mark, f"{file['bits_per_weight']:.3f}", number(file["bytes"] / 2**20)]
+        row += [file["output"], f"{100 * file['output_share']:.0f} %"] if outputs else []
         for test in tests:
             e = cells[label, test]
             # say so if the length differs: the speed may, too
             row += [number(e["median"]) + (note(f"{e['run']}, to save time") if e["run"] != e["common"] else "")]
-            row += ["" if e["ours_ratio"] is None else f"{e['ours_ratio']:.2f}"]
+            ratios = [e["ours_ratio"]] * peers + [e.get("reference_ratio")] * bool(reference)
+            row += ["" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
             if e["kind"] == "tg":
                 row += [number(e.get("gb_per_s")), f"{100 * e['of_limit']:.0f} %" if e.get("of_limit") else ""]
         body.append(row)

@@ -6,6 +6,9 @@ In every round the types take turns, and each test runs llama-bench in a new pro
 of the rounds' ratios. Memory bandwidth is measured between rounds, because generating reads every weight for every token.
 On Linux it also measures the time and memory of loading.
 
+Tests with tokens in the context come last, all rounds of a test in one llama-bench: the context is filled once. --resume goes on
+after an interrupt.
+
 Needs scripts/build_llama_cpp.py and a C compiler. To compare your own files: sherry-gguf bench.
 """
 
@@ -26,12 +29,12 @@ from pathlib import Path
 try:
     import numpy as np
     from common import memory_bandwidth, program
-    from model_files import FILE_VERSION, OURS, PLAIN, SHAPES, base, facts, plan, write_model
-    from model_report import draw, markdown, summarize
+    from model_files import BEFORE, EMBEDDINGS, FILE_VERSION, OURS, PLAIN, SHAPES, base, facts, plan, type_of, write_model
+    from model_report import SAME, draw, markdown, summarize
     from tqdm import tqdm
 
     from sherry_gguf import llama_cpp, signals
-    from sherry_gguf.bench import Test, cpu_name, llama_bench, numbers, rotated, thread_counts
+    from sherry_gguf.bench import Test, cpu_name, depths, llama_bench_each, numbers, rotated, thread_counts
     from sherry_gguf.programs import Help, run
     from sherry_gguf.report import counted
 except ImportError as error:
@@ -43,9 +46,10 @@ LOAD_TYPES = [OURS, OURS + PLAIN, "TQ2_0", "Q4_0"]
 LOAD_LIBRARIES = ["llama", "ggml", "ggml-base"]
 
 
-def measure(file: Path, label: str, threads: int, test: Test) -> dict:
-    """llama-bench's record of one test of a file, with or without repacking as its label says."""
-    return llama_bench(file, threads, test, repack=not label.endswith(PLAIN))
+def measure(files: list[Path], label: str, threads: int, test: Test, against: Path | None) -> Iterator[dict]:
+    """llama-bench's records of one test of each file, in the build and with or without repacking as the label says."""
+    build = against if label.endswith(BEFORE) else None
+    return llama_bench_each(files, threads, test, repack=not label.removesuffix(BEFORE).endswith(PLAIN), build=build)
 
 
 def load(file: Path, label: str, threads: int) -> dict[str, dict[str, float]]:
@@ -83,6 +87,11 @@ def lengths(tests: list[Test], rates: dict[str, dict[str, float]], threads: int,
     return out
 
 
+def in_turns(labels: list[str], turn: int) -> list[str]:
+    """A round's order where each build runs its labels in a process: this build's first in even rounds, the other's in odd ones."""
+    return sorted(rotated(labels, turn), key=lambda label: label.endswith(BEFORE) != turn % 2)
+
+
 class Run:
     """One run of the benchmark; `report` holds what was measured so far, as the JSON file does."""
 
@@ -94,44 +103,70 @@ class Run:
             "rounds": args.rounds,
             "complete": False,
             "isa": os.environ.get("SHERRY_ISA"),
-            "vocab": args.vocab,
-            "embeddings": args.embeddings,
+            "vocab": args.vocab or "real",
+            "embeddings": ", ".join(args.embeddings),
+            "reference": "before" if args.against else f"{args.embeddings[0]} embeddings" if len(args.embeddings) > 1 else None,
             "models": {},
             "bandwidth": {str(t): [] for t in args.threads},
             "speed": [],
             "load": [],
         }
         for key in args.models:
-            shape = SHAPES[key]
-            files = {base(label): facts(shape, base(label), args.vocab, args.embeddings) for label in args.types}
-            weights = sum(math.prod(t.shape) for t in plan(shape, "F16", args.vocab, "F16"))
+            shape = replace(SHAPES[key], vocab=args.vocab or SHAPES[key].vocab)
+            files = {base(label): facts(shape, type_of(label), shape.vocab, self.embeddings(label)) for label in args.labels}
+            weights = sum(math.prod(t.shape) for t in plan(shape, "F16", shape.vocab, "F16"))
             self.report["models"][key] = asdict(shape) | {"parameters": weights, "types": files}
-        self.tests = [Test("pp", *sizes) for sizes in itertools.product(args.prompt, args.depth, args.batch, args.ubatch)]
+        self.tests = [Test("pp", *sizes) for sizes in itertools.product(args.prompt, args.prompt_depth, args.batch, args.ubatch)]
         self.tests += [Test("tg", *sizes) for sizes in itertools.product(args.generate, args.depth)]
-        self.load_types = [label for label in LOAD_TYPES if label in args.types] if args.load_rounds else []
+        self.load_types = [label for label in LOAD_TYPES if label in args.labels] if args.load_rounds else []
+        self.earlier: dict[tuple, dict] = {}
+        if args.resume and args.json.exists():
+            self.resume(json.loads(args.json.read_text()))
+
+    def resume(self, old: dict) -> None:
+        """Keep what an earlier run has measured. Raises ValueError if its settings were others."""
+        settings = set(self.report) - {"date", "complete", "bandwidth", "speed", "load"}
+        if others := sorted(key for key in settings if old.get(key) != self.report[key]):
+            raise ValueError(
+                f"--resume: {self.args.json} was measured with another {', '.join(others)}: pass the same flags, or another --json"
+            )
+        self.earlier = {tuple(entry[k] for k in SAME): entry for entry in old["speed"]}
+        self.earlier |= {(entry["model"], entry["type"]): entry for entry in old["load"]}
+        self.report["bandwidth"] |= old["bandwidth"]
+
+    def embeddings(self, label: str) -> str:
+        return base(label).partition(EMBEDDINGS)[2] or self.args.embeddings[0]
+
+    def reference(self, label: str) -> str | None:
+        """The label of the row that `label` is compared with, besides ours."""
+        if self.args.against:
+            return None if label.endswith(BEFORE) else label + BEFORE
+        kind, _, plain = label.partition(EMBEDDINGS)
+        return f"{kind}{EMBEDDINGS}{self.args.embeddings[0]}{PLAIN * plain.endswith(PLAIN)}" if plain else None
 
     def path(self, key: str, label: str) -> Path:
-        return self.args.dir / f"{key}-{self.args.vocab}-{self.args.embeddings}-{base(label)}.v{FILE_VERSION}.gguf"
+        vocab = self.report["models"][key]["vocab"]
+        return self.args.dir / f"{key}-{vocab}-{self.embeddings(label)}-{type_of(label)}.v{FILE_VERSION}.gguf"
 
     def missing(self) -> Iterator[tuple[str, str, int]]:
         """(model, type, bytes) of each file still to be made."""
         for key, model in self.report["models"].items():
-            for type_name, file in model["types"].items():
-                if not self.path(key, type_name).exists():
-                    yield key, type_name, file["bytes"]
+            for label, file in model["types"].items():
+                if not self.path(key, label).exists():
+                    yield key, label, file["bytes"]
 
     def estimate(self) -> float:
         """Roughly how many seconds it takes, if a thread does 20e9 weights a second and a new process maps 1.5 GB/s."""
         args, total = self.args, sum(size for *_, size in self.missing()) / 3e8
         for model in self.report["models"].values():
-            for label in args.types:
+            for label in args.labels:
                 start = 0.3 + model["types"][base(label)]["bytes"] / 1.5e9
                 total += start + args.load_rounds * (label in self.load_types) * start
                 for test in self.tests:
                     for threads in args.threads:
                         rate = 20e9 * threads / model["parameters"]
-                        tokens = shortened(test.tokens, rate, args.longest) + test.depth
-                        total += args.rounds * (start + tokens / rate)
+                        total += args.rounds * (start + shortened(test.tokens, rate, args.longest) / rate)
+                        total += test.depth / rate * (args.rounds if args.against else 1) / len(args.labels)
         return total
 
     def check(self) -> None:
@@ -156,9 +191,10 @@ class Run:
         missing = list(self.missing())
         total = sum(size for *_, size in missing)
         with tqdm(total=total, desc="making models", unit="B", unit_scale=True, disable=None) as bar:
-            for key, type_name, _ in missing:
-                tensors = plan(SHAPES[key], type_name, self.args.vocab, self.args.embeddings)
-                write_model(self.path(key, type_name), SHAPES[key], tensors, self.args.vocab, bar.update)
+            for key, label, _ in missing:
+                vocab = self.report["models"][key]["vocab"]
+                tensors = plan(SHAPES[key], type_of(label), vocab, self.embeddings(label))
+                write_model(self.path(key, label), SHAPES[key], tensors, vocab, bar.update)
 
     def memory(self) -> None:
         for threads in self.args.threads:
@@ -166,8 +202,8 @@ class Run:
 
     def measure(self) -> None:
         args = self.args
-        runs = args.rounds * len(self.tests) * len(args.threads) * len(args.types)
-        steps = len(args.models) * (runs + len(args.types) + args.load_rounds * len(self.load_types))
+        runs = args.rounds * len(self.tests) * len(args.threads) * len(args.labels)
+        steps = len(args.models) * (runs + len(args.labels) + args.load_rounds * len(self.load_types))
         self.make()
         with tqdm(total=steps, desc="measuring", unit="run", disable=None) as bar:
             for key in args.models:
@@ -184,42 +220,64 @@ class Run:
 
         # A first look brings each file into the page cache and shows how long a test would take.
         rates = {}
-        for label in args.types:
+        for label in args.labels:
             file = step(label, "first look")
-            records = {test.kind: measure(file, label, most, test) for test in (Test("pp", 32), Test("tg", 4))}
+            records = {test.kind: list(measure([file], label, most, test, args.against))[0] for test in (Test("pp", 32), Test("tg", 4))}
             rates[label] = {kind: record["avg_ts"] for kind, record in records.items()}
             self.report["llama_cpp"] = records["pp"]["build_commit"]
 
         groups = []
         for threads in args.threads:
             for test, (common, own) in lengths(self.tests, rates, threads, most, args.longest).items():
-                entries = {}
-                for label in args.types:
-                    which = {"model": key, "type": label, "threads": threads, "test": str(test)}
-                    entries[label] = which | {"common": str(common), "run": str(own[label])} | asdict(own[label])
-                    entries[label]["rates"] = []
-                    self.report["speed"].append(entries[label])
+                entries = {label: self.entry(key, label, threads, test, common, own) for label in args.labels}
+                self.report["speed"] += entries.values()
                 groups.append((threads, own, entries))
+
+        def run(threads: int, own: dict[str, Test], entries: dict[str, dict], turns: list[tuple[int, str]]) -> None:
+            """Measure what is missing of [(round, label)]; those that follow each other and can share a process do."""
+            turns = [(turn, label) for turn, label in turns if len(entries[label]["rates"]) <= turn]
+            how = {label: (own[label], label.removesuffix(BEFORE).endswith(PLAIN), label.endswith(BEFORE)) for label in own}
+            for (test, *_), together in itertools.groupby(turns, lambda item: how[item[1]]):
+                part = list(together)
+                records = measure([self.path(key, label) for _, label in part], part[0][1], threads, test, args.against)
+                for turn, label in part:
+                    step(label, f"{test}, {counted(threads, 'thread')}, round {turn + 1}")
+                    entries[label]["rates"].append(next(records)["avg_ts"])
+                for _ in records:
+                    pass  # raises if llama-bench failed at its end
+
+        empty, filled = ([g for g in groups if any(t.depth for t in g[1].values()) == deep] for deep in (False, True))
         for turn in range(args.rounds):
             self.memory()
-            for threads, own, entries in groups:
-                for label in rotated(args.types, turn):
-                    file = step(label, f"{own[label]}, {counted(threads, 'thread')}, round {turn + 1}")
-                    entries[label]["rates"].append(measure(file, label, threads, own[label])["avg_ts"])
+            for group in empty:
+                for label in rotated(args.labels, turn):
+                    run(*group, [(turn, label)])
+        for group in filled:
+            self.memory()
+            run(*group, [(turn, label) for turn in range(args.rounds) for label in in_turns(args.labels, turn)])
         self.memory()
 
-        entries = {label: {"model": key, "type": label, "rounds": []} for label in self.load_types}
+        new = {label: {"model": key, "type": label, "rounds": []} for label in self.load_types}
+        entries = {label: self.earlier.get((key, label), entry) for label, entry in new.items()}
         self.report["load"] += entries.values()
         for turn in range(args.load_rounds if entries else 0):
             for label in rotated(self.load_types, turn):
-                entries[label]["rounds"].append(load(step(label, f"load, round {turn + 1}"), label, most))
+                if len(entries[label]["rounds"]) <= turn:
+                    entries[label]["rounds"].append(load(step(label, f"load, round {turn + 1}"), base(label), most))
+
+    def entry(self, key: str, label: str, threads: int, test: Test, common: Test, own: dict[str, Test]) -> dict:
+        """What the report says of a test, with the rounds of an earlier run; then `own` becomes that run's length."""
+        which = {"model": key, "type": label, "threads": threads, "test": str(test)}
+        if entry := self.earlier.get(tuple(which[k] for k in SAME)):
+            own[label] = replace(own[label], tokens=entry["tokens"])
+            return entry
+        entry = which | {"common": str(common), "run": str(own[label])} | asdict(own[label])
+        if test.kind == "tg":  # on average half of the tokens are in the context, too
+            entry["cache_bytes"] = SHAPES[key].cache_bytes(test.depth + (own[label].tokens + 1) / 2)
+        return entry | {"reference": self.reference(label), "rates": []}
 
 
 # ---- the command ----
-
-
-def depths(text: str) -> list[int]:
-    return [n - 1 for n in numbers(",".join(str(int(part) + 1) for part in text.split(",")))]
 
 
 def model_names(text: str) -> list[str]:
@@ -233,6 +291,25 @@ def model_names(text: str) -> list[str]:
 def type_names(text: str) -> list[str]:
     names, plain = [part.strip().upper() for part in text.split(",")], PLAIN.upper()
     return list(dict.fromkeys(one_type(name.removesuffix(plain)) + PLAIN * name.endswith(plain) for name in names))
+
+
+def stored_types(text: str) -> list[str]:
+    return list(dict.fromkeys(map(one_type, text.split(","))))
+
+
+def vocabulary(text: str) -> int:
+    """A number from 1 on; 0 stands for the models' own."""
+    if text != "real" and int(text) < 1:
+        raise ValueError
+    return 0 if text == "real" else int(text)
+
+
+def labels(types: list[str], embeddings: list[str], against: Path | None) -> list[str]:
+    """The rows of a table: types by embeddings, if there are several, by builds."""
+    rows = types
+    if len(embeddings) > 1:
+        rows = [base(label) + EMBEDDINGS + e + PLAIN * label.endswith(PLAIN) for label in types for e in embeddings]
+    return [label + suffix for label in rows for suffix in ["", BEFORE][: 1 + bool(against)]]
 
 
 def one_type(text: str) -> str:
@@ -258,7 +335,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", "1,all", "numbers of threads", type=thread_counts)
     add("--prompt", "512", "tokens of a prompt", type=numbers)
     add("--generate", "128", "tokens to generate", type=numbers)
-    add("--depth", "0", "tokens in the context before", type=depths)
+    add("--depth", "0", "tokens in the context before generating", type=depths)
+    add("--prompt-depth", "0", "tokens in the context before a prompt", type=depths)
     add("--batch", "2048", "llama-bench -b, for prompts", type=numbers)
     add("--ubatch", "512", "llama-bench -ub, for prompts", type=numbers)
     add("--rounds", "3", "rounds of each test", type=int, metavar="N")
@@ -266,8 +344,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     text = "halve the tokens of a test until it takes no longer than this, and say so in the tables; 0: never"
     add("--longest", "5", text, type=float, metavar="SECONDS")
     parser.add_argument("--quick", action="store_true", help="a first look: 0.5b, 128 and 32 tokens, one round, 2 seconds")
-    add("--vocab", "32000", "tokens of the vocabulary", type=int, metavar="N")
-    add("--embeddings", "Q4_0", "type of the embeddings, which are the output matrix too", type=one_type, metavar="TYPE")
+    add("--vocab", "32000", "tokens of the vocabulary; real: as many as the model has", type=vocabulary, metavar="N")
+    add(
+        "--embeddings",
+        "Q4_0",
+        "types of the embeddings, which are the output matrix too; rows are compared with the first",
+        type=stored_types,
+    )
+    text = "another build's directory, as SHERRY_BUILD_DIR has it: each type also runs there, in turn"
+    add("--against", "none", text, type=Path, metavar="DIR", default=None)
+    parser.add_argument("--resume", action="store_true", help="go on with what --json holds of an interrupted run")
     add("--dir", "build/bench/models", "directory of the models", type=Path, default=build / "models", metavar="DIR")
     add("--json", "build/bench/models.json", "file for every round", type=Path, default=build / "models.json", metavar="FILE")
     add("--markdown", "build/bench/models.md", "file for the tables", type=Path, default=build / "models.md", metavar="FILE")
@@ -277,8 +363,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.quick:
         parser.set_defaults(models="0.5b", prompt="128", generate="32", rounds=1, load_rounds=1, longest=2.0)
         args = parser.parse_args(argv)
-    if args.rounds < 1 or args.load_rounds < 0 or args.longest < 0 or args.vocab < 1:
-        parser.error("--rounds and --vocab must be at least 1, --load-rounds and --longest at least 0")
+    if args.rounds < 1 or args.load_rounds < 0 or args.longest < 0:
+        parser.error("--rounds must be at least 1, --load-rounds and --longest at least 0")
+    if args.against and len(args.embeddings) > 1:
+        parser.error("--against takes one type of --embeddings")
+    if args.against and not (args.against / "bin" / "llama-bench").exists():
+        parser.error(f"--against: {args.against / 'bin' / 'llama-bench'} is not there")
+    args.labels = labels(args.types, args.embeddings, args.against)
     if args.load_rounds and sys.platform != "linux":
         print("models.py: loading is measured on Linux only", file=sys.stderr)
         args.load_rounds = 0
@@ -315,7 +406,8 @@ def main(argv: list[str] | None = None) -> None:
             if args.plot:
                 draw(run.report, args.plot)
     if interrupt:
-        print(f"models.py: interrupted; {'wrote what was measured so far' if measured else 'nothing is written'}", file=sys.stderr)
+        wrote = "wrote what was measured so far, --resume goes on with it" if measured else "nothing is written"
+        print(f"models.py: interrupted; {wrote}", file=sys.stderr)
         sys.exit(interrupt.exit_code)
 
 

@@ -112,6 +112,38 @@ def test_files_take_turns(monkeypatch):
     assert calls[10:14] == [("b", 1, "pp8"), ("a", 1, "pp8"), ("b", 1, "tg4"), ("a", 1, "tg4")]
 
 
+def test_a_filled_context_is_measured_in_one_process(two, monkeypatch):
+    """With real models: both run, as often as asked, and the report has them in the rounds' order."""
+    calls, each = [], bench.llama_bench_each
+
+    def llama_bench_each(files, threads, test, *rest):
+        calls.append(([f.name for f in files], str(test)))
+        return each(files, threads, test, *rest)
+
+    monkeypatch.setattr(bench, "llama_bench_each", llama_bench_each)
+    report = {}
+    steps = list(bench.compare(list(two), [1], [bench.Test("tg", 2), bench.Test("tg", 2, 32)], 2, report))
+    names = [f.name for f in two]
+    assert calls[-1] == (names + names[::-1], "tg2 @ d32") and len(steps) == 2 + 2 * 2 * 2
+    assert [(e["test"], len(e["rates"])) for e in report["speed"]] == [("tg2", 2)] * 2 + [("tg2 @ d32", 2)] * 2
+    assert all(min(e["rates"]) > 0 for e in report["speed"])
+
+
+def test_a_model_that_breaks_after_another_is_named(two, tmp_path):
+    bad = tmp_path / "bad.gguf"
+    bad.write_bytes(b"GGUF" + bytes(100))
+    records = bench.llama_bench_each([two[0], bad], 1, bench.Test("tg", 2, 8))
+    assert next(records)["avg_ts"] > 0
+    with pytest.raises(OSError, match="llama-bench ended with 1 on bad.gguf, tg2 @ d8: "):
+        next(records)
+
+
+def test_tests_of_the_command_line():
+    tests = bench.parse(["a", "--prompt", "512,4096", "--generate", "64", "--depth", "0,1024"], None).tests
+    assert list(map(str, tests)) == ["pp512", "pp4096", "tg64", "tg64 @ d1024"]
+    assert list(map(str, bench.parse(["a", "--prompt", "0"], None).tests)) == ["tg128"]
+
+
 def test_an_interrupt_shows_what_was_measured(monkeypatch, capsys, tmp_path):
     (tmp_path / "a.gguf").touch()
     calls = iter(range(3))

@@ -53,9 +53,11 @@ def made_up(monkeypatch):
     """Nothing is measured: the list of what was asked for, (label, threads, test); rates count up."""
     calls = []
 
-    def measure(file, label, threads, test):
-        calls.append((label, threads, str(test)))
-        return {"avg_ts": float(len(calls)), "build_commit": "abc"}
+    def measure(files, label, threads, test, against):
+        for file in files:
+            kind = next(part for part in file.name.split("-") if part.endswith(".v1.gguf")).removesuffix(".v1.gguf")
+            calls.append((kind + bench.BEFORE * label.endswith(bench.BEFORE), threads, str(test)))
+            yield {"avg_ts": float(len(calls)), "build_commit": "abc"}
 
     monkeypatch.setattr(bench, "measure", measure)
     monkeypatch.setattr(bench, "memory_bandwidth", lambda threads, rounds: [10.0 * threads] * rounds)
@@ -154,13 +156,19 @@ def test_types_without_a_fallback():
 
 
 def test_shapes_are_the_published_ones():
-    parameters = {"135m": 134_515_008, "0.5b": 494_032_768, "1b": 1_235_814_400, "3b": 3_212_749_824, "0.7b": 728_842_752}
+    parameters = {"135m": 134_515_008, "270m": 268_098_176, "0.5b": 494_032_768, "0.7b": 728_842_752, "1b": 1_235_814_400,
+                  "1.5b": 1_543_714_304, "3b": 3_212_749_824}  # fmt: skip
     parameters["0.7b"] -= 24 * (1536 + 4096)  # BitNet's inner norms, which the llama architecture has not
-    vocabularies = {"135m": 49_152, "0.5b": 151_936, "1b": 128_256, "3b": 128_256, "0.7b": 32_002}
-    for key, shape in model_files.SHAPES.items():
-        if key in parameters:
-            tensors = model_files.plan(shape, "F16", vocabularies[key], "F16")
-            assert sum(math.prod(t.shape) for t in tensors) == parameters[key]
+    for key, wanted in parameters.items():
+        shape = model_files.SHAPES[key]
+        assert sum(math.prod(t.shape) for t in model_files.plan(shape, "F16", shape.vocab, "F16")) == wanted
+
+
+def test_keys_and_values_that_a_token_reads():
+    assert model_files.SHAPES["1b"].cache_bytes(1024) == 1024 * 2 * 2 * 512 * 16
+    gemma = model_files.SHAPES["270m"]
+    assert gemma.cache_bytes(100) == 100 * 2 * 2 * 256 * 18
+    assert gemma.cache_bytes(2048) == 2 * 2 * 256 * (15 * 512 + 3 * 2048)  # three layers see everything
 
 
 def test_a_model_that_is_not_finished_leaves_nothing(tmp_path):
@@ -178,11 +186,86 @@ def test_a_model_that_is_not_finished_leaves_nothing(tmp_path):
 
 def test_types_take_turns_in_another_order_each_round(models, tmp_path, made_up):
     bench.main(arguments(models, tmp_path, "--types", "tq1_25,tq2_0,q4_0", "--rounds", "2", "--load-rounds", "0",
-                         "--longest", "0", "--depth", "0,16", "--generate", "8,4", "--ubatch", "16"))  # fmt: skip
+                         "--longest", "0", "--depth", "0,16", "--prompt-depth", "0,16", "--generate", "8,4", "--ubatch", "16"))  # fmt: skip
     assert made_up[:6] == [(label, 1, test) for label in ("TQ1_25", "TQ2_0", "Q4_0") for test in ("pp32", "tg4")]
-    tests = ["pp32 b2048 ub16", "pp32 b2048 ub16 @ d16", "tg8", "tg8 @ d16", "tg4", "tg4 @ d16"]
+    empty, filled = ["pp32 b2048 ub16", "tg8", "tg4"], ["pp32 b2048 ub16 @ d16", "tg8 @ d16", "tg4 @ d16"]
     rounds = [("TQ1_25", "TQ2_0", "Q4_0"), ("TQ2_0", "Q4_0", "TQ1_25")]
-    assert made_up[6:] == [(label, 1, test) for order in rounds for test in tests for label in order]
+    wanted = [(label, 1, test) for order in rounds for test in empty for label in order]
+    assert made_up[6:] == wanted + [(label, 1, test) for test in filled for order in rounds for label in order]
+
+
+def test_builds_take_turns_and_share_a_process_where_a_context_is_filled(models, tmp_path, monkeypatch, made_up):
+    processes = []
+    whole = bench.measure
+
+    def measure(files, *args):
+        processes.append(len(files))
+        return whole(files, *args)
+
+    monkeypatch.setattr(bench, "measure", measure)
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "llama-bench").touch()
+    bench.main(arguments(models, tmp_path, "--types", "tq1_25,q4_0", "--rounds", "3", "--load-rounds", "0", "--longest", "0",
+                         "--depth", "0,16", "--prompt", "4", "--against", tmp_path))  # fmt: skip
+    rows = ["TQ1_25", "TQ1_25-before", "Q4_0", "Q4_0-before"]
+    empty = [call[0] for call in made_up if call[2] == "tg8"]
+    assert empty == rows + rows[1:] + rows[:1] + rows[2:] + rows[:2]
+    filled = [label.endswith("-before") for label, _, test in made_up if test == "tg8 @ d16"]
+    assert filled == [False] * 2 + [True] * 4 + [False] * 4 + [True] * 2 and processes[-4:] == [2, 4, 4, 2]
+    report, text = json.loads((tmp_path / "r.json").read_text()), squeezed((tmp_path / "r.md").read_text())
+    speed = {(e["type"], e["test"]): e for e in report["speed"]}
+    new, old = (speed[label, "tg8 @ d16"]["rates"] for label in ("Q4_0", "Q4_0-before"))
+    assert speed["Q4_0", "tg8 @ d16"]["reference_ratio"] == sorted(a / b for a, b in zip(new, old))[1]
+    assert speed["Q4_0-before", "tg8 @ d16"]["reference_ratio"] is None and speed["Q4_0-before", "tg8 @ d16"]["ours_ratio"]
+    assert "tg8 @ d16 t/s | TQ1_25 × | × before | GB/s | of limit |" in text and "| Q4_0 before | 4.500 |" in text
+
+
+def test_embeddings_are_compared_with_the_first(models, tmp_path, made_up):
+    bench.main(arguments(models, tmp_path, "--types", "tq1_25", "--embeddings", "F16,q6_k", "--vocab", "real", "--load-rounds", "0"))
+    report, text = json.loads((tmp_path / "r.json").read_text()), squeezed((tmp_path / "r.md").read_text())
+    files = report["models"]["tiny"]["types"]
+    assert list(files) == ["TQ1_25+F16", "TQ1_25+Q6_K"] and report["models"]["tiny"]["vocab"] == 512
+    matrix = 512 * 256 * 2
+    assert files["TQ1_25+F16"]["output_share"] == pytest.approx(matrix / files["TQ1_25+F16"]["bytes"])
+    assert files["TQ1_25+F16"]["bytes"] - files["TQ1_25+Q6_K"]["bytes"] == matrix - 512 * 210
+    tg = {e["type"]: e for e in report["speed"] if e["kind"] == "tg"}
+    assert tg["TQ1_25+F16"]["reference_ratio"] == 1 and tg["TQ1_25+Q6_K"]["reference_ratio"] > 1
+    share = f"{100 * files['TQ1_25+Q6_K']['output_share']:.0f} %"
+    assert f"| TQ1_25, Q6_K embeddings | 1.375 | {files['TQ1_25+Q6_K']['bytes'] / 2**20:.2f} | Q6_K | {share} |" in text
+    assert "| × F16 embeddings |" in text and "TQ1_25 ×" not in text.partition("## tiny")[2] and "a vocabulary of 512" in text
+
+
+def test_keys_and_values_count_as_read(models, tmp_path, made_up):
+    bench.main(arguments(models, tmp_path, "--types", "tq1_25", "--depth", "0,100", "--load-rounds", "0", "--longest", "0"))
+    report = json.loads((tmp_path / "r.json").read_text())
+    size = report["models"]["tiny"]["types"]["TQ1_25"]["bytes"]
+    for e in report["speed"]:
+        if e["kind"] == "tg":
+            cache = 2 * 2 * 2 * 64 * 2 * (e["depth"] + 4.5)  # 8 tokens, the first of which sees itself
+            assert e["gb_per_s"] == pytest.approx(e["median"] * (size + cache) / 1e9)
+
+
+def test_an_interrupted_run_is_resumed(models, tmp_path, monkeypatch, made_up):
+    whole, flags = bench.measure, ["--types", "tq1_25,q4_0", "--depth", "0,16", "--rounds", "2", "--load-rounds", "0"]
+
+    def measure(*args):
+        for record in whole(*args):
+            if len(made_up) == 4 + 8 + 4:  # two types were looked at; then came depth 0; of depth 16 the last is lost
+                raise signals.Interrupted(15)
+            yield record
+
+    monkeypatch.setattr(bench, "measure", measure)
+    with pytest.raises(SystemExit, match="143"):
+        bench.main(arguments(models, tmp_path, *flags))
+    monkeypatch.setattr(bench, "measure", whole)
+    before, done = json.loads((tmp_path / "r.json").read_text()), len(made_up)
+    with pytest.raises(ValueError, match="r.json was measured with another rounds: pass the same flags"):
+        bench.main(arguments(models, tmp_path, *flags, "--rounds", "3", "--resume"))
+    bench.main(arguments(models, tmp_path, *flags, "--resume"))
+    after = json.loads((tmp_path / "r.json").read_text())
+    assert made_up[done + 4 :] == made_up[done - 1 : done]
+    assert all(b["rates"] == a["rates"][: len(b["rates"])] and len(a["rates"]) == 2 for a, b in zip(after["speed"], before["speed"]))
+    assert after["complete"] and not before["complete"] and len(after["bandwidth"]["1"]) > len(before["bandwidth"]["1"])
 
 
 def test_long_tests_are_shortened_alike_and_only_slow_types_more():
@@ -282,7 +365,7 @@ def test_an_interrupt_before_any_figure_writes_nothing(models, tmp_path, monkeyp
 def test_llama_bench_that_fails_is_an_error(tmp_path):
     (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(100))
     with pytest.raises(OSError, match="llama-bench ended with 1 on bad.gguf, tg4: "):
-        bench.measure(tmp_path / "bad.gguf", "Q4_0", 1, bench.Test("tg", 4))
+        list(bench.measure([tmp_path / "bad.gguf"], "Q4_0", 1, bench.Test("tg", 4), None))
 
 
 def test_a_disk_that_is_too_small_is_an_error_before_anything_is_made(tmp_path, monkeypatch):
@@ -293,13 +376,16 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_made(tmp_path, 
 
 
 @pytest.mark.parametrize("args, message", [
-    (["--models", "7b"], "no model '7b': there are 135m, 0.5b, 0.7b, 1b, 3b, 3b-bitnet, tiny"),
+    (["--models", "7b"], "no model '7b': there are 135m, 270m, 0.5b, 0.7b, 1b, 1.5b, 3b, 3b-bitnet, tiny"),
     (["--types", "TQ1_25,NOPE"], "NOPE is not a type of the built ggml, which has F32,"),
     (["--types", "I8"], "weights cannot be quantized to I8"),
     (["--embeddings", "NOPE-plain"], "NOPE-PLAIN is not a type"),
     (["--threads", "0"], "--threads"),
     (["--depth", "-1"], "--depth"),
-    (["--rounds", "0"], "--rounds and --vocab must be at least 1"),
+    (["--vocab", "0"], "--vocab"),
+    (["--against", "nowhere"], "nowhere/bin/llama-bench is not there"),
+    (["--against", ".", "--embeddings", "F16,Q8_0"], "--against takes one type of --embeddings"),
+    (["--rounds", "0"], "--rounds must be at least 1"),
 ])  # fmt: skip
 def test_bad_arguments(capsys, args, message):
     with pytest.raises(SystemExit, match="2"):
