@@ -43,6 +43,11 @@ def ours_like(label: str) -> str:
     return OURS + "".join(base(label).partition(EMBEDDINGS)[1:])
 
 
+def has_peers(entries: list[dict]) -> bool:
+    """Whether some rows are to be compared with ours."""
+    return any(e["type"] != ours_like(e["type"]) for e in entries)
+
+
 def shown(label: str) -> str:
     kind, _, embeddings = base(label).partition(EMBEDDINGS)
     return kind + f", {embeddings} embeddings" * bool(embeddings) + label.removeprefix(base(label)).replace("-", " ")
@@ -61,9 +66,11 @@ def markdown(report: dict) -> str:
     if not report["complete"]:
         intro += " **Ended early: some rounds are missing.**"
     legend = (
-        f'"{OURS} ×": {OURS}\'s rate over the row\'s, the median of the rounds\' ratios. "GB/s": generating reads every weight '
-        'and the keys and values of the context for every token. "of limit": GB/s as a share of the memory bandwidth:'
+        'Ratios are medians of the rounds\' ratios. "GB/s": generating reads every weight and the keys and values of the context for every '
+        'token. "of limit": GB/s as a share of the memory bandwidth:'
     )
+    if has_peers(report["speed"]):
+        legend = f"\"{OURS} ×\": {OURS}'s rate over the row's. {legend}"
     if reference := report.get("reference"):
         what = "--against's build" if reference == "before" else f"the same type with {reference}"
         legend = f'"× {reference}": the row\'s rate over that of {what}. {legend}'
@@ -99,7 +106,7 @@ def speed_table(model: dict, entries: list[dict], threads: int, reference: str |
 
     tests = list(dict.fromkeys(e["test"] for e in entries))
     cells = {(e["type"], e["test"]): e for e in entries}
-    peers = any(e["type"] != ours_like(e["type"]) for e in entries)
+    peers = has_peers(entries)
     outputs = any(EMBEDDINGS in e["type"] for e in entries)
     head = ["type", "bits/weight", "MiB", *["output matrix", "of the bytes"] * outputs]
     for test in tests:

@@ -116,8 +116,10 @@ class Run:
             files = {base(label): facts(shape, type_of(label), shape.vocab, self.embeddings(label)) for label in args.labels}
             weights = sum(math.prod(t.shape) for t in plan(shape, "F16", shape.vocab, "F16"))
             self.report["models"][key] = asdict(shape) | {"parameters": weights, "types": files}
-        self.tests = [Test("pp", *sizes) for sizes in itertools.product(args.prompt, args.prompt_depth, args.batch, args.ubatch)]
-        self.tests += [Test("tg", *sizes) for sizes in itertools.product(args.generate, args.depth)]
+        self.tests = [
+            Test("pp", *sizes) for sizes in itertools.product(filter(None, args.prompt), args.prompt_depth, args.batch, args.ubatch)
+        ]
+        self.tests += [Test("tg", *sizes) for sizes in itertools.product(filter(None, args.generate), args.depth)]
         self.load_types = [label for label in LOAD_TYPES if label in args.labels] if args.load_rounds else []
         self.earlier: dict[tuple, dict] = {}
         if args.resume and args.json.exists():
@@ -132,7 +134,20 @@ class Run:
             )
         self.earlier = {tuple(entry[k] for k in SAME): entry for entry in old["speed"]}
         self.earlier |= {(entry["model"], entry["type"]): entry for entry in old["load"]}
-        self.report["bandwidth"] |= old["bandwidth"]
+        self.report |= {key: old[key] for key in ("bandwidth", "llama_cpp")}
+
+    def is_measured(self, key: str) -> bool:
+        """Whether an earlier run has every round of a model; then the report gets them."""
+        wanted = [(key, label, threads, str(test)) for label in self.args.labels for threads in self.args.threads for test in self.tests]
+        rounds = {k: len(e["rates"]) if "rates" in e else len(e["rounds"]) for k, e in self.earlier.items()}
+        if min(rounds.get(k, 0) for k in wanted) < self.args.rounds:
+            return False
+        if any(rounds.get((key, label), 0) < self.args.load_rounds for label in self.load_types):
+            return False
+        for k, entry in self.earlier.items():
+            if k[0] == key:
+                self.report["speed" if "rates" in entry else "load"].append(entry)
+        return True
 
     def embeddings(self, label: str) -> str:
         return base(label).partition(EMBEDDINGS)[2] or self.args.embeddings[0]
@@ -207,7 +222,8 @@ class Run:
         self.make()
         with tqdm(total=steps, desc="measuring", unit="run", disable=None) as bar:
             for key in args.models:
-                self.measure_model(key, bar)
+                if not self.is_measured(key):
+                    self.measure_model(key, bar)
         self.report["complete"] = True
 
     def measure_model(self, key: str, bar: tqdm) -> None:
@@ -333,8 +349,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--models", ",".join(MODELS), f"of {', '.join(SHAPES)}", type=model_names)
     add("--types", ", ".join(TYPES), f"append {PLAIN} for weights without repacking", type=type_names)
     add("--threads", "1,all", "numbers of threads", type=thread_counts)
-    add("--prompt", "512", "tokens of a prompt", type=numbers)
-    add("--generate", "128", "tokens to generate", type=numbers)
+    add("--prompt", "512", "tokens of a prompt; 0: none", type=depths)
+    add("--generate", "128", "tokens to generate; 0: none", type=depths)
     add("--depth", "0", "tokens in the context before generating", type=depths)
     add("--prompt-depth", "0", "tokens in the context before a prompt", type=depths)
     add("--batch", "2048", "llama-bench -b, for prompts", type=numbers)

@@ -265,6 +265,10 @@ def test_an_interrupted_run_is_resumed(models, tmp_path, monkeypatch, made_up):
     after = json.loads((tmp_path / "r.json").read_text())
     assert made_up[done + 4 :] == made_up[done - 1 : done]
     assert all(b["rates"] == a["rates"][: len(b["rates"])] and len(a["rates"]) == 2 for a, b in zip(after["speed"], before["speed"]))
+    calls = len(made_up)
+    bench.main(arguments(models, tmp_path, *flags, "--resume"))  # nothing is left to measure
+    again = json.loads((tmp_path / "r.json").read_text())
+    assert len(made_up) == calls and again["speed"] == after["speed"] and again["bandwidth"] == after["bandwidth"]
     assert after["complete"] and not before["complete"] and len(after["bandwidth"]["1"]) > len(before["bandwidth"]["1"])
 
 
