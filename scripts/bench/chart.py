@@ -16,8 +16,12 @@ TITLES = {"tg": "Generating", "pp": "Reading a prompt"}
 
 
 def rates(report: dict, kind: str) -> dict[str, float]:
-    """Median tokens a second by type, the fastest first; `kind` is "tg" or "pp". Rows without repacking are left out."""
-    medians = {e["type"]: statistics.median(e["rates"]) for e in report["speed"] if e["kind"] == kind and "-plain" not in e["type"]}
+    """Median tokens a second by type, the fastest first; `kind` is "tg" or "pp".
+
+    Of several tests the first counts. Tests in a filled context and rows without repacking are left out.
+    """
+    entries = [e for e in report["speed"] if e["kind"] == kind and not e["depth"] and "-plain" not in e["type"]]
+    medians = {e["type"]: statistics.median(e["rates"]) for e in reversed(entries)}
     return dict(sorted(medians.items(), key=lambda item: -item[1]))
 
 

@@ -88,8 +88,8 @@ def lengths(tests: list[Test], rates: dict[str, dict[str, float]], threads: int,
 
 
 def in_turns(labels: list[str], turn: int) -> list[str]:
-    """A round's order where each build runs its labels in a process: this build's first in even rounds, the other's in odd ones."""
-    return sorted(rotated(labels, turn), key=lambda label: label.endswith(BEFORE) != turn % 2)
+    """A round's order where labels of one build, repacked or not, share a process; the next round begins where this one ends."""
+    return sorted(rotated(labels, turn), key=lambda label: (label.endswith(BEFORE), PLAIN in label), reverse=turn % 2 == 1)
 
 
 class Run:
@@ -134,20 +134,14 @@ class Run:
             )
         self.earlier = {tuple(entry[k] for k in SAME): entry for entry in old["speed"]}
         self.earlier |= {(entry["model"], entry["type"]): entry for entry in old["load"]}
-        self.report |= {key: old[key] for key in ("bandwidth", "llama_cpp")}
+        self.report |= {key: old[key] for key in ("bandwidth", "llama_cpp", "speed", "load")}
 
     def is_measured(self, key: str) -> bool:
-        """Whether an earlier run has every round of a model; then the report gets them."""
+        """Whether an earlier run has every round of a model."""
         wanted = [(key, label, threads, str(test)) for label in self.args.labels for threads in self.args.threads for test in self.tests]
         rounds = {k: len(e["rates"]) if "rates" in e else len(e["rounds"]) for k, e in self.earlier.items()}
-        if min(rounds.get(k, 0) for k in wanted) < self.args.rounds:
-            return False
-        if any(rounds.get((key, label), 0) < self.args.load_rounds for label in self.load_types):
-            return False
-        for k, entry in self.earlier.items():
-            if k[0] == key:
-                self.report["speed" if "rates" in entry else "load"].append(entry)
-        return True
+        loaded = all(rounds.get((key, label), 0) >= self.args.load_rounds for label in self.load_types)
+        return loaded and min(rounds.get(k, 0) for k in wanted) >= self.args.rounds
 
     def embeddings(self, label: str) -> str:
         return base(label).partition(EMBEDDINGS)[2] or self.args.embeddings[0]
@@ -220,24 +214,25 @@ class Run:
         runs = args.rounds * len(self.tests) * len(args.threads) * len(args.labels)
         steps = len(args.models) * (runs + len(args.labels) + args.load_rounds * len(self.load_types))
         self.make()
-        with tqdm(total=steps, desc="measuring", unit="run", disable=None) as bar:
+        with tqdm(total=steps, desc="measuring", unit="run", disable=None) as self.bar:
             for key in args.models:
                 if not self.is_measured(key):
-                    self.measure_model(key, bar)
+                    self.measure_model(key)
         self.report["complete"] = True
 
-    def measure_model(self, key: str, bar: tqdm) -> None:
-        args, most = self.args, max(self.args.threads)
+    def step(self, key: str, label: str, what: str) -> Path:
+        """Show what comes next; returns the file."""
+        self.bar.set_postfix_str(f"{key} {label} {what}")
+        self.bar.update()
+        return self.path(key, label)
 
-        def step(label: str, what: str) -> Path:
-            bar.set_postfix_str(f"{key} {label} {what}")
-            bar.update()
-            return self.path(key, label)
+    def measure_model(self, key: str) -> None:
+        args, most = self.args, max(self.args.threads)
 
         # A first look brings each file into the page cache and shows how long a test would take.
         rates = {}
         for label in args.labels:
-            file = step(label, "first look")
+            file = self.step(key, label, "first look")
             records = {test.kind: list(measure([file], label, most, test, args.against))[0] for test in (Test("pp", 32), Test("tg", 4))}
             rates[label] = {kind: record["avg_ts"] for kind, record in records.items()}
             self.report["llama_cpp"] = records["pp"]["build_commit"]
@@ -246,43 +241,41 @@ class Run:
         for threads in args.threads:
             for test, (common, own) in lengths(self.tests, rates, threads, most, args.longest).items():
                 entries = {label: self.entry(key, label, threads, test, common, own) for label in args.labels}
-                self.report["speed"] += entries.values()
                 groups.append((threads, own, entries))
-
-        def run(threads: int, own: dict[str, Test], entries: dict[str, dict], turns: list[tuple[int, str]]) -> None:
-            """Measure what is missing of [(round, label)]; those that follow each other and can share a process do."""
-            turns = [(turn, label) for turn, label in turns if len(entries[label]["rates"]) <= turn]
-            how = {label: (own[label], label.removesuffix(BEFORE).endswith(PLAIN), label.endswith(BEFORE)) for label in own}
-            for (test, *_), together in itertools.groupby(turns, lambda item: how[item[1]]):
-                part = list(together)
-                records = measure([self.path(key, label) for _, label in part], part[0][1], threads, test, args.against)
-                for turn, label in part:
-                    step(label, f"{test}, {counted(threads, 'thread')}, round {turn + 1}")
-                    entries[label]["rates"].append(next(records)["avg_ts"])
-                for _ in records:
-                    pass  # raises if llama-bench failed at its end
 
         empty, filled = ([g for g in groups if any(t.depth for t in g[1].values()) == deep] for deep in (False, True))
         for turn in range(args.rounds):
             self.memory()
             for group in empty:
                 for label in rotated(args.labels, turn):
-                    run(*group, [(turn, label)])
+                    self.run(key, *group, [(turn, label)])
         for group in filled:
             self.memory()
-            run(*group, [(turn, label) for turn in range(args.rounds) for label in in_turns(args.labels, turn)])
+            self.run(key, *group, [(turn, label) for turn in range(args.rounds) for label in in_turns(args.labels, turn)])
         self.memory()
 
-        new = {label: {"model": key, "type": label, "rounds": []} for label in self.load_types}
-        entries = {label: self.earlier.get((key, label), entry) for label, entry in new.items()}
-        self.report["load"] += entries.values()
+        entries = {label: self.earlier.get((key, label)) or {"model": key, "type": label, "rounds": []} for label in self.load_types}
+        self.report["load"] += [entry for entry in entries.values() if (key, entry["type"]) not in self.earlier]
         for turn in range(args.load_rounds if entries else 0):
             for label in rotated(self.load_types, turn):
                 if len(entries[label]["rounds"]) <= turn:
-                    entries[label]["rounds"].append(load(step(label, f"load, round {turn + 1}"), base(label), most))
+                    entries[label]["rounds"].append(load(self.step(key, label, f"load, round {turn + 1}"), label, most))
+
+    def run(self, key: str, threads: int, own: dict[str, Test], entries: dict[str, dict], turns: list[tuple[int, str]]) -> None:
+        """Measure what is missing of [(round, label)]; those that follow each other and can share a process do."""
+        turns = [(turn, label) for turn, label in turns if len(entries[label]["rates"]) <= turn]
+        how = {label: (own[label], label.removesuffix(BEFORE).endswith(PLAIN), label.endswith(BEFORE)) for label in own}
+        for (test, *_), together in itertools.groupby(turns, lambda item: how[item[1]]):
+            part = list(together)
+            records = measure([self.path(key, label) for _, label in part], part[0][1], threads, test, self.args.against)
+            for turn, label in part:
+                self.step(key, label, f"{test}, {counted(threads, 'thread')}, round {turn + 1}")
+                entries[label]["rates"].append(next(records)["avg_ts"])
+            for _ in records:
+                pass  # raises if llama-bench failed at its end
 
     def entry(self, key: str, label: str, threads: int, test: Test, common: Test, own: dict[str, Test]) -> dict:
-        """What the report says of a test, with the rounds of an earlier run; then `own` becomes that run's length."""
+        """The report's entry of a test: a new one, or that of an earlier run, whose length then becomes `own`."""
         which = {"model": key, "type": label, "threads": threads, "test": str(test)}
         if entry := self.earlier.get(tuple(which[k] for k in SAME)):
             own[label] = replace(own[label], tokens=entry["tokens"])
@@ -290,7 +283,8 @@ class Run:
         entry = which | {"common": str(common), "run": str(own[label])} | asdict(own[label])
         if test.kind == "tg":  # on average half of the tokens are in the context, too
             entry["cache_bytes"] = SHAPES[key].cache_bytes(test.depth + (own[label].tokens + 1) / 2)
-        return entry | {"reference": self.reference(label), "rates": []}
+        self.report["speed"].append(entry | {"reference": self.reference(label), "rates": []})
+        return self.report["speed"][-1]
 
 
 # ---- the command ----
@@ -379,12 +373,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.quick:
         parser.set_defaults(models="0.5b", prompt="128", generate="32", rounds=1, load_rounds=1, longest=2.0)
         args = parser.parse_args(argv)
-    if args.rounds < 1 or args.load_rounds < 0 or args.longest < 0:
-        parser.error("--rounds must be at least 1, --load-rounds and --longest at least 0")
-    if args.against and len(args.embeddings) > 1:
-        parser.error("--against takes one type of --embeddings")
-    if args.against and not (args.against / "bin" / "llama-bench").exists():
-        parser.error(f"--against: {args.against / 'bin' / 'llama-bench'} is not there")
+    check_flags(parser, args)
     args.labels = labels(args.types, args.embeddings, args.against)
     if args.load_rounds and sys.platform != "linux":
         print("models.py: loading is measured on Linux only", file=sys.stderr)
@@ -398,6 +387,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     else:
         args.plot = args.plot or args.markdown.with_suffix(".png")
     return args
+
+
+def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End with a message about flags that no run can have."""
+    if args.rounds < 1 or args.load_rounds < 0 or args.longest < 0:
+        parser.error("--rounds must be at least 1, --load-rounds and --longest at least 0")
+    if not any(args.prompt + args.generate):
+        parser.error("--prompt and --generate must not both be 0")
+    if args.against and len(args.embeddings) > 1:
+        parser.error("--against takes one type of --embeddings")
+    if args.against and not (args.against / "bin" / "llama-bench").exists():
+        parser.error(f"--against: {args.against / 'bin' / 'llama-bench'} is not there")
 
 
 def main(argv: list[str] | None = None) -> None:

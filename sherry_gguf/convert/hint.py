@@ -28,8 +28,10 @@ def output_note(model: Any, plan: list[Tensor]) -> str:
     if not output or not (smaller := _smaller(output)):
         return ""
     # some models list a number for each layer
-    used, experts = (float(np.mean(keys.get(f"{arch}.expert_{what}", 1))) for what in ("used_count", "count"))
-    read = sum(t.nbytes * (used / experts if "_exps." in t.name else 1) for t in plan if t is output or t.name not in _LOOKED_UP)
+    experts = keys.get(f"{arch}.expert_count") or 1
+    used = float(np.mean(keys.get(f"{arch}.expert_used_count", experts)) / np.mean(experts))
+    decoding = [t for t in plan if t is output or not (t.name in _LOOKED_UP or t.name.startswith("enc."))]
+    read = sum(t.nbytes * (used if "_exps." in t.name else 1) for t in decoding)
     if output.nbytes <= _WORTH_IT * read:
         return ""
     name, saved = smaller

@@ -258,6 +258,10 @@ def test_an_interrupted_run_is_resumed(models, tmp_path, monkeypatch, made_up):
     with pytest.raises(SystemExit, match="143"):
         bench.main(arguments(models, tmp_path, *flags))
     monkeypatch.setattr(bench, "measure", whole)
+    monkeypatch.setattr(bench, "measure", lambda *args: iter([made_up[99999]]))
+    with pytest.raises(IndexError):  # before anything new: nothing old is lost
+        bench.main(arguments(models, tmp_path, *flags, "--resume"))
+    monkeypatch.setattr(bench, "measure", whole)
     before, done = json.loads((tmp_path / "r.json").read_text()), len(made_up)
     with pytest.raises(ValueError, match="r.json was measured with another rounds: pass the same flags"):
         bench.main(arguments(models, tmp_path, *flags, "--rounds", "3", "--resume"))
@@ -265,11 +269,27 @@ def test_an_interrupted_run_is_resumed(models, tmp_path, monkeypatch, made_up):
     after = json.loads((tmp_path / "r.json").read_text())
     assert made_up[done + 4 :] == made_up[done - 1 : done]
     assert all(b["rates"] == a["rates"][: len(b["rates"])] and len(a["rates"]) == 2 for a, b in zip(after["speed"], before["speed"]))
-    calls = len(made_up)
+    monkeypatch.setattr(bench, "measure", None)
     bench.main(arguments(models, tmp_path, *flags, "--resume"))  # nothing is left to measure
     again = json.loads((tmp_path / "r.json").read_text())
-    assert len(made_up) == calls and again["speed"] == after["speed"] and again["bandwidth"] == after["bandwidth"]
+    assert again["speed"] == after["speed"] and again["bandwidth"] == after["bandwidth"]
     assert after["complete"] and not before["complete"] and len(after["bandwidth"]["1"]) > len(before["bandwidth"]["1"])
+
+
+def test_loading_takes_the_labels_as_they_are(models, tmp_path, monkeypatch, made_up):
+    loaded = []
+
+    def load(file, label, threads):
+        loaded.append(label)
+        return {what: {"seconds": 1.0, "anon": 1.0, "file": 1.0, "peak": 1.0} for what in ("load", "token")}
+
+    monkeypatch.setattr(bench, "load", load)
+    flags = ["--types", "tq1_25,tq1_25-plain", "--rounds", "1", "--load-rounds", "2"]
+    bench.main(arguments(models, tmp_path, *flags))
+    assert loaded == ["TQ1_25", "TQ1_25-plain", "TQ1_25-plain", "TQ1_25"]
+    bench.main(arguments(models, tmp_path, *flags, "--resume"))
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(loaded) == 4 and [len(e["rounds"]) for e in report["load"]] == [2, 2]
 
 
 def test_long_tests_are_shortened_alike_and_only_slow_types_more():
@@ -387,6 +407,7 @@ def test_a_disk_that_is_too_small_is_an_error_before_anything_is_made(tmp_path, 
     (["--threads", "0"], "--threads"),
     (["--depth", "-1"], "--depth"),
     (["--vocab", "0"], "--vocab"),
+    (["--prompt", "0", "--generate", "0"], "must not both be 0"),
     (["--against", "nowhere"], "nowhere/bin/llama-bench is not there"),
     (["--against", ".", "--embeddings", "F16,Q8_0"], "--against takes one type of --embeddings"),
     (["--rounds", "0"], "--rounds must be at least 1"),
