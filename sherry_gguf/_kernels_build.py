@@ -14,6 +14,8 @@ FLAGS = ["-std=c11", "-O3"]
 HEADERS = ["tq1_25.h", "attention.h", "tile.h", "isas.h", "repack.h"]
 BODY = r"(?: .*\n|\n)*?\}"  # indented lines, then a brace; cffi gets code of any other layout as it is
 
+NOT_OPEN = "(?! tq1_25_isa| sherry_attention)"  # of these types Python uses the members
+
 
 def declarations(header: str) -> str:
     """The declarations in one of our headers, as cffi reads them; the compiler fills in each `...`.
@@ -23,7 +25,7 @@ def declarations(header: str) -> str:
     text = re.sub(r"//.*", "", header)
     constants = re.findall(r"^#define (\w+) +[(\d]", text, re.M)
     text = re.sub(r"^#ifdef __cplusplus\n(?:.*\n)*?#endif|^ *#.*(?:\\\n.*)*|TQ1_25_ASSERT.*;|TQ1_25_API", "", text, flags=re.M)
-    text = re.sub(r"^((?:typedef )?(?:struct|union)(?! tq1_25_isa| sherry_attention)[^;{]*)\{\n" + BODY, r"\1{ ...; }", text, flags=re.M)  # types
+    text = re.sub(r"^((?:typedef )?(?:struct|union)" + NOT_OPEN + r"[^;{]*)\{\n" + BODY, r"\1{ ...; }", text, flags=re.M)  # types
     text = re.sub(r"^static inline (.*\)) \{(?:.*\}$|\n" + BODY + ")", r"\1;", text, flags=re.M)  # functions
     text = re.sub(r" = \{\n" + BODY, "", text)  # arrays
     return "".join(f"#define {name} ...\n" for name in constants) + re.sub(r"\[[A-Z]\w*\]", "[...]", text)

@@ -5,8 +5,7 @@ import numpy as np
 from . import kernels
 from .kernels import ffi, lib
 
-TYPES = {np.dtype(np.float16): lib.SHERRY_ATTENTION_F16, np.dtype(np.uint16): lib.SHERRY_ATTENTION_BF16}
-TYPES[np.dtype(np.uint8)] = lib.SHERRY_ATTENTION_Q8_0
+TYPES = {"float16": lib.SHERRY_ATTENTION_F16, "uint16": lib.SHERRY_ATTENTION_BF16, "uint8": lib.SHERRY_ATTENTION_Q8_0}
 
 
 def available() -> list[str]:
@@ -51,29 +50,10 @@ def attend(
     entry = kernels.instruction_set(isa)
     if entry.attention == ffi.NULL:
         raise ValueError(f"instruction set {ffi.string(entry.name).decode()} has no attention; those that do: {', '.join(available())}")
-    streams, heads, tokens, k_size = q.shape
-    a = ffi.new("struct sherry_attention *")
-    a.k_type, a.v_type = (_type_of(x) for x in (k, v))
-    a.k_size, a.v_size = head_size(k), head_size(v)
-    kv_streams, kv_heads, keys, _ = k.shape
-    if q.dtype != np.float32 or k_size != a.k_size or v.shape[:3] != k.shape[:3] or streams % kv_streams or heads % kv_heads:
-        raise ValueError(f"q is {q.dtype} {q.shape}, k {k.shape}, v {v.shape}: they do not belong together")
-    if mask is not None and (mask.dtype != np.float16 or mask.shape[2:] != (tokens, keys)):
-        raise ValueError(f"the mask is {mask.dtype} {mask.shape}, not float16 (..., {tokens}, {keys})")
-    if sinks is not None and (sinks.dtype != np.float32 or sinks.shape != (heads,)):
-        raise ValueError(f"the sinks are {sinks.dtype} {sinks.shape}, not float32 ({heads},)")
-    a.streams, a.heads, a.tokens, a.kv_streams, a.kv_heads, a.keys = streams, heads, tokens, kv_streams, kv_heads, keys
-    a.q, a.k, a.v = (_pointer(x) for x in (q, k, v))
-    a.q_stride, a.k_stride, a.v_stride = (_strides(x) for x in (q, k, v))
-    a.mask_streams, a.mask_heads = (1, 1) if mask is None else mask.shape[:2]
-    if mask is not None:
-        a.mask, a.mask_stride = _pointer(mask), _strides(mask)
-    if sinks is not None:
-        sinks = np.ascontiguousarray(sinks)
-        a.sinks = ffi.cast("float *", sinks.ctypes.data)
-    out = np.full((streams, tokens, heads, a.v_size), np.nan, np.float32)
-    a.dst, a.dst_stride = ffi.cast("char *", out.ctypes.data), out.strides[2]
+    a = _operands(q, k, v, mask, sinks)
     a.scale, a.max_bias, a.softcap = scale, max_bias, softcap
+    out = np.full((a.streams, a.tokens, a.heads, a.v_size), np.nan, np.float32)
+    a.dst, a.dst_stride = ffi.cast("char *", out.ctypes.data), out.strides[2]
     if scratch is None:
         scratch = 256 * (2 * a.k_size + 2 * a.v_size + 128)
     scratch = scratch // 64 * 64
@@ -94,10 +74,33 @@ def attend(
     return out
 
 
+def _operands(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray | None, sinks: np.ndarray | None):
+    """The operands as C takes them; the caller keeps the arrays alive. Raises ValueError."""
+    a = ffi.new("struct sherry_attention *")
+    a.k_type, a.v_type = (_type_of(x) for x in (k, v))
+    a.k_size, a.v_size = head_size(k), head_size(v)
+    a.streams, a.heads, a.tokens, size = q.shape
+    a.kv_streams, a.kv_heads, a.keys, _ = k.shape
+    if q.dtype != np.float32 or size != a.k_size or v.shape[:3] != k.shape[:3] or a.streams % a.kv_streams or a.heads % a.kv_heads:
+        raise ValueError(f"q is {q.dtype} {q.shape}, k {k.shape}, v {v.shape}: they do not belong together")
+    if mask is not None and (mask.dtype != np.float16 or mask.shape[2:] != (a.tokens, a.keys)):
+        raise ValueError(f"the mask is {mask.dtype} {mask.shape}, not float16 (..., {a.tokens}, {a.keys})")
+    if sinks is not None and (sinks.dtype != np.float32 or sinks.shape != (a.heads,) or not sinks.flags.c_contiguous):
+        raise ValueError(f"the sinks are {sinks.dtype} {sinks.shape}, not contiguous float32 ({a.heads},)")
+    a.q, a.k, a.v = (_pointer(x) for x in (q, k, v))
+    a.q_stride, a.k_stride, a.v_stride = (_strides(x) for x in (q, k, v))
+    a.mask_streams, a.mask_heads = (1, 1) if mask is None else mask.shape[:2]
+    if mask is not None:
+        a.mask, a.mask_stride = _pointer(mask), _strides(mask)
+    if sinks is not None:
+        a.sinks = ffi.cast("float *", sinks.ctypes.data)
+    return a
+
+
 def _type_of(x: np.ndarray) -> int:
-    if x.dtype not in TYPES or x.ndim != 4:
+    if x.dtype.name not in TYPES or x.ndim != 4:
         raise ValueError(f"keys or values are {x.dtype} {x.shape}, not float16, uint16 or uint8 with four axes")
-    return TYPES[x.dtype]
+    return TYPES[x.dtype.name]
 
 
 def _pointer(x: np.ndarray):

@@ -234,7 +234,7 @@ def test_streams_and_masks_of_heads(isa, tokens):
 
 
 @each_isa
-@pytest.mark.parametrize("k_kind, v_kind", [pair for pair in itertools.permutations(TYPES, 2)])
+@pytest.mark.parametrize("k_kind, v_kind", list(itertools.permutations(TYPES, 2)))
 def test_keys_and_values_of_different_types_and_sizes(isa, k_kind, v_kind):
     rng = np.random.default_rng(0)
     for tokens in 1, 2, 20:
