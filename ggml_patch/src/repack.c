@@ -217,6 +217,38 @@ void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * 
     memcpy(to, from, (size_t) (rows * nb) * of.block);
 }
 
+// Reads the block of a row from a tile: the inverse of put_row.
+static void get_row(enum tq1_25_kind kind, const void * x, int row, void * y) {
+    const tq1_25_sizes of = sizes_of(kind);
+    const int parts = of.parts * of.units;
+    uint8_t *qs = (uint8_t *) y, *sign = qs + GROUPS / 2 * parts, *d = sign + parts;
+    const tq1_25_part * part = (const tq1_25_part *) x;
+    for (int j = 0; j < parts; ++j) {
+        for (int k = 0; k < 4; ++k) {
+            const int shift = k / 2 * 4, even = part[j].qs[2 * k % 4][row] >> shift & 15,
+                      odd = part[j].qs[2 * k % 4 + 1][row] >> shift & 15;
+            qs[4 * j + k] = kind != KIND_STQ1_0 ? part[j].qs[k][row] : (uint8_t) (even | odd << 4);
+        }
+        sign[j] = part[j].sign[row];
+    }
+    memcpy(d, (const uint16_t *) (part + parts) + TQ1_25_PLACE(row), sizeof(uint16_t));
+}
+
+void tq1_25_unpack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y) {
+    const tq1_25_sizes of = sizes_of(kind);
+    const int64_t nb = n / of.weights;
+    const char * from = (const char *) x;
+    char * to = (char *) y;
+    for (; rows >= TQ1_25_TILE; rows -= TQ1_25_TILE, to += of.tile * (size_t) nb) {
+        for (int64_t i = 0; i < nb; ++i, from += of.tile) {
+            for (int row = 0; row < TQ1_25_TILE; ++row) {
+                get_row(kind, from, row, to + of.block * (size_t) (nb * row + i));
+            }
+        }
+    }
+    memcpy(to, from, (size_t) (rows * nb) * of.block);
+}
+
 void stq1_0_order(const float * x, float * y, int64_t n) {
     for (int64_t i = 0; i < n; i += STQ1_0_CHUNK, x += STQ1_0_CHUNK, y += STQ1_0_CHUNK) {
 #ifdef SSE2 // the plain loop takes 5 % of a prompt's time

@@ -19,6 +19,8 @@ tq1_25_sizes tq1_25_sizes_of(enum tq1_25_kind kind);
 
 // Repacks blocks of rows into tiles, as many bytes. x and y must not overlap.
 void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y);
+// The inverse: tiles back into blocks.
+void tq1_25_unpack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y);
 
 // Puts n activations into the order of STQ1_0's groups. x and y must not overlap.
 void stq1_0_order(const float * x, float * y, int64_t n);

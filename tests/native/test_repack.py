@@ -6,7 +6,7 @@ import platform
 import numpy as np
 import pytest
 
-from sherry_gguf import kernels, ternary, tq1_25, tq1_25_64
+from sherry_gguf import kernels, stq1_0, ternary, tq1_25, tq1_25_64
 
 ffi, lib = kernels.ffi, kernels.lib
 KINDS = [tq1_25.TYPE, tq1_25_64.TYPE]  # tests/format has STQ1_0's tests
@@ -124,6 +124,16 @@ def test_repack_writes_its_bytes_and_no_others(kind):
         to = ffi.from_buffer("uint8_t[]", out) + 256
         lib.tq1_25_repack(kernels._kind(kind), rows, 3 * kind.size, kernels._blocks(b, "uint8_t"), to)
         assert (out[256:-256] == repacked(b, kind)).all() and (out[:256] == 0xA5).all() and (out[-256:] == 0xA5).all()
+
+
+@pytest.mark.parametrize("kind", [*KINDS, stq1_0.TYPE], ids=lambda kind: kind.name)
+def test_unpack_is_the_inverse_and_writes_nothing_else(kind):
+    for rows in 1, 64, 65, 129:
+        b = np.random.default_rng(rows).integers(0, 256, (rows, 3 * kind.bytes), dtype=np.uint8)
+        out = np.full(b.size + 512, 0xA5, np.uint8)
+        to = ffi.from_buffer("uint8_t[]", out) + 256
+        lib.tq1_25_unpack(kernels._kind(kind), rows, 3 * kind.size, ffi.from_buffer(kernels.repack(b, kind)), to)
+        assert (out[256:-256] == b.ravel()).all() and (out[:256] == 0xA5).all() and (out[-256:] == 0xA5).all()
 
 
 # ---- integers ----

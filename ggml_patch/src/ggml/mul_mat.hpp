@@ -425,6 +425,15 @@ class tq1_25_traits : public tensor_traits_base {
         });
         return 0;
     }
+
+    // The repack buffer's get_tensor: a whole tensor's plain blocks. Upstream's buffer has none.
+    static void unpack(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+        GGML_ASSERT(sherry_has_type(t->type) && offset == 0 && size == ggml_nbytes(t));
+        for (int64_t i = 0; i < t->ne[2] * t->ne[3]; ++i) {
+            const size_t at = (size_t) i * t->nb[2];
+            tq1_25_unpack(kind_of(t), t->ne[1], t->ne[0], (const char *) t->data + at, (char *) data + at);
+        }
+    }
 };
 
 }  // namespace
