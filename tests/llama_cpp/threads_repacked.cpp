@@ -1,27 +1,10 @@
-// Runs mul_mat.hpp on threads without ggml, under ThreadSanitizer or under AddressSanitizer and UBSan. The parts of ggml that it calls are
-// below, with atomics and barriers that order the same as ggml's. Sums are exact, so results must equal the plain scalar kernel's. The work
-// buffer has exactly the requested size, any address, and old contents. usage: threads_repacked SEED, with an instruction set in SHERRY_ISA
+// Runs mul_mat.hpp on threads without ggml (threads.hpp), under ThreadSanitizer or under AddressSanitizer and UBSan. Sums are exact, so
+// results must equal the plain scalar kernel's. usage: threads_repacked SEED, with an instruction set in SHERRY_ISA
 
+#include "threads.hpp"
 #include "traits.h"
 
-#include "ggml-cpu.h"
-
-#include <atomic>
 #include <cmath>
-#include <condition_variable>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <mutex>
-#include <random>
-#include <thread>
-#include <vector>
-
-#ifdef __has_feature
-#    if __has_feature(address_sanitizer) // clang
-#        define __SANITIZE_ADDRESS__
-#    endif
-#endif
 
 namespace ggml::cpu {
 tensor_traits::~tensor_traits() {}
@@ -35,38 +18,6 @@ struct tensor_traits_base : public ggml::cpu::tensor_traits {
 #include "ggml/mul_mat.hpp"
 
 // ---- of ggml ----
-
-struct ggml_threadpool {
-    int n_threads = 1, waiting = 0, passed = 0;
-    std::mutex mutex;
-    std::condition_variable all_there;
-    std::atomic<int> current_chunk{ 0 };
-};
-
-static bool numa;
-
-bool ggml_is_numa(void) { return numa; }
-
-void ggml_barrier(ggml_threadpool * tp) { // sleeps, where ggml spins
-    std::unique_lock<std::mutex> lock(tp->mutex);
-    const int passed = tp->passed;
-    if (++tp->waiting == tp->n_threads) {
-        tp->waiting = 0;
-        ++tp->passed;
-        tp->all_there.notify_all();
-        return;
-    }
-    tp->all_there.wait(lock, [&] { return tp->passed != passed; });
-}
-
-void ggml_threadpool_chunk_set(ggml_threadpool * tp, int value) { tp->current_chunk.store(value, std::memory_order_relaxed); }
-
-int ggml_threadpool_chunk_add(ggml_threadpool * tp, int value) { return tp->current_chunk.fetch_add(value, std::memory_order_relaxed); }
-
-void ggml_abort(const char * file, int line, const char * fmt, ...) {
-    fprintf(stderr, "%s:%d: %s\n", file, line, fmt);
-    abort();
-}
 
 int64_t ggml_nrows(const ggml_tensor * t) { return t->ne[1] * t->ne[2] * t->ne[3]; }
 
@@ -98,10 +49,6 @@ const ggml_type_traits_cpu * ggml_get_type_traits_cpu(ggml_type) {
 
 // ---- the cases ----
 
-static std::mt19937 generator;
-
-static int64_t below(int64_t n) { return (int64_t) (generator() % (uint64_t) n); }
-
 static ggml_tensor tensor(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3) {
     ggml_tensor t = {};
     t.type = type;
@@ -113,13 +60,6 @@ static ggml_tensor tensor(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2,
     t.nb[3] = t.nb[2] * ne2;
     return t;
 }
-
-#define CHECK(condition, ...)                                       \
-    if (!(condition)) {                                             \
-        fprintf(stderr, #condition " does not hold: " __VA_ARGS__); \
-        exit(1);                                                    \
-    } else                                                          \
-        (void) 0
 
 // One operation by every number of threads, with rows of nb blocks. used = 0: MUL_MAT of columns; else MUL_MAT_ID of tokens with that many
 // experts.
@@ -182,41 +122,10 @@ static void run(ggml_type type, int64_t nb, int64_t rows, int64_t columns, int64
     for (int threads : { 1, 2, 3, 8 }) {
         size_t size = 0;
         CHECK(traits->work_size(threads, &op, size), "\n");
-        const size_t skew = 16 * (size_t) below(4); // as malloc has it
-#ifdef __SANITIZE_ADDRESS__ // it sees what lies past the end
-        enum { GUARD = 0 };
-#else
-        enum { GUARD = 64 };
-#endif
-        uint8_t *work = (uint8_t *) malloc(skew + size + GUARD), *end = work + skew + size;
-        memset(work, 0xa5, skew + size + GUARD);
         std::fill(result.begin(), result.end(), NAN);
-        ggml_threadpool pool;
-        pool.n_threads = threads;
-        std::vector<std::thread> team;
-        for (int ith = 0; ith < threads; ++ith) {
-            team.emplace_back([&, ith] {
-                ggml_compute_params params = {};
-                params.ith = ith;
-                params.nth = threads;
-                params.wsize = size;
-                params.wdata = work + skew;
-                params.threadpool = &pool;
-                for (int again = 0; again < 2; ++again) { // one operation after another, a barrier between them
-                    CHECK(traits->compute_forward(&params, &op), "\n");
-                    ggml_barrier(&pool);
-                }
-            });
-        }
-        for (std::thread & t : team) {
-            t.join();
-        }
+        on_threads(threads, size, [&](ggml_compute_params * params) { CHECK(traits->compute_forward(params, &op), "\n"); });
         CHECK(result == expected, "n %d, %d rows, %d columns, %d experts, %d used, %d threads\n", (int) n, (int) rows, (int) columns,
               (int) experts, (int) used, threads);
-        for (int i = 0; i < GUARD; ++i) {
-            CHECK(end[i] == 0xa5, "written past the work buffer\n");
-        }
-        free(work);
     }
 }
 

@@ -1,6 +1,7 @@
-// Feeds random bytes to every decoder, encoder and product in ggml_patch/src, plain and repacked, in allocations of exactly the size that
-// they may touch. Run under AddressSanitizer and UBSan. usage: fuzz_kernels SEED ROUNDS
+// Feeds random bytes to every decoder, encoder and product in ggml_patch/src, plain and repacked, and to attention. Allocations have exactly
+// the size that may be touched. Run under AddressSanitizer and UBSan. usage: fuzz_kernels SEED ROUNDS
 
+#include "attention.h"
 #include "repack.h"
 
 #include <math.h>
@@ -156,6 +157,82 @@ static long ordered(int64_t nb) {
     return 1;
 }
 
+// Attention of random bytes, also of numbers that are none.
+static long attention(long round, size_t skew) {
+    static const int64_t sizes[] = { 32, 64, 96, 128, 192, 256 };
+    struct sherry_attention a;
+    memset(&a, 0, sizeof(a));
+    a.k_type = (int) (next() % 3);
+    a.v_type = (int) (next() % 3);
+    a.k_size = sizes[next() % 6];
+    a.v_size = sizes[next() % 6];
+    a.tokens = next() % 2 ? 1 + next() % 3 : 1 + next() % 30;
+    a.keys = 1 + next() % 150;
+    a.kv_heads = 1 + next() % 3;
+    a.heads = a.kv_heads * (1 + next() % 6);
+    a.streams = 1 + next() % 2;
+    a.kv_streams = 1 + next() % a.streams;
+    a.mask_heads = next() % 2 ? a.heads : 1;
+    a.mask_streams = next() % 2 ? a.streams : 1;
+    a.scale = 0.1f;
+    a.max_bias = next() % 2 ? 8.0f : 0.0f;
+    a.softcap = next() % 2 ? 5.0f : 0.0f;
+    a.dst_stride = a.v_size * (int64_t) sizeof(float);
+    const int64_t of_k = a.k_type == SHERRY_ATTENTION_Q8_0 ? a.k_size / TQ1_25_QK8_0 * (int64_t) sizeof(tq1_25_q8_0) : 2 * a.k_size;
+    const int64_t of_v = a.v_type == SHERRY_ATTENTION_Q8_0 ? a.v_size / TQ1_25_QK8_0 * (int64_t) sizeof(tq1_25_q8_0) : 2 * a.v_size;
+    const int64_t rows[] = { a.tokens, a.keys, a.keys, a.tokens }, heads[] = { a.heads, a.kv_heads, a.kv_heads, a.mask_heads };
+    const int64_t streams[] = { a.streams, a.kv_streams, a.kv_streams, a.mask_streams };
+    const int64_t row[] = { 4 * a.k_size, of_k, of_v, 2 * a.keys }, results = a.streams * a.tokens * a.heads * a.v_size;
+    int64_t * strides[] = { a.q_stride, a.k_stride, a.v_stride, a.mask_stride };
+    uint8_t *memory[4], *sinks = bytes((size_t) a.heads * sizeof(float), 0), *dst = bytes((size_t) results * sizeof(float), 0);
+    for (int i = 0; i < 4; ++i) {
+        const int by_row = next() % 2; // all heads of a row together, or all rows of a head
+        strides[i][0] = by_row ? row[i] * heads[i] : row[i];
+        strides[i][1] = by_row ? row[i] : row[i] * rows[i];
+        strides[i][2] = row[i] * rows[i] * heads[i];
+        memory[i] = bytes((size_t) (strides[i][2] * streams[i]), i == 0 ? 0 : skew);
+    }
+    a.q = (const char *) memory[0];
+    a.k = (const char *) memory[1] + skew;
+    a.v = (const char *) memory[2] + skew;
+    a.mask = next() % 4 ? (const char *) memory[3] + skew : NULL;
+    a.sinks = next() % 2 ? (const float *) sinks : NULL;
+    a.dst = (char *) dst;
+    const int threads = 1 + (int) (next() % 5);
+    const int64_t scratch = ((256 * (a.k_size + a.v_size) + 8192) * 4 / (1 + next() % 2) + 63) / 64 * 64;
+    float * all = aligned_alloc(64, (size_t) (threads * scratch));
+    long calls = 0;
+    for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
+        struct sherry_attention_plan plan;
+        if (!isa->attention || (isa->supported && !isa->supported())) {
+            continue;
+        }
+        if (!sherry_attention_make_plan(&a, threads, scratch, &plan)) {
+            fprintf(stderr, "round %ld: no plan\n", round);
+            exit(1);
+        }
+        for (int64_t i = 0; i < plan.items; ++i) {
+            sherry_attention_tile(isa->attention, &a, &plan, i, all + i % threads * plan.scratch);
+        }
+        for (int64_t i = 0; i < plan.rounds; ++i) {
+            for (int t = 0; t < threads; ++t) {
+                sherry_attention_part(isa->attention, &a, &plan, i, t, all);
+            }
+            for (int t = 0; plan.key_parts > 1 && t < threads; ++t) {
+                sherry_attention_join(&a, &plan, i, t, all);
+            }
+        }
+        ++calls;
+    }
+    for (int i = 0; i < 4; ++i) {
+        free(memory[i]);
+    }
+    free(sinks);
+    free(dst);
+    free(all);
+    return calls;
+}
+
 int main(int argc, char ** argv) {
     if (argc != 3) {
         return 2;
@@ -169,6 +246,7 @@ int main(int argc, char ** argv) {
         calls += plain_tq1_25(round, nb, skew) + plain_tq1_25_64(round, nb, skew) + plain_stq1_0(round, nb, skew) + ordered(nb);
         if (round % 5 == 0) {
             calls += repacked((enum tq1_25_kind)(round / 5 % TQ1_25_KINDS), 1 + next() % 20, skew);
+            calls += attention(round, skew);
         }
     }
     printf("%ld calls\n", calls);

@@ -1,13 +1,15 @@
-"""The C files under AddressSanitizer and UBSan, the glue of the repack buffer under ThreadSanitizer too, and all compiled as
+"""The C files under AddressSanitizer and UBSan, the glue to ggml on threads under ThreadSanitizer too, and all compiled as
 strictly as the compiler can."""
 
+import functools
 import os
+import re
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from sherry_gguf import kernels, llama_cpp
+from sherry_gguf import attention, kernels, llama_cpp
 
 pytestmark = pytest.mark.slow
 
@@ -56,29 +58,51 @@ def fuzz(with_memory_checks):
 def test_random_bytes(fuzz, seed):
     result = subprocess.run([fuzz, str(seed), "3000"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
-    repacked = 3000 // 5 * (2 * len(kernels.available_repacked()) + len(kernels.available_panels()))
-    assert int(result.stdout.split()[0]) == 3000 * (3 * (8 + len(kernels.available())) + 1) + repacked
+    repacked = 2 * len(kernels.available_repacked()) + len(kernels.available_panels())
+    plain = 3 * (8 + len(kernels.available())) + 1
+    assert int(result.stdout.split()[0]) == 3000 * plain + 3000 // 5 * (repacked + len(attention.available()))
 
 
 @pytest.fixture(scope="module")
-def threads_and_memory(with_memory_checks):
-    return with_memory_checks(HERE.parent / "llama_cpp" / "threads_repacked.cpp")
+def with_race_checks(tmp_path_factory):
+    return compile_kernels(tmp_path_factory.mktemp("races"), THREADS)
 
 
 @pytest.fixture(scope="module")
-def threads_and_races(tmp_path_factory):
-    return compile_kernels(tmp_path_factory.mktemp("races"), THREADS)(HERE.parent / "llama_cpp" / "threads_repacked.cpp")
+def programs(request):
+    """A program of tests/llama_cpp by the sanitizer and its name, compiled once."""
+
+    @functools.cache
+    def program(sanitizer, name):
+        return request.getfixturevalue(sanitizer)(HERE.parent / "llama_cpp" / f"{name}.cpp")
+
+    return program
 
 
-@pytest.mark.parametrize("isa", kernels.available_repacked())
-@pytest.mark.parametrize("program", ["threads_and_memory", "threads_and_races"])
-def test_threads_share_repacked_products(program, isa, request):
-    """With and without NUMA, 1 to 8 threads, few and many columns, experts: right, and no race."""
-    command, env = [request.getfixturevalue(program), "1"], os.environ | {"SHERRY_ISA": isa, "TSAN_OPTIONS": "halt_on_error=1"}
+ATTENTION = {kernels.instruction_set(isa).attention: isa for isa in attention.available()}  # several sets have the same kernels
+
+
+@pytest.mark.parametrize("sanitizer", ["with_memory_checks", "with_race_checks"])
+@pytest.mark.parametrize("name, isa, operations", [
+    *(("threads_repacked", isa, 106) for isa in kernels.available_repacked()),
+    *(("threads_attention", isa, 130) for isa in ATTENTION.values()),
+])  # fmt: skip
+def test_threads_share_the_work(programs, sanitizer, name, isa, operations):
+    """With and without NUMA, 1 to 8 threads; few and many columns, experts; few and many queries, heads, keys: right, and no race."""
+    command, env = [programs(sanitizer, name), "1"], os.environ | {"SHERRY_ISA": isa, "TSAN_OPTIONS": "halt_on_error=1"}
     result = subprocess.run(command, capture_output=True, text=True, env=env)
     if "unexpected memory mapping" in result.stderr:  # older ThreadSanitizers, where addresses are very random
         result = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True, env=env)
-    assert result.returncode == 0 and result.stdout == "106 operations\n", result.stdout + result.stderr[:8000]
+    assert result.returncode == 0 and result.stdout == f"{operations} operations\n", result.stdout + result.stderr[:8000]
+
+
+def test_attention_is_tested_with_the_memory_that_ggml_gives():
+    """threads_attention.cpp repeats ggml_graph_plan's lines."""
+    ggml = (llama_cpp.source_dir() / "ggml" / "src" / "ggml-cpu" / "ggml-cpu.c").read_text()
+    ours = (HERE.parent / "llama_cpp" / "threads_attention.cpp").read_text()
+    lines = re.findall(r"size_t (?:prefill|n_chunks|decode) .*;", ours)
+    assert len(lines) == 3 and all(line in ggml for line in lines), lines
+    assert "cur += MAX(prefill, decode);" in ggml and "work_size += CACHE_LINE_SIZE*(n_threads);" in ggml
 
 
 @pytest.mark.skipif("avx512vnni" not in kernels.available(), reason="this CPU has no multiplication like AVX-VNNI's")
