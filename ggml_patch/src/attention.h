@@ -47,11 +47,12 @@ struct sherry_attention_kernels {
     // o[rows][size] = factor[rows] * o + s times v, for rows of 1, 2 or 4.
     void (*values)(int type, int rows, int64_t keys, int64_t size, const float * s, const char * v, int64_t stride, const float * factor,
                    float * o);
-    // y[i / 16 * panel + key * stride_y + i % 16] = x[key][i] as float.
-    void (*widen)(int type, int64_t keys, int64_t size, const char * x, int64_t stride, float * y, int64_t stride_y, int64_t panel);
-    // c[i][16] = sum over j < n of a[i * a_row + j * a_column] * b[j][16] for even m rows; if factor is not NULL, plus factor[i] * c.
-    void (*multiply)(int64_t m, int64_t n, const float * a, int64_t a_row, int64_t a_column, const float * b, float * c, int64_t c_row,
-                     const float * factor);
+    // Tiles: y[size / PANEL][KEYS][PANEL] = x[keys][size] as floats.
+    void (*widen)(int type, int64_t keys, int64_t size, const char * x, int64_t stride, float * y);
+    // s[keys][PANEL] = q[size][PANEL] times widened k, for an even number of keys.
+    void (*tile_scores)(int64_t keys, int64_t size, const float * q, const float * k, float * s);
+    // o[PANEL][size] = factor[PANEL] * o + s[keys][PANEL] times widened v.
+    void (*tile_values)(int64_t keys, int64_t size, const float * s, const float * v, const float * factor, float * o);
 };
 
 // How threads share the work. Many rows (of queries) per head of keys are multiplied in tiles, items that threads take one by one. Few

@@ -52,13 +52,11 @@ TARGET_ATTENTION INLINE void load_row(int type, int wide, const char * row, int6
     }
 }
 
-INLINE int64_t row_size(int type, int64_t size) {
-    return type == SHERRY_ATTENTION_Q8_0 ? size / TQ1_25_QK8_0 * (int64_t) sizeof(tq1_25_q8_0) : size * 2;
-}
-
-// The same rows of the next keys, to the L2 cache. Rows of a head lie far apart, which the CPU's own prefetcher does not follow.
-INLINE void prefetch_row(const char * row, int64_t size, int64_t stride) {
-    for (int64_t i = 0; i < size; i += 64) {
+// The same row of the next keys, to the L2 cache. Rows of a head lie far apart, which the CPU's own prefetcher does not follow: this
+// doubles the rate of reading from memory.
+INLINE void prefetch_next(int type, const char * row, int64_t size, int64_t stride) {
+    const int64_t bytes = type == SHERRY_ATTENTION_Q8_0 ? size / TQ1_25_QK8_0 * (int64_t) sizeof(tq1_25_q8_0) : size * 2;
+    for (int64_t i = 0; i < bytes; i += 64) {
         PREFETCH(row + SHERRY_ATTENTION_KEYS * stride + i);
     }
 }
@@ -68,13 +66,12 @@ INLINE void prefetch_row(const char * row, int64_t size, int64_t stride) {
 TARGET_ATTENTION INLINE void scores_of(int type, int rows, int64_t keys, int64_t size, const float * q, const char * k, int64_t stride,
                                        float * s) {
     const int count = SUMS / rows; // keys at a time
-    const int64_t bytes = row_size(type, size);
     for (int64_t j = 0; j < keys; j += count, s += SUMS) {
         const char * row[SUMS];
         F sum[SUMS];
         UNROLL for (int i = 0; i < count; ++i) {
             row[i] = k + (j + i < keys ? j + i : keys - 1) * stride;
-            prefetch_row(row[i], bytes, stride);
+            prefetch_next(type, row[i], size, stride);
         }
         UNROLL for (int i = 0; i < SUMS; ++i) { sum[i] = f_set(0.0f); }
         for (int64_t at = 0; at < size; at += PANEL) {
@@ -117,11 +114,10 @@ TARGET_ATTENTION INLINE void values_of(int type, int rows, int64_t keys, int64_t
                                        const float * factor, float * o) {
     // A few keys at a time, since rows that are a power of two apart share few sets of the L1 cache.
     enum { FEW = 16, BOTH = 2 * PANEL };
-    const int64_t bytes = row_size(type, size);
     for (int64_t j = 0; j < keys; j += FEW) {
         const int64_t few = j + FEW < keys ? FEW : keys - j;
         for (int64_t i = j; i < j + few; ++i) {
-            prefetch_row(v + i * stride, bytes, stride);
+            prefetch_next(type, v + i * stride, size, stride);
         }
         int64_t at = 0;
         if (rows * 2 * VECTORS <= 2 * SUMS / 2) { // enough registers for two panels
@@ -233,60 +229,88 @@ TARGET_ATTENTION static void softmax(int rows, int64_t keys, float * s, const fl
 
 // ---- many rows ----
 
-TARGET_ATTENTION INLINE void widen_of(int type, int64_t keys, int64_t size, const char * x, int64_t stride, float * y, int64_t stride_y,
-                                      int64_t panel) {
-    const int64_t bytes = row_size(type, size);
-    for (int64_t j = 0; j < keys; ++j, x += stride, y += stride_y) {
-        prefetch_row(x, bytes, stride);
+TARGET_ATTENTION INLINE void widen_of(int type, int64_t keys, int64_t size, const char * x, int64_t stride, float * y) {
+    for (int64_t j = 0; j < keys; ++j, x += stride, y += PANEL) {
+        prefetch_next(type, x, size, stride);
         for (int64_t at = 0; at < size; at += PANEL) {
             F wide[VECTORS];
             load_row(type, VECTORS, x, at, wide);
-            UNROLL for (int i = 0; i < VECTORS; ++i) { f_store(y + at / PANEL * panel + i * LANES, wide[i]); }
+            UNROLL for (int i = 0; i < VECTORS; ++i) { f_store(y + at * SHERRY_ATTENTION_KEYS + i * LANES, wide[i]); }
         }
     }
 }
 
-TARGET_ATTENTION static void widen(int type, int64_t keys, int64_t size, const char * x, int64_t stride, float * y, int64_t stride_y,
-                                   int64_t panel) {
+TARGET_ATTENTION static void widen(int type, int64_t keys, int64_t size, const char * x, int64_t stride, float * y) {
     switch (type) { // constants
-        case SHERRY_ATTENTION_F16:  widen_of(SHERRY_ATTENTION_F16, keys, size, x, stride, y, stride_y, panel); break;
-        case SHERRY_ATTENTION_BF16: widen_of(SHERRY_ATTENTION_BF16, keys, size, x, stride, y, stride_y, panel); break;
-        default:                    widen_of(SHERRY_ATTENTION_Q8_0, keys, size, x, stride, y, stride_y, panel); break;
+        case SHERRY_ATTENTION_F16:  widen_of(SHERRY_ATTENTION_F16, keys, size, x, stride, y); break;
+        case SHERRY_ATTENTION_BF16: widen_of(SHERRY_ATTENTION_BF16, keys, size, x, stride, y); break;
+        default:                    widen_of(SHERRY_ATTENTION_Q8_0, keys, size, x, stride, y); break;
     }
 }
 
-TARGET_ATTENTION INLINE void multiply_rows(int rows, int64_t n, const float * a, int64_t a_row, int64_t a_column, const float * b,
-                                           float * c, int64_t c_row, const float * factor) {
+// sum[r][PANEL] += a[r * step] * b[PANEL]
+TARGET_ATTENTION INLINE void add_products(int rows, int step, const float * a, const float * b, F * sum) {
+    F x[VECTORS];
+    UNROLL for (int i = 0; i < VECTORS; ++i) { x[i] = f_load(b + i * LANES); }
+    UNROLL for (int r = 0; r < rows; ++r) {
+        const F y = f_set(a[r * step]);
+        UNROLL for (int i = 0; i < VECTORS; ++i) { sum[r * VECTORS + i] = f_fma(y, x[i], sum[r * VECTORS + i]); }
+    }
+}
+
+// CALL(rows) for MOST_ROWS, then for the rest of an even number, with `i` as the first row.
+#define BY_ROWS(count, CALL)                           \
+    int64_t i = 0;                                     \
+    for (; i + MOST_ROWS <= (count); i += MOST_ROWS) { \
+        CALL(MOST_ROWS);                               \
+    }                                                  \
+    for (; i + 4 <= (count); i += 4) {                 \
+        CALL(4);                                       \
+    }                                                  \
+    for (; i + 2 <= (count); i += 2) {                 \
+        CALL(2);                                       \
+    }
+
+TARGET_ATTENTION INLINE void tile_scores_of(int keys, int64_t size, const float * q, const float * k, float * s) {
+    F sum[PANEL * VECTORS];
+    UNROLL for (int i = 0; i < keys * VECTORS; ++i) { sum[i] = f_set(0.0f); }
+    for (int64_t at = 0; at < size; at += PANEL, k += PANEL * SHERRY_ATTENTION_KEYS) {
+        for (int i = 0; i < PANEL; ++i, q += PANEL) {
+            add_products(keys, PANEL, k + i, q, sum);
+        }
+    }
+    UNROLL for (int i = 0; i < keys * VECTORS; ++i) { f_store(s + i * LANES, sum[i]); }
+}
+
+TARGET_ATTENTION static void tile_scores(int64_t keys, int64_t size, const float * q, const float * k, float * s){
+#define SCORES(rows) tile_scores_of(rows, size, q, k + i * PANEL, s + i * PANEL)
+    BY_ROWS(keys, SCORES)
+#undef SCORES
+}
+
+TARGET_ATTENTION
+    INLINE void tile_values_of(int rows, int64_t keys, int64_t size, const float * s, const float * v, const float * factor, float * o) {
     F sum[PANEL * VECTORS];
     UNROLL for (int r = 0; r < rows; ++r) {
-        UNROLL for (int i = 0; i < VECTORS; ++i) {
-            sum[r * VECTORS + i] = factor ? f_mul(f_load(c + r * c_row + i * LANES), f_set(factor[r])) : f_set(0.0f);
-        }
+        UNROLL for (int i = 0; i < VECTORS; ++i) { sum[r * VECTORS + i] = f_mul(f_load(o + r * size + i * LANES), f_set(factor[r])); }
     }
-    for (int64_t j = 0; j < n; ++j, a += a_column, b += PANEL) {
-        F x[VECTORS];
-        UNROLL for (int i = 0; i < VECTORS; ++i) { x[i] = f_load(b + i * LANES); }
-        UNROLL for (int r = 0; r < rows; ++r) {
-            const F y = f_set(a[r * a_row]);
-            UNROLL for (int i = 0; i < VECTORS; ++i) { sum[r * VECTORS + i] = f_fma(y, x[i], sum[r * VECTORS + i]); }
-        }
+    for (int64_t j = 0; j < keys; ++j, s += PANEL, v += PANEL) {
+        add_products(rows, 1, s, v, sum);
     }
     UNROLL for (int r = 0; r < rows; ++r) {
-        UNROLL for (int i = 0; i < VECTORS; ++i) { f_store(c + r * c_row + i * LANES, sum[r * VECTORS + i]); }
+        UNROLL for (int i = 0; i < VECTORS; ++i) { f_store(o + r * size + i * LANES, sum[r * VECTORS + i]); }
     }
 }
 
-TARGET_ATTENTION static void multiply(int64_t m, int64_t n, const float * a, int64_t a_row, int64_t a_column, const float * b, float * c,
-                                      int64_t c_row, const float * factor) {
-    int64_t i = 0;
-#define ROWS(rows)                                                                                                   \
-    for (; i + (rows) <= m; i += (rows)) {                                                                           \
-        multiply_rows(rows, n, a + i * a_row, a_row, a_column, b, c + i * c_row, c_row, factor ? factor + i : NULL); \
+TARGET_ATTENTION static void tile_values(int64_t keys, int64_t size, const float * s, const float * v, const float * factor, float * o) {
+    for (int64_t at = 0; at < size; at += PANEL, v += PANEL * SHERRY_ATTENTION_KEYS) {
+#define VALUES(rows) tile_values_of(rows, keys, size, s + i, v, factor + i, o + i * size + at)
+        BY_ROWS(PANEL, VALUES)
+#undef VALUES
     }
-    ROWS(MOST_ROWS)
-    ROWS(4)
-    ROWS(2)
-#undef ROWS
 }
 
-#define ATTENTION_KERNELS(isa) const struct sherry_attention_kernels sherry_attention_##isa = { scores, softmax, values, widen, multiply };
+#define ATTENTION_KERNELS(isa)                                       \
+    const struct sherry_attention_kernels sherry_attention_##isa = { \
+        scores, softmax, values, widen, tile_scores, tile_values,    \
+    };
