@@ -39,6 +39,7 @@ class held_buffer {
     char * base;
     std::map<const char *, matrix> matrices; // by address; none overlaps another
     std::vector<char> copy;
+    static inline uint64_t changes = 0; // what graphs were prepared for is no longer so
 
     static held_buffer * of(ggml_backend_buffer_t buffer) { return (held_buffer *) buffer->context; }
     static void * get_base(ggml_backend_buffer_t buffer) { return of(buffer)->base; }
@@ -94,6 +95,7 @@ class held_buffer {
     // Before a client's access. A later graph may repack again.
     void forget(const void * data, size_t size) {
         overlapping(data, size, [&](auto i) {
+            ++changes;
             restore(i->second);
             matrices.erase(i);
         });
@@ -142,6 +144,7 @@ class held_buffer {
             return of(b)->plain.iface.cpy_tensor(&of(b)->plain, src, dst);
         };
         buffer->iface.clear = [](ggml_backend_buffer_t b, uint8_t value) {
+            ++changes;
             of(b)->matrices.clear();
             of(b)->plain.iface.clear(&of(b)->plain, value);
         };
@@ -149,6 +152,8 @@ class held_buffer {
 
     // NULL if a buffer, perhaps NULL, is neither such a buffer nor the one that repacked tensors have.
     static held_buffer * find(ggml_backend_buffer_t buffer) { return buffer && buffer->iface.get_base == get_base ? of(buffer) : nullptr; }
+
+    static uint64_t count_changes() { return changes; }
 
     // A tensor that a graph multiplies by. Returns false if it cannot be repacked.
     bool add(const ggml_tensor * t) {
@@ -172,6 +177,7 @@ class held_buffer {
     // Bytes that a graph reads or writes in any other way.
     void keep_plain(const void * data, size_t size) {
         overlapping(data, size, [&](auto i) {
+            changes += i->second.repacked;
             restore(i->second);
             i->second.plain = true;
         });
@@ -229,8 +235,13 @@ inline void hold(ggml_backend_buffer_t buffer, ggml_backend_t backend) {
     }
 }
 
-// graph_compute, graph_recompute: repacks what this graph only multiplies by.
-inline void prepare(ggml_backend_t backend, ggml_cgraph * graph) {
+// graph_compute, and graph_recompute with `again`: repacks what this graph only multiplies by.
+inline void prepare(ggml_backend_t backend, ggml_cgraph * graph, bool again = false) {
+    static ggml_cgraph * last; // a server has one thread
+    static uint64_t prepared;
+    if (again && graph == last && held_buffer::count_changes() == prepared) {
+        return;
+    }
     const bool cpu = ggml_backend_dev_type(ggml_backend_get_device(backend)) == GGML_BACKEND_DEVICE_TYPE_CPU;
     std::vector<ggml_tensor *> weights;
     std::vector<const ggml_tensor *> others;
@@ -261,6 +272,8 @@ inline void prepare(ggml_backend_t backend, ggml_cgraph * graph) {
         bytes += size;
         count += size > 0;
     }
+    last = graph;
+    prepared = held_buffer::count_changes();
     if (count > 0) {
         GGML_LOG_INFO("rpc-server: repacked %zu matrices, %.1f MiB\n", count, (double) bytes / (1 << 20));
     }
