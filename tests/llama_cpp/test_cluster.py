@@ -52,6 +52,7 @@ class Server:
             if done():
                 return
             time.sleep(0.05)
+        self.stop()
         raise AssertionError(self.output())
 
     def wait_for_the_end_of_a_connection(self, since):
@@ -72,9 +73,16 @@ class Cluster:
 
     def __init__(self):
         self.names = [f"sherry-{os.getpid()}-{name}" for name in ("switch", 0, 1, 2)]
+        self.switch, *self.hosts = self.names
+        try:
+            self.set_up()
+        except subprocess.CalledProcessError:
+            self.close()
+            raise
+
+    def set_up(self):
         for name in self.names:
             ip("netns", "add", name)
-        self.switch, *self.hosts = self.names
         ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
         ip("-n", self.switch, "link", "set", "bridge", "up")
         for i, host in enumerate(self.hosts):
