@@ -13,11 +13,11 @@ def run(name, *args, **kwargs):
     return result.returncode, result.stdout
 
 
-def run_for(pattern, name, *args):
+def run_for(pattern, name, *args, **kwargs):
     """A tool's output and the match of `pattern` in it. llama.cpp logs from a thread and doesn't always wait for it at the end: a run
     whose output is cut short is repeated."""
     for _ in range(8):
-        code, text = run(name, *args)
+        code, text = run(name, *args, **kwargs)
         assert code == 0, text
         if match := re.search(pattern, text):
             return text, match
