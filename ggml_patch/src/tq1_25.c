@@ -328,3 +328,15 @@ void tq1_25_release(const void * x, size_t size) {
     (void) size;
 #endif
 }
+
+void tq1_25_ask_for_large_pages(void * x, size_t size) {
+#ifdef __linux__
+    const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE), begin = (uintptr_t) x / page * page;
+    if (size >= 2 << 20) { // anything smaller holds no large page
+        madvise((void *) begin, (uintptr_t) x + size - begin, MADV_HUGEPAGE); // may fail
+    }
+#else
+    (void) x;
+    (void) size;
+#endif
+}
