@@ -47,7 +47,7 @@ ffibuilder.set_source(
     "sherry_gguf._kernels",
     "".join(f'#include "{name}"\n' for name in HEADERS),
     sources=[os.path.relpath(path) for path in sorted(SOURCES.rglob("*.c"))],
-    depends=[os.path.relpath(path) for path in sorted(SOURCES.rglob("*.h"))],
+    depends=[os.path.relpath(path) for pattern in ("*.h", "*.inc") for path in sorted(SOURCES.rglob(pattern))],
     include_dirs=[os.path.relpath(SOURCES)],
     extra_compile_args=[] if sys.platform == "win32" else FLAGS,
 )

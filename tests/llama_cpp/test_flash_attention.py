@@ -98,6 +98,7 @@ TYPE_IDS = {"f32": 0, "f16": 1, "q8_0": 8, "bf16": 30}
 KEYS = 20  # more than attention sees, of a longer cache
 
 
+# One function, since its helpers share the library, which each process loads once.
 def main(isa):
     """Prints how many operations were within our bound, and how many were not."""
     import cffi

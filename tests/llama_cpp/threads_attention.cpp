@@ -253,8 +253,8 @@ int main(int argc, char ** argv) {
         { F16, Q8_0, 192, 128, 2, 300, 1, 6, 2, WINDOW, false, false, 0, 20 }, //
         { Q8_0, BF16, 256, 256, 3, 150, 2, 2, 1, HOLES, true, true, 0, 0 }, //
         { BF16, F16, 64, 128, 1, 129, 3, 2, 3, BIASED, true, false, 8, 0 }, //
-        { F16, F16, 64, 64, 3, 40, 17, 5, 1, CAUSAL, false, true, 0, 0 }, // several rounds
-        { Q8_0, Q8_0, 64, 64, 3, 90, 5, 5, 5, HOLES, false, false, 0, 10 }, //
+        { F16, F16, 64, 64, 2, 40, 23, 5, 1, CAUSAL, false, true, 0, 0 }, // several rounds
+        { Q8_0, Q8_0, 64, 64, 2, 90, 5, 5, 5, HOLES, false, false, 0, 10 }, //
         { F16, F16, 64, 64, 37, 130, 2, 4, 1, CAUSAL, false, false, 0, 0 }, // prompts
         { BF16, Q8_0, 128, 64, 70, 70, 1, 1, 2, WINDOW, false, true, 0, 0 }, //
         { Q8_0, F16, 96, 112, 20, 65, 3, 3, 1, BIASED, true, true, 8, 30 }, //

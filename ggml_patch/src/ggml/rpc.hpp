@@ -18,11 +18,6 @@
 #include <map>
 #include <vector>
 
-#ifdef __linux__
-#    include <sys/mman.h>
-#    include <unistd.h>
-#endif
-
 namespace sherry_rpc {
 namespace {
 
@@ -39,7 +34,7 @@ class held_buffer {
     char * base;
     std::map<const char *, matrix> matrices; // by address; none overlaps another
     std::vector<char> copy;
-    static inline uint64_t changes = 0; // what graphs were prepared for is no longer so
+    static inline uint64_t changes = 0; // each makes prepare() look at a graph again
 
     static held_buffer * of(ggml_backend_buffer_t buffer) { return (held_buffer *) buffer->context; }
     static void * get_base(ggml_backend_buffer_t buffer) { return of(buffer)->base; }
@@ -108,10 +103,6 @@ class held_buffer {
   public:
     held_buffer(ggml_backend_buffer_t buffer, ggml_backend_buffer_t of_repack_type)
         : plain(*buffer), repacked(*of_repack_type), base((char *) ggml_backend_buffer_get_base(buffer)) {
-#ifdef __linux__
-        const uintptr_t page = (uintptr_t) sysconf(_SC_PAGESIZE), begin = (uintptr_t) base / page * page;
-        madvise((void *) begin, (uintptr_t) base + buffer->size - begin, MADV_HUGEPAGE); // as for the local repack buffer; may fail
-#endif
         repacked.iface.free_buffer = nullptr;
         repacked.iface.get_base = get_base;
         repacked.context = this;

@@ -38,7 +38,7 @@ INLINE F load_q8(const int8_t * p) {
 
 INLINE void reduce(const F v[LANES], float * to) { f_store(to, vpaddq_f32(vpaddq_f32(v[0], v[1]), vpaddq_f32(v[2], v[3]))); }
 
-#include "../attention_body.h"
+#include "../attention.inc"
 
 ATTENTION_KERNELS(neon)
 

@@ -43,7 +43,7 @@ TARGET(AVX2) INLINE void reduce(const F v[LANES], float * to) {
     f_store(to, _mm256_add_ps(_mm256_permute2f128_ps(quad[0], quad[1], 0x20), _mm256_permute2f128_ps(quad[0], quad[1], 0x31)));
 }
 
-#include "../attention_body.h"
+#include "../attention.inc"
 
 ATTENTION_KERNELS(avx2)
 

@@ -47,7 +47,7 @@ TARGET(AVX512) INLINE void reduce(const F v[LANES], float * to) {
     f_store(to, _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd)));
 }
 
-#include "../attention_body.h"
+#include "../attention.inc"
 
 ATTENTION_KERNELS(avx512)
 
