@@ -6,12 +6,14 @@ cortex-a72 neon:
 | what | max | neoverse-n1 | cortex-a72 |
 |---|---|---|---|
 | kernels' tests | i8mm, scalar, all that names no set | dotprod, golden vectors | neon, golden vectors |
+| attention's tests | | | neon, the only kernels that it has |
 | ggml's operations against NumPy | TQ1_25 | STQ1_0 | TQ1_25_64 |
 | test-backend-ops | all three types | TQ1_25, TQ1_25_64 | TQ1_25, STQ1_0 |
 | test-quantize-fns, text of the demo model (TQ1_25) | yes | yes | yes |
 
 So each type meets each instruction set in llama.cpp. What runs natively alone: ggml's operations with the other types of each
-CPU, the slowest tests of NumPy's code (any_bytes_decode_and_pack, exact_means, sparse_absmean), and the converter.
+CPU, the slowest tests of NumPy's code (any_bytes_decode_and_pack, exact_means, sparse_absmean), those of how attention is shared among
+threads and streams (no instruction set has a part in that), and the converter.
 No emulated CPU has SVE of more than 256 bits, SME or big-endian memory.
 """
 
@@ -78,11 +80,12 @@ def test_each_cpu_has_its_variants(python, cpu):
 @pytest.mark.parametrize("cpu, tests, least", [
     ("max", "not (dotprod or neon or any_bytes_decode_and_pack or exact_means or sparse_absmean)", 580),
     ("neoverse-n1", "dotprod or golden", 263),
-    ("cortex-a72", "neon or golden", 204),
+    ("cortex-a72", "(neon or golden) and not test_threads and not streams", 257),
 ])  # fmt: skip
 def test_the_tests_of_the_kernels(python, cpu, tests, least):
     """Each instruction set on a CPU that lacks the next; the rest on the one that has everything, but for long tests of NumPy alone."""
     files = ["native/test_kernels.py", "native/test_repack.py", "format/test_stq1_0.py", "format/test_tq1_25.py"]
+    files += ["native/test_attention.py"] * (cpu == "cortex-a72")
     done = run(python, cpu, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *files, "-k", tests)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)

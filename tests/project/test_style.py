@@ -13,7 +13,7 @@ BIN = Path(sys.executable).parent
 ROOMS = "sherry_gguf", "scripts", "examples", "tests"
 PYTHON = sorted(p for room in ROOMS for p in (REPO / room).rglob("*.py")) + [REPO / "setup.py"]
 C = sorted(
-    p for room in ("ggml_patch/src", "scripts", "tests") for suffix in ("c", "h", "cpp", "hpp", "inc") for p in (REPO / room).rglob(f"*.{suffix}")
+    p for room in ("ggml_patch/src", "scripts", "tests") for end in ("c", "h", "cpp", "hpp", "inc") for p in (REPO / room).rglob(f"*.{end}")
 )
 LINES, FUNCTION_LINES = 500, 60
 COMPILED = "sherry_gguf._kernels"  # cffi's module, private to sherry_gguf.kernels
