@@ -87,7 +87,7 @@ INLINE const uint16_t * mask_row(const struct sherry_attention * a, int64_t stre
                    : NULL;
 }
 
-enum { ALL_SEEN = 0, SOME_SEEN = 1, SOME_BIASED = 2 }; // SOME_SEEN: not all are masked; SOME_BIASED: not all are zero
+enum { SOME_SEEN = 1, SOME_BIASED = 2 }; // not all keys are masked; not all masks are zero
 
 // What a row's mask does to keys begin .. begin + keys - 1: a set of the flags; without SOME_SEEN all of them are masked.
 static int look(const uint16_t * mask, int64_t begin, int64_t keys) {

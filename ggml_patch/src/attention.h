@@ -37,7 +37,7 @@ struct sherry_attention {
     float softcap;  // scores become softcap * tanh(score / softcap); 0: none
 };
 
-// The kernels of an instruction set. S is the scores' layout, [keys][rows].
+// The kernels of an instruction set.
 struct sherry_attention_kernels {
     // s[keys][rows] = q[rows][size] times k, for rows of 1, 2 or 4. Writes whole vectors: s has room for 16 floats more.
     void (*scores)(int type, int rows, int64_t keys, int64_t size, const float * q, const char * k, int64_t stride, float * s);
