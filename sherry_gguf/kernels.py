@@ -45,6 +45,11 @@ def available_panels() -> list[str]:
     return [name for name in available_repacked() if _compiled()[name].gemm != ffi.NULL]
 
 
+def available_wide() -> list[str]:
+    """The sets in `available_repacked()` that multiply many columns by wide tables, best first."""
+    return [name for name in available_repacked() if _compiled()[name].wide_rows != ffi.NULL]
+
+
 def instruction_set(isa: str | None):
     """The table entry of an instruction set, by default of the one that SHERRY_ISA names, else of the best. Raises ValueError."""
     if isa is None:
@@ -303,6 +308,24 @@ def mul_codes(
         first, last = (lib.tq1_25_first_of_group(p.columns, groups, k) for k in (group, group + 1))
         for begin, end in p.tiles():
             lib.tq1_25_mul_codes(p.isa, p.kind, p.rows, p.n, p.x, begin, end, last - first, p.y + first, p.s + first, scratch)
+    return p.out
+
+
+def mul_wide(
+    repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
+) -> np.ndarray:
+    """`mul_tables` with tables of up to 32 columns at a time, for instruction sets in `available_wide()`.
+
+    pieces: how many pieces to cut the tile rows into.
+    """
+    p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
+    if p.isa.wide_rows == ffi.NULL:
+        raise _lacking(p.isa, "wide tables", available_wide())
+    scratch = ffi.from_buffer("struct tq1_25_wide_scratch *", _aligned(ffi.sizeof("struct tq1_25_wide_scratch")))
+    for first in range(0, p.columns, lib.TQ1_25_WIDE_COLUMNS):
+        count = min(p.columns - first, lib.TQ1_25_WIDE_COLUMNS)
+        for begin, end in p.tiles():
+            lib.tq1_25_mul_wide(p.isa, p.kind, p.rows, p.n, p.x, begin, end, count, p.y + first, p.s + first, scratch)
     return p.out
 
 

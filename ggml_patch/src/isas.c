@@ -19,6 +19,7 @@
 #define LOOKUP_AVX512(tables, codes) LOOKUP(avx512, tables, codes, TQ1_25_TABLE, 2)
 #define LOOKUP_NEON(tables, codes) LOOKUP(neon, tables, codes, TQ1_25_TABLE, 1)
 #define ATTENTION(isa) .attention = &sherry_attention_##isa
+#define WIDE(isa) .wide_table = tq1_25_wide_table_##isa, .wide_rows = tq1_25_wide_rows_##isa, .wide_store = tq1_25_wide_store_##isa
 #define PANELS(isa) .decode = tq1_25_decode_##isa, .gemm = tq1_25_gemm_##isa
 
 // clang-format off
@@ -30,7 +31,7 @@ const struct tq1_25_isa tq1_25_isas[] = {
 #    ifdef TQ1_25_AVXVNNI
     { "avxvnni",    VEC_DOT(avx2),       tq1_25_has_avxvnni,    LOOKUP_AVX2(2, 8), PANELS(avxvnni), ATTENTION(avx2) },
 #    endif
-    { "avx2",       VEC_DOT(avx2),       tq1_25_has_avx2,       LOOKUP_AVX2(2, INT_MAX), ATTENTION(avx2) },
+    { "avx2",       VEC_DOT(avx2),       tq1_25_has_avx2,       LOOKUP_AVX2(2, 11), WIDE(avx2), ATTENTION(avx2) },
 #endif
 #ifdef TQ1_25_ARM
 #    ifdef TQ1_25_I8MM

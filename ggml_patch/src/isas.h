@@ -33,6 +33,12 @@ typedef void tq1_25_expand_t(int parts, const tq1_25_unit x[2], tq1_25_codes * c
 typedef void tq1_25_lookup_t(int parts, const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
 // Moves, or adds, 64 of those sums to s in the order of the rows.
 typedef void tq1_25_store_t(float * s, const float * sums, bool add);
+// Makes the wide table of one Q8_0 block of each of nc columns, and stores their scales, d[TQ1_25_WIDE_COLUMNS]. The table is aligned to 64.
+typedef void tq1_25_wide_table_t(int nc, const tq1_25_q8_0 * const * y, int16_t * table, float * d);
+// Adds the products of a part, whose rows have the scales dx, to the sums of 64 rows, in an order of the kernel's own.
+typedef void tq1_25_wide_rows_t(int nc, const tq1_25_part * x, const uint16_t * dx, const int16_t * table, const float * d, float * sums);
+// s[c][64]: those sums in the order of the rows.
+typedef void tq1_25_wide_store_t(int nc, const float * sums, float * const * s);
 // Decodes a unit to TQ1_25_DECODED(parts) bytes.
 typedef void tq1_25_decode_t(int parts, tq1_25_unit x, uint8_t * w);
 // s[64 * c + r]: the dot products of 64 rows, `units` decoded units, with the nc columns of a panel. s is aligned to 64 bytes.
@@ -47,7 +53,7 @@ struct tq1_25_isa {
 
     // "scalar" has no kernels for repacked rows: the rest is 0, and weights stay as they are in the file.
 
-    // Use tables up to max_tables columns, codes up to max_codes, panels beyond. scripts/bench/kernels.py measures the limits; max_codes
+    // Use tables up to max_tables columns, codes up to max_codes, panels or wide tables beyond. scripts/bench/kernels.py measures the limits; max_codes
     // with panels, and max_tables on ARM, are estimated from instruction counts (docs/kernels.md, scripts/bench/count_arm.py).
     int max_tables, max_codes;
 
@@ -59,6 +65,10 @@ struct tq1_25_isa {
     tq1_25_expand_t * expand;
     tq1_25_lookup_t * lookup;
     tq1_25_store_t * store;
+
+    tq1_25_wide_table_t * wide_table; // NULL without wide tables, like the next two
+    tq1_25_wide_rows_t * wide_rows;
+    tq1_25_wide_store_t * wide_store;
 
     tq1_25_decode_t * decode; // NULL without panels
     tq1_25_gemm_t * gemm; // NULL without panels

@@ -397,6 +397,49 @@ void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int6
     }
 }
 
+// ---- wide tables ----
+
+void tq1_25_mul_wide(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
+                     int64_t end, int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_wide_scratch * scratch) {
+    const tq1_25_sizes of = sizes_of(kind);
+    const int64_t nb = n / of.weights, parts = of.parts * of.units, whole = rows / TQ1_25_TILE, left = rows % TQ1_25_TILE;
+    const int64_t width = TQ1_25_TILE * TQ1_25_WIDE_COLUMNS; // sums of a tile
+    for (int64_t t = begin; t < end; t += TQ1_25_WIDE_TILES) {
+        const int64_t count = end - t < TQ1_25_WIDE_TILES ? end - t : TQ1_25_WIDE_TILES;
+        memset(scratch->sums, 0, sizeof(float) * (size_t) (count * width));
+        for (int64_t j = 0; j < parts * nb; ++j) {
+            const tq1_25_q8_0 * blocks[TQ1_25_WIDE_COLUMNS];
+            for (int c = 0; c < nc; ++c) {
+                blocks[c] = y[c] + j;
+            }
+            isa->wide_table(nc, blocks, scratch->table, scratch->d);
+            for (int64_t k = 0; k < count; ++k) {
+                const char * tile = (const char *) x + of.tile * (size_t) ((t + k) * nb + (t + k < whole ? j / parts : 0));
+                if (t + k == whole) {
+                    if (j % parts == 0) {
+                        leftover_tile(kind, left, nb, tile, j / parts, &scratch->tile);
+                    }
+                    tile = (const char *) &scratch->tile;
+                }
+                const tq1_25_part * part = (const tq1_25_part *) tile + j % parts;
+                prefetch((const char *) part + of.tile * (size_t) nb, sizeof(*part));
+                isa->wide_rows(nc, part, (const uint16_t *) ((const tq1_25_part *) tile + parts), scratch->table, scratch->d,
+                               scratch->sums + k * width);
+            }
+        }
+        for (int64_t k = 0; k < count; ++k) {
+            float * to[TQ1_25_WIDE_COLUMNS];
+            for (int c = 0; c < nc; ++c) {
+                to[c] = t + k < whole ? s[c] + (t + k) * TQ1_25_TILE : scratch->rows[c];
+            }
+            isa->wide_store(nc, scratch->sums + k * width, to);
+            for (int c = 0; c < nc && t + k == whole; ++c) {
+                memcpy(s[c] + whole * TQ1_25_TILE, scratch->rows[c], sizeof(float) * (size_t) left);
+            }
+        }
+    }
+}
+
 // ---- panels ----
 
 int64_t tq1_25_panel_size(int64_t n, int64_t nc) {

@@ -65,6 +65,23 @@ struct tq1_25_code_scratch {
 void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
                       int64_t end, int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_code_scratch * scratch);
 
+// ---- wide tables ----
+
+#define TQ1_25_WIDE_TILES 32 // tile rows for which a table is made: 256 KB of sums, in the L2 cache
+
+// One per thread, aligned to 64 bytes.
+struct tq1_25_wide_scratch {
+    int16_t table[TQ1_25_WIDE_TABLE];
+    float d[TQ1_25_WIDE_COLUMNS];
+    float sums[TQ1_25_WIDE_TILES * TQ1_25_TILE * TQ1_25_WIDE_COLUMNS];
+    float rows[TQ1_25_WIDE_COLUMNS][TQ1_25_TILE]; // the leftover rows' results
+    stq1_0_tile tile;                             // and their weights, of any type
+};
+
+// s[c][row] for columns c < nc, 0 < nc <= TQ1_25_WIDE_COLUMNS, from their activations y[c].
+void tq1_25_mul_wide(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,
+                     int64_t end, int nc, const tq1_25_q8_0 * const * y, float * const * s, struct tq1_25_wide_scratch * scratch);
+
 // ---- panels ----
 
 // Columns are spread evenly over as few panels as possible, on ARM in pairs: the number of panels, and a panel's first column.

@@ -13,6 +13,7 @@ set(SHERRY_CPU_SOURCES
     arch/x86/vec_dot_avx512.c
     arch/x86/lookup_avx2.c
     arch/x86/lookup_avx512.c
+    arch/x86/wide_avx2.c
     arch/x86/attention_avx2.c
     arch/x86/attention_avx512.c
     arch/x86/gemm_avxvnni.c

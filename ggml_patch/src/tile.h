@@ -79,6 +79,10 @@ typedef union {
     } neon;
 } tq1_25_codes;
 
+// Wide tables, for many vectors: the sums of up to 32 of them side by side, int16 [group][code][vector], for one Q8_0 block.
+#define TQ1_25_WIDE_COLUMNS 32
+#define TQ1_25_WIDE_TABLE (TQ1_25_QK8_0 / TQ1_25_GROUP * 32 * TQ1_25_WIDE_COLUMNS) // int16
+
 // Panels, for many vectors: a unit as weights plus one, since the multiplications want them unsigned, uint8 [sixteen rows][group][row][lane],
 // then its 64 scales, float. These are the sizes in bytes, by the number of parts.
 #define TQ1_25_DECODED_SIXTEEN(parts) (16 * TQ1_25_QK8_0 * (parts))

@@ -1,5 +1,5 @@
 // Times matrix products in one thread. By one vector, with weights from memory: each type's vec_dot row by row, and our types' repacked rows
-// with each instruction set. By more vectors: our types by tables, codes and panels. Also the CPU's peak rate of multiplications.
+// with each instruction set. By more vectors: our types by tables, codes, wide tables and panels. Also the CPU's peak rate of multiplications.
 // usage: bench_matmul MIB TYPE...     runs a round for each line of input, so that the caller can measure other things in between
 // prints "vector NAME RATE", "columns TYPE ISA KERNEL COLUMNS RATE", "tables ISA COLUMNS" and "codes ISA COLUMNS" (the limits in use),
 // "peak ISA RATE" and "end"; rates are 1e9 multiply-adds per second
@@ -133,6 +133,7 @@ struct columns {
     void * panels;
     struct tq1_25_panel_scratch * panel_scratch;
     struct tq1_25_code_scratch * code_scratch;
+    struct tq1_25_wide_scratch * wide_scratch;
 };
 
 static double by_tables(const struct tq1_25_isa * isa, const struct matrix * m, int64_t rows, int nc, struct columns * c) {
@@ -164,6 +165,15 @@ static double by_panels(const struct tq1_25_isa * isa, const struct matrix * m, 
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
 
+static double by_wide(const struct tq1_25_isa * isa, const struct matrix * m, int64_t rows, int nc, struct columns * c) {
+    const double start = now();
+    for (int k = 0; k < nc; k += TQ1_25_WIDE_COLUMNS) {
+        tq1_25_mul_wide(isa, m->kind, rows, N, m->tiles, 0, rows / TQ1_25_TILE, nc - k < TQ1_25_WIDE_COLUMNS ? nc - k : TQ1_25_WIDE_COLUMNS,
+                        c->y + k, c->s + k, c->wide_scratch);
+    }
+    return (double) N * (double) rows * nc / (now() - start) * 1e-9;
+}
+
 static void repacked(const struct tq1_25_isa * isa, const struct matrix * m, int nc, float * s, struct columns * c) {
     const int64_t rows = nc <= FEW ? m->rows : SOME_ROWS < m->rows ? SOME_ROWS : m->rows;
     const char * type = ggml_type_name(m->type);
@@ -178,6 +188,9 @@ static void repacked(const struct tq1_25_isa * isa, const struct matrix * m, int
         printf("columns %s %s tables %d %.3f\n", type, isa->name, nc, by_tables(isa, m, rows, nc, c));
     }
     printf("columns %s %s codes %d %.3f\n", type, isa->name, nc, by_codes(isa, m, rows, nc, c));
+    if (isa->wide_rows) {
+        printf("columns %s %s wide %d %.3f\n", type, isa->name, nc, by_wide(isa, m, rows, nc, c));
+    }
     if (isa->gemm) {
         printf("columns %s %s panels %d %.3f\n", type, isa->name, nc, by_panels(isa, m, rows, nc, c));
     }
@@ -208,6 +221,7 @@ int main(int argc, char ** argv) {
     struct columns c = { .panels = allocate((size_t) tq1_25_panel_size(N, MOST)) };
     c.panel_scratch = allocate(sizeof(*c.panel_scratch));
     c.code_scratch = allocate(sizeof(*c.code_scratch));
+    c.wide_scratch = allocate(sizeof(*c.wide_scratch));
     for (int k = 0; k < FEW; ++k) {
         c.tables[k] = aligned_alloc(64, (size_t) N / TQ1_25_QK8_0 * (TQ1_25_TABLE + sizeof(float))); // for any instruction set
     }

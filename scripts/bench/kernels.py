@@ -2,7 +2,8 @@
 """Measure the kernels in one thread: our types on each instruction set, against types of a similar size.
 
 Three parts: the plain dot product with rows in the L1 cache; a matrix by a vector with weights from memory, beside the memory
-bandwidth; and a matrix of our types by several vectors, by tables, codes and panels, beside the CPU's int8 peak where it is known.
+bandwidth; and a matrix of our types by several vectors, by tables, codes, wide tables and panels, beside the CPU's int8 peak where it is
+known.
 Kernels take turns in each round; the tables show medians.
 
 Needs scripts/build_llama_cpp.py and a C compiler. Whole models: scripts/bench/models.py.
@@ -104,17 +105,17 @@ def show_columns(rates: dict[str, list[float]]) -> None:
             columns.setdefault((kind, isa), {}).setdefault(kernel, {})[int(count)] = own
     if not columns:
         return
-    print("\nMatrix by vectors, 1e9 multiply-adds/s: by tables / by codes / by panels; bold: what llama.cpp uses\n")
+    print("\nMatrix by vectors, 1e9 multiply-adds/s: by tables / by codes / by wide tables or panels; bold: what llama.cpp uses\n")
     counts = sorted(next(iter(columns.values()))["codes"])
     rows = []
     for (kind, isa), of in sorted(columns.items()):
 
-        def used(count: int, isa: str = isa) -> str:
-            return next((k for k in ("tables", "codes") if count <= rates[f"{k} {isa}"][0]), "panels")
+        def used(count: int, isa: str = isa, of: dict[str, dict[int, list[float]]] = of) -> str:
+            return next((k for k in ("tables", "codes") if count <= rates[f"{k} {isa}"][0]), "wide" if "wide" in of else "panels")
 
         cells = []
         for count in counts:
-            found = {k: f"{statistics.median(of[k][count]):.0f}" for k in ("tables", "codes", "panels") if count in of.get(k, {})}
+            found = {k: f"{statistics.median(of[k][count]):.0f}" for k in ("tables", "codes", "wide", "panels") if count in of.get(k, {})}
             cells.append(" / ".join(f"**{v}**" if k == used(count) else v for k, v in found.items()))
         peak, most = rates[f"peak {isa}"], ["", ""]
         if min(peak) > 0:

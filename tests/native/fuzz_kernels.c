@@ -32,14 +32,14 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
     const int64_t n = nb * of.weights;
     const size_t block = of.block;
     const int64_t units_of_64 = next() % 4 == 0 ? 1 + next() % 2 : 0;
-    const int64_t rows = units_of_64 * TQ1_25_TILE + next() % 4, nc = 1 + next() % 20, units = (rows + TQ1_25_TILE - 1) / TQ1_25_TILE;
+    const int64_t rows = units_of_64 * TQ1_25_TILE + next() % 4, nc = 1 + next() % 40, units = (rows + TQ1_25_TILE - 1) / TQ1_25_TILE;
     uint8_t * blocks = bytes((size_t) (rows * nb) * block, skew);
     uint8_t * x = bytes((size_t) (rows * nb) * block, skew);
     tq1_25_repack(kind, rows, n, blocks + skew, x + skew);
-    uint8_t * activations[20];
-    const tq1_25_q8_0 * y[20];
-    void * tables[20];
-    float * s[20];
+    uint8_t * activations[40];
+    const tq1_25_q8_0 * y[40];
+    void * tables[40];
+    float * s[40];
     for (int64_t c = 0; c < nc; ++c) {
         activations[c] = bytes((size_t) (n / TQ1_25_QK8_0) * sizeof(tq1_25_q8_0), skew);
         y[c] = (const tq1_25_q8_0 *) (activations[c] + skew);
@@ -48,6 +48,7 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
     void * panels = bytes((size_t) tq1_25_panel_size(n, nc), 0);
     struct tq1_25_panel_scratch * panel_scratch = aligned_alloc(64, (sizeof(*panel_scratch) + 63) / 64 * 64);
     struct tq1_25_code_scratch * code_scratch = aligned_alloc(64, (sizeof(*code_scratch) + 63) / 64 * 64);
+    struct tq1_25_wide_scratch * wide_scratch = aligned_alloc(64, (sizeof(*wide_scratch) + 63) / 64 * 64);
     long calls = 0;
     for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
         if (!isa->gemv || (isa->supported && !isa->supported())) {
@@ -71,6 +72,12 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
             tq1_25_mul_codes(isa, kind, rows, n, x + skew, 0, middle, columns, y + c, s + c, code_scratch);
         }
         calls += 2;
+        for (int64_t c = 0; isa->wide_rows && c < nc; c += TQ1_25_WIDE_COLUMNS) {
+            const int columns = (int) (nc - c < TQ1_25_WIDE_COLUMNS ? nc - c : TQ1_25_WIDE_COLUMNS);
+            tq1_25_mul_wide(isa, kind, rows, n, x + skew, middle, units, columns, y + c, s + c, wide_scratch);
+            tq1_25_mul_wide(isa, kind, rows, n, x + skew, 0, middle, columns, y + c, s + c, wide_scratch);
+        }
+        calls += isa->wide_rows != NULL;
         const int64_t count = tq1_25_panels(nc), between = next() % (uint32_t) (count + 1);
         for (int64_t p = 0; isa->gemm && p < count; ++p) {
             const int64_t c = tq1_25_first_column(nc, p);
@@ -94,6 +101,7 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
     }
     free(panel_scratch);
     free(code_scratch);
+    free(wide_scratch);
     free(panels);
     free(x);
     free(blocks);

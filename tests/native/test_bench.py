@@ -37,6 +37,7 @@ def test_every_kernel_and_type_is_measured(tmp_path):
         columns = f"columns {kind} {isa}"
         assert {f"vector {kind}-{isa}", f"{columns} tables 1", f"{columns} codes 512", f"peak {isa}"} <= products.keys()
         assert (f"{columns} panels 512" in products) == (isa in kernels.available_panels())
+        assert (f"{columns} wide 512" in products) == (isa in kernels.available_wide())
         assert f"| {kind} repacked, {isa} | {OURS[kind]} |" in printed and f"| {kind} | {isa} |" in printed
 
 

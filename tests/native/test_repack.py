@@ -11,11 +11,12 @@ from sherry_gguf import kernels, stq1_0, ternary, tq1_25, tq1_25_64
 ffi, lib = kernels.ffi, kernels.lib
 KINDS = [tq1_25.TYPE, tq1_25_64.TYPE]  # tests/format has STQ1_0's tests
 ISAS = kernels.available_repacked()
-PRODUCTS = {"tables": kernels.mul_tables, "codes": kernels.mul_codes, "panels": kernels.mul_panels}
-HAS = {"tables": ISAS, "codes": ISAS, "panels": kernels.available_panels()}
+PRODUCTS = {"tables": kernels.mul_tables, "codes": kernels.mul_codes, "wide": kernels.mul_wide, "panels": kernels.mul_panels}
+HAS = {"tables": ISAS, "codes": ISAS, "wide": kernels.available_wide(), "panels": kernels.available_panels()}
 TILE, COLUMNS, DEPTH = 64, 6, 64  # of tile.h and repack.h
 IN_PAIRS = platform.machine() == "aarch64"  # panels: five columns cost what six do there
 CODE_COLUMNS, CODE_TABLES = 16, 512
+WIDE_COLUMNS, WIDE_TILES = 32, 32
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
 every_product = pytest.mark.parametrize(
@@ -71,6 +72,7 @@ def check_exact(product, isa, b, q8_0, kind):
 def test_constants_of_c_and_python_are_equal():
     assert (lib.TQ1_25_TILE, lib.TQ1_25_COLUMNS, lib.TQ1_25_DEPTH) == (TILE, COLUMNS, DEPTH)
     assert (lib.TQ1_25_CODE_COLUMNS, lib.TQ1_25_CODE_TABLES) == (CODE_COLUMNS, CODE_TABLES)
+    assert (lib.TQ1_25_WIDE_COLUMNS, lib.TQ1_25_WIDE_TILES) == (WIDE_COLUMNS, WIDE_TILES)
     assert all(ffi.sizeof(f"{kind.name.lower()}_tile") == TILE * kind.bytes for kind in KINDS)
 
 
@@ -79,8 +81,9 @@ def test_what_has_kernels_for_repacked_rows():
     assert [isa for isa in kernels.available() if isa in ISAS] == ISAS
     assert set(kernels.available()) - set(ISAS) == {"scalar"}
     assert all(0 < entries[isa].max_tables < entries[isa].max_codes for isa in ISAS) and entries["scalar"].max_tables == 0
-    for isa in ISAS:  # where there are no panels, any number of columns goes by codes
-        assert (entries[isa].max_codes == 2**31 - 1) == (isa not in HAS["panels"])
+    for isa in ISAS:  # where there are neither panels nor wide tables, any number of columns goes by codes
+        assert (isa in HAS["panels"]) + (isa in HAS["wide"]) == (entries[isa].max_codes < 2**31 - 1)
+        assert isa not in HAS["wide"] or entries[isa].max_codes <= CODE_COLUMNS  # the last columns may be left to codes
     if ISAS:  # a kernel that is chosen by default has what the default buffer of llama.cpp wants
         assert kernels.available()[0] == ISAS[0]
 
@@ -153,7 +156,7 @@ def test_every_number_of_rows(isa, product, kind):
 
 @every_product
 def test_every_number_of_columns(isa, product, kind):
-    """Up to six, and around every switch: to codes, to panels, and of the number of groups and of panels."""
+    """Up to six, and around every switch: to codes, to panels or wide tables, and of the number of groups and of panels."""
     rng, n = np.random.default_rng(2), 3 * kind.size
     b, q8_0 = random_rows(rng, 67, n, kind), random_q8_0(rng, 512, n)
     switches = [k for k in (kernels._compiled()[isa].max_tables, kernels._compiled()[isa].max_codes) if k < 512]
@@ -161,6 +164,13 @@ def test_every_number_of_columns(isa, product, kind):
     around = {k + i for k in steps for i in (-1, 0, 1)}
     for columns in sorted({0, 1, 2, 3, 4, 5, 6, 7, 12, 13, *around}):
         check_exact(product, isa, b, q8_0[:columns], kind)
+
+
+@pytest.mark.parametrize("isa", HAS["wide"])
+def test_more_rows_than_a_wide_table_serves(isa):
+    rng, kind, n = np.random.default_rng(13), tq1_25_64.TYPE, 64
+    for rows in 64 * WIDE_TILES - 1, 64 * WIDE_TILES, 64 * WIDE_TILES + 1, 64 * (2 * WIDE_TILES + 1) + 5:
+        check_exact("wide", isa, random_rows(rng, rows, n, kind), random_q8_0(rng, 33, n), kind)
 
 
 @each_kind
@@ -358,7 +368,7 @@ def test_nothing_is_written_outside_its_range(isa, columns, kind):
         assert 0 < last - first <= COLUMNS
         lib.tq1_25_make_panel(0, n, last - first, of + first, panels.pointer + lib.tq1_25_panel_size(n, first))
     assert panels.intact()
-    panel_scratch, code_scratch = (Guarded(ffi.sizeof(f"struct tq1_25_{of}_scratch")) for of in ("panel", "code"))
+    panel_scratch, code_scratch, wide_scratch = (Guarded(ffi.sizeof(f"struct tq1_25_{of}_scratch")) for of in ("panel", "code", "wide"))
     groups = lib.tq1_25_code_groups(columns)
 
     for begin, end in [(0, 6), (0, 1), (2, 4), (5, 6), (3, 3)]:
@@ -378,7 +388,11 @@ def test_nothing_is_written_outside_its_range(isa, columns, kind):
                     first, last = (lib.tq1_25_first_of_group(columns, groups, k) for k in (group, group + 1))
                     lib.tq1_25_mul_codes(entry, number, rows, n, x, begin, end, last - first, of + first, s + first,
                                          ffi.cast("struct tq1_25_code_scratch *", code_scratch.pointer))  # fmt: skip
-                assert out.intact() and panel_scratch.intact() and code_scratch.intact() and panels.intact()
+                for first in range(0, columns if product == "wide" else 0, WIDE_COLUMNS):
+                    lib.tq1_25_mul_wide(entry, number, rows, n, x, begin, end, min(columns - first, WIDE_COLUMNS), of + first, s + first,
+                                        ffi.cast("struct tq1_25_wide_scratch *", wide_scratch.pointer))  # fmt: skip
+                assert out.intact() and panels.intact()
+                assert panel_scratch.intact() and code_scratch.intact() and wide_scratch.intact()
                 written = np.zeros((columns, rows + gap), bool)
                 first, last = (lib.tq1_25_first_column(columns, k) for k in (p, q))
                 written[first:last, 64 * begin : min(64 * end, rows)] = True
@@ -476,10 +490,11 @@ def test_the_environment_chooses(monkeypatch):
     assert not good("tables", isa=None).any()
 
 
-def test_panels_of_an_instruction_set_without():
-    for isa in set(ISAS) - set(HAS["panels"]):
-        with pytest.raises(ValueError, match=f"instruction set {isa} has no panels; those that this CPU runs: "):
-            kernels.mul_panels(np.zeros(65 * 44, np.uint8), 65, 256, np.zeros((2, 272), np.uint8), isa)
+@pytest.mark.parametrize("product, name", [("panels", "panels"), ("wide", "wide tables")])
+def test_what_an_instruction_set_lacks(product, name):
+    for isa in set(ISAS) - set(HAS[product]):
+        with pytest.raises(ValueError, match=f"instruction set {isa} has no {name}; those that this CPU runs: "):
+            PRODUCTS[product](np.zeros(65 * 44, np.uint8), 65, 256, np.zeros((2, 272), np.uint8), isa)
 
 
 @every_product

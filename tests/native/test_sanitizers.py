@@ -58,7 +58,7 @@ def fuzz(with_memory_checks):
 def test_random_bytes(fuzz, seed):
     result = subprocess.run([fuzz, str(seed), "3000"], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
-    repacked = 2 * len(kernels.available_repacked()) + len(kernels.available_panels())
+    repacked = 2 * len(kernels.available_repacked()) + len(kernels.available_panels()) + len(kernels.available_wide())
     plain = 3 * (8 + len(kernels.available())) + 1
     assert int(result.stdout.split()[0]) == 3000 * plain + 3000 // 5 * (repacked + len(attention.available()))
 

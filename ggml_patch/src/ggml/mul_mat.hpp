@@ -32,10 +32,10 @@ class tq1_25_traits : public tensor_traits_base {
     struct work_buffer {
         bool ids;
         int64_t n, rows, columns, experts, tile_rows; // rows of src1; tile_rows in a matrix
-        bool all_tables;                       // by tables; else each matrix by codes or panels
+        bool all_tables;                       // by tables; else each matrix by codes, panels or wide tables
         size_t row_size, table_size;
         size_t q8_0, tables, panels;             // offsets
-        size_t code_scratch, panel_scratch;      // offsets, one per thread
+        size_t code_scratch, panel_scratch, wide_scratch; // offsets, one per thread
         size_t y, s, table;                      // offsets of each column's pointers, by expert: activations, result, table
         size_t first, cursor;                    // offsets: each expert's first column, then the end; where to add a column
         size_t size = 0;
@@ -55,12 +55,14 @@ class tq1_25_traits : public tensor_traits_base {
                 ids ? tokens <= isa->max_tables || (tokens <= TQ1_25_CODE_COLUMNS && columns <= experts) : columns <= isa->max_tables;
             row_size = ggml_row_size(GGML_TYPE_Q8_0, n);
             table_size = (size_t) tq1_25_table_size(isa, n);
-            const bool any_panels = !all_tables && columns > isa->max_codes; // perhaps no single expert has enough
+            const bool many = !all_tables && columns > isa->max_codes; // perhaps no single expert has enough
+            const bool any_panels = many && isa->gemm;
             q8_0 = take(row_size, rows);
             tables = take(table_size, all_tables ? rows : 0);
             panels = take((size_t) tq1_25_panel_size(n, 1), any_panels ? columns : 0);
             code_scratch = take(sizeof(tq1_25_code_scratch), all_tables || (any_panels && !ids) ? 0 : n_threads);
             panel_scratch = take(sizeof(tq1_25_panel_scratch), any_panels ? n_threads : 0);
+            wide_scratch = take(sizeof(tq1_25_wide_scratch), many && isa->wide_rows ? n_threads : 0);
             y = take(sizeof(void *), columns);
             s = take(sizeof(void *), columns);
             table = take(sizeof(void *), columns);
@@ -99,7 +101,12 @@ class tq1_25_traits : public tensor_traits_base {
         void * table_of(int64_t row_) const { return base + tables + table_size * (size_t) row_; }
         // The panels of an expert are consecutive, each as large as its columns need.
         void * panel_at(int64_t column) const { return base + panels + tq1_25_panel_size(n, 1) * column; }
-        bool by_panels(int64_t count) const { return !all_tables && count > isa->max_codes; }
+        bool by_panels(int64_t count) const { return isa->gemm && !all_tables && count > isa->max_codes; }
+        // If there is not a tile row for each thread, codes share better: by columns, too.
+        bool by_wide(int64_t count) const {
+            return isa->wide_rows && !all_tables && count > isa->max_codes && (ids || wide_groups(count) * tile_rows >= params->nth);
+        }
+        static int64_t wide_groups(int64_t count) { return (count + TQ1_25_WIDE_COLUMNS - 1) / TQ1_25_WIDE_COLUMNS; }
 
         // Calls f(item, begin, end) for this thread's share of the items. If they are fewer than the threads, cuts each along the vector.
         template <typename F> void share(int64_t count, F f) const {
@@ -277,15 +284,26 @@ class tq1_25_traits : public tensor_traits_base {
                               columns_table() + c, columns_s() + c);
         }
 
-        // The number of column groups for codes: the least, or `times` as many, of at least two columns each.
-        static int64_t groups_of(int64_t count, int64_t times) { return std::min(tq1_25_code_groups(count) * times, (count + 1) / 2); }
+        // The number of column groups for wide tables, or for codes: the least, or `times` as many, of at least two columns each.
+        int64_t groups_of(int64_t count, int64_t times) const {
+            return by_wide(count) ? wide_groups(count) : std::min(tq1_25_code_groups(count) * times, (count + 1) / 2);
+        }
 
         void by_code(int64_t e, int64_t groups, int64_t group, int64_t tile_row, int64_t end) const {
-            const int64_t count = firsts()[e + 1] - firsts()[e], begin = tq1_25_first_of_group(count, groups, group);
-            const int64_t c = firsts()[e] + begin;
-            tq1_25_mul_codes(isa, kind, op->src[0]->ne[1], n, matrix(e), tile_row, end,
-                             (int) (tq1_25_first_of_group(count, groups, group + 1) - begin), columns_y() + c, columns_s() + c,
-                             at<tq1_25_code_scratch>(code_scratch) + params->ith);
+            const int64_t count = firsts()[e + 1] - firsts()[e];
+            const bool wide = by_wide(count);
+            const auto first = [&](int64_t g) {
+                return wide ? std::min(TQ1_25_WIDE_COLUMNS * g, count) : tq1_25_first_of_group(count, groups, g);
+            };
+            const int64_t c = firsts()[e] + first(group);
+            const int nc = (int) (first(group + 1) - first(group));
+            if (wide && nc > isa->max_codes) { // the last group may be too small
+                tq1_25_mul_wide(isa, kind, op->src[0]->ne[1], n, matrix(e), tile_row, end, nc, columns_y() + c, columns_s() + c,
+                                at<tq1_25_wide_scratch>(wide_scratch) + params->ith);
+            } else {
+                tq1_25_mul_codes(isa, kind, op->src[0]->ne[1], n, matrix(e), tile_row, end, nc, columns_y() + c, columns_s() + c,
+                                 at<tq1_25_code_scratch>(code_scratch) + params->ith);
+            }
         }
 
         void by_panel(int64_t e, int64_t tile_row, int64_t end, int64_t panel, int64_t last) const {

@@ -12,11 +12,14 @@
 #    if defined(_MSC_VER) && !defined(__clang__)
 #        define TARGET(isa)
 #        define IN_ORDER(v)
+#        define OPAQUE(v)
 #        define LOADED(v)
 #    else
 #        define TARGET(isa) __attribute__((target(isa)))
 // Without this, GCC adds integers as a tree, with more live terms than registers: two thirds of the rate.
 #        define IN_ORDER(v) __asm__("" : "+v"(v))
+// Without this, GCC shifts a whole word for each of its bytes.
+#        define OPAQUE(v) __asm__("" : "+r"(v))
 // Without this, -march=native repeats a load for each use: three quarters of the rate.
 #        define LOADED(v) __asm__("" : "+v"(v))
 #    endif
