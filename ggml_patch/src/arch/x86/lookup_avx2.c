@@ -43,48 +43,52 @@ TARGET(AVX2) INLINE void flush(__m256i high, __m256i low, __m256 f[4]) {
 
 // ---- one vector ----
 
-#define SHUFFLE(g, slots, turned)                                                                                 \
-    {                                                                                                             \
-        const __m256i signed_one = _mm256_or_si256(turned, one); /* the sign is the top bit */                    \
-        const __m256i h = _mm256_sign_epi8(_mm256_shuffle_epi8(SLOTS(table + 32 * (g)), slots), signed_one);      \
-        const __m256i l = _mm256_sign_epi8(_mm256_shuffle_epi8(SLOTS(table + 32 * (g) + 16), slots), signed_one); \
-        high = (g) == 0 ? h : _mm256_add_epi8(high, h);                                                           \
-        low = (g) == 0 ? l : _mm256_add_epi8(low, l);                                                             \
-        IN_ORDER(high);                                                                                           \
-        IN_ORDER(low);                                                                                            \
+// Group g of 32 rows, from the halves of its table.
+#define LOOK_UP(g, slots, table_high, table_low)                                                                            \
+    {                                                                                                                       \
+        const __m256i signed_one = _mm256_or_si256(_mm256_slli_epi16(sign[r], 7 - (g)), one); /* the sign is the top bit */ \
+        high[r] = _mm256_add_epi8(high[r], _mm256_sign_epi8(_mm256_shuffle_epi8(table_high, slots), signed_one));           \
+        low[r] = _mm256_add_epi8(low[r], _mm256_sign_epi8(_mm256_shuffle_epi8(table_low, slots), signed_one));              \
+        IN_ORDER(high[r]);                                                                                                  \
+        IN_ORDER(low[r]);                                                                                                   \
     }
 
-// Adds rows at .. at + 31 of a tile to total[4], in the order of its d.
-TARGET(AVX2) INLINE void half_tile(int parts, __m256 * total, const tq1_25_part * x, int at, const int8_t * table, const float * d) {
+// Adds a tile to total[8], in the order of its d. All 64 rows share each load of a table; 32 rows at a time gave 0.9 of the rate.
+TARGET(AVX2) INLINE void tile(int parts, __m256 * total, const tq1_25_part * x, const int8_t * table, const float * d) {
     const uint16_t * of_rows = (const uint16_t *) (x + parts);
     const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi8(1);
-    __m256 block[4];
+    __m256 block[8];
     for (int j = 0; j < parts; ++j, ++x, table += 32 * GROUPS) {
-        if (at == 0) {
-            prefetch_part(x, j, of_rows);
+        prefetch_part(x, j, of_rows);
+        __m256i high[2], low[2], sign[2];
+        UNROLL for (int r = 0; r < 2; ++r) {
+            high[r] = low[r] = _mm256_setzero_si256();
+            sign[r] = LOAD(x->sign + 32 * r);
         }
-        __m256i high, low;
-#define HIGH_SLOTS(b) _mm256_and_si256(_mm256_srli_epi16(b, 4), nibble)
-        const __m256i sign = LOAD(x->sign + at);
-        const __m256i b0 = LOAD(x->qs[0] + at), b1 = LOAD(x->qs[1] + at);
-        const __m256i b2 = LOAD(x->qs[2] + at), b3 = LOAD(x->qs[3] + at);
-        SHUFFLE(0, _mm256_and_si256(b0, nibble), _mm256_slli_epi16(sign, 7))
-        SHUFFLE(1, _mm256_and_si256(b1, nibble), _mm256_slli_epi16(sign, 6))
-        SHUFFLE(2, _mm256_and_si256(b2, nibble), _mm256_slli_epi16(sign, 5))
-        SHUFFLE(3, _mm256_and_si256(b3, nibble), _mm256_slli_epi16(sign, 4))
-        SHUFFLE(4, HIGH_SLOTS(b0), _mm256_slli_epi16(sign, 3))
-        SHUFFLE(5, HIGH_SLOTS(b1), _mm256_slli_epi16(sign, 2))
-        SHUFFLE(6, HIGH_SLOTS(b2), _mm256_slli_epi16(sign, 1))
-        SHUFFLE(7, HIGH_SLOTS(b3), sign)
-        __m256 f[4];
-        flush(high, low, f);
+        UNROLL for (int g = 0; g < 4; ++g) {
+            __m256i first_high = SLOTS(table + 32 * g), first_low = SLOTS(table + 32 * g + 16);
+            __m256i second_high = SLOTS(table + 32 * (g + 4)), second_low = SLOTS(table + 32 * (g + 4) + 16);
+            LOADED(first_high);
+            LOADED(first_low);
+            LOADED(second_high);
+            LOADED(second_low);
+            UNROLL for (int r = 0; r < 2; ++r) {
+                const __m256i bits = LOAD(x->qs[g] + 32 * r);
+                LOOK_UP(g, _mm256_and_si256(bits, nibble), first_high, first_low)
+                LOOK_UP(g + 4, _mm256_and_si256(_mm256_srli_epi16(bits, 4), nibble), second_high, second_low)
+            }
+        }
         const __m256 dy = _mm256_set1_ps(d[j]);
-        for (int k = 0; k < 4; ++k) {
-            block[k] = j == 0 ? _mm256_mul_ps(f[k], dy) : _mm256_fmadd_ps(f[k], dy, block[k]);
+        UNROLL for (int r = 0; r < 2; ++r) {
+            __m256 f[4];
+            flush(high[r], low[r], f);
+            UNROLL for (int k = 0; k < 4; ++k) {
+                block[4 * r + k] = j == 0 ? _mm256_mul_ps(f[k], dy) : _mm256_fmadd_ps(f[k], dy, block[4 * r + k]);
+            }
         }
     }
-    for (int k = 0; k < 4; ++k) {
-        const __m128i dx = _mm_loadu_si128((const __m128i *) (of_rows + 16 * k + at / 4));
+    for (int k = 0; k < 8; ++k) {
+        const __m128i dx = _mm_loadu_si128((const __m128i *) (of_rows + 16 * (k % 4) + 8 * (k / 4)));
         total[k] = _mm256_fmadd_ps(block[k], _mm256_cvtph_ps(dx), total[k]);
     }
 }
@@ -104,8 +108,7 @@ TARGET(AVX2) INLINE void gemv(int parts, int64_t n, float * s, const void * x, c
     }
     const tq1_25_part * part = (const tq1_25_part *) x;
     for (int64_t i = 0; i < n / (parts * TQ1_25_QK8_0); ++i, table += 32 * GROUPS * parts, d += parts) {
-        half_tile(parts, total, part, 0, table, d);
-        half_tile(parts, total + 4, part, 32, table, d);
+        tile(parts, total, part, table, d);
         part = (const tq1_25_part *) ((const uint16_t *) (part + parts) + TQ1_25_TILE);
     }
     store(s, total);
