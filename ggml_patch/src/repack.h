@@ -67,6 +67,17 @@ void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int6
 
 // ---- wide tables ----
 
+// Columns in groups of 32. Of 17 to 24 that are left, sixteen are a group, and so are the others: the number of groups, and a group's first
+// column. Codes multiply groups of up to max_codes columns.
+static inline int64_t tq1_25_wide_groups(int64_t nc) {
+    const int64_t left = nc % TQ1_25_WIDE_COLUMNS;
+    return nc / TQ1_25_WIDE_COLUMNS + (left > 0) + (left > 16 && left <= 24);
+}
+static inline int64_t tq1_25_first_of_wide(int64_t nc, int64_t group) {
+    const int64_t whole = nc / TQ1_25_WIDE_COLUMNS * TQ1_25_WIDE_COLUMNS, first = group * TQ1_25_WIDE_COLUMNS;
+    return first <= whole ? first : group < tq1_25_wide_groups(nc) ? whole + 16 : nc;
+}
+
 #define TQ1_25_WIDE_TILES 32 // tile rows for which a table is made: 256 KB of sums, in the L2 cache
 
 // One per thread, aligned to 64 bytes.

@@ -413,6 +413,14 @@ def test_columns_are_spread_over_groups_in_pairs():
             assert (widths[:-1] % 2 == 0).all()
 
 
+def test_columns_of_wide_tables():
+    for columns in range(1, 200):
+        cuts = [lib.tq1_25_first_of_wide(columns, g) for g in range(lib.tq1_25_wide_groups(columns) + 1)]
+        widths, left = np.diff(cuts).tolist(), columns % WIDE_COLUMNS
+        rest = [16, left - 16] if 16 < left <= 24 else [left] if left else []
+        assert cuts[0] == 0 and widths == [WIDE_COLUMNS] * (columns // WIDE_COLUMNS) + rest
+
+
 def test_columns_are_spread_evenly_over_panels():
     for columns in range(1, 400):
         cuts = [lib.tq1_25_first_column(columns, p) for p in range(lib.tq1_25_panels(columns) + 1)]

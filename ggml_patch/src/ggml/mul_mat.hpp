@@ -27,12 +27,14 @@ namespace ggml::cpu::repack {
 namespace {
 
 // MUL_MAT and MUL_MAT_ID of a repacked tensor of our types. The columns of a matrix are the vectors that it multiplies. MUL_MAT has one
-// matrix, MUL_MAT_ID one per expert. One column is multiplied by tables, several by codes or panels.
+// matrix, MUL_MAT_ID one per expert. One column is multiplied by tables, several by codes, wide tables
+// or panels.
 class tq1_25_traits : public tensor_traits_base {
     struct work_buffer {
         bool ids;
         int64_t n, rows, columns, experts, tile_rows; // rows of src1; tile_rows in a matrix
         bool all_tables;                       // by tables; else each matrix by codes, panels or wide tables
+        bool own_tables;                       // of each thread
         size_t row_size, table_size;
         size_t q8_0, tables, panels;             // offsets
         size_t code_scratch, panel_scratch, wide_scratch; // offsets, one per thread
@@ -58,14 +60,19 @@ class tq1_25_traits : public tensor_traits_base {
             const bool many = !all_tables && columns > isa->max_codes; // perhaps no single expert has enough
             const bool any_panels = many && isa->gemm;
             q8_0 = take(row_size, rows);
-            tables = take(table_size, all_tables ? rows : 0);
+            // Lines that one thread writes and others read cost a few threads more time than tables of their own. The buffer holds own
+            // tables in any case: there may be fewer threads than planned.
+            enum { FEW_THREADS = 4 };
+            own_tables = all_tables && !ids && n_threads <= FEW_THREADS;
+            const int64_t copies = ids ? 1 : std::min<int64_t>(n_threads, FEW_THREADS);
+            tables = take(table_size, all_tables ? copies * rows : 0);
             panels = take((size_t) tq1_25_panel_size(n, 1), any_panels ? columns : 0);
             code_scratch = take(sizeof(tq1_25_code_scratch), all_tables || (any_panels && !ids) ? 0 : n_threads);
             panel_scratch = take(sizeof(tq1_25_panel_scratch), any_panels ? n_threads : 0);
             wide_scratch = take(sizeof(tq1_25_wide_scratch), many && isa->wide_rows ? n_threads : 0);
             y = take(sizeof(void *), columns);
             s = take(sizeof(void *), columns);
-            table = take(sizeof(void *), columns);
+            table = take(sizeof(void *), all_tables ? copies * columns : 0);
             first = take(sizeof(int64_t), experts + 1);
             cursor = take(sizeof(int64_t), experts);
         }
@@ -94,19 +101,18 @@ class tq1_25_traits : public tensor_traits_base {
 
         const tq1_25_q8_0 ** columns_y() const { return at<const tq1_25_q8_0 *>(y); }
         float ** columns_s() const { return at<float *>(s); }
-        void ** columns_table() const { return at<void *>(table); }
+        void ** columns_table() const { return at<void *>(table) + (own_tables ? params->ith * columns : 0); }
         int64_t * firsts() const { return at<int64_t>(first); }
 
         tq1_25_q8_0 * activations(int64_t row_) const { return at<tq1_25_q8_0>(q8_0 + row_size * (size_t) row_); }
-        void * table_of(int64_t row_) const { return base + tables + table_size * (size_t) row_; }
+        void * table_of(int64_t row_) const { return base + tables + table_size * (size_t) (row_ + (own_tables ? params->ith * rows : 0)); }
         // The panels of an expert are consecutive, each as large as its columns need.
         void * panel_at(int64_t column) const { return base + panels + tq1_25_panel_size(n, 1) * column; }
         bool by_panels(int64_t count) const { return isa->gemm && !all_tables && count > isa->max_codes; }
         // If there is not a tile row for each thread, codes share better: by columns, too.
         bool by_wide(int64_t count) const {
-            return isa->wide_rows && !all_tables && count > isa->max_codes && (ids || wide_groups(count) * tile_rows >= params->nth);
+            return isa->wide_rows && !all_tables && count > isa->max_codes && (ids || tq1_25_wide_groups(count) * tile_rows >= params->nth);
         }
-        static int64_t wide_groups(int64_t count) { return (count + TQ1_25_WIDE_COLUMNS - 1) / TQ1_25_WIDE_COLUMNS; }
 
         // Calls f(item, begin, end) for this thread's share of the items. If they are fewer than the threads, cuts each along the vector.
         template <typename F> void share(int64_t count, F f) const {
@@ -140,7 +146,9 @@ class tq1_25_traits : public tensor_traits_base {
                 const int64_t i1 = c % op->ne[1], i2 = c / op->ne[1] % op->ne[2], i3 = c / op->ne[1] / op->ne[2];
                 columns_y()[c] = activations(c);
                 columns_s()[c] = (float *) ((char *) op->data + i1 * op->nb[1] + i2 * op->nb[2] + i3 * op->nb[3]);
-                columns_table()[c] = all_tables ? table_of(c) : nullptr;
+                if (all_tables && !own_tables) {
+                    columns_table()[c] = table_of(c);
+                }
             }
             firsts()[0] = 0;
             firsts()[1] = columns;
@@ -167,7 +175,9 @@ class tq1_25_traits : public tensor_traits_base {
                     const int64_t c = at<int64_t>(cursor)[e]++;
                     columns_y()[c] = activations(row_);
                     columns_s()[c] = (float *) ((char *) op->data + k * op->nb[1] + token * op->nb[2]);
-                    columns_table()[c] = all_tables ? table_of(row_) : nullptr;
+                    if (all_tables) {
+                        columns_table()[c] = table_of(row_);
+                    }
                 }
             }
         }
@@ -198,7 +208,9 @@ class tq1_25_traits : public tensor_traits_base {
             if (all_tables) {
                 share(rows, [&](int64_t row_, int64_t begin, int64_t end) {
                     quantize(row_, begin, end);
-                    tq1_25_make_table(isa, n, begin, end, activations(row_), table_of(row_));
+                    if (!own_tables) {
+                        tq1_25_make_table(isa, n, begin, end, activations(row_), table_of(row_));
+                    }
                 });
             } else if (!ids && by_panels(columns)) {
                 share(tq1_25_panels(columns), [&](int64_t panel, int64_t begin, int64_t end) {
@@ -219,12 +231,16 @@ class tq1_25_traits : public tensor_traits_base {
                 }
             }
             ggml_barrier(params->threadpool);
+            for (int64_t c = 0; own_tables && c < columns; ++c) {
+                columns_table()[c] = table_of(c);
+                tq1_25_make_table(isa, n, 0, n, activations(c), table_of(c));
+            }
         }
 
         // Threads take items in turn; with NUMA, each has fixed ones. Tables: first each thread gets a share of three quarters of the tile
-        // rows, since prefetching likes long runs, then threads take one by one, so that all end together. Codes: items are groups of
-        // columns, times pieces of the tile rows if the groups are few; a piece must be worth the tables that it makes. Panels: items are
-        // tile rows, times groups of panels if the tile rows are few.
+        // rows, since prefetching likes long runs, then threads take one by one, so that all end together. Codes and wide tables: items
+        // are groups of columns, times pieces of the tile rows if the groups are few; a piece must be worth the tables that it makes.
+        // Panels: items are tile rows, times groups of panels if the tile rows are few.
         void multiply() const {
             const bool numa = ggml_is_numa();
             const int64_t nth = params->nth, each = numa ? tile_rows / nth : tile_rows * 3 / 4 / nth;
@@ -286,18 +302,16 @@ class tq1_25_traits : public tensor_traits_base {
 
         // The number of column groups for wide tables, or for codes: the least, or `times` as many, of at least two columns each.
         int64_t groups_of(int64_t count, int64_t times) const {
-            return by_wide(count) ? wide_groups(count) : std::min(tq1_25_code_groups(count) * times, (count + 1) / 2);
+            return by_wide(count) ? tq1_25_wide_groups(count) : std::min(tq1_25_code_groups(count) * times, (count + 1) / 2);
         }
 
         void by_code(int64_t e, int64_t groups, int64_t group, int64_t tile_row, int64_t end) const {
             const int64_t count = firsts()[e + 1] - firsts()[e];
             const bool wide = by_wide(count);
-            const auto first = [&](int64_t g) {
-                return wide ? std::min(TQ1_25_WIDE_COLUMNS * g, count) : tq1_25_first_of_group(count, groups, g);
-            };
+            const auto first = [&](int64_t g) { return wide ? tq1_25_first_of_wide(count, g) : tq1_25_first_of_group(count, groups, g); };
             const int64_t c = firsts()[e] + first(group);
             const int nc = (int) (first(group + 1) - first(group));
-            if (wide && nc > isa->max_codes) { // the last group may be too small
+            if (wide && nc > isa->max_codes) { // the last group may have fewer
                 tq1_25_mul_wide(isa, kind, op->src[0]->ne[1], n, matrix(e), tile_row, end, nc, columns_y() + c, columns_s() + c,
                                 at<tq1_25_wide_scratch>(wide_scratch) + params->ith);
             } else {
