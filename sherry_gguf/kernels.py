@@ -321,7 +321,7 @@ def mul_wide(
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
     if p.isa.wide_rows == ffi.NULL:
         raise _lacking(p.isa, "wide tables", available_wide())
-    scratch = ffi.from_buffer("struct tq1_25_wide_scratch *", _aligned(ffi.sizeof("struct tq1_25_wide_scratch")))
+    scratch = ffi.from_buffer("struct tq1_25_wide_scratch *", aligned(ffi.sizeof("struct tq1_25_wide_scratch")))
     for first in range(0, p.columns, lib.TQ1_25_WIDE_COLUMNS):
         count = min(p.columns - first, lib.TQ1_25_WIDE_COLUMNS)
         for begin, end in p.tiles():
