@@ -6,10 +6,10 @@
 
 #include <math.h>
 
-enum { KEYS = SHERRY_ATTENTION_KEYS, PANEL = SHERRY_ATTENTION_PANEL, MOST_ROWS = 64 };
+enum { KEYS = SHERRY_ATTENTION_KEYS, PANEL = SHERRY_ATTENTION_PANEL, MOST_TILE_ROWS = 64 };
 
-// From so many rows per head of keys on, or so many blocks of up to four, tiles are faster. Measured on Zen 4: one token of 12 heads is
-// faster directly, 16 rows are faster in a tile; of single rows (a head of keys for each query), four are faster directly.
+// Tiles are faster from TILE_ROWS rows per head of keys, or from TILE_BLOCKS blocks of up to four. Measured on Zen 4: one token of 12 heads
+// is faster directly, 16 rows are faster in a tile; of single rows (a head of keys for each query), four are faster directly.
 enum { TILE_ROWS = 16, TILE_BLOCKS = 5 };
 
 #define MASKED 0xfc00 // -infinity in fp16
@@ -60,7 +60,7 @@ bool sherry_attention_make_plan(const struct sherry_attention * a, int threads, 
     const int64_t pairs = a->streams * a->kv_heads, rows = a->tokens * group_of(a), padded = padded_group(a);
     const bool many = a->tokens * padded >= TILE_ROWS || a->tokens * ((padded + 3) / 4) >= TILE_BLOCKS;
     if (many && tile_size(a, PANEL) <= plan->scratch) {
-        plan->rows = round_up(least(rows, MOST_ROWS), PANEL);
+        plan->rows = round_up(least(rows, MOST_TILE_ROWS), PANEL);
         while (plan->rows > PANEL && (tile_size(a, plan->rows) > plan->scratch || pairs * ((rows - 1) / plan->rows + 1) < 2 * threads)) {
             plan->rows -= PANEL;
         }
@@ -100,6 +100,31 @@ static int look(const uint16_t * mask, int64_t begin, int64_t keys) {
         other = (uint16_t) (other | (mask[j] ^ MASKED));
     }
     return (other ? SOME_SEEN : 0) | (any ? SOME_BIASED : 0);
+}
+
+// Whether all rows mask key j.
+INLINE bool is_masked(const float * mask, int rows, int64_t j) {
+    int r = 0;
+    while (r < rows && mask[j * rows + r] == -INFINITY) {
+        ++r;
+    }
+    return r == rows;
+}
+
+// The next keys that some row sees: *begin .. the result - 1; *begin is `keys` if there are none. The values of keys that all rows mask are
+// not touched: they may be another sequence's, and infinite.
+static int64_t next_seen(const float * mask, int rows, int64_t keys, int64_t * begin) {
+    if (!mask) {
+        return keys;
+    }
+    while (*begin < keys && is_masked(mask, rows, *begin)) {
+        ++*begin;
+    }
+    int64_t end = *begin;
+    while (end < keys && !is_masked(mask, rows, end)) {
+        ++end;
+    }
+    return end;
 }
 
 // ALiBi's factor of a head's mask.
@@ -229,23 +254,28 @@ static void add_chunk(const struct sherry_attention_kernels * kernels, const str
             }
         }
         if (seen & SOME_SEEN) {
-            const bool biased = seen & SOME_BIASED;
+            // a soft cap would make padding a score
+            const bool biased = (seen & SOME_BIASED) || (a->softcap != 0.0f && keys < padded_keys);
             float factor[4];
             kernels->scores(a->k_type, rows, keys, a->k_size, p.q + at * a->k_size, keys_at(a, stream, kv_head, begin), a->k_stride[0], s);
             fill(s + keys * rows, (padded_keys - keys) * rows, -INFINITY);
             for (int r = 0; biased && r < rows; ++r) {
                 const int64_t head = kv_head * group + least(g + r, group - 1);
-                const uint16_t * of_row = mask_row(a, stream, head, token) + begin;
+                const uint16_t * of_row = mask_row(a, stream, head, token);
                 const float slope = slope_of(a, head);
                 for (int64_t j = 0; j < padded_keys; ++j) {
                     mask[j * rows + r] = r > 0 && !own_masks && a->max_bias <= 0.0f ? mask[j * rows]
-                                         : j < keys                                 ? slope * tq1_25_fp16_to_float(of_row[j])
+                                         : j >= keys                                ? -INFINITY
+                                         : of_row                                   ? slope * tq1_25_fp16_to_float(of_row[begin + j])
                                                                                     : 0.0f;
                 }
             }
             kernels->softmax(rows, padded_keys, s, biased ? mask : NULL, a->softcap, p.m + at, p.sum + at, factor);
-            kernels->values(a->v_type, rows, keys, a->v_size, s, values_at(a, stream, kv_head, begin), a->v_stride[0], factor,
-                            p.o + at * a->v_size);
+            const float * scale = factor; // once
+            for (int64_t j = 0, end; end = next_seen(biased ? mask : NULL, rows, keys, &j), j < end; j = end, scale = NULL) {
+                kernels->values(a->v_type, rows, end - j, a->v_size, s + j * rows, values_at(a, stream, kv_head, begin + j), a->v_stride[0],
+                                scale, p.o + at * a->v_size);
+            }
         }
         g += rows;
     }
@@ -320,7 +350,7 @@ void sherry_attention_join(const struct sherry_attention * a, const struct sherr
 
 // ---- many rows ----
 
-// Widened keys or values begin .. end - 1 become 0.
+// Widened keys begin .. end - 1 become 0.
 static void clear_keys(float * x, int64_t size, int64_t begin, int64_t end) {
     for (int64_t i = 0; i < size / PANEL; ++i) {
         fill(x + (i * KEYS + begin) * PANEL, (end - begin) * PANEL, 0.0f);
@@ -341,7 +371,7 @@ void sherry_attention_tile(const struct sherry_attention_kernels * kernels, cons
     float * m = mask + KEYS * PANEL;             // [panels][PANEL]
     float * sum = m + plan->rows;                // [panels][PANEL]
     float factor[PANEL];
-    float slope[MOST_ROWS];
+    float slope[MOST_TILE_ROWS];
     const float scale = scale_of(a);
     for (int64_t r = 0; r < panels * PANEL; ++r) {
         const int64_t row = begin + least(r, rows - 1); // the last panel is completed by copies
@@ -374,20 +404,25 @@ void sherry_attention_tile(const struct sherry_attention_kernels * kernels, cons
                 kernels->widen(a->k_type, keys, a->k_size, keys_at(a, stream, kv_head, first), a->k_stride[0], k);
                 kernels->widen(a->v_type, keys, a->v_size, values_at(a, stream, kv_head, first), a->v_stride[0], v);
                 clear_keys(k, a->k_size, keys, padded);
-                clear_keys(v, a->v_size, keys, padded);
                 ready = true;
             }
+            const bool biased = (seen & SOME_BIASED) || (a->softcap != 0.0f && keys < padded);
             kernels->tile_scores(padded, a->k_size, q + p * PANEL * a->k_size, k, s);
             fill(s + keys * PANEL, (padded - keys) * PANEL, -INFINITY);
-            for (int64_t r = 0; (seen & SOME_BIASED) && r < PANEL; ++r) {
+            for (int64_t r = 0; biased && r < PANEL; ++r) {
                 const int64_t row = least(from + r, to - 1);
-                const uint16_t * of_row = mask_row(a, stream, kv_head * group + row % group, row / group) + first;
+                const uint16_t * of_row = mask_row(a, stream, kv_head * group + row % group, row / group);
                 for (int64_t j = 0; j < padded; ++j) {
-                    mask[j * PANEL + r] = j < keys ? slope[p * PANEL + r] * tq1_25_fp16_to_float(of_row[j]) : 0.0f;
+                    mask[j * PANEL + r] = j >= keys ? -INFINITY
+                                          : of_row  ? slope[p * PANEL + r] * tq1_25_fp16_to_float(of_row[first + j])
+                                                    : 0.0f;
                 }
             }
-            kernels->softmax(PANEL, padded, s, seen & SOME_BIASED ? mask : NULL, a->softcap, m + p * PANEL, sum + p * PANEL, factor);
-            kernels->tile_values(padded, a->v_size, s, v, factor, o + p * PANEL * a->v_size);
+            kernels->softmax(PANEL, padded, s, biased ? mask : NULL, a->softcap, m + p * PANEL, sum + p * PANEL, factor);
+            const float * scale = factor; // once
+            for (int64_t j = 0, end; end = next_seen(biased ? mask : NULL, PANEL, keys, &j), j < end; j = end, scale = NULL) {
+                kernels->tile_values(end - j, a->v_size, s + j * PANEL, v + j * PANEL, scale, o + p * PANEL * a->v_size);
+            }
         }
     }
     for (int64_t r = 0; r < rows; ++r) {

@@ -41,17 +41,17 @@ struct sherry_attention {
 struct sherry_attention_kernels {
     // s[keys][rows] = q[rows][size] times k, for rows of 1, 2 or 4. Writes whole vectors: s has room for 16 floats more.
     void (*scores)(int type, int rows, int64_t keys, int64_t size, const float * q, const char * k, int64_t stride, float * s);
-    // Turns scores, plus a mask of the same layout or NULL, into exp(score - m), for rows of 1, 2, 4 or SHERRY_ATTENTION_PANEL;
+    // Turns scores, plus a mask of the same layout or NULL, into exp(score - m), 0 where the mask is -infinity, for rows of 1, 2, 4 or SHERRY_ATTENTION_PANEL;
     // keys * rows is a multiple of 16. Updates the rows' maxima m and sums; factor = exp(m before - m).
     void (*softmax)(int rows, int64_t keys, float * s, const float * mask, float softcap, float * m, float * sum, float * factor);
-    // o[rows][size] = factor[rows] * o + s times v, for rows of 1, 2 or 4.
+    // o[rows][size] = factor[rows] * o + s times v, for rows of 1, 2 or 4; factor NULL: 1.
     void (*values)(int type, int rows, int64_t keys, int64_t size, const float * s, const char * v, int64_t stride, const float * factor,
                    float * o);
     // Tiles: y[size / PANEL][KEYS][PANEL] = x[keys][size] as floats.
     void (*widen)(int type, int64_t keys, int64_t size, const char * x, int64_t stride, float * y);
     // s[keys][PANEL] = q[size][PANEL] times widened k, for an even number of keys.
     void (*tile_scores)(int64_t keys, int64_t size, const float * q, const float * k, float * s);
-    // o[PANEL][size] = factor[PANEL] * o + s[keys][PANEL] times widened v.
+    // o[PANEL][size] = factor[PANEL] * o + s[keys][PANEL] times widened v; factor NULL: 1.
     void (*tile_values)(int64_t keys, int64_t size, const float * s, const float * v, const float * factor, float * o);
 };
 

@@ -33,7 +33,8 @@ typedef void tq1_25_expand_t(int parts, const tq1_25_unit x[2], tq1_25_codes * c
 typedef void tq1_25_lookup_t(int parts, const tq1_25_codes * codes, int nc, const int8_t * table, const float * d, float * sums);
 // Moves, or adds, 64 of those sums to s in the order of the rows.
 typedef void tq1_25_store_t(float * s, const float * sums, bool add);
-// Makes the wide table, aligned to 64 bytes, of one Q8_0 block of each of nc columns, and stores their scales, d[TQ1_25_WIDE_COLUMNS].
+// Makes the wide table, aligned to 64 bytes, of one Q8_0 block of each of nc columns, and stores their scales: d[16], or with more columns
+// d[TQ1_25_WIDE_COLUMNS].
 typedef void tq1_25_wide_table_t(int nc, const tq1_25_q8_0 * const * y, int16_t * table, float * d);
 // Adds the products of a part, whose rows have the scales dx, to the sums of 64 rows, in an order of the kernel's own.
 typedef void tq1_25_wide_rows_t(int nc, const tq1_25_part * x, const uint16_t * dx, const int16_t * table, const float * d, float * sums);

@@ -67,8 +67,8 @@ void tq1_25_mul_codes(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int6
 
 // ---- wide tables ----
 
-// Columns in groups of 32. Of 17 to 24 that are left, sixteen are a group, and so are the others: the number of groups, and a group's first
-// column. Codes multiply groups of up to max_codes columns.
+// Columns in groups of 32. If 17 to 24 columns remain, they form two groups: sixteen, and the rest. The number of groups, and a group's
+// first column. Codes multiply groups of up to max_codes columns.
 static inline int64_t tq1_25_wide_groups(int64_t nc) {
     const int64_t left = nc % TQ1_25_WIDE_COLUMNS;
     return nc / TQ1_25_WIDE_COLUMNS + (left > 0) + (left > 16 && left <= 24);

@@ -149,7 +149,7 @@ TQ1_25_API void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n
 // still be read. Only for bytes of a file.
 TQ1_25_API void tq1_25_release(const void * x, size_t size);
 
-// Asks for large pages, before anything is in this memory: with fewer TLB misses, repacked weights are read 6 % faster, and a long context's
+// Asks for large pages, before anything is in this memory. With fewer TLB misses repacked weights are read 6 % faster, and a long context's
 // keys and values, whose rows lie far apart, up to 47 % (Zen 4, 2 threads).
 TQ1_25_API void tq1_25_ask_for_large_pages(void * x, size_t size);
 

@@ -165,7 +165,7 @@ static long ordered(int64_t nb) {
     return 1;
 }
 
-// Attention of random bytes, also of numbers that are none.
+// Attention of random bytes, including NaNs.
 static long attention(long round, size_t skew) {
     static const int64_t sizes[] = { 32, 64, 96, 128, 192, 256 };
     struct sherry_attention a;

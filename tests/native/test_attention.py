@@ -106,6 +106,36 @@ def test_options(isa, tokens):
 
 
 @each_isa
+@pytest.mark.parametrize("tokens", [1, 20])
+@pytest.mark.parametrize("keys", [1, 5, 65, 301])
+def test_soft_cap_of_any_number_of_keys(isa, keys, tokens):
+    """What completes the last vector of keys is no key, also where the cap is close to the scores."""
+    rng = np.random.default_rng(keys)
+    for heads in 1, 2, 3, 4, 5:
+        q, k, v = operands(rng, heads=heads, kv_heads=1, tokens=tokens, keys=keys)
+        check(isa, q, k, v, softcap=2.0)
+        check(isa, q, -abs(k), v, softcap=2.0, scale=-8.0)
+        part = np.zeros((1, 1, tokens, keys), np.float16)
+        part[..., keys // 3 + 1 :] = -np.inf
+        check(isa, abs(q), -abs(k), v, part, softcap=30.0, scale=8.0)
+
+
+@each_isa
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+def test_masked_keys_that_are_not_numbers(isa, tokens):
+    """Another sequence's keys lie between ours."""
+    rng = np.random.default_rng(tokens)
+    q, k, v = operands(rng, tokens=tokens, keys=200)
+    seen = rng.random(200) < 0.7
+    mask = np.where(seen, 0, -np.inf).astype(np.float16)[None, None, None].repeat(tokens, 2)
+    for value in np.nan, np.inf:
+        k[:, :, ~seen] = v[:, :, ~seen] = value
+        found = attention.attend(q, k, v, mask, isa=isa, threads=2)
+        exact, bound = reference(q, k[:, :, seen], v[:, :, seen], mask[..., seen])
+        assert (abs(found - exact) <= bound).all()
+
+
+@each_isa
 @pytest.mark.parametrize("tokens", [1, 4, 60])
 def test_windows(isa, tokens):
     """Keys outside the window are not even read: there they are not numbers."""

@@ -15,13 +15,29 @@ static bool sherry_attention_type_of(enum ggml_type type, int & to) {
     }
 }
 
+// Whether the operands fit each other as upstream's code asserts; a graph from the network may say anything.
+static bool sherry_attention_fits(const ggml_tensor * dst) {
+    const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3], *sinks = dst->src[4];
+    for (const ggml_tensor * x : { q, k, v, mask, sinks }) {
+        if (x && (ggml_is_empty(x) || x->nb[0] != ggml_type_size(x->type))) {
+            return false;
+        }
+    }
+    return q->type == GGML_TYPE_F32 && q->ne[0] == k->ne[0] && k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] &&
+           q->ne[2] % k->ne[2] == 0 && q->ne[3] % k->ne[3] == 0 &&
+           (!mask || (mask->type == GGML_TYPE_F16 && mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1])) &&
+           (!sinks || (sinks->type == GGML_TYPE_F32 && sinks->ne[0] == q->ne[2])) && dst->type == GGML_TYPE_F32 &&
+           dst->ne[0] == v->ne[0] && dst->ne[1] == q->ne[2] && dst->ne[2] == q->ne[1] && dst->ne[3] == q->ne[3] &&
+           ggml_is_contiguous(dst);
+}
+
 // False, before anything is written, if upstream's code must do it.
 static bool sherry_attention_forward(const ggml_compute_params * params, ggml_tensor * dst) {
     const ggml_tensor *q = dst->src[0], *k = dst->src[1], *v = dst->src[2], *mask = dst->src[3], *sinks = dst->src[4];
     const sherry_attention_kernels * kernels = tq1_25_best_isa()->attention;
     sherry_attention a;
-    if (params->use_ref || !kernels || q->type != GGML_TYPE_F32 || !sherry_attention_type_of(k->type, a.k_type) ||
-        !sherry_attention_type_of(v->type, a.v_type) || k->ne[2] != v->ne[2] || k->ne[3] != v->ne[3]) {
+    if (params->use_ref || !kernels || !sherry_attention_fits(dst) || !sherry_attention_type_of(k->type, a.k_type) ||
+        !sherry_attention_type_of(v->type, a.v_type)) {
         return false;
     }
     a.q = (const char *) q->data;

@@ -78,9 +78,9 @@ TARGET(AVX2) INLINE void read_codes(const tq1_25_part * x, uint64_t codes[TQ1_25
         const __m256i sign = LOAD(x->sign + at);
         __m256i v[GROUPS], a[GROUPS];
         UNROLL for (int g = 0; g < GROUPS; ++g) {
-            const __m256i b = LOAD(x->qs[g % 4] + at), turned = g < 4 ? _mm256_slli_epi16(b, 3) : _mm256_srli_epi16(b, 1);
+            const __m256i b = LOAD(x->qs[g % 4] + at), shifted = g < 4 ? _mm256_slli_epi16(b, 3) : _mm256_srli_epi16(b, 1);
             const __m256i negative = _mm256_and_si256(_mm256_slli_epi16(sign, 7 - g), top);
-            v[g] = _mm256_or_si256(_mm256_and_si256(turned, slot), negative);
+            v[g] = _mm256_or_si256(_mm256_and_si256(shifted, slot), negative);
         }
         UNROLL for (int g = 0; g < GROUPS; g += 2) {
             a[g] = _mm256_unpacklo_epi8(v[g], v[g + 1]);
