@@ -1,6 +1,8 @@
 // Calls a kernel once on zeros; scripts/bench/count_arm.py counts the instructions. usage: count_arm KERNEL WEIGHTS VECTORS
-// KERNEL: an instruction set, one of its kernels and a type, such as "neon gemv TQ1_25"; or one of upstream's
+// KERNEL: an instruction set, one of its kernels and a type, such as "neon gemv TQ1_25"; or one of upstream's. For "neon attention F16",
+// WEIGHTS are keys and VECTORS the queries of one token that share a head of 128.
 
+#include "attention.h"
 #include "repack.h"
 
 #include <stdio.h>
@@ -96,6 +98,54 @@ static int ours(const struct tq1_25_isa * isa, const char * what, const char * t
     return 1;
 }
 
+static int attention(const struct sherry_attention_kernels * kernels, const char * type, int64_t keys, int64_t queries) {
+    enum { SIZE = 128, SCRATCH = 1 << 19 };
+    static const char * const names[] = { [SHERRY_ATTENTION_F16] = "F16",
+                                          [SHERRY_ATTENTION_BF16] = "BF16",
+                                          [SHERRY_ATTENTION_Q8_0] = "Q8_0" };
+    static char scratch[SCRATCH] __attribute__((aligned(64)));
+    static float q[64 * SIZE], o[64 * SIZE];
+    int k = 0;
+    while (k < 3 && strcmp(type, names[k]) != 0) {
+        ++k;
+    }
+    const int64_t row = k == SHERRY_ATTENTION_Q8_0 ? SIZE / TQ1_25_QK8_0 * (int64_t) sizeof(tq1_25_q8_0) : 2 * SIZE;
+    struct sherry_attention a = {
+        .q = (char *) q,
+        .k = calloc((size_t) keys, (size_t) row),
+        .v = calloc((size_t) keys, (size_t) row),
+        .dst = (char *) o,
+        .k_type = k,
+        .v_type = k,
+        .k_size = SIZE,
+        .v_size = SIZE,
+        .tokens = 1,
+        .keys = keys,
+        .heads = queries,
+        .kv_heads = 1,
+        .streams = 1,
+        .kv_streams = 1,
+        .mask_heads = 1,
+        .mask_streams = 1,
+        .q_stride = { 4 * SIZE * queries, 4 * SIZE, 0 },
+        .k_stride = { row, 0, 0 },
+        .v_stride = { row, 0, 0 },
+        .dst_stride = 4 * SIZE,
+        .scale = 1.0f,
+    };
+    struct sherry_attention_plan plan;
+    if (k == 3 || !a.k || !a.v || !sherry_attention_make_plan(&a, 1, SCRATCH, &plan)) {
+        return 0;
+    }
+    for (int64_t i = 0; plan.tiles && i < plan.items; ++i) {
+        sherry_attention_tile(kernels, &a, &plan, i, (float *) scratch);
+    }
+    for (int64_t i = 0; !plan.tiles && i < plan.rounds; ++i) {
+        sherry_attention_part(kernels, &a, &plan, i, 0, (float *) scratch);
+    }
+    return 1;
+}
+
 int main(int argc, char ** argv) {
     const char * what = argc == 4 ? argv[1] : "";
     const int n = argc == 4 ? atoi(argv[2]) : 0, nc = argc == 4 ? atoi(argv[3]) : 0;
@@ -107,6 +157,9 @@ int main(int argc, char ** argv) {
     if (sscanf(what, "%15s %15s %15s", name, kernel, type) == 3) {
         for (const struct tq1_25_isa * isa = tq1_25_isas; isa->name; ++isa) {
             if (strcmp(name, isa->name) == 0) {
+                if (strcmp(kernel, "attention") == 0) {
+                    return attention(isa->attention, type, n, nc) ? 0 : 3;
+                }
                 return ours(isa, kernel, type, n, nc) ? 0 : 3;
             }
         }

@@ -3,7 +3,7 @@
 
 It counts instead of timing: an emulator doesn't know what takes long. The count is the difference between rows of 4096 and
 of 2048 weights, so that the fixed cost of a call drops out. Making the tables of the activations, once for all rows, has its
-own line. Upstream's kernels are compiled from the patched llama.cpp for each level, with the same compiler and -O3.
+own line. Attention is counted per query, key and 128 elements. Upstream's kernels are compiled from the patched llama.cpp for each level, with the same compiler and -O3.
 
 Needs scripts/build_llama_cpp.py, and what scripts/build/arm.py needs.
 """
@@ -31,7 +31,10 @@ LEVELS = {"neon": "armv8-a", "dotprod": "armv8.2-a+dotprod", "i8mm": "armv8.6-a+
 TYPES = ["TQ1_25", "TQ1_25_64", "STQ1_0"]
 ROWS = 64  # TQ1_25_TILE
 N = 2048
+KEYS = 256
 MANY = [2, 4, 6, 8, 10, 12, 16, 24, 48]
+QUERIES = [1, 2, 4, 8, 16, 64]  # that share a head of keys
+CACHES = ["F16", "BF16", "Q8_0"]
 NO_SUCH_KERNEL = 3  # count_arm.c
 
 
@@ -77,6 +80,12 @@ def per_128(program: Path, kernel: str, rows: int, nc: int = 1) -> float | None:
     return None if None in counts else (counts[1] - counts[0]) / (N // 128) / rows / nc
 
 
+def per_query(program: Path, kernel: str, queries: int) -> float:
+    """Instructions for a query and a key with heads of 128, in attention over a cache of keys and values."""
+    counts = [instructions(program, kernel, keys, queries) for keys in (KEYS, 2 * KEYS)]
+    return (counts[1] - counts[0]) / KEYS / queries
+
+
 def count(work: Path) -> dict:
     one, many, making = {}, {}, {}
     for level in LEVELS:
@@ -102,8 +111,11 @@ def count(work: Path) -> dict:
             if level != "neon" and nc % 4 == 0:
                 kernel = "Q4_0 4x4 gemm" if level == "dotprod" else "Q4_0 4x8 gemm"
                 many.setdefault("Q4_0", {}).setdefault(level, {})[nc] = per_128(work / level, kernel, ROWS, nc)
+    attention = {
+        cache: {queries: per_query(work / "neon", f"neon attention {cache}", queries) for queries in QUERIES} for cache in CACHES
+    }
     compiler = subprocess.run([COMPILERS[0], "--version"], capture_output=True, text=True).stdout.splitlines()[0]
-    return {"compiler": compiler, "one": one, "many": many, "making": making}
+    return {"compiler": compiler, "one": one, "many": many, "making": making, "attention": attention}
 
 
 def tables(result: dict) -> list[str]:
@@ -130,6 +142,10 @@ def tables(result: dict) -> list[str]:
         "Several vectors, for each:",
         "",
         markdown_table(["type", "CPU", *map(str, MANY)], many),
+        "",
+        "Attention with heads of 128, for each query and key, by the number of queries that share a head of keys:",
+        "",
+        markdown_table(["cache", *map(str, QUERIES)], [[c, *map(figure, counts.values())] for c, counts in result["attention"].items()]),
     ]
 
 

@@ -193,6 +193,7 @@ def test_counted_instructions(tmp_path):
     page = (REPO / "docs" / "kernels.md").read_text()
     assert all(f": {count:.0f} instructions for 128 activations" in page for count in counted["making"].values())
     rows = {tuple(re.findall(r"\d+\.\d", line)) for line in page.splitlines() if line.startswith("|")}
-    for counts in [*counted["one"].values(), *(counts for levels in counted["many"].values() for counts in levels.values())]:
+    many = (counts for levels in counted["many"].values() for counts in levels.values())
+    for counts in [*counted["one"].values(), *many, *counted["attention"].values()]:
         figures = tuple(f"{count:.1f}" for count in counts.values() if count is not None)
         assert not figures or figures in rows, figures
