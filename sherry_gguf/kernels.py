@@ -267,6 +267,12 @@ def aligned(size: int) -> np.ndarray:
     return out[skip : skip + size]
 
 
+def _scratch(way: str):
+    """Memory for one thread that multiplies by "code", "wide" or "panel"."""
+    ctype = f"struct tq1_25_{way}_scratch"
+    return ffi.from_buffer(f"{ctype} *", aligned(ffi.sizeof(ctype)))
+
+
 def _pointers(ctype: str, arrays: np.ndarray):
     """Pointers to the rows of a contiguous array, which the caller keeps alive. Blocks need an even address."""
     return ffi.new(f"{ctype}[]", [ffi.cast(ctype, row.ctypes.data) for row in arrays])
@@ -302,7 +308,7 @@ def mul_codes(
     pieces: how many pieces to cut the tile rows into.
     """
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
-    scratch = ffi.from_buffer("struct tq1_25_code_scratch *", aligned(ffi.sizeof("struct tq1_25_code_scratch")))
+    scratch = _scratch("code")
     groups = lib.tq1_25_code_groups(p.columns)
     for group in range(groups):
         first, last = (lib.tq1_25_first_of_group(p.columns, groups, k) for k in (group, group + 1))
@@ -316,16 +322,19 @@ def mul_wide(
 ) -> np.ndarray:
     """`mul_tables` with tables of up to 32 columns at a time, for instruction sets in `available_wide()`.
 
+    As in llama.cpp, a few columns left over by the others go by codes.
     pieces: how many pieces to cut the tile rows into.
     """
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
     if p.isa.wide_rows == ffi.NULL:
         raise _lacking(p.isa, "wide tables", available_wide())
-    scratch = ffi.from_buffer("struct tq1_25_wide_scratch *", aligned(ffi.sizeof("struct tq1_25_wide_scratch")))
-    for first in range(0, p.columns, lib.TQ1_25_WIDE_COLUMNS):
-        count = min(p.columns - first, lib.TQ1_25_WIDE_COLUMNS)
+    wide, codes = _scratch("wide"), _scratch("code")
+    for group in range(lib.tq1_25_wide_groups(p.columns)):
+        first, last = (lib.tq1_25_first_of_wide(p.columns, k) for k in (group, group + 1))
+        few = last - first <= p.isa.max_codes < p.columns
+        multiply, scratch = (lib.tq1_25_mul_codes, codes) if few else (lib.tq1_25_mul_wide, wide)
         for begin, end in p.tiles():
-            lib.tq1_25_mul_wide(p.isa, p.kind, p.rows, p.n, p.x, begin, end, count, p.y + first, p.s + first, scratch)
+            multiply(p.isa, p.kind, p.rows, p.n, p.x, begin, end, last - first, p.y + first, p.s + first, scratch)
     return p.out
 
 
@@ -346,7 +355,7 @@ def mul_panels(
         out = panels + lib.tq1_25_panel_size(p.n, first)
         for begin, end in p.ranges(p.n // lib.TQ1_25_QK8_0):
             lib.tq1_25_make_panel(begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, last - first, p.y + first, out)
-    scratch = ffi.from_buffer("struct tq1_25_panel_scratch *", aligned(ffi.sizeof("struct tq1_25_panel_scratch")))
+    scratch = _scratch("panel")
     for begin, end in p.tiles():
         for first, last in p.ranges(count):
             lib.tq1_25_mul_panels(p.isa, p.kind, p.rows, p.n, p.x, begin, end, p.columns, first, last, panels, p.s, scratch)

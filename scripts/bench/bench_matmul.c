@@ -165,11 +165,18 @@ static double by_panels(const struct tq1_25_isa * isa, const struct matrix * m, 
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
 
+// As llama.cpp does it: groups of few columns, left over by the others, go by codes. Up to max_codes columns in all, where llama.cpp uses no
+// wide tables, they are timed nonetheless.
 static double by_wide(const struct tq1_25_isa * isa, const struct matrix * m, int64_t rows, int nc, struct columns * c) {
     const double start = now();
-    for (int k = 0; k < nc; k += TQ1_25_WIDE_COLUMNS) {
-        tq1_25_mul_wide(isa, m->kind, rows, N, m->tiles, 0, rows / TQ1_25_TILE, nc - k < TQ1_25_WIDE_COLUMNS ? nc - k : TQ1_25_WIDE_COLUMNS,
-                        c->y + k, c->s + k, c->wide_scratch);
+    for (int64_t g = 0; g < tq1_25_wide_groups(nc); ++g) {
+        const int64_t k = tq1_25_first_of_wide(nc, g), end = rows / TQ1_25_TILE;
+        const int count = (int) (tq1_25_first_of_wide(nc, g + 1) - k);
+        if (count > isa->max_codes || nc <= isa->max_codes) {
+            tq1_25_mul_wide(isa, m->kind, rows, N, m->tiles, 0, end, count, c->y + k, c->s + k, c->wide_scratch);
+        } else {
+            tq1_25_mul_codes(isa, m->kind, rows, N, m->tiles, 0, end, count, c->y + k, c->s + k, c->code_scratch);
+        }
     }
     return (double) N * (double) rows * nc / (now() - start) * 1e-9;
 }
