@@ -84,8 +84,8 @@ def test_each_cpu_has_its_variants(python, cpu):
 ])  # fmt: skip
 def test_the_tests_of_the_kernels(python, cpu, tests, least):
     """Each instruction set on a CPU that lacks the next; the rest on the one that has everything, but for long tests of NumPy alone."""
-    files = ["native/test_kernels.py", "native/test_repack.py", "format/test_stq1_0.py", "format/test_tq1_25.py"]
-    files += ["native/test_attention.py"] * (cpu == "cortex-a72")
+    files = ["native/test_kernels.py", "native/test_repack.py", "native/test_repack_pieces.py"]
+    files += ["format/test_stq1_0.py", "format/test_tq1_25.py", *["native/test_attention.py"] * (cpu == "cortex-a72")]
     done = run(python, cpu, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *files, "-k", tests)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
     passed = re.search(r"(\d+) passed", done.stdout)

@@ -1,72 +1,36 @@
 """Repacked rows: their layout byte by byte, and the products against NumPy's integers, for every instruction set."""
 
 import functools
-import platform
 
 import numpy as np
 import pytest
+from repacked_rows import (
+    CODE_COLUMNS,
+    CODE_TABLES,
+    COLUMNS,
+    DEPTH,
+    HAS,
+    ISAS,
+    KINDS,
+    PRODUCTS,
+    TILE,
+    WIDE_COLUMNS,
+    WIDE_TILES,
+    Guarded,
+    check_exact,
+    deep,
+    each_kind,
+    every_product,
+    floats,
+    halves,
+    multiply,
+    random_q8_0,
+    random_rows,
+)
 
 from sherry_gguf import kernels, stq1_0, ternary, tq1_25, tq1_25_64
 
 ffi, lib = kernels.ffi, kernels.lib
-KINDS = [tq1_25.TYPE, tq1_25_64.TYPE]  # tests/format has STQ1_0's tests
-ISAS = kernels.available_repacked()
-PRODUCTS = {"tables": kernels.mul_tables, "codes": kernels.mul_codes, "wide": kernels.mul_wide, "panels": kernels.mul_panels}
-HAS = {"tables": ISAS, "codes": ISAS, "wide": kernels.available_wide(), "panels": kernels.available_panels()}
-TILE, COLUMNS, DEPTH = 64, 6, 64  # of tile.h and repack.h
-IN_PAIRS = platform.machine() == "aarch64"  # panels: five columns cost what six do there
-CODE_COLUMNS, CODE_TABLES = 16, 512
-WIDE_COLUMNS, WIDE_TILES = 32, 32
-
-each_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
-every_product = pytest.mark.parametrize(
-    "isa, product, kind",
-    [pytest.param(isa, p, kind, id=f"{isa}-{p}-{kind.name}") for kind in KINDS for p in PRODUCTS for isa in HAS[p]],
-)
-
-
-def deep(kind):
-    """Weights in a row of a block more than is decoded at a time: 17 blocks of TQ1_25, 33 of TQ1_25_64."""
-    return 32 * DEPTH + kind.size
-
-
-def halves(values):
-    """fp16 little-endian, two bytes a value."""
-    return np.ascontiguousarray(np.asarray(values, "<f2"))[..., None].view(np.uint8)
-
-
-def random_rows(rng, rows, n, kind, d=None):
-    """Random codes; scales are powers of two and some are 0, so that sums of a few thousand blocks are exact in float32."""
-    b = rng.integers(0, 256, (rows, n // kind.size, kind.bytes), dtype=np.uint8)
-    b[..., -2:] = halves(rng.choice([0, 0.5, 1, 2], b.shape[:2], p=[0.1, 0.3, 0.3, 0.3]) if d is None else d)
-    return b.reshape(rows, -1)
-
-
-def random_q8_0(rng, columns, n, d=None):
-    """Any int8, scales likewise."""
-    q = rng.integers(0, 256, (columns, n // 32, 34), dtype=np.uint8)
-    q[..., :2] = halves(rng.choice([0.5, 1, 2], q.shape[:2]) if d is None else d)
-    return q.reshape(columns, n // 32 * 34)
-
-
-def floats(b, q8_0, kind):
-    """Weights (rows, n) and activations (columns, n), float64."""
-    lanes, d = kind.unpack(b)
-    q = q8_0.reshape(len(q8_0), q8_0.shape[1] // 34, 34)
-    dy = np.ascontiguousarray(q[..., :2]).view("<f2").astype(np.float64)
-    with np.errstate(invalid="ignore"):
-        y = (q[..., 2:].view(np.int8) * dy).reshape(len(q), 32 * q.shape[1])
-        return lanes * np.repeat(d.astype(np.float64), kind.size, axis=-1), y
-
-
-def multiply(product, isa, b, n, q8_0, kind, **kwargs):
-    return PRODUCTS[product](kernels.repack(b, kind), len(b), n, q8_0, isa, kind=kind, **kwargs)
-
-
-def check_exact(product, isa, b, q8_0, kind):
-    w, y = floats(b, q8_0, kind)
-    found = multiply(product, isa, b, w.shape[1], q8_0, kind)
-    assert found.shape == (len(y), len(w)) and (found == y @ w.T).all()
 
 
 def test_constants_of_c_and_python_are_equal():
@@ -164,13 +128,6 @@ def test_every_number_of_columns(isa, product, kind):
     around = {k + i for k in steps for i in (-1, 0, 1)}
     for columns in sorted({0, 1, 2, 3, 4, 5, 6, 7, 12, 13, *around}):
         check_exact(product, isa, b, q8_0[:columns], kind)
-
-
-@pytest.mark.parametrize("isa", HAS["wide"])
-def test_more_rows_than_a_wide_table_serves(isa):
-    rng, kind, n = np.random.default_rng(13), tq1_25_64.TYPE, 64
-    for rows in 64 * WIDE_TILES - 1, 64 * WIDE_TILES, 64 * WIDE_TILES + 1, 64 * (2 * WIDE_TILES + 1) + 5:
-        check_exact("wide", isa, random_rows(rng, rows, n, kind), random_q8_0(rng, 33, n), kind)
 
 
 @each_kind
@@ -310,124 +267,6 @@ def test_random_bytes(isa, product, kind):
         finite = np.isfinite(y).all(axis=1)[:, None] & np.isfinite(w).all(axis=1)
         assert (np.isfinite(found) == finite).all()
         assert (np.abs(found - expected)[finite] <= 1e-5 * terms[finite]).all()
-
-
-# ---- pieces ----
-
-
-@every_product
-@pytest.mark.parametrize("columns", [1, 13, 31])
-def test_pieces_give_the_same_bits_as_the_whole(isa, product, kind, columns):
-    """As the threads of llama.cpp cut them: what is made along the vector, rows of tiles (the second of a pair begins a piece,
-    too), groups of panels."""
-    rng = np.random.default_rng(9)
-    n, rows = deep(kind), 330
-    b = random_rows(rng, rows, n, kind, d=rng.exponential(size=(rows, n // kind.size)))
-    q8_0 = random_q8_0(rng, columns, n, d=rng.exponential(size=(columns, n // 32)))
-    whole = multiply(product, isa, b, n, q8_0, kind)
-    for pieces in 2, 3, 5, 8, 100:
-        assert (multiply(product, isa, b, n, q8_0, kind, pieces=pieces).view(np.uint32) == whole.view(np.uint32)).all()
-
-
-class Guarded:
-    """Bytes from a multiple of 64 with canaries to either side."""
-
-    def __init__(self, size):
-        self.all = kernels.aligned(size + 512)
-        self.all[:] = 0xA5
-        self.bytes = self.all[256:-256]
-        self.pointer = ffi.from_buffer("uint8_t[]", self.all) + 256
-
-    def intact(self):
-        return (self.all[:256] == 0xA5).all() and (self.all[-256:] == 0xA5).all()
-
-
-@each_kind
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("columns", [1, 4, 6, 11, 20, 33])
-def test_nothing_is_written_outside_its_range(isa, columns, kind):
-    """Tables, panels, scratch and results take the bytes that they say; of a result only the rows and columns of
-    the ranges are written, whatever lies between columns."""
-    entry = ffi.addressof(kernels._compiled()[isa])
-    rng = np.random.default_rng(10)
-    n, rows, gap, number = deep(kind), 330, 7, kernels._kind(kind)
-    b, q8_0 = random_rows(rng, rows, n, kind), random_q8_0(rng, columns, n)
-    w, y = floats(b, q8_0, kind)
-    expected, b = y @ w.T, kernels.repack(b, kind)
-    x, of = kernels._blocks(b, "uint8_t"), kernels._pointers("const tq1_25_q8_0 *", q8_0)
-
-    tables = [Guarded(lib.tq1_25_table_size(entry, n)) for _ in range(columns)]
-    to = ffi.new("void *[]", [table.pointer for table in tables])
-    for c in range(columns):
-        lib.tq1_25_make_table(entry, n, 0, n, of[c], to[c])
-    assert all(table.intact() for table in tables)
-    panels = Guarded(lib.tq1_25_panel_size(n, columns))
-    count = lib.tq1_25_panels(columns)
-    for p in range(count):
-        first, last = (lib.tq1_25_first_column(columns, k) for k in (p, p + 1))
-        assert 0 < last - first <= COLUMNS
-        lib.tq1_25_make_panel(0, n, last - first, of + first, panels.pointer + lib.tq1_25_panel_size(n, first))
-    assert panels.intact()
-    panel_scratch, code_scratch, wide_scratch = (Guarded(ffi.sizeof(f"struct tq1_25_{of}_scratch")) for of in ("panel", "code", "wide"))
-    groups = lib.tq1_25_code_groups(columns)
-
-    for begin, end in [(0, 6), (0, 1), (2, 4), (5, 6), (3, 3)]:
-        for p, q in [(0, count), (0, 1), (count - 1, count), (1, 1)]:
-            for product in PRODUCTS:
-                if isa not in HAS[product] or (product != "panels" and (p, q) != (0, count)):
-                    continue
-                out = Guarded(4 * columns * (rows + gap))
-                floats32 = out.bytes.view(np.float32).reshape(columns, rows + gap)
-                s = ffi.new("float *[]", [ffi.cast("float *", out.pointer) + c * (rows + gap) for c in range(columns)])
-                if product == "panels":
-                    lib.tq1_25_mul_panels(entry, number, rows, n, x, begin, end, columns, p, q, panels.pointer, s,
-                                          ffi.cast("struct tq1_25_panel_scratch *", panel_scratch.pointer))  # fmt: skip
-                elif product == "tables":
-                    lib.tq1_25_mul_tables(entry, number, rows, n, x, begin, end, columns, of, to, s)
-                for group in range(groups if product == "codes" else 0):
-                    first, last = (lib.tq1_25_first_of_group(columns, groups, k) for k in (group, group + 1))
-                    lib.tq1_25_mul_codes(entry, number, rows, n, x, begin, end, last - first, of + first, s + first,
-                                         ffi.cast("struct tq1_25_code_scratch *", code_scratch.pointer))  # fmt: skip
-                for first in range(0, columns if product == "wide" else 0, WIDE_COLUMNS):
-                    lib.tq1_25_mul_wide(entry, number, rows, n, x, begin, end, min(columns - first, WIDE_COLUMNS), of + first, s + first,
-                                        ffi.cast("struct tq1_25_wide_scratch *", wide_scratch.pointer))  # fmt: skip
-                assert out.intact() and panels.intact()
-                assert panel_scratch.intact() and code_scratch.intact() and wide_scratch.intact()
-                written = np.zeros((columns, rows + gap), bool)
-                first, last = (lib.tq1_25_first_column(columns, k) for k in (p, q))
-                written[first:last, 64 * begin : min(64 * end, rows)] = True
-                assert (floats32[written] == expected[written[:, :rows]]).all()
-                assert (floats32[~written].view(np.uint32) == 0xA5A5A5A5).all()
-
-
-def test_columns_are_spread_over_groups_in_pairs():
-    """Over as few groups as can be, or more, where there are threads for them: down to pairs."""
-    for columns in range(1, 200):
-        least = lib.tq1_25_code_groups(columns)
-        assert least == -(-columns // CODE_COLUMNS)
-        for groups in range(least, (columns + 1) // 2 + 1):
-            cuts = [lib.tq1_25_first_of_group(columns, groups, g) for g in range(groups + 1)]
-            widths = np.diff(cuts)
-            assert cuts[0] == 0 and cuts[-1] == columns
-            assert 0 < widths.min() and widths.max() <= CODE_COLUMNS and widths.max() - widths.min() <= 3
-            assert (widths[:-1] % 2 == 0).all()
-
-
-def test_columns_of_wide_tables():
-    for columns in range(1, 200):
-        cuts = [lib.tq1_25_first_of_wide(columns, g) for g in range(lib.tq1_25_wide_groups(columns) + 1)]
-        widths, left = np.diff(cuts).tolist(), columns % WIDE_COLUMNS
-        rest = [16, left - 16] if 16 < left <= 24 else [left] if left else []
-        assert cuts[0] == 0 and widths == [WIDE_COLUMNS] * (columns // WIDE_COLUMNS) + rest
-
-
-def test_columns_are_spread_evenly_over_panels():
-    for columns in range(1, 400):
-        cuts = [lib.tq1_25_first_column(columns, p) for p in range(lib.tq1_25_panels(columns) + 1)]
-        widths = np.diff(cuts)
-        assert cuts[0] == 0 and cuts[-1] == columns and len(widths) == -(-columns // COLUMNS)
-        assert widths.max() <= COLUMNS and widths.max() - widths.min() <= (2 if IN_PAIRS else 1)
-        assert not IN_PAIRS or not (widths[:-1] % 2).any()
 
 
 # ---- arguments ----
