@@ -54,7 +54,8 @@ bool sherry_attention_make_plan(const struct sherry_attention * a, int threads, 
     memset(plan, 0, sizeof(*plan));
     plan->threads = threads;
     plan->scratch = scratch / (int64_t) sizeof(float);
-    if (!size_fits(a->k_type, a->k_size) || !size_fits(a->v_type, a->v_size)) {
+    const bool empty = a->streams < 1 || a->kv_streams < 1 || a->kv_heads < 1 || a->tokens < 1 || group_of(a) < 1;
+    if (empty || !size_fits(a->k_type, a->k_size) || !size_fits(a->v_type, a->v_size)) {
         return false;
     }
     const int64_t pairs = a->streams * a->kv_heads, rows = a->tokens * group_of(a), padded = padded_group(a);

@@ -225,9 +225,19 @@ def test_what_is_left_to_llama_cpp():
             attention.attend(*operands(rng, kind, size=size), isa=ISAS[0])
 
 
+def shifted(x):
+    """A copy one byte beyond an address where it would be aligned."""
+    size = x.nbytes
+    memory = kernels.aligned(size + 1)
+    memory[1:] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    return np.frombuffer(memory, x.dtype, x.size, offset=1).reshape(x.shape)
+
+
 def test_wrong_arguments():
     rng = np.random.default_rng(0)
     q, k, v = operands(rng)
+    q8_0 = operands(rng, "q8_0")[1]
+    mask, sinks, twice = causal(3, 100), np.zeros(4, np.float32), np.repeat(k, 2, axis=-1)
     for arguments, message in [
         ((q.astype(np.float64), k, v), "they do not belong together"),
         ((q[..., :32], k, v), "they do not belong together"),
@@ -237,9 +247,66 @@ def test_wrong_arguments():
         ((q, k, v, np.zeros((1, 1, 3, 99), np.float16)), "the mask is float16"),
         ((q, k, v, np.zeros((1, 1, 3, 100), np.float32)), "the mask is float32"),
         ((q, k, v, None, np.zeros(3, np.float32)), "the sinks are float32"),
-        ((q, k[..., ::2], v[..., ::2]), "they do not belong together"),
+        # strides
+        ((q, twice[..., ::2], v), "k: the last axis is not contiguous"),
+        ((np.repeat(q, 2, axis=-1)[..., ::2], k, v), "q: the last axis is not contiguous"),
+        ((q, k, v, np.repeat(mask, 2, axis=-1)[..., ::2]), "the mask: the last axis is not contiguous"),
+        ((q, k, v, None, np.repeat(sinks, 2)[::2]), "the sinks: the last axis is not contiguous"),
+        # addresses
+        ((shifted(q), k, v), "q: not aligned"),
+        ((q, shifted(k), v), "k: not aligned"),
+        ((q, k, shifted(v)), "v: not aligned"),
+        ((q, shifted(q8_0), v), "k: not aligned"),
+        ((q, k, v, shifted(mask)), "the mask: not aligned"),
+        ((q, k, v, None, shifted(sinks)), "the sinks: not aligned"),
+        # dtypes
+        ((q.astype(">f4"), k, v), "they do not belong together"),
+        ((q, k.astype(">f2"), v), "keys or values are >f2"),
+        ((q, k, v, mask.astype(">f2")), "the mask is >f2"),
+        ((q, k, v, None, sinks.astype(">f4")), "the sinks are >f4"),
+        ((q, np.zeros((1, 2, 100, 70), np.uint8), v), "whole blocks of 34"),
+        # shapes
+        ((q[0], k, v), "q has the shape .*, not four axes"),
+        ((q, k[0], v), "k has the shape .*, not four axes"),
+        ((q, k, v[None]), "v has the shape .*, not four axes"),
+        ((q, k, v, mask[0]), "the mask has the shape .*, not four axes"),
+        ((q, k, v, None, sinks[None]), "the sinks are float32"),
+        ((q.tolist(), k, v), "q is float64"),
+        # empty axes
+        ((q[:0], k, v), "q has the shape .*at least 1"),
+        ((q[:, :0], k, v), "q has the shape .*at least 1"),
+        ((q[:, :, :0], k, v), "q has the shape .*: no tokens"),
+        ((q[..., :0], k[..., :0], v), "head sizes 0 and 64"),
+        ((q, k[:0], v[:0]), "k has the shape .*at least 1"),
+        ((q, k[:, :0], v[:, :0]), "k has the shape .*at least 1"),
+        ((q, k, v, mask[:0]), "the mask has the shape .*at least 1"),
+        ((q, k, v, mask[:, :0]), "the mask has the shape .*at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
             attention.attend(*arguments)
+    for threads in 0, -1:
+        with pytest.raises(ValueError, match=f"{threads} threads: at least 1 is needed"):
+            attention.attend(q, k, v, threads=threads)
     with pytest.raises(ValueError, match="instruction set scalar has no attention"):
         attention.attend(q, k, v, isa="scalar")
+
+
+@pytest.mark.parametrize("axis", ["streams", "heads", "tokens", "kv_streams", "kv_heads"])
+def test_no_plan_for_nothing(axis):
+    sizes = dict(streams=1, heads=4, tokens=3, kv_streams=1, kv_heads=2, keys=9, k_size=64, v_size=64)
+    plan = kernels.ffi.new("struct sherry_attention_plan *")
+
+    def planned(**changed):
+        a = kernels.ffi.new("struct sherry_attention *", sizes | changed)
+        return kernels.lib.sherry_attention_make_plan(a, 1, 1 << 20, plan)
+
+    assert planned() and not planned(**{axis: 0})
+
+
+@each_isa
+@pytest.mark.parametrize("tokens", [1, 3, 30])
+def test_no_keys(isa, tokens):
+    q, k, v = operands(np.random.default_rng(0), tokens=tokens)
+    for mask, sinks in itertools.product([None, np.zeros((1, 1, tokens, 0), np.float16)], [None, np.ones(4, np.float32)]):
+        for threads in 1, 3:
+            assert (attention.attend(q, k[:, :, :0], v[:, :, :0], mask, sinks, isa=isa, threads=threads) == 0).all()
