@@ -28,9 +28,9 @@ EMBEDDINGS = ("token_embd.weight", "per_layer_token_embd.weight")
 OUTPUT = "output.weight"
 FLOATS = ("F32", "F16", "BF16")
 BY_DEFAULT = "embeddings and output"  # `why` of these unless the user asks for a type
+IN_TRAINING = "full precision in training"  # `why` of what sherry_config lists
 
 _MISFIT = "rows of "  # begins `why` of a matrix whose rows are not a multiple of a block
-_IN_TRAINING = "full precision in training"
 _FALLBACK = "Q4_0"  # type of misfits, as in llama-quantize
 _LARGEST = {"BF16": float(np.uint32(0x7F7F0000).view(np.float32))}  # else 65504: F16, and scales are fp16
 _IN_BLOCK = re.compile(r"^((?:enc\.|dec\.)?blk)\.(\d+)\.")
@@ -126,7 +126,7 @@ def _choose(t: Tensor, sources: list[str], forced: Any, arch: str, keep: list[re
         return
     t.why = why_kept(t, arch, keep, not grouping.kept.isdisjoint(sources))
     smallest = min((grouping.group_size, *grouping.group_sizes.values()))
-    if t.why == _IN_TRAINING and options.fallback_type and n % smallest:  # why training kept it
+    if t.why == IN_TRAINING and options.fallback_type and n % smallest:  # why training kept it
         t.why = why_kept(t, arch, keep) or f"{_MISFIT}{n}, not a multiple of {smallest}"
     if not t.why:
         kind = block_type(n, group if grouping.granularity == "per_group" else n)
@@ -168,7 +168,7 @@ def why_kept(t: Tensor, arch: str, keep: list[re.Pattern], in_training: bool = F
     if _kept(t, keep):
         return "--keep"
     if in_training:
-        return _IN_TRAINING
+        return IN_TRAINING
     if t.name in (*EMBEDDINGS, OUTPUT):
         return BY_DEFAULT
     if not _IN_BLOCK.match(t.name) or not t.name.endswith(".weight") or len(t.shape) not in (2, 3):
