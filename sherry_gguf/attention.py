@@ -55,8 +55,7 @@ def attend(
     entry = kernels.instruction_set(isa)
     if entry.attention == ffi.NULL:
         raise ValueError(f"instruction set {ffi.string(entry.name).decode()} has no attention; those that do: {', '.join(available())}")
-    threads = operator.index(threads)
-    if threads < 1:
+    if (threads := operator.index(threads)) < 1:
         raise ValueError(f"{threads} threads: at least 1 is needed")
     q, k, v = (np.asarray(x) for x in (q, k, v))
     mask, sinks = (x if x is None else np.asarray(x) for x in (mask, sinks))
@@ -64,9 +63,7 @@ def attend(
     a.scale, a.max_bias, a.softcap = scale, max_bias, softcap
     out = np.full((a.streams, a.tokens, a.heads, a.v_size), np.nan, np.float32)
     a.dst, a.dst_stride = ffi.cast("char *", out.ctypes.data), out.strides[2]
-    if scratch is None:
-        scratch = 256 * (2 * a.k_size + 2 * a.v_size + 128)
-    scratch = scratch // 64 * 64
+    scratch = (256 * (2 * a.k_size + 2 * a.v_size + 128) if scratch is None else operator.index(scratch)) // 64 * 64
     plan = ffi.new("struct sherry_attention_plan *")
     if not lib.sherry_attention_make_plan(a, threads, scratch, plan):
         raise ValueError(f"head sizes {a.k_size} and {a.v_size} with {scratch} bytes of scratch: llama.cpp's code must do it")
