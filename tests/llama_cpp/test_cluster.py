@@ -5,6 +5,8 @@ Three hosts in network namespaces of their own are joined by a switch: a client 
 
 import os
 import re
+import select
+import shutil
 import signal
 import socket
 import subprocess
@@ -76,13 +78,14 @@ class Cluster:
         self.switch, *self.hosts = self.names
         try:
             self.set_up()
-        except subprocess.CalledProcessError:
+        except BaseException:
             self.close()
             raise
 
     def set_up(self):
         for name in self.names:
             ip("netns", "add", name)
+        self.delayed = True
         ip("-n", self.switch, "link", "add", "bridge", "type", "bridge")
         ip("-n", self.switch, "link", "set", "bridge", "up")
         for i, host in enumerate(self.hosts):
@@ -91,9 +94,9 @@ class Cluster:
             ip("-n", host, "address", "add", f"10.77.0.{i + 1}/24", "dev", "eth")
             ip("-n", host, "link", "set", "eth", "up")
             ip("-n", host, "link", "set", "lo", "up")
-            # Half a millisecond each way, as between machines on a slow switch. Not every kernel has netem.
-            delay = subprocess.run(["tc", "-n", host, "qdisc", "add", "dev", "eth", "root", "netem", "delay", "500us"], capture_output=True)
-            self.delayed = delay.returncode == 0
+            # Half a millisecond each way, as between machines on a slow switch. Not every kernel has netem, nor every iproute2 tc.
+            delay = ["tc", "-n", host, "qdisc", "add", "dev", "eth", "root", "netem", "delay", "500us"]
+            self.delayed &= bool(shutil.which("tc")) and subprocess.run(delay, capture_output=True).returncode == 0
 
     def on(self, host):
         return ["ip", "netns", "exec", self.hosts[host]]
@@ -106,7 +109,7 @@ class Cluster:
         ip("-n", self.switch, "link", "set", f"port{host}", "nomaster")
 
     def close(self):
-        for name in self.names:
+        for name in self.names if shutil.which("ip") else ():
             ip("netns", "delete", name, check=False)
 
 
@@ -163,9 +166,9 @@ MATRICES = {"TQ1_25": 14, "TQ1_25_64": 14, "STQ1_0": 12, "mixtral": 14, "Q4_0": 
 def test_hosts_say_what_one_says(name, models, cluster):
     """On one server; on two with the layers split; on two and the client itself."""
     network, servers = cluster
-    print("latency by netem" if network.delayed else "without latency: the kernel lacks netem")
+    print("latency by netem" if network.delayed else "without latency: the kernel lacks netem, or this machine tc")
     model = models[name]
-    for prompt in "def read(self):", LONG:  # one column by tables, few by codes, many by panels
+    for prompt in "def read(self):", LONG:  # one column by tables, few by codes, many by panels or wide tables if the CPU has them
         wanted = greedy(model, "--no-warmup", prompt=prompt, env=ENV)
         for use, flags, on_servers in (servers[:1], ["-ngl", 99], 1), (servers, ["-ngl", 99, "-ts", "1,1"], 1), (servers, ["-ngl", 2], 0.5):
             before = [server.repacked() for server in servers]
@@ -224,19 +227,32 @@ def start_talking(network, model, *args):
                                 "--ignore-eos", "--context-shift", "-no-cnv", "-t", "2", "-ngl", "99", *map(str, args)],
                                env=ENV, stdin=subprocess.DEVNULL,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
-    os.set_blocking(process.stdout.fileno(), True)
     seen = b""
     while b"generate: n_ctx" not in seen:
-        piece = os.read(process.stdout.fileno(), 1 << 16)
-        assert piece, seen
-        seen += piece
-    os.read(process.stdout.fileno(), 1 << 16)
+        seen += printed(process, seen)
+    printed(process, seen)
     return process
 
 
+def printed(process, before=b""):
+    """What a client prints next. It may take no more than a minute, else it is killed."""
+    ready, _, _ = select.select([process.stdout], [], [], 60)
+    piece = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
+    if not piece:
+        process.kill()
+        process.wait()
+        raise AssertionError(f"{'ended' if ready else 'silent'} after {before!r}")
+    return piece
+
+
 def end(process):
-    """How a client ended: (exit code, output). It may take no more than a minute."""
-    output, _ = process.communicate(timeout=60)
+    """How a client ended: (exit code, output). It may take no more than a minute, else it is killed."""
+    try:
+        output, _ = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+        raise
     return process.returncode, output.decode(errors="replace")
 
 
@@ -277,7 +293,7 @@ def test_a_stopped_server_is_waited_for(models, network, tmp_path):
         assert process.poll() is None
         server.process.send_signal(signal.SIGCONT)
         for _ in range(3):  # it goes on
-            assert os.read(process.stdout.fileno(), 1 << 16)
+            printed(process)
         process.kill()
         process.wait()
     finally:
