@@ -47,9 +47,9 @@ def cpu_name() -> str:
     return f"{name[1]}{f' ({numbers})' * bool(numbers)}, {os.cpu_count()} threads"
 
 
-def llama_bench(file: Path, threads: int, test: Test, repack: bool = True, build: Path | None = None) -> dict:
-    """Run one test in a new process; returns its record. For the arguments and errors, see `llama_bench_each`."""
-    (record,) = llama_bench_each([file], threads, test, repack, build)
+def llama_bench(file: Path, threads: int, test: Test) -> dict:
+    """Run one test in a new process; returns its record. For the errors, see `llama_bench_each`."""
+    (record,) = llama_bench_each([file], threads, test)
     return record
 
 
@@ -61,9 +61,7 @@ def llama_bench_each(files: list[Path], threads: int, test: Test, repack: bool =
     """
     prompt, generate = (test.tokens, 0) if test.kind == "pp" else (0, test.tokens)
     prompts, warm_up = [prompt], []
-    if test.kind == "pp" and test.depth:
-        warm_up = ["--no-warmup"]  # filling the context warms up
-    elif test.kind == "pp" and test.tokens > WARM_UP:
+    if prompt > WARM_UP:
         # llama-bench's own warm-up would read the whole prompt; without any, the first touch of the mapped file would count
         prompts, warm_up = [WARM_UP, prompt], ["--no-warmup"]
     command = [build / "bin" / "llama-bench" if build else llama_cpp.tool("llama-bench"), *(arg for file in files for arg in ("-m", file)),
@@ -148,9 +146,10 @@ def compare(files: list[Path], threads: list[int], tests: list[Test], rounds: in
 
 def tables(report: dict) -> str:
     """A report as Markdown: for each number of threads a table with each rate and its ratio to the first file's."""
+    after = ", @ d: after so many tokens" * any("@" in e["test"] for e in report["speed"])
     lines = [
         f"{report['cpu']}; llama.cpp {report['llama_cpp']}; {report['date']}.",
-        f"Tokens a second, medians of {report['rounds']} rounds (pp: read a prompt, tg: generate); x: ratio to the first file.",
+        f"Tokens a second, medians of {report['rounds']} rounds (pp: read a prompt, tg: generate{after}); x: ratio to the first file.",
     ]
     rates = {(e["file"], e["threads"], e["test"]): e["rates"] for e in report["speed"] if e["rates"]}
     tests = list(dict.fromkeys(e["test"] for e in report["speed"]))
@@ -169,17 +168,20 @@ def tables(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def numbers(text: str) -> list[int]:
-    """A list of numbers from 1 on, such as "1,2"."""
-    values = [int(part) for part in text.split(",")]
-    if min(values) < 1:
-        raise ValueError
-    return list(dict.fromkeys(values))
+def numbers(text: str, least: int = 1) -> list[int]:
+    """A list of numbers from `least` on, such as "1,2", each once. Raises argparse.ArgumentTypeError."""
+    try:
+        values = list(dict.fromkeys(map(int, text.split(","))))
+    except ValueError:
+        values = []
+    if not values or min(values) < least:
+        raise argparse.ArgumentTypeError(f"not a list of numbers from {least} on: {text!r}")
+    return values
 
 
 def depths(text: str) -> list[int]:
-    """A list of numbers from 0 on."""
-    return [n - 1 for n in numbers(",".join(str(int(part) + 1) for part in text.split(",")))]
+    """Like `numbers`, from 0 on."""
+    return numbers(text, 0)
 
 
 def thread_counts(text: str) -> list[int]:
@@ -206,6 +208,8 @@ def parse(argv: list[str] | None, prog: str | None) -> argparse.Namespace:
     args.tests += [Test("tg", args.generate, depth) for depth in args.depth if args.generate]
     if args.generate < 0 or not args.tests or args.rounds < 1:
         parser.error("--prompt and --generate must be at least 0 and not both 0, --rounds at least 1")
+    if any(args.depth) and not args.generate:
+        parser.error("--depth is for generating: it needs --generate")
     args.files = list(dict.fromkeys(args.files))
     return args
 

@@ -192,9 +192,15 @@ def greedy(model, *args, prompt="def read(self):", count=16, command=None, **kwa
     return answer[1]
 
 
+def squeezed(table):
+    """Markdown without what fills the columns."""
+    return re.sub(" +", " ", table)
+
+
 # ---- builds for other machines ----
 
-# More tokens than codes are used for, so that panels multiply it.
+
+# More tokens than codes are used for, so that panels or wide tables multiply it where the CPU has them.
 LONG = (
     "class Reader:\n    def __init__(self, file, size, encoding, errors):\n        self.file = file\n        self.size = size\n        self"
 )

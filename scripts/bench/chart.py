@@ -10,17 +10,18 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from model_files import OURS, type_of
 
-OURS = "TQ1_25"
 TITLES = {"tg": "Generating", "pp": "Reading a prompt"}
 
 
 def rates(report: dict, kind: str) -> dict[str, float]:
     """Median tokens a second by type, the fastest first; `kind` is "tg" or "pp".
 
-    Of several tests the first counts. Tests in a filled context and rows without repacking are left out.
+    Of several tests the first counts. Tests in a filled context are left out. So are rows without repacking, of the build before, or of one
+    of several types of embeddings.
     """
-    entries = [e for e in report["speed"] if e["kind"] == kind and not e["depth"] and "-plain" not in e["type"]]
+    entries = [e for e in report["speed"] if e["kind"] == kind and not e["depth"] and e["type"] == type_of(e["type"])]
     medians = {e["type"]: statistics.median(e["rates"]) for e in reversed(entries)}
     return dict(sorted(medians.items(), key=lambda item: -item[1]))
 
@@ -31,11 +32,12 @@ def draw(report: dict, path: Path) -> None:
     bits = {name: facts["bits_per_weight"] for name, facts in model["types"].items()}
     figure = Figure(figsize=(8.4, 2.6), layout="constrained")
     for axis, (kind, title) in zip(figure.subplots(1, 2), TITLES.items()):
-        for y, (name, rate) in enumerate(rates(report, kind).items()):
+        bars = rates(report, kind)
+        for y, (name, rate) in enumerate(bars.items()):
             weight = "bold" if name == OURS else "normal"
             axis.barh(y, rate, color="#c8102e" if name == OURS else "#8a8f98")
             axis.text(rate, y, f" {rate:.0f}", va="center", weight=weight)
-        axis.set_yticks(range(len(bits)), [f"{name}, {bits[name]:.4g} bits" for name in rates(report, kind)])
+        axis.set_yticks(range(len(bars)), [f"{name}, {bits[name]:.4g} bits" for name in bars])
         axis.invert_yaxis()
         axis.set_xticks([])
         axis.margins(x=0.12)

@@ -95,13 +95,13 @@ def stored_type(type_name: str, n: int) -> str:
     return other if other and n % llama_cpp.ggml().block(other)[0] == 0 else "F16"
 
 
-def plan(shape: Shape, type_name: str, vocab: int, embeddings: str) -> list[Tensor]:
+def plan(shape: Shape, type_name: str, embeddings: str) -> list[Tensor]:
     """Every tensor of a model, in file order."""
     q, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     matrices = {"attn_q": (q, shape.hidden), "attn_k": (kv, shape.hidden), "attn_v": (kv, shape.hidden),
                 "attn_output": (shape.hidden, q), "ffn_gate": (shape.ffn, shape.hidden),
                 "ffn_up": (shape.ffn, shape.hidden), "ffn_down": (shape.hidden, shape.ffn)}  # fmt: skip
-    tensors = [Tensor("token_embd.weight", (vocab, shape.hidden), stored_type(embeddings, shape.hidden))]
+    tensors = [Tensor("token_embd.weight", (shape.vocab, shape.hidden), stored_type(embeddings, shape.hidden))]
     for layer in range(shape.layers):
         norms = dict.fromkeys(("attn_norm", "ffn_norm"), shape.hidden)
         if shape.arch == "gemma3":
@@ -115,9 +115,9 @@ def plan(shape: Shape, type_name: str, vocab: int, embeddings: str) -> list[Tens
     return [*tensors, Tensor("output_norm.weight", (shape.hidden,), "F32")]
 
 
-def facts(shape: Shape, type_name: str, vocab: int, embeddings: str) -> dict:
+def facts(shape: Shape, type_name: str, embeddings: str) -> dict:
     """A file's figures for the tables: its bytes, the bytes read for each token, and the types of its block matrices."""
-    tensors = plan(shape, type_name, vocab, embeddings)
+    tensors = plan(shape, type_name, embeddings)
     blocks = [t for t in tensors if t.name.startswith("blk.") and len(t.shape) == 2]
     weights = sum(math.prod(t.shape) for t in blocks)
     output, size = tensors[0], sum(t.bytes for t in tensors)  # the tied embeddings are the output matrix
@@ -135,7 +135,7 @@ def facts(shape: Shape, type_name: str, vocab: int, embeddings: str) -> dict:
     }
 
 
-def write_model(path: Path, shape: Shape, tensors: list[Tensor], vocab: int, done: Callable[[int], object]) -> None:
+def write_model(path: Path, shape: Shape, tensors: list[Tensor], done: Callable[[int], object]) -> None:
     """Write a planned model to `path`, which appears only when complete. Calls `done` with the size of each tensor."""
     random = np.random.default_rng(0)
     banks: dict[tuple[str, int], np.ndarray] = {}  # uint8 (BANK, bytes of a row)
@@ -154,7 +154,7 @@ def write_model(path: Path, shape: Shape, tensors: list[Tensor], vocab: int, don
         writer.add_rope_dimension_count(shape.head_dim)
         writer.add_rope_freq_base(shape.rope_base)
         writer.add_layer_norm_rms_eps(1e-5)
-        writer.add_vocab_size(vocab)
+        writer.add_vocab_size(shape.vocab)
         if shape.window:
             writer.add_sliding_window(shape.window)
         writer.add_tokenizer_model("no_vocab")

@@ -44,8 +44,9 @@ def ours_like(label: str) -> str:
 
 
 def has_peers(entries: list[dict]) -> bool:
-    """Whether some rows are to be compared with ours."""
-    return any(e["type"] != ours_like(e["type"]) for e in entries)
+    """Whether some rows are to be compared with ours, which was measured."""
+    types = {e["type"] for e in entries}
+    return any(label != ours_like(label) in types for label in types)
 
 
 def shown(label: str) -> str:
@@ -61,6 +62,8 @@ def markdown(report: dict) -> str:
         f"{report['embeddings']}. llama-bench runs the types in turn; medians of {report['rounds']} rounds, in tokens a second. "
         "pp: read a prompt; tg: generate."
     )
+    if any("@" in e["test"] for e in report["speed"]):
+        intro += " @ d: after so many tokens."
     if report["isa"]:
         intro += f" {OURS}'s kernels: SHERRY_ISA={report['isa']}."
     if not report["complete"]:

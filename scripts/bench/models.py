@@ -2,17 +2,18 @@
 """Measure whole models of real shapes in the built llama.cpp: TQ1_25 against types of a similar size.
 
 The weights are random, since speed does not depend on them. Each shape and type is a file in build/bench/models, made once.
-In every round the types take turns, and each test runs llama-bench in a new process. The tables show medians, and medians
-of the rounds' ratios. Memory bandwidth is measured between rounds, because generating reads every weight for every token.
-On Linux it also measures the time and memory of loading.
+In every round the types take turns. The tables show medians, and medians of the rounds' ratios. Memory bandwidth is measured
+between rounds, because generating reads every weight for every token. On Linux it also measures the time and memory of loading.
 
-Tests with tokens in the context come last, all rounds of a test in one llama-bench: the context is filled once. --resume goes on
-after an interrupt.
+Each test with an empty context runs llama-bench in a new process. Tests with tokens in the context come last, all rounds of one
+build in one llama-bench, which fills the context once; types with and without repacking, or of different lengths, do not share it.
+--resume goes on after an interrupt.
 
 Needs scripts/build_llama_cpp.py and a C compiler. To compare your own files: sherry-gguf bench.
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -29,7 +30,7 @@ from pathlib import Path
 try:
     import numpy as np
     from common import memory_bandwidth, program
-    from model_files import BEFORE, EMBEDDINGS, FILE_VERSION, OURS, PLAIN, SHAPES, base, facts, plan, type_of, write_model
+    from model_files import BEFORE, EMBEDDINGS, FILE_VERSION, OURS, PLAIN, SHAPES, Shape, base, facts, plan, type_of, write_model
     from model_report import SAME, draw, markdown, summarize
     from tqdm import tqdm
 
@@ -50,6 +51,12 @@ def measure(files: list[Path], label: str, threads: int, test: Test, against: Pa
     """llama-bench's records of one test of each file, in the build and with or without repacking as the label says."""
     build = against if label.endswith(BEFORE) else None
     return llama_bench_each(files, threads, test, repack=not label.removesuffix(BEFORE).endswith(PLAIN), build=build)
+
+
+def fingerprint(build: Path) -> str:
+    """Tells a build from others: a hash of llama-bench and the libraries beside it."""
+    files = {file.resolve() for name in ("bin/llama-bench*", "bin/*.dll", "lib/*") for file in build.glob(name)}
+    return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in sorted(files))).hexdigest()[:16]
 
 
 def load(file: Path, label: str, threads: int) -> dict[str, dict[str, float]]:
@@ -97,10 +104,15 @@ class Run:
 
     def __init__(self, args: argparse.Namespace):
         self.args = args
+        self.shapes: dict[str, Shape] = {}
         self.report: dict = {
             "cpu": cpu_name(),
             "date": time.strftime("%Y-%m-%d"),
             "rounds": args.rounds,
+            "threads": args.threads,
+            "longest": args.longest,
+            "build": fingerprint(llama_cpp.root()),
+            "against": args.against and fingerprint(args.against),
             "complete": False,
             "isa": os.environ.get("SHERRY_ISA"),
             "vocab": args.vocab or "real",
@@ -113,8 +125,9 @@ class Run:
         }
         for key in args.models:
             shape = replace(SHAPES[key], vocab=args.vocab or SHAPES[key].vocab)
-            files = {base(label): facts(shape, type_of(label), shape.vocab, self.embeddings(label)) for label in args.labels}
-            weights = sum(math.prod(t.shape) for t in plan(shape, "F16", shape.vocab, "F16"))
+            self.shapes[key] = shape
+            files = {base(label): facts(shape, type_of(label), self.embeddings(label)) for label in args.labels}
+            weights = sum(math.prod(t.shape) for t in plan(shape, "F16", "F16"))
             self.report["models"][key] = asdict(shape) | {"parameters": weights, "types": files}
         self.tests = [
             Test("pp", *sizes) for sizes in itertools.product(filter(None, args.prompt), args.prompt_depth, args.batch, args.ubatch)
@@ -122,7 +135,7 @@ class Run:
         self.tests += [Test("tg", *sizes) for sizes in itertools.product(filter(None, args.generate), args.depth)]
         self.load_types = [label for label in LOAD_TYPES if label in args.labels] if args.load_rounds else []
         self.earlier: dict[tuple, dict] = {}
-        if args.resume and args.json.exists():
+        if args.resume:
             self.resume(json.loads(args.json.read_text()))
 
     def resume(self, old: dict) -> None:
@@ -130,7 +143,8 @@ class Run:
         settings = set(self.report) - {"date", "complete", "bandwidth", "speed", "load"}
         if others := sorted(key for key in settings if old.get(key) != self.report[key]):
             raise ValueError(
-                f"--resume: {self.args.json} was measured with another {', '.join(others)}: pass the same flags, or another --json"
+                f"--resume: {self.args.json} was measured with different settings ({', '.join(others)}): pass the same flags with the same "
+                "build, or another --json"
             )
         self.earlier = {tuple(entry[k] for k in SAME): entry for entry in old["speed"]}
         self.earlier |= {(entry["model"], entry["type"]): entry for entry in old["load"]}
@@ -154,8 +168,7 @@ class Run:
         return f"{kind}{EMBEDDINGS}{self.args.embeddings[0]}{PLAIN * plain.endswith(PLAIN)}" if plain else None
 
     def path(self, key: str, label: str) -> Path:
-        vocab = self.report["models"][key]["vocab"]
-        return self.args.dir / f"{key}-{vocab}-{self.embeddings(label)}-{type_of(label)}.v{FILE_VERSION}.gguf"
+        return self.args.dir / f"{key}-{self.shapes[key].vocab}-{self.embeddings(label)}-{type_of(label)}.v{FILE_VERSION}.gguf"
 
     def missing(self) -> Iterator[tuple[str, str, int]]:
         """(model, type, bytes) of each file still to be made."""
@@ -164,9 +177,14 @@ class Run:
                 if not self.path(key, label).exists():
                     yield key, label, file["bytes"]
 
-    def estimate(self) -> float:
-        """Roughly how many seconds it takes, if a thread does 20e9 weights a second and a new process maps 1.5 GB/s."""
-        args, total = self.args, sum(size for *_, size in self.missing()) / 3e8
+    def estimate(self) -> tuple[float, float]:
+        """Roughly how many seconds it takes, and how many of them to fill contexts.
+
+        As if a thread did 20e9 weights a second, 50e9 to fill, and a new process mapped 1.5 GB/s.
+        """
+        args, total, filling = self.args, sum(size for *_, size in self.missing()) / 3e8, 0.0
+        builds = {(label.endswith(BEFORE), PLAIN in label) for label in args.labels}
+        fills = 1 if len(builds) == 1 else 1 + args.rounds * (len(builds) - 1)  # in_turns
         for model in self.report["models"].values():
             for label in args.labels:
                 start = 0.3 + model["types"][base(label)]["bytes"] / 1.5e9
@@ -175,8 +193,8 @@ class Run:
                     for threads in args.threads:
                         rate = 20e9 * threads / model["parameters"]
                         total += args.rounds * (start + shortened(test.tokens, rate, args.longest) / rate)
-                        total += test.depth / rate * (args.rounds if args.against else 1) / len(args.labels)
-        return total
+            filling += sum(test.depth * fills * model["parameters"] / 50e9 / threads for test in self.tests for threads in args.threads)
+        return total + filling, filling
 
     def check(self) -> None:
         """Compile the C programs and print the estimate. Raises OSError if the disk is too small."""
@@ -185,8 +203,9 @@ class Run:
         free = shutil.disk_usage(self.args.dir).free
         if needed * 1.02 > free:
             raise OSError(f"{self.args.dir}: the models need {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free")
-        minutes, size = f"{self.estimate() / 60:.0f} min", f"{needed / 1e9:.1f} GB"
-        print(f"{cpu_name()}: about {minutes}; {size} of models to make in {self.args.dir}", file=sys.stderr)
+        total, filling = self.estimate()
+        minutes = f"{total / 60:.0f} min" + f", {filling / 60:.0f} of them to fill contexts (--depth 0: none)" * bool(filling)
+        print(f"{cpu_name()}: about {minutes}; {needed / 1e9:.1f} GB of models to make in {self.args.dir}", file=sys.stderr)
         program("bench_memory")  # so that a compiler error shows now
         if self.load_types:
             program("bench_load", *LOAD_LIBRARIES)
@@ -201,9 +220,8 @@ class Run:
         total = sum(size for *_, size in missing)
         with tqdm(total=total, desc="making models", unit="B", unit_scale=True, disable=None) as bar:
             for key, label, _ in missing:
-                vocab = self.report["models"][key]["vocab"]
-                tensors = plan(SHAPES[key], type_of(label), vocab, self.embeddings(label))
-                write_model(self.path(key, label), SHAPES[key], tensors, vocab, bar.update)
+                tensors = plan(self.shapes[key], type_of(label), self.embeddings(label))
+                write_model(self.path(key, label), self.shapes[key], tensors, bar.update)
 
     def memory(self) -> None:
         for threads in self.args.threads:
@@ -345,7 +363,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", "1,all", "numbers of threads", type=thread_counts)
     add("--prompt", "512", "tokens of a prompt; 0: none", type=depths)
     add("--generate", "128", "tokens to generate; 0: none", type=depths)
-    add("--depth", "0", "tokens in the context before generating", type=depths)
+    add("--depth", "0,1024,4096,16384", "tokens in the context before generating", type=depths)
     add("--prompt-depth", "0", "tokens in the context before a prompt", type=depths)
     add("--batch", "2048", "llama-bench -b, for prompts", type=numbers)
     add("--ubatch", "512", "llama-bench -ub, for prompts", type=numbers)
@@ -353,7 +371,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--load-rounds", "3", "rounds of loading; 0: none", type=int, metavar="N")
     text = "halve the tokens of a test until it takes no longer than this, and say so in the tables; 0: never"
     add("--longest", "5", text, type=float, metavar="SECONDS")
-    parser.add_argument("--quick", action="store_true", help="a first look: 0.5b, 128 and 32 tokens, one round, 2 seconds")
+    parser.add_argument(
+        "--quick", action="store_true", help="a first look: 0.5b, 128 and 32 tokens, an empty context, one round, 2 seconds"
+    )
     add("--vocab", "32000", "tokens of the vocabulary; real: as many as the model has", type=vocabulary, metavar="N")
     add(
         "--embeddings",
@@ -363,7 +383,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     text = "another build's directory, as SHERRY_BUILD_DIR has it: each type also runs there, in turn"
     add("--against", "none", text, type=Path, metavar="DIR", default=None)
-    parser.add_argument("--resume", action="store_true", help="go on with what --json holds of an interrupted run")
+    parser.add_argument("--resume", action="store_true", help="continue the interrupted run saved in --json")
     add("--dir", "build/bench/models", "directory of the models", type=Path, default=build / "models", metavar="DIR")
     add("--json", "build/bench/models.json", "file for every round", type=Path, default=build / "models.json", metavar="FILE")
     add("--markdown", "build/bench/models.md", "file for the tables", type=Path, default=build / "models.md", metavar="FILE")
@@ -371,7 +391,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--plot", text, "file for the bars", type=Path, default=None, metavar="FILE")
     args = parser.parse_args(argv)
     if args.quick:
-        parser.set_defaults(models="0.5b", prompt="128", generate="32", rounds=1, load_rounds=1, longest=2.0)
+        parser.set_defaults(models="0.5b", prompt="128", generate="32", depth="0", rounds=1, load_rounds=1, longest=2.0)
         args = parser.parse_args(argv)
     check_flags(parser, args)
     args.labels = labels(args.types, args.embeddings, args.against)
@@ -395,6 +415,8 @@ def check_flags(parser: argparse.ArgumentParser, args: argparse.Namespace) -> No
         parser.error("--rounds must be at least 1, --load-rounds and --longest at least 0")
     if not any(args.prompt + args.generate):
         parser.error("--prompt and --generate must not both be 0")
+    if args.resume and not args.json.exists():
+        parser.error(f"--resume: {args.json} is not there: pass the --json of the interrupted run, or no --resume")
     if args.against and len(args.embeddings) > 1:
         parser.error("--against takes one type of --embeddings")
     if args.against and not (args.against / "bin" / "llama-bench").exists():

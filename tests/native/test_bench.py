@@ -66,7 +66,7 @@ def two(tmp_path_factory):
     """Two tiny models, TQ1_25 and Q4_0."""
     directory, shape = tmp_path_factory.mktemp("two"), SHAPES["tiny"]
     for name in "TQ1_25", "Q4_0":
-        write_model(directory / f"{name}.gguf", shape, plan(shape, name, 512, "Q4_0"), 512, lambda size: None)
+        write_model(directory / f"{name}.gguf", shape, plan(shape, name, "Q4_0"), lambda size: None)
     return directory / "TQ1_25.gguf", directory / "Q4_0.gguf"
 
 
@@ -95,7 +95,10 @@ def test_medians_and_ratios_to_the_first_file():
     assert "2 threads:" in text and "| file | model | MiB | tg8 | x |" in text
     assert "| a | llama ?B Q4_0 | 3.00 | 100 | 1.00 |" in text
     assert "| b | llama ?B Q4_0 | 3.00 | 60.0 | 0.50 |" in text  # of 0.50, 0.45 and 0.67; of the medians it would be 0.60
-    assert "| c | llama ?B Q4_0 | 3.00 | | |" in text
+    assert "| c | llama ?B Q4_0 | 3.00 | | |" in text and "(pp: read a prompt, tg: generate)" in text
+    for entry in report["speed"]:
+        entry["test"] += " @ d16"
+    assert "(pp: read a prompt, tg: generate, @ d: after so many tokens)" in bench.tables(report)
 
 
 def test_files_take_turns(monkeypatch):
@@ -139,6 +142,22 @@ def test_a_model_that_breaks_after_another_is_named(two, tmp_path):
         next(records)
 
 
+@pytest.mark.parametrize("depth", [0, 64])
+def test_a_few_tokens_warm_up_before_a_prompt(depth, tmp_path, monkeypatch):
+    """Also where a context is restored: nothing else has touched the mapped file."""
+    tool = tmp_path / "llama-bench"
+    tool.write_text(f"""#!{sys.executable}
+import json, sys
+print(json.dumps(dict(n_prompt=16, n_gen=0, avg_ts=1.0)))
+print(json.dumps(dict(n_prompt=100, n_gen=0, avg_ts=2.0, args=sys.argv[1:])))
+""")
+    tool.chmod(0o755)
+    monkeypatch.setattr(bench.llama_cpp, "tool", lambda name: tool)
+    (record,) = bench.llama_bench_each([Path("m.gguf")], 1, bench.Test("pp", 100, depth))
+    args = record["args"]
+    assert record["avg_ts"] == 2 and args[args.index("-p") + 1] == "16,100" and "--no-warmup" in args
+
+
 def test_tests_of_the_command_line():
     tests = bench.parse(["a", "--prompt", "512,4096", "--generate", "64", "--depth", "0,1024"], None).tests
     assert list(map(str, tests)) == ["pp512", "pp4096", "tg64", "tg64 @ d1024"]
@@ -173,7 +192,11 @@ def test_what_cannot_be_measured(tmp_path):
     done = verb("nowhere.gguf", bad)
     assert done.returncode == 1 and done.stderr == "error: no such file: nowhere.gguf\n"
     for args, message in ([bad, "--rounds", "0"], "--rounds at least 1"), (
-        [bad, "--prompt", "0", "--generate", "0"], "not both 0"), ([bad, "--threads", "0"], "--threads"):  # fmt: skip
+        [bad, "--prompt", "0", "--generate", "0"], "not both 0"), (
+        [bad, "--threads", "0"], "argument --threads: not a list of numbers from 1 on: '0'"), (
+        [bad, "--prompt", "abc"], "argument --prompt: not a list of numbers from 0 on: 'abc'"), (
+        [bad, "--depth", "-1"], "argument --depth: not a list of numbers from 0 on: '-1'"), (
+        [bad, "--depth", "1024", "--generate", "0"], "--depth is for generating: it needs --generate"):  # fmt: skip
         done = verb(*args)
         assert done.returncode == 2 and message in done.stderr, done.stderr
 

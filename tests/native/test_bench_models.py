@@ -10,14 +10,16 @@ from pathlib import Path
 import common
 import gguf
 import model_files
-import model_report
 import pytest
 from bench import models as bench
+from conftest import squeezed
 
 from sherry_gguf import gguf_type, llama_cpp, signals
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-QUICK = ["--vocab", "512", "--threads", "1", "--prompt", "32", "--generate", "8"]
+QUICK = ["--vocab", "512", "--threads", "1", "--prompt", "32", "--generate", "8", "--depth", "0"]
+
+MADE = f".v{model_files.FILE_VERSION}.gguf"  # ends a model's name
 
 
 @pytest.fixture(scope="session")
@@ -32,11 +34,6 @@ def arguments(models, out, *more, model="tiny"):
 
 def run(*args):
     return subprocess.run([sys.executable, SCRIPTS / "bench" / "models.py", *args], capture_output=True, text=True)
-
-
-def squeezed(table):
-    """Without what fills the columns."""
-    return re.sub(" +", " ", table)
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +52,7 @@ def made_up(monkeypatch):
 
     def measure(files, label, threads, test, against):
         for file in files:
-            kind = next(part for part in file.name.split("-") if part.endswith(".v1.gguf")).removesuffix(".v1.gguf")
+            kind = file.name.removesuffix(MADE).rpartition("-")[2]
             calls.append((kind + bench.BEFORE * label.endswith(bench.BEFORE), threads, str(test)))
             yield {"avg_ts": float(len(calls)), "build_commit": "abc"}
 
@@ -82,7 +79,7 @@ def test_every_type_runs_and_is_reported(measured, models):
     assert text == printed and "| TQ1_25 plain | 1.375 |" in squeezed(text)
     for type_name, file in report["models"]["tiny"]["types"].items():
         assert file["stored"] == {type_name: 1} and file["kept_rows"] == []
-        size = (models / f"tiny-512-Q4_0-{type_name}.v1.gguf").stat().st_size
+        size = (models / f"tiny-512-Q4_0-{type_name}{MADE}").stat().st_size
         assert 0 < size - file["bytes"] < 10_000  # keys and names
 
 
@@ -103,7 +100,7 @@ def test_files_are_what_they_say_and_are_made_once(measured, models, tmp_path, m
     assert len(before) == len(set(map(model_files.base, bench.TYPES)))
     bench.main(arguments(models, tmp_path, "--load-rounds", "0"))
     assert {path: path.stat().st_mtime_ns for path in models.iterdir()} == before
-    reader = gguf.GGUFReader(models / "tiny-512-Q4_0-TQ1_25.v1.gguf")
+    reader = gguf.GGUFReader(models / f"tiny-512-Q4_0-TQ1_25{MADE}")
     tensors = {t.name: t for t in reader.tensors}
     assert len(tensors) == 2 + 2 * 9 and reader.fields["llama.block_count"].contents() == 2
     down = tensors["blk.1.ffn_down.weight"]
@@ -143,7 +140,7 @@ def test_fallbacks_are_those_of_llama_quantize():
 
 def test_the_papers_3b_model_has_the_size_that_its_table_gives():
     """712.40 MiB in the Sherry paper's Table 4, whose ffn_down must have had a coarser scale: 1.25 bits a weight instead of 1.5."""
-    facts = model_files.facts(model_files.SHAPES["3b-bitnet"], "TQ1_25", 32_002, "F16")
+    facts = model_files.facts(model_files.SHAPES["3b-bitnet"], "TQ1_25", "F16")
     down = 26 * 3200 * 8640
     assert facts["bytes"] - down * (1.5 - 1.25) / 8 == pytest.approx(712.40 * 2**20, rel=2e-3)  # norms: 0.65 MiB
     assert facts["bytes"] <= 735 * 2**20 and set(facts["stored"]) == {"TQ1_25", "TQ1_25_64"}
@@ -161,7 +158,7 @@ def test_shapes_are_the_published_ones():
     parameters["0.7b"] -= 24 * (1536 + 4096)  # BitNet's inner norms, which the llama architecture has not
     for key, wanted in parameters.items():
         shape = model_files.SHAPES[key]
-        assert sum(math.prod(t.shape) for t in model_files.plan(shape, "F16", shape.vocab, "F16")) == wanted
+        assert sum(math.prod(t.shape) for t in model_files.plan(shape, "F16", "F16")) == wanted
 
 
 def test_keys_and_values_that_a_token_reads():
@@ -177,7 +174,7 @@ def test_a_model_that_is_not_finished_leaves_nothing(tmp_path):
 
     shape = model_files.SHAPES["tiny"]
     with pytest.raises(KeyboardInterrupt):
-        model_files.write_model(tmp_path / "m.gguf", shape, model_files.plan(shape, "TQ1_25", 512, "Q4_0"), 512, stop)
+        model_files.write_model(tmp_path / "m.gguf", shape, model_files.plan(shape, "TQ1_25", "Q4_0"), stop)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -257,14 +254,15 @@ def test_an_interrupted_run_is_resumed(models, tmp_path, monkeypatch, made_up):
     monkeypatch.setattr(bench, "measure", measure)
     with pytest.raises(SystemExit, match="143"):
         bench.main(arguments(models, tmp_path, *flags))
-    monkeypatch.setattr(bench, "measure", whole)
-    monkeypatch.setattr(bench, "measure", lambda *args: iter([made_up[99999]]))
-    with pytest.raises(IndexError):  # before anything new: nothing old is lost
+
+    def broken(*args):
+        raise OSError("llama-bench broke")
+
+    monkeypatch.setattr(bench, "measure", broken)
+    with pytest.raises(OSError, match="llama-bench broke"):  # before anything new: nothing old is lost
         bench.main(arguments(models, tmp_path, *flags, "--resume"))
     monkeypatch.setattr(bench, "measure", whole)
     before, done = json.loads((tmp_path / "r.json").read_text()), len(made_up)
-    with pytest.raises(ValueError, match="r.json was measured with another rounds: pass the same flags"):
-        bench.main(arguments(models, tmp_path, *flags, "--rounds", "3", "--resume"))
     bench.main(arguments(models, tmp_path, *flags, "--resume"))
     after = json.loads((tmp_path / "r.json").read_text())
     assert made_up[done + 4 :] == made_up[done - 1 : done]
@@ -274,6 +272,65 @@ def test_an_interrupted_run_is_resumed(models, tmp_path, monkeypatch, made_up):
     again = json.loads((tmp_path / "r.json").read_text())
     assert again["speed"] == after["speed"] and again["bandwidth"] == after["bandwidth"]
     assert after["complete"] and not before["complete"] and len(after["bandwidth"]["1"]) > len(before["bandwidth"]["1"])
+
+
+def test_a_run_is_resumed_with_its_settings_only(models, tmp_path, monkeypatch, made_up, capsys):
+    flags = ["--types", "tq1_25,q4_0", "--rounds", "1", "--load-rounds", "0"]
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(arguments(models, tmp_path, *flags, "--resume"))
+    assert "r.json is not there: pass the --json of the interrupted run" in capsys.readouterr().err
+    old = tmp_path / "old"
+    (old / "bin").mkdir(parents=True)
+    (old / "bin" / "llama-bench").write_text("one")
+    bench.main(arguments(models, tmp_path, *flags, "--against", old))
+    before = (tmp_path / "r.json").read_text()
+
+    def refused(what, *more, against=old):
+        with pytest.raises(ValueError, match=rf"r.json was measured with different settings \({what}\): pass the same flags with the same"):
+            bench.main(arguments(models, tmp_path, *flags, *["--against", against] * bool(against), *more, "--resume"))
+        assert (tmp_path / "r.json").read_text() == before
+
+    refused("rounds", "--rounds", "3")
+    refused("threads", "--threads", "1,2")
+    refused("longest", "--longest", "7")
+    refused("models", "--types", "tq1_25")
+    refused("against, reference", against=None)
+    (old / "bin" / "llama-bench").write_text("another")
+    refused("against")
+    (old / "bin" / "llama-bench").write_text("one")
+    with monkeypatch.context() as patch:
+        patch.setattr(bench, "fingerprint", lambda build, real=bench.fingerprint: real(build) if build == old else "rebuilt")
+        refused("build")
+    bench.main(arguments(models, tmp_path, *flags, "--against", old, "--resume"))
+
+
+def test_a_build_is_told_from_others_by_what_it_runs(tmp_path):
+    for name in "bin/llama-bench", "bin/llama-cli", "lib/libggml-cpu.so":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("one")
+    first = bench.fingerprint(tmp_path)
+    (tmp_path / "bin" / "llama-cli").write_text("two")
+    assert bench.fingerprint(tmp_path) == first
+    for name in "bin/llama-bench", "lib/libggml-cpu.so":
+        (tmp_path / name).write_text("two")
+        assert bench.fingerprint(tmp_path) != first
+        first = bench.fingerprint(tmp_path)
+
+
+def test_the_estimate_counts_filled_contexts(models, tmp_path, made_up, capsys):
+    flags = ["--types", "tq1_25,q4_0", "--rounds", "3", "--load-rounds", "0", "--depth", "0,16384", "--generate", "8,4"]
+
+    def estimate(*more):
+        return bench.Run(bench.parse(arguments(models, tmp_path, *flags, *more))).estimate()
+
+    total, filling = estimate()
+    parameters = 512 * 256 + 2 * (2 * 256 * 256 + 2 * 128 * 256 + 3 * 256 * 512) + 5 * 256
+    assert filling == pytest.approx(2 * 16384 * parameters / 50e9) and total > filling
+    assert estimate("--depth", "0")[1] == 0
+    assert estimate("--types", "tq1_25,tq1_25-plain")[1] == pytest.approx(4 * filling)  # three rounds, from one to the other and back
+    bench.main(arguments(models, tmp_path, *flags, "--rounds", "1"))
+    assert re.search(r"about \d+ min, \d+ of them to fill contexts \(--depth 0: none\); ", capsys.readouterr().err)
+    assert "@ d: after so many tokens." in (tmp_path / "r.md").read_text()
 
 
 def test_loading_takes_the_labels_as_they_are(models, tmp_path, monkeypatch, made_up):
@@ -301,62 +358,6 @@ def test_long_tests_are_shortened_alike_and_only_slow_types_more():
     gen, own = out[tests[1]]
     assert gen.tokens == 32 and [own[t].tokens for t in rates] == [32, 32, 8]
     assert bench.lengths(tests, rates, 1, 2, 0)[tests[0]][0] == tests[0]  # no limit
-
-
-def made_up_report():
-    def entry(label, kind, rates, run="", threads=1):
-        test = f"{kind}64"
-        return {"model": "m", "type": label, "kind": kind, "threads": threads, "test": test, "common": test,
-                "run": run or test, "rates": rates}  # fmt: skip
-
-    size = 50_000_000
-    file = {"bytes": size, "bytes_per_token": size, "bits_per_weight": 1.5, "stored": {}, "kept_rows": []}
-    speed = [entry("TQ1_25", "tg", [100.0, 220.0, 90.0]), entry("TQ2_0", "tg", [50.0, 100.0, 60.0]),
-             entry("Q2_0", "tg", [10.0, 11.0], run="tg16"), entry("F16", "tg", []),
-             entry("TQ1_25", "pp", [500.0]), entry("TQ2_0", "pp", [250.0]),
-             entry("Q2_0", "pp", []), entry("F16", "pp", [])]  # fmt: skip
-    model = {
-        "name": "M",
-        "parameters": 1e9,
-        "layers": 1,
-        "hidden": 2,
-        "ffn": 3,
-        "heads": 4,
-        "head_dim": 5,
-        "kv_heads": 6,
-    }
-    memory = {"seconds": 1.0, "anon": 10.0, "file": 20.0, "peak": 30.0}
-    rounds = [{"load": memory | {"seconds": s}, "token": memory} for s in (3.0, 1.0, 2.0)]
-    return {"cpu": "c", "date": "d", "isa": None, "llama_cpp": "l", "rounds": 3, "complete": True, "vocab": 32000, "embeddings": "Q4_0",
-            "bandwidth": {"1": [9.0, 10.0, 20.0]},
-            "models": {"m": model | {"types": dict.fromkeys(("TQ1_25", "TQ2_0", "Q2_0", "F16"), file)}},
-            "speed": speed, "load": [{"model": "m", "type": "TQ1_25", "rounds": rounds}]}  # fmt: skip
-
-
-def test_medians_ratios_and_shares():
-    report = made_up_report()
-    model_report.summarize(report)
-    ours, peer, short, none, *_ = report["speed"]
-    assert ours["median"] == 100 and ours["ours_ratio"] == 1
-    assert peer["median"] == 60 and peer["ours_ratio"] == 2  # of 2, 2.2 and 1.5; of the medians it would be 1.67
-    assert short["ours_ratio"] == 15  # of 10 and 20, the rounds that both have
-    assert none["median"] is None and none["ours_ratio"] is None
-    assert report["bandwidth_median"] == {"1": 10} and report["bandwidth_maximum"] == {"1": 20}
-    assert ours["gb_per_s"] == 5 and ours["of_limit"] == 0.5 and ours["limit"] == 200
-    assert report["load"][0]["load_seconds"] == 2 and report["load"][0]["token_anon"] == 10
-    text = squeezed(model_report.markdown(report))
-    assert "| type | bits/weight | MiB | tg64 t/s | TQ1_25 × | GB/s | of limit | pp64 t/s | TQ1_25 × |" in text
-    assert "| TQ2_0 | 1.500 | 47.7 | 60.0 | 2.00 | 3.00 | 30 % | 250 | 2.00 |" in text
-    assert "| Q2_0 | 1.500 | 47.7 | 10.5 [1] | 15.00 | 0.53 | 5 % |" in text and "[1] tg16, to save time" in text
-    assert "| TQ1_25 | 2.00 | 10.0 | 20.0 | 30.0 | 1.00 | 10.0 | 20.0 |" in text
-
-
-def test_bars(tmp_path):
-    pytest.importorskip("matplotlib")
-    report = made_up_report()
-    model_report.summarize(report)
-    model_report.draw(report, tmp_path / "bars.png")
-    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("error, match", [(signals.Interrupted(15), "143"), (OSError("llama-bench broke"), "llama-bench broke")])
@@ -423,7 +424,8 @@ def test_arguments():
     assert args.types == ["Q4_0-plain", "TQ1_25"] and args.threads[0] == 1 and args.depth == [0, 4096]
     assert (args.models, args.prompt, args.generate, args.rounds) == (bench.MODELS, [512], [128], 3)
     quick = bench.parse(["--quick", "--rounds", "2"])
-    assert (quick.models, quick.prompt, quick.rounds) == (["0.5b"], [128], 2)
+    assert (quick.models, quick.prompt, quick.depth, quick.rounds) == (["0.5b"], [128], [0], 2)
+    assert bench.parse([]).depth == [0, 1024, 4096, 16384] and bench.parse(["--depth", "0"]).depth == [0]
 
 
 def test_a_plot_without_matplotlib(monkeypatch, capsys):
