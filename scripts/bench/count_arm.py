@@ -3,7 +3,8 @@
 
 It counts instead of timing: an emulator doesn't know what takes long. The count is the difference between rows of 4096 and
 of 2048 weights, so that the fixed cost of a call drops out. Making the tables of the activations, once for all rows, has its
-own line. Attention is counted per query, key and 128 elements. Upstream's kernels are compiled from the patched llama.cpp for each level, with the same compiler and -O3.
+own line. Attention is counted per query and key, for heads of 128. Upstream's kernels are compiled from the patched llama.cpp
+for each level, with the same compiler and -O3.
 
 Needs scripts/build_llama_cpp.py, and what scripts/build/arm.py needs.
 """
@@ -111,9 +112,7 @@ def count(work: Path) -> dict:
             if level != "neon" and nc % 4 == 0:
                 kernel = "Q4_0 4x4 gemm" if level == "dotprod" else "Q4_0 4x8 gemm"
                 many.setdefault("Q4_0", {}).setdefault(level, {})[nc] = per_128(work / level, kernel, ROWS, nc)
-    attention = {
-        cache: {queries: per_query(work / "neon", f"neon attention {cache}", queries) for queries in QUERIES} for cache in CACHES
-    }
+    attention = {cache: {queries: per_query(work / "neon", f"neon attention {cache}", queries) for queries in QUERIES} for cache in CACHES}
     compiler = subprocess.run([COMPILERS[0], "--version"], capture_output=True, text=True).stdout.splitlines()[0]
     return {"compiler": compiler, "one": one, "many": many, "making": making, "attention": attention}
 

@@ -26,9 +26,8 @@ static bool sherry_attention_fits(const ggml_tensor * dst) {
     return q->type == GGML_TYPE_F32 && q->ne[0] == k->ne[0] && k->ne[1] == v->ne[1] && k->ne[2] == v->ne[2] && k->ne[3] == v->ne[3] &&
            q->ne[2] % k->ne[2] == 0 && q->ne[3] % k->ne[3] == 0 &&
            (!mask || (mask->type == GGML_TYPE_F16 && mask->ne[0] >= k->ne[1] && mask->ne[1] >= q->ne[1])) &&
-           (!sinks || (sinks->type == GGML_TYPE_F32 && sinks->ne[0] == q->ne[2])) && dst->type == GGML_TYPE_F32 &&
-           dst->ne[0] == v->ne[0] && dst->ne[1] == q->ne[2] && dst->ne[2] == q->ne[1] && dst->ne[3] == q->ne[3] &&
-           ggml_is_contiguous(dst);
+           (!sinks || (sinks->type == GGML_TYPE_F32 && sinks->ne[0] == q->ne[2])) && dst->type == GGML_TYPE_F32 && dst->ne[0] == v->ne[0] &&
+           dst->ne[1] == q->ne[2] && dst->ne[2] == q->ne[1] && dst->ne[3] == q->ne[3] && ggml_is_contiguous(dst);
 }
 
 // False, before anything is written, if upstream's code must do it.
