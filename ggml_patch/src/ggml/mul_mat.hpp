@@ -27,8 +27,7 @@ namespace ggml::cpu::repack {
 namespace {
 
 // MUL_MAT and MUL_MAT_ID of a repacked tensor of our types. The columns of a matrix are the vectors that it multiplies. MUL_MAT has one
-// matrix, MUL_MAT_ID one per expert. One column is multiplied by tables, several by codes, wide tables
-// or panels.
+// matrix, MUL_MAT_ID one per expert. One column is multiplied by tables, several by codes, wide tables or panels.
 class tq1_25_traits : public tensor_traits_base {
     struct work_buffer {
         bool ids;
@@ -439,7 +438,10 @@ class tq1_25_traits : public tensor_traits_base {
 
     // The repack buffer's get_tensor: a whole tensor's plain blocks. Upstream's buffer has none.
     static void unpack(ggml_backend_buffer_t, const ggml_tensor * t, void * data, size_t offset, size_t size) {
-        GGML_ASSERT(sherry_has_type(t->type) && offset == 0 && size == ggml_nbytes(t));
+        if (!sherry_has_type(t->type) || offset != 0 || size != ggml_nbytes(t)) {
+            GGML_ABORT("cannot read bytes %zu to %zu of %s, %s repacked: only TQ1_25, TQ1_25_64 and STQ1_0 can be read, and as a whole",
+                       offset, offset + size, t->name, ggml_type_name(t->type));
+        }
         for (int64_t i = 0; i < t->ne[2] * t->ne[3]; ++i) {
             const size_t at = (size_t) i * t->nb[2];
             tq1_25_unpack(kind_of(t), t->ne[1], t->ne[0], (const char *) t->data + at, (char *) data + at);

@@ -29,12 +29,14 @@ class held_buffer {
         bool plain; // stays plain, since some graph reads its blocks
     };
 
+    ggml_backend_buffer_t known;  // the server's, with our functions
     ggml_backend_buffer plain;    // upstream's
     ggml_backend_buffer repacked; // of ggml-cpu's repack type, over the same memory
     char * base;
     std::map<const char *, matrix> matrices; // by address; none overlaps another
     std::vector<char> copy;
-    static inline uint64_t changes = 0; // each makes prepare() look at a graph again
+    // Each makes prepare() look at a graph again. Thread-local, since a process may run several servers, each on a thread of its own.
+    static inline thread_local uint64_t changes = 0;
 
     static held_buffer * of(ggml_backend_buffer_t buffer) { return (held_buffer *) buffer->context; }
     static void * get_base(ggml_backend_buffer_t buffer) { return of(buffer)->base; }
@@ -102,7 +104,7 @@ class held_buffer {
 
   public:
     held_buffer(ggml_backend_buffer_t buffer, ggml_backend_buffer_t of_repack_type)
-        : plain(*buffer), repacked(*of_repack_type), base((char *) ggml_backend_buffer_get_base(buffer)) {
+        : known(buffer), plain(*buffer), repacked(*of_repack_type), base((char *) ggml_backend_buffer_get_base(buffer)) {
         repacked.iface.free_buffer = nullptr;
         repacked.iface.get_base = get_base;
         repacked.context = this;
@@ -174,8 +176,14 @@ class held_buffer {
         });
     }
 
+    // Undoes use_repacked(): a graph that is computed again may have to read plain blocks this time.
+    void use_plain(ggml_tensor * t) const {
+        t->buffer = known;
+        t->extra = nullptr;
+    }
+
     // Gives a tensor of add() its buffer for the graph; returns the bytes that it repacked for it.
-    size_t use(ggml_tensor * t) {
+    size_t use_repacked(ggml_tensor * t) {
         matrix & m = matrices.at((const char *) t->data);
         if (m.plain) {
             return 0;
@@ -190,26 +198,29 @@ class held_buffer {
     }
 };
 
-// Would ggml-cpu's repack buffer multiply so? What it would not falls to upstream's operation, with upstream's checks.
+// Would ggml-cpu's repack buffer multiply so? What it would not falls to upstream's operation, with upstream's checks. A client may send
+// any sizes and strides, so weights and results must be contiguous and not empty: ggml_nbytes() is then what the kernels read and write.
 inline bool multiplies(const ggml_tensor * op) {
     const ggml_tensor *w = op->src[0], *x = op->src[1], *ids = op->src[2];
     if ((op->op != GGML_OP_MUL_MAT && op->op != GGML_OP_MUL_MAT_ID) || !w || !x || !sherry_has_type(w->type) || w->view_src ||
-        w->op != GGML_OP_NONE || !ggml_is_contiguous(w) || w->ne[3] != 1 || x->type != GGML_TYPE_F32 || x->nb[0] != sizeof(float) ||
-        op->type != GGML_TYPE_F32 || op->nb[0] != sizeof(float) || x->ne[0] != w->ne[0] || op->ne[0] != w->ne[1]) {
+        w->op != GGML_OP_NONE || ggml_is_empty(w) || ggml_is_empty(x) || w->ne[0] % ggml_blck_size(w->type) != 0 ||
+        w->nb[0] != ggml_type_size(w->type) || !ggml_is_contiguous(w) || w->ne[3] != 1 || x->type != GGML_TYPE_F32 ||
+        x->nb[0] != sizeof(float) || op->type != GGML_TYPE_F32 || op->nb[0] != sizeof(float) || !ggml_is_contiguous(op) ||
+        x->ne[0] != w->ne[0] || op->ne[0] != w->ne[1]) {
         return false;
     }
     if (op->op == GGML_OP_MUL_MAT) {
         return w->ne[2] == 1 && std::equal(x->ne + 1, x->ne + GGML_MAX_DIMS, op->ne + 1);
     }
     return ids && ids->type == GGML_TYPE_I32 && op->ne[1] == ids->ne[0] && op->ne[2] == ids->ne[1] && x->ne[2] == ids->ne[1] &&
-           op->ne[3] == 1 && x->ne[3] == 1;
+           ids->ne[0] % x->ne[1] == 0 && op->ne[3] == 1 && x->ne[3] == 1;
 }
 
 // alloc_buffer: repack what will lie in this buffer, if its device is a CPU with our types. SHERRY_RPC_REPACK=0 turns it off.
 inline void hold(ggml_backend_buffer_t buffer, ggml_backend_t backend) {
     const char * wanted = std::getenv("SHERRY_RPC_REPACK");
     ggml_backend_dev_t device = ggml_backend_get_device(backend);
-    if ((wanted && strcmp(wanted, "0") == 0) || buffer->buft != ggml_backend_cpu_buffer_type() ||
+    if ((wanted && strcmp(wanted, "0") == 0) || buffer->size == 0 || buffer->buft != ggml_backend_cpu_buffer_type() ||
         ggml_backend_dev_type(device) != GGML_BACKEND_DEVICE_TYPE_CPU) {
         return;
     }
@@ -228,8 +239,8 @@ inline void hold(ggml_backend_buffer_t buffer, ggml_backend_t backend) {
 
 // graph_compute, and graph_recompute with `again`: repacks what this graph only multiplies by.
 inline void prepare(ggml_backend_t backend, ggml_cgraph * graph, bool again = false) {
-    static ggml_cgraph * last; // a server has one thread
-    static uint64_t prepared;
+    static thread_local ggml_cgraph * last;
+    static thread_local uint64_t prepared;
     if (again && graph == last && held_buffer::count_changes() == prepared) {
         return;
     }
@@ -245,9 +256,13 @@ inline void prepare(ggml_backend_t backend, ggml_cgraph * graph, bool again = fa
         for (int k = 0; k < GGML_MAX_SRC; ++k) {
             ggml_tensor * src = node->src[k];
             held_buffer * buffer = src ? held_buffer::find(src->buffer) : nullptr;
-            if (buffer && k == 0 && cpu && multiplies(node) && buffer->add(src)) {
+            if (!buffer) {
+                continue;
+            }
+            buffer->use_plain(src);
+            if (k == 0 && cpu && multiplies(node) && buffer->add(src)) {
                 weights.push_back(src);
-            } else if (buffer) {
+            } else {
                 others.push_back(src);
             }
         }
@@ -259,7 +274,7 @@ inline void prepare(ggml_backend_t backend, ggml_cgraph * graph, bool again = fa
     }
     size_t bytes = 0, count = 0;
     for (ggml_tensor * t : weights) {
-        const size_t size = held_buffer::find(t->buffer)->use(t);
+        const size_t size = held_buffer::find(t->buffer)->use_repacked(t);
         bytes += size;
         count += size > 0;
     }
