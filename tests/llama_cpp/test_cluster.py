@@ -37,10 +37,10 @@ def ip(*args, check=True):
 class Server:
     """An rpc-server with two threads, on a host or here; its output is in `log`."""
 
-    def __init__(self, log, port, address="127.0.0.1", prefix=(), **env):
+    def __init__(self, log, port, address="127.0.0.1", prefix=(), args=(), **env):
         self.log, self.endpoint = log, f"{address}:{port}"
         with log.open("w") as output:
-            self.process = subprocess.Popen([*prefix, llama_cpp.tool("rpc-server"), "-H", address, "-p", str(port), "-t", "2"],
+            self.process = subprocess.Popen([*prefix, llama_cpp.tool("rpc-server"), "-H", address, "-p", str(port), "-t", "2", *args],
                                             env=ENV | env, stdin=subprocess.DEVNULL,
                                             stdout=output, stderr=subprocess.STDOUT)  # fmt: skip
         self.wait(lambda: re.search(rf":{port:04X} \S+ 0A ", Path(f"/proc/{self.process.pid}/net/tcp").read_text()))  # it listens
@@ -178,11 +178,15 @@ def test_hosts_say_what_one_says(name, models, cluster):
             assert sum(repacked) == on_servers * MATRICES[name], (flags, repacked)
 
 
-@pytest.fixture(scope="session")
-def unused_tcp_port():
+def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def unused_tcp_port():
+    return free_port()
 
 
 @pytest.mark.parametrize("env", [{"SHERRY_RPC_REPACK": "0"}, {"SHERRY_ISA": "scalar"}], ids=lambda env: next(iter(env)))

@@ -6,6 +6,7 @@ has a process of its own, since it is chosen once.
 
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -37,6 +38,7 @@ def test_operations_on_repacked_weights(isa, kind):
                             env=os.environ | {"SHERRY_ISA": isa, "PYTHONPATH": str(HERE.parents[1])})  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.split() == ["buffer", "memory", "mul_mat", "strided", "floats", "mul_mat_id"], result.stdout
+    assert f"cannot read bytes 12 to 46 of , {kind} repacked: only TQ1_25," in result.stderr.replace(kind.lower(), kind), result.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -78,6 +80,7 @@ const char * ggml_backend_buft_name(void * buft);
 void * ggml_backend_alloc_ctx_tensors_from_buft(void * ctx, void * buft);
 void ggml_backend_buffer_free(void * buffer);
 void ggml_backend_tensor_set(void * tensor, const void * data, size_t offset, size_t size);
+void ggml_backend_tensor_get(const void * tensor, void * data, size_t offset, size_t size);
 bool ggml_backend_dev_supports_op(void * device, const void * op);
 """
 F32, I32, I64 = 0, 26, 27
@@ -272,6 +275,16 @@ def main_repacked(kind, expected):
             assert base.ggml_backend_dev_supports_op(device, op) == wanted, rows
     if not expected:
         return
+    with Context() as c:
+        packed, _ = weights(70, 256)
+        t, back = c.repacked(packed, (256, 70)), np.empty_like(packed)
+        base.ggml_backend_tensor_get(t, ffi.from_buffer(back), 0, back.nbytes)
+        assert (back == packed).all()
+        if not (child := os.fork()):  # it aborts
+            os.environ["GGML_NO_BACKTRACE"] = "1"
+            base.ggml_backend_tensor_get(t, ffi.from_buffer(back), 12, 34)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGABRT
     print("buffer")
 
     # All of the buffer asks for large pages, if the system has them; "hg" in its part of the file says so.
