@@ -272,10 +272,10 @@ static void add_chunk(const struct sherry_attention_kernels * kernels, const str
                 }
             }
             kernels->softmax(rows, padded_keys, s, biased ? mask : NULL, a->softcap, p.m + at, p.sum + at, factor);
-            const float * scale = factor; // once
-            for (int64_t j = 0, end; end = next_seen(biased ? mask : NULL, rows, keys, &j), j < end; j = end, scale = NULL) {
+            const float * by = factor; // once
+            for (int64_t j = 0, end; end = next_seen(biased ? mask : NULL, rows, keys, &j), j < end; j = end, by = NULL) {
                 kernels->values(a->v_type, rows, end - j, a->v_size, s + j * rows, values_at(a, stream, kv_head, begin + j), a->v_stride[0],
-                                scale, p.o + at * a->v_size);
+                                by, p.o + at * a->v_size);
             }
         }
         g += rows;
@@ -420,9 +420,9 @@ void sherry_attention_tile(const struct sherry_attention_kernels * kernels, cons
                 }
             }
             kernels->softmax(PANEL, padded, s, biased ? mask : NULL, a->softcap, m + p * PANEL, sum + p * PANEL, factor);
-            const float * scale = factor; // once
-            for (int64_t j = 0, end; end = next_seen(biased ? mask : NULL, PANEL, keys, &j), j < end; j = end, scale = NULL) {
-                kernels->tile_values(end - j, a->v_size, s + j * PANEL, v + j * PANEL, scale, o + p * PANEL * a->v_size);
+            const float * by = factor; // once
+            for (int64_t j = 0, end; end = next_seen(biased ? mask : NULL, PANEL, keys, &j), j < end; j = end, by = NULL) {
+                kernels->tile_values(end - j, a->v_size, s + j * PANEL, v + j * PANEL, by, o + p * PANEL * a->v_size);
             }
         }
     }
