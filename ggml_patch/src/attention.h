@@ -70,7 +70,7 @@ struct sherry_attention_plan {
 };
 
 // Plans for this many threads, with `scratch` bytes for each, a multiple of 64. False if these operands are not for this code: head sizes
-// that are not a multiple of 16 (of 32 for Q8_0) or above SHERRY_ATTENTION_MAX_SIZE, or too little scratch.
+// that are not a multiple of 16 (of 32 for Q8_0) or above SHERRY_ATTENTION_MAX_SIZE, empty axes, or too little scratch.
 bool sherry_attention_make_plan(const struct sherry_attention * a, int threads, int64_t scratch, struct sherry_attention_plan * plan);
 
 // Tiles: one item. Items write different rows of dst. `scratch` is the thread's, aligned to 64 bytes.

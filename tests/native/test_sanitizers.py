@@ -85,7 +85,7 @@ ATTENTION = {kernels.instruction_set(isa).attention: isa for isa in attention.av
 @pytest.mark.parametrize("sanitizer", ["with_memory_checks", "with_race_checks"])
 @pytest.mark.parametrize("name, isa, operations", [
     *(("threads_repacked", isa, 112) for isa in kernels.available_repacked()),
-    *(("threads_attention", isa, 130) for isa in ATTENTION.values()),
+    *(("threads_attention", isa, 156) for isa in ATTENTION.values()),
 ])  # fmt: skip
 def test_threads_share_the_work(programs, sanitizer, name, isa, operations):
     """With and without NUMA, 1 to 8 threads; few and many columns, experts; few and many queries, heads, keys: right, and no race."""
