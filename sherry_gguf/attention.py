@@ -19,6 +19,15 @@ def available() -> list[str]:
     return [name for name in kernels.available() if kernels.instruction_set(name).attention != ffi.NULL]
 
 
+MOST_THREADS, MOST_SCRATCH = 512, 1 << 30  # GGML_MAX_N_THREADS
+
+
+def _between(value, least: int, most: int, what: str) -> int:
+    if not least <= (value := operator.index(value)) <= most:
+        raise ValueError(f"{value} {what}: must be from {least} to {most}")
+    return value
+
+
 def attend(
     q: np.ndarray,
     k: np.ndarray,
@@ -49,21 +58,21 @@ def attend(
     threads: number of threads to split the work for; here the parts run one after another.
     scratch: bytes of each thread; by default the size that ggml gives each of two threads.
     Any strides will do, as long as the last axis is contiguous and items (and blocks) are aligned.
-    Raises ValueError for other dtypes, shapes and strides, for empty axes, fewer than one thread, a missing set, or operands that the
-    kernels leave to llama.cpp.
+    Raises ValueError for other dtypes, shapes and strides, for empty axes, threads or scratch out of range, a missing set, or operands
+    that the kernels leave to llama.cpp.
     """
     entry = kernels.instruction_set(isa)
     if entry.attention == ffi.NULL:
         raise ValueError(f"instruction set {ffi.string(entry.name).decode()} has no attention; those that do: {', '.join(available())}")
-    if (threads := operator.index(threads)) < 1:
-        raise ValueError(f"{threads} threads: at least 1 is needed")
+    threads = _between(threads, 1, MOST_THREADS, "threads")
     q, k, v = (np.asarray(x) for x in (q, k, v))
     mask, sinks = (x if x is None else np.asarray(x) for x in (mask, sinks))
     a = _operands(q, k, v, mask, sinks)
     a.scale, a.max_bias, a.softcap = scale, max_bias, softcap
     out = np.full((a.streams, a.tokens, a.heads, a.v_size), np.nan, np.float32)
     a.dst, a.dst_stride = ffi.cast("char *", out.ctypes.data), out.strides[2]
-    scratch = (256 * (2 * a.k_size + 2 * a.v_size + 128) if scratch is None else operator.index(scratch)) // 64 * 64
+    scratch = 256 * (2 * a.k_size + 2 * a.v_size + 128) if scratch is None else scratch
+    scratch = _between(scratch, 0, MOST_SCRATCH, "bytes of scratch") // 64 * 64
     plan = ffi.new("struct sherry_attention_plan *")
     if not lib.sherry_attention_make_plan(a, threads, scratch, plan):
         raise ValueError(f"head sizes {a.k_size} and {a.v_size} with {scratch} bytes of scratch: llama.cpp's code must do it")

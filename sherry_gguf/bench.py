@@ -19,6 +19,7 @@ from tqdm import tqdm
 from . import llama_cpp, signals
 from .report import counted, markdown_table
 
+MOST = 2**31 - 1
 WARM_UP = 16  # tokens of the prompt that warms up
 
 
@@ -75,7 +76,10 @@ def llama_bench_each(files: list[Path], threads: int, test: Test, repack: bool =
         assert process.stdout
         try:
             for line in process.stdout:
-                record = json.loads(line)
+                try:
+                    record = json.loads(line)
+                except ValueError as e:
+                    raise OSError(f"llama-bench said on {files[min(done, len(files) - 1)].name}, {test}: {line.strip()}") from e
                 if (record["n_prompt"], record["n_gen"]) == (prompt, generate):
                     done += 1
                     yield record
@@ -176,6 +180,8 @@ def numbers(text: str, least: int = 1) -> list[int]:
         values = []
     if not values or min(values) < least:
         raise argparse.ArgumentTypeError(f"not a list of numbers from {least} on: {text!r}")
+    if max(values) > MOST:
+        raise argparse.ArgumentTypeError(f"{max(values)} is more than llama-bench takes, {MOST}")
     return values
 
 

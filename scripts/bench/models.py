@@ -136,7 +136,18 @@ class Run:
         self.load_types = [label for label in LOAD_TYPES if label in args.labels] if args.load_rounds else []
         self.earlier: dict[tuple, dict] = {}
         if args.resume:
-            self.resume(json.loads(args.json.read_text()))
+            self.resume(self.saved(args.json))
+
+    @staticmethod
+    def saved(path: Path) -> dict:
+        """The report in a file. Raises ValueError if it is none."""
+        try:
+            old = json.loads(path.read_text())
+            if isinstance(old["bandwidth"], dict) and all(isinstance(entry, dict) for entry in (*old["speed"], *old["load"])):
+                return old
+        except (ValueError, TypeError, KeyError):
+            pass
+        raise ValueError(f"--resume: {path} is no report of this program, or damaged: start anew without --resume")
 
     def resume(self, old: dict) -> None:
         """Keep what an earlier run has measured. Raises ValueError if its settings were others."""

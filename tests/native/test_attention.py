@@ -284,9 +284,12 @@ def test_wrong_arguments():
     ]:
         with pytest.raises(ValueError, match=message):
             attention.attend(*arguments)
-    for threads in 0, -1:
-        with pytest.raises(ValueError, match=f"{threads} threads: at least 1 is needed"):
+    for threads in 0, -1, 513, 1 << 40:
+        with pytest.raises(ValueError, match=f"{threads} threads: must be from 1 to 512"):
             attention.attend(q, k, v, threads=threads)
+    for scratch in -64, 1 << 63:
+        with pytest.raises(ValueError, match=f"{scratch} bytes of scratch: must be from 0 to"):
+            attention.attend(q, k, v, scratch=scratch)
     with pytest.raises(ValueError, match="instruction set scalar has no attention"):
         attention.attend(q, k, v, isa="scalar")
 

@@ -196,6 +196,7 @@ def test_what_cannot_be_measured(tmp_path):
         [bad, "--threads", "0"], "argument --threads: not a list of numbers from 1 on: '0'"), (
         [bad, "--prompt", "abc"], "argument --prompt: not a list of numbers from 0 on: 'abc'"), (
         [bad, "--depth", "-1"], "argument --depth: not a list of numbers from 0 on: '-1'"), (
+        [bad, "--depth", "9" * 20], "99999999999999999999 is more than llama-bench takes, 2147483647"), (
         [bad, "--depth", "1024", "--generate", "0"], "--depth is for generating: it needs --generate"):  # fmt: skip
         done = verb(*args)
         assert done.returncode == 2 and message in done.stderr, done.stderr

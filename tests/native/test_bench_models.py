@@ -302,6 +302,12 @@ def test_a_run_is_resumed_with_its_settings_only(models, tmp_path, monkeypatch, 
         patch.setattr(bench, "fingerprint", lambda build, real=bench.fingerprint: real(build) if build == old else "rebuilt")
         refused("build")
     bench.main(arguments(models, tmp_path, *flags, "--against", old, "--resume"))
+    report = json.loads(before)
+    for damaged in "", before[:-9], "[]", "{}", json.dumps(report | {"speed": None}), json.dumps(report | {"bandwidth": None}):
+        (tmp_path / "r.json").write_text(damaged)
+        with pytest.raises(ValueError, match="r.json is no report of this program, or damaged: start anew without --resume"):
+            bench.main(arguments(models, tmp_path, *flags, "--against", old, "--resume"))
+        assert (tmp_path / "r.json").read_text() == damaged
 
 
 def test_a_build_is_told_from_others_by_what_it_runs(tmp_path):
