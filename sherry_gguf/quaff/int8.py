@@ -1,0 +1,188 @@
+"""int8 weights times int8 activations: Quaff's base, and the methods that it is compared with."""
+
+import torch
+from torch import nn
+
+from .linear import FrozenLinear
+from .scaling import GAMMA, TargetedScaling
+
+CHUNK = 256  # rows of activations that are scaled at a time, so that no scaled copy of all of them is made
+LEVELS = 127.0
+OUTLIER = 6.0  # of LLM.int8() (Dettmers et al. 2022)
+GRANULARITIES = "channel", "tensor"
+
+
+def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a (m, k) times b (k, n), int8, as int32. Any sizes: what a GPU's kernel needs more is added as zeros."""
+    if not a.is_cuda:
+        return torch._int_mm(a, b) if a.numel() and b.numel() else a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
+    m, n = a.shape[0], b.shape[1]
+    rows, inner, columns = max(0, 17 - m), -a.shape[1] % 8, -n % 8
+    if rows or inner:
+        a = nn.functional.pad(a, (0, inner, 0, rows))
+    if inner or columns:
+        b = nn.functional.pad(b, (0, columns, 0, inner))
+    return torch._int_mm(a, b)[:m, :n]
+
+
+def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """weight (outputs, inputs) as int8, symmetric, and float32 scales: (outputs, 1), or (1, 1) for the granularity `tensor`."""
+    if granularity not in GRANULARITIES:
+        raise ValueError(f"granularity {granularity}: must be {' or '.join(GRANULARITIES)}")
+    weight = weight.float()
+    most = weight.abs().amax(1, keepdim=True) if granularity == "channel" else weight.abs().amax().reshape(1, 1)
+    inverse = torch.where(most > 0, LEVELS / most, 0.0)
+    return (weight * inverse).round_().to(torch.int8), most / LEVELS
+
+
+def quantize_rows(x: torch.Tensor, channels: torch.Tensor | None = None, factors: torch.Tensor | None = None,
+                  every: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """x (tokens, inputs) as int8 with a float32 scale (tokens, 1) for each token; of zeros, zeros.
+
+    channels, factors: these channels (k,) are divided by these factors first. every: all channels are multiplied by these (inputs,).
+    """
+    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scales = torch.empty((len(x), 1), device=x.device)
+    for at in range(0, len(x), CHUNK):
+        part = x[at : at + CHUNK].float()
+        if every is not None:
+            part = part * every
+        if channels is not None and factors is not None and len(channels):
+            part = part.clone() if part.dtype == x.dtype else part
+            part[:, channels] /= factors
+        most = part.abs().amax(1, keepdim=True)
+        q[at : at + CHUNK] = (part * torch.where(most > 0, LEVELS / most, 0.0)).round_().to(torch.int8)
+        scales[at : at + CHUNK] = most / LEVELS
+    return q, scales
+
+
+class Int8Linear(FrozenLinear):
+    """Naive int8: one scale for each token, and one for each output channel or for all weights.
+
+    Buffers: qweight int8 (outputs, inputs); scale float32 (outputs, 1) or (1, 1).
+    """
+
+    qweight: torch.Tensor
+    scale: torch.Tensor
+
+    def __init__(self, layer: nn.Linear, granularity: str = "channel"):
+        super().__init__(layer)
+        qweight, scale = quantize_weight(self.prepared(layer.weight.detach()), granularity)
+        self.register_buffer("qweight", qweight)
+        self.register_buffer("scale", scale)
+
+    def prepared(self, weight: torch.Tensor) -> torch.Tensor:
+        """What is stored in int8 instead of `weight` (outputs, inputs)."""
+        return weight
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.scale = self.scale.float()  # also after model.bfloat16()
+        return self
+
+    def multiply(self, q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return (int8_product(q, self.qweight.t()).float() * scales).mul_(self.scale.t()).to(dtype)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(*quantize_rows(x), x.dtype)
+
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
+        # the scales of output channels lie on the axis that is summed over: they go into the gradient before it is quantized
+        q, scales = quantize_rows(grad, every=self.scale.t())
+        return int8_product(q, self.qweight).float().mul_(scales)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, int8 per {'tensor' if self.scale.numel() == 1 else 'channel'}"
+
+
+class QuaffLinear(Int8Linear):
+    """Quaff: the outlier channels are divided by factors s before rounding, and x' ((s - 1) W) of these channels is added.
+
+    Buffers besides Int8Linear's: outlier_weight (outputs, k) in the model's dtype, and those of `scaling`.
+    """
+
+    outlier_weight: torch.Tensor
+
+    def __init__(self, layer: nn.Linear, channels: torch.Tensor, maxima: torch.Tensor, granularity: str = "channel", gamma: float = GAMMA):
+        super().__init__(layer, granularity)
+        channels = channels.to(layer.weight.device)
+        self.register_buffer("outlier_weight", layer.weight.detach()[:, channels].clone())
+        self.scaling = TargetedScaling(channels, gamma).train(layer.training)
+        self.scaling.start(maxima[channels.to(maxima.device)], self.outlier_maxima())
+
+    def outlier_maxima(self) -> torch.Tensor:
+        """max |w| of each outlier channel, (k,)."""
+        return self.outlier_weight.abs().amax(0)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        channels = self.scaling.channels
+        if not len(channels):
+            return super().product(x)
+        outliers = x[:, channels]
+        self.scaling.update(outliers, self.outlier_maxima())
+        factors = self.scaling.factors
+        y = self.multiply(*quantize_rows(x, channels, factors), x.dtype)
+        rest = ((factors - 1) / factors).to(x.dtype) * outliers  # x' (s - 1)
+        return y.addmm_(rest, self.outlier_weight.to(x.dtype).t())
+
+
+class StaticLinear(Int8Linear):
+    """SmoothQuant (Xiao et al. 2023), alpha 0.5: all channels are scaled by calibration's maxima, once; W holds the factors."""
+
+    factors: torch.Tensor
+
+    def __init__(self, layer: nn.Linear, maxima: torch.Tensor, granularity: str = "channel"):
+        most = layer.weight.detach().float().abs().amax(0)
+        factors = (maxima.to(most.device) / most).sqrt()
+        self._factors = torch.where(torch.isfinite(factors) & (factors > 0), factors, 1.0)
+        super().__init__(layer, granularity)
+        self.register_buffer("factors", self._factors)
+        del self._factors
+
+    def prepared(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.float() * self._factors
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        return self.multiply(*quantize_rows(x, every=1 / self.factors), x.dtype)
+
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
+        return super().transposed_product(grad) / self.factors
+
+
+class DynamicLinear(FrozenLinear):
+    """All channels scaled anew at each step, with the weights in full precision: W is quantized again each time.
+
+    Buffer: qweight (outputs, inputs) in the model's dtype.
+    """
+
+    qweight: torch.Tensor
+
+    def __init__(self, layer: nn.Linear, granularity: str = "channel"):
+        super().__init__(layer)
+        self.granularity = granularity
+        quantize_weight(layer.weight.detach()[:1], granularity)  # checks it
+        self.register_buffer("qweight", layer.weight.detach().clone())
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        factors = (x.abs().amax(0).float() / self.qweight.abs().amax(0).float()).sqrt()
+        factors = torch.where(torch.isfinite(factors) & (factors > 0), factors, 1.0)
+        weight, scale = quantize_weight(self.qweight.float() * factors, self.granularity)
+        q, scales = quantize_rows(x, every=1 / factors)
+        return (int8_product(q, weight.t()).float() * scales).mul_(scale.t()).to(x.dtype)
+
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
+        weight, scale = quantize_weight(self.qweight, self.granularity)
+        q, scales = quantize_rows(grad, every=scale.t())
+        return int8_product(q, weight).float().mul_(scales)
+
+
+class MixedLinear(Int8Linear):
+    """LLM.int8() (Dettmers et al. 2022): channels in which a token exceeds 6.0 are multiplied in floating point."""
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        channels = (x.abs().amax(0) > OUTLIER).nonzero().reshape(-1)
+        if not len(channels):
+            return super().product(x)
+        q, scales = quantize_rows(x, channels, torch.full((len(channels),), torch.inf, device=x.device))
+        y = self.multiply(q, scales, x.dtype)
+        return y.addmm_(x[:, channels], (self.qweight[:, channels].float() * self.scale).to(x.dtype).t())

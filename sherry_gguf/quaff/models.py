@@ -1,0 +1,73 @@
+"""Quantized layers into a model."""
+
+from torch import nn
+
+from .channels import KEEP, Channels, linear_layers
+from .int8 import DynamicLinear, Int8Linear, MixedLinear, QuaffLinear, StaticLinear
+from .scaling import GAMMA
+
+METHODS = "quaff", "naive", "static", "dynamic", "mixed"
+BASES = ("int8",)
+
+
+def quantize_for_finetuning(
+    model: nn.Module,
+    channels: Channels | None = None,
+    base: str = "int8",
+    *,
+    method: str = "quaff",
+    granularity: str = "channel",
+    gamma: float = GAMMA,
+    keep: str = KEEP,
+) -> nn.Module:
+    """Replace a model's linear layers by frozen quantized ones, in place, and freeze all other parameters; returns the model.
+
+    Afterwards peft's adapters work as on any model, except for merging them.
+
+    channels: of `calibrate` for this model. `quaff` and `static` need them.
+    base: how weights are stored; "int8".
+    method: "quaff", or what it is compared with: "naive" (no scaling), "static" (SmoothQuant), "dynamic" (all channels, each step),
+        "mixed" (LLM.int8()).
+    granularity: one scale of weights per output "channel" or per "tensor" (as the authors' scripts run).
+    gamma: the share that a factor keeps in each step.
+    keep: a regular expression for layers that stay as they are.
+
+    Raises ValueError for unknown options, without channels where they are needed, or if they are another model's.
+    """
+    if base not in BASES:
+        raise ValueError(f"base {base}: must be {' or '.join(BASES)}")
+    if method not in METHODS:
+        raise ValueError(f"method {method}: must be one of {', '.join(METHODS)}")
+    layers = linear_layers(model, keep)
+    if not layers:
+        raise ValueError("the model has no linear layers to quantize")
+    if method in ("quaff", "static"):
+        _check(channels, layers, method)
+    for name, layer in layers.items():
+        model.set_submodule(name, _quantized(name, layer, channels, method, granularity, gamma))
+    return model.requires_grad_(False)
+
+
+def _check(channels: Channels | None, layers: dict[str, nn.Linear], method: str) -> None:
+    if channels is None:
+        raise ValueError(f"method {method} needs channels: run calibrate on the full-precision model first")
+    for name, layer in layers.items():
+        if name not in channels.channels or name not in channels.maxima:
+            raise ValueError(f"{name} is not in the channels, which name {len(channels.channels)} layers: calibrate this model")
+        most = channels.maxima[name]
+        of_layer = channels.channels[name]
+        if most.shape != (layer.in_features,) or (len(of_layer) and not 0 <= int(of_layer.min()) <= int(of_layer.max()) < len(most)):
+            raise ValueError(f"{name} has {layer.in_features} inputs, its channels are of {tuple(most.shape)}: calibrate this model")
+
+
+def _quantized(name: str, layer: nn.Linear, channels: Channels | None, method: str, granularity: str, gamma: float) -> nn.Module:
+    if method == "naive":
+        return Int8Linear(layer, granularity)
+    if method == "mixed":
+        return MixedLinear(layer, granularity)
+    if method == "dynamic":
+        return DynamicLinear(layer, granularity)
+    assert channels is not None
+    if method == "static":
+        return StaticLinear(layer, channels.maxima[name], granularity)
+    return QuaffLinear(layer, channels.channels[name], channels.maxima[name], granularity, gamma)

@@ -1,0 +1,67 @@
+"""Targeted momentum scaling: a factor for each outlier channel, which follows the activations slowly."""
+
+import torch
+from torch import nn
+
+GAMMA = 0.1  # of the old factor, in the authors' code
+
+
+def in_backward() -> bool:
+    """Whether autograd runs a backward pass now: then a forward pass is the recomputation of a checkpointed one."""
+    return torch._C._current_graph_task_id() != -1
+
+
+class TargetedScaling(nn.Module):
+    """The factors s of a layer's outlier channels. All that it knows is in buffers.
+
+    Attributes:
+        channels: int64 (k,).
+        factors: float32 (k,), at least 1.
+        started: bool (), whether training has set the factors.
+        gamma: s becomes gamma * s + (1 - gamma) * beta in each training step.
+    """
+
+    channels: torch.Tensor
+    factors: torch.Tensor
+    started: torch.Tensor
+
+    def __init__(self, channels: torch.Tensor, gamma: float = GAMMA):
+        super().__init__()
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma {gamma}: must be from 0 to 1")
+        self.gamma = gamma
+        self.register_buffer("channels", channels.to(torch.int64))
+        self.register_buffer("factors", torch.ones(len(channels), device=channels.device))
+        self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=channels.device))
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.factors = self.factors.float()  # also after model.bfloat16()
+        return self
+
+    @staticmethod
+    def wanted(x_max: torch.Tensor, w_max: torch.Tensor) -> torch.Tensor:
+        """beta (k,) = max(1, sqrt(max |x| / max |w|)); 1 where weights or activations are 0 or not finite."""
+        beta = (x_max.float() / w_max.float()).sqrt()
+        return torch.where(torch.isfinite(beta), beta, 1.0).clamp_(min=1.0)
+
+    @torch.no_grad()
+    def start(self, x_max: torch.Tensor, w_max: torch.Tensor) -> None:
+        """Factors for evaluation before training, from calibration's maxima (k,); the first training step replaces them."""
+        self.factors.copy_(self.wanted(x_max.to(self.factors.device), w_max))
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor, w_max: torch.Tensor) -> None:
+        """Follow the outlier channels x (tokens, k) in training; in evaluation, and in recomputing a forward pass, nothing happens.
+
+        w_max: max |w| over the outputs, (k,).
+        """
+        if not self.training or not x.numel() or in_backward():
+            return
+        beta = self.wanted(x.detach().abs().amax(0), w_max)
+        kept = torch.where(self.started, self.gamma, 0.0)
+        self.factors.copy_(kept * self.factors + (1 - kept) * beta)
+        self.started.fill_(True)
+
+    def extra_repr(self) -> str:
+        return f"channels={len(self.channels)}, gamma={self.gamma}"

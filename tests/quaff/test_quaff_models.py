@@ -1,0 +1,126 @@
+import copy
+
+import peft
+import pytest
+import torch
+from quaff_models import batches, llama
+
+from sherry_gguf.quaff import METHODS, calibrate, quantize_for_finetuning
+from sherry_gguf.quaff.int8 import QuaffLinear
+
+CONFIGS = {
+    "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
+    "ia3": peft.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
+    "prompt": peft.PromptTuningConfig(num_virtual_tokens=4, task_type="CAUSAL_LM"),
+    "p-tuning": peft.PromptEncoderConfig(num_virtual_tokens=4, encoder_hidden_size=16, task_type="CAUSAL_LM"),
+}
+
+
+def quantized(**options):
+    model = llama()
+    return quantize_for_finetuning(model, calibrate(model, batches(), threshold=10, budget=0.07), **options)
+
+
+def steps(model, count, optimizer=None, seed=3):
+    optimizer = optimizer or torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for batch in batches(count, seed=seed):
+        loss = model(**batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_logits_stay_near(method):
+    exact, made = llama().eval(), quantized(method=method).eval()
+    batch = next(batches(seed=7))
+    with torch.no_grad():
+        a, b = exact(**batch).logits, made(**batch).logits
+    assert not any(p.requires_grad for p in made.parameters())
+    assert (a - b).norm() / a.norm() < (0.4 if method == "naive" else 0.08)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_adapter_trains_saves_and_loads(name, tmp_path):
+    base = quantized()
+    model = peft.get_peft_model(base, CONFIGS[name])
+    model.train()
+    before = [next(batches(seed=3))]
+    losses = steps(model, 12)
+    fixed = next(batches(seed=3))
+    assert model(**fixed).loss < losses[0], losses
+    model.save_pretrained(tmp_path)
+    state = {k: v for k, v in model.state_dict().items() if "scaling" in k}
+    again = quantized()
+    again = peft.PeftModel.from_pretrained(again, tmp_path)
+    again.load_state_dict(state, strict=False)
+    model.eval(), again.eval()
+    assert torch.allclose(model(**before[0]).logits, again(**before[0]).logits, atol=1e-5)
+
+
+def test_adapters_cannot_be_merged():
+    model = peft.get_peft_model(quantized(), CONFIGS["lora"])
+    for safe in False, True:
+        with pytest.raises(RuntimeError, match="an adapter cannot be merged into it"):
+            model.merge_and_unload(safe_merge=safe)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    results = []
+    for reentrant in None, False, True:
+        torch.manual_seed(0)
+        model = peft.get_peft_model(quantized(), CONFIGS["lora"])
+        model.train()
+        if reentrant is not None:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        losses = steps(model, 4)
+        results.append((losses, {k: v.clone() for k, v in model.state_dict().items() if "factors" in k}))
+    for losses, factors in results[1:]:
+        assert losses == pytest.approx(results[0][0], rel=1e-5)
+        assert all(torch.allclose(factors[k], v) for k, v in results[0][1].items())
+
+
+def test_resumed_training_gives_the_same():
+    def start():
+        torch.manual_seed(0)
+        model = peft.get_peft_model(quantized(), CONFIGS["lora"])
+        model.train()
+        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+
+    model, optimizer = start()
+    steps(model, 3, optimizer)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    wanted = steps(model, 3, optimizer, seed=4)
+    model, optimizer = start()
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert steps(model, 3, optimizer, seed=4) == wanted
+
+
+def test_what_is_replaced():
+    model = quantized()
+    kinds = {name: type(m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert kinds.pop("lm_head") is torch.nn.Linear
+    assert len(kinds) == 14 and set(kinds.values()) == {QuaffLinear}
+    size = sum(b.numel() * b.element_size() for b in model.model.layers[0].mlp.up_proj.buffers())
+    assert size < 128 * 64 * 1.25
+
+
+def test_wrong_arguments():
+    model = llama()
+    channels = calibrate(model, batches())
+    with pytest.raises(ValueError, match="base int4: must be int8"):
+        quantize_for_finetuning(model, channels, "int4")
+    with pytest.raises(ValueError, match="method none: must be one of quaff, naive"):
+        quantize_for_finetuning(model, channels, method="none")
+    with pytest.raises(ValueError, match="needs channels: run calibrate"):
+        quantize_for_finetuning(model)
+    with pytest.raises(ValueError, match="has 128 inputs, its channels are of"):
+        quantize_for_finetuning(llama(hidden_size=128), channels)
+    with pytest.raises(ValueError, match="layers.2.* is not in the channels"):
+        quantize_for_finetuning(llama(num_hidden_layers=3), channels)
+    assert not any(isinstance(m, QuaffLinear) for m in model.modules())
