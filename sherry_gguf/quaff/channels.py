@@ -12,6 +12,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
+import transformers
 from torch import nn
 
 FORMAT = "sherry-gguf outlier channels 1"
@@ -71,7 +72,7 @@ class Channels:
 
 def linear_layers(model: nn.Module, keep: str = KEEP) -> dict[str, nn.Linear]:
     """The linear layers to quantize, by name: all but those whose names `keep` finds and the output embeddings."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings() if isinstance(model, transformers.PreTrainedModel) else None
     return {
         name: layer
         for name, layer in model.named_modules()
