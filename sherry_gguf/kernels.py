@@ -1,7 +1,9 @@
 """The C kernels of ggml_patch/src on NumPy arrays. No call reads or writes outside its arrays, whatever the arguments."""
 
+import concurrent.futures
 import operator
 import os
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -220,6 +222,18 @@ def repack(b: np.ndarray, kind: BlockType = tq1_25.TYPE) -> np.ndarray:
     return out
 
 
+def check_repacked(repacked: np.ndarray, rows: int, n: int, kind: BlockType) -> tuple[np.ndarray, int, int]:
+    """A repacked matrix as an array of its bytes, its number of rows and of weights in a row. Raises ValueError unless they fit."""
+    repacked, rows, n = np.asarray(repacked), operator.index(rows), operator.index(n)  # NumPy's integers overflow
+    if n <= 0 or n % kind.size or rows < 0:
+        raise ValueError(f"{rows} rows of {n} weights: rows are not whole blocks of {kind.size}, at least one")
+    size = rows * (n // kind.size) * kind.bytes
+    if repacked.dtype != np.uint8 or repacked.shape != (size,):
+        need = f"{rows} rows of {n} weights need uint8 ({size},)"
+        raise ValueError(f"repacked rows are {repacked.dtype} {repacked.shape}, {need}")
+    return repacked, rows, n
+
+
 class _Product:
     """The checked arguments of a product of repacked rows, as C takes them, and its result, `out`. Raises ValueError."""
 
@@ -227,14 +241,8 @@ class _Product:
         entry = instruction_set(isa)
         if entry.gemv == ffi.NULL:
             raise _lacking(entry, "kernels for repacked rows", available_repacked())
-        repacked, q8_0 = np.asarray(repacked), np.asarray(q8_0)
-        rows, n, pieces = operator.index(rows), operator.index(n), operator.index(pieces)  # NumPy's integers overflow
-        if n <= 0 or n % kind.size or rows < 0:
-            raise ValueError(f"{rows} rows of {n} weights: rows are not whole blocks of {kind.size}, at least one")
-        size = rows * (n // kind.size) * kind.bytes
-        if repacked.dtype != np.uint8 or repacked.shape != (size,):
-            need = f"{rows} rows of {n} weights need uint8 ({size},)"
-            raise ValueError(f"repacked rows are {repacked.dtype} {repacked.shape}, {need}")
+        repacked, rows, n = check_repacked(repacked, rows, n, kind)
+        q8_0, pieces = np.asarray(q8_0), operator.index(pieces)
         width = _q8_0_bytes(n)
         if q8_0.dtype != np.uint8 or q8_0.ndim != 2 or q8_0.shape[1] != width:
             need = f"rows of {n} weights need uint8 (columns, {width})"
@@ -275,50 +283,102 @@ def _scratch(way: str):
 
 def _pointers(ctype: str, arrays: np.ndarray):
     """Pointers to the rows of a contiguous array, which the caller keeps alive. Blocks need an even address."""
-    return ffi.new(f"{ctype}[]", [ffi.cast(ctype, row.ctypes.data) for row in arrays])
+    return ffi.from_buffer(f"{ctype}[]", arrays.ctypes.data + np.arange(len(arrays), dtype=np.uintp) * np.uintp(arrays.strides[0]))
+
+
+def share(items: Iterable[tuple], worker: Callable[[], Callable], threads: int) -> None:
+    """Calls f(*item) for every item on `threads` threads, each with an f of its own, worker().
+
+    The threads end with the call, so none is left behind in a process that forks.
+    """
+    items = list(items)
+    queue = iter(items)  # threads take turns: C runs without the GIL, next() with it
+
+    def work() -> None:
+        f = worker()
+        for item in queue:
+            f(*item)
+
+    if (helpers := min(threads, len(items)) - 1) <= 0:
+        return work()
+    with concurrent.futures.ThreadPoolExecutor(helpers) as pool:
+        futures = [pool.submit(work) for _ in range(helpers)]
+        work()
+    for future in futures:
+        future.result()
 
 
 def mul_tables(
-    repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
+    repacked: np.ndarray,
+    rows: int,
+    n: int,
+    q8_0: np.ndarray,
+    isa: str | None = None,
+    pieces: int = 1,
+    kind: BlockType = tq1_25.TYPE,
+    threads: int = 1,
 ) -> np.ndarray:
     """Multiply repacked rows, uint8 (bytes,) from `repack`, by Q8_0 activations, uint8 (columns, n / 32 * 34), with tables.
 
     Returns float32 (columns, rows). STQ1_0 needs activations that were put into its `order` before they were quantized.
     isa: an instruction set in `available_repacked()`; by default the one that SHERRY_ISA names, else the best.
-    pieces: how many pieces to cut tables and tile rows into, as threads do; the result is bit-identical.
+    pieces: how many pieces to cut tables and tile rows into; the result is bit-identical.
+    threads: how many threads share the pieces. They run without the GIL.
     Raises ValueError for a missing set or another dtype, shape or length.
     """
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
     size = lib.tq1_25_table_size(p.isa, p.n)
     tables = aligned(p.columns * size).reshape(p.columns, size)
     to_tables = _pointers("void *", tables)
-    for begin, end in p.ranges(p.n // lib.TQ1_25_QK8_0):
-        for c in range(p.columns):
-            lib.tq1_25_make_table(p.isa, p.n, begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, p.y[c], to_tables[c])
-    for begin, end in p.tiles():
+
+    def make(begin: int, end: int, c: int) -> None:
+        lib.tq1_25_make_table(p.isa, p.n, begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, p.y[c], to_tables[c])
+
+    def multiply(begin: int, end: int) -> None:
         lib.tq1_25_mul_tables(p.isa, p.kind, p.rows, p.n, p.x, begin, end, p.columns, p.y, to_tables, p.s)
+
+    share([(*of, c) for of in p.ranges(p.n // lib.TQ1_25_QK8_0) for c in range(p.columns)], lambda: make, threads)
+    share(p.tiles(), lambda: multiply, threads)
     return p.out
 
 
 def mul_codes(
-    repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
+    repacked: np.ndarray,
+    rows: int,
+    n: int,
+    q8_0: np.ndarray,
+    isa: str | None = None,
+    pieces: int = 1,
+    kind: BlockType = tq1_25.TYPE,
+    threads: int = 1,
 ) -> np.ndarray:
     """`mul_tables` with codes, spread once for a group of columns: faster for several columns.
 
     pieces: how many pieces to cut the tile rows into.
     """
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
-    scratch = _scratch("code")
     groups = lib.tq1_25_code_groups(p.columns)
-    for group in range(groups):
-        first, last = (lib.tq1_25_first_of_group(p.columns, groups, k) for k in (group, group + 1))
-        for begin, end in p.tiles():
-            lib.tq1_25_mul_codes(p.isa, p.kind, p.rows, p.n, p.x, begin, end, last - first, p.y + first, p.s + first, scratch)
+    cuts = [lib.tq1_25_first_of_group(p.columns, groups, group) for group in range(groups + 1)] if groups else []
+
+    def worker() -> Callable:
+        scratch = _scratch("code")
+        return lambda first, last, begin, end: lib.tq1_25_mul_codes(
+            p.isa, p.kind, p.rows, p.n, p.x, begin, end, last - first, p.y + first, p.s + first, scratch
+        )
+
+    share([(*of, *tiles) for of in zip(cuts, cuts[1:]) for tiles in p.tiles()], worker, threads)
     return p.out
 
 
 def mul_wide(
-    repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
+    repacked: np.ndarray,
+    rows: int,
+    n: int,
+    q8_0: np.ndarray,
+    isa: str | None = None,
+    pieces: int = 1,
+    kind: BlockType = tq1_25.TYPE,
+    threads: int = 1,
 ) -> np.ndarray:
     """`mul_tables` with tables of up to 32 columns at a time, for instruction sets in `available_wide()`.
 
@@ -328,18 +388,31 @@ def mul_wide(
     p = _Product(repacked, rows, n, q8_0, isa, pieces, kind)
     if p.isa.wide_rows == ffi.NULL:
         raise _lacking(p.isa, "wide tables", available_wide())
-    wide, codes = _scratch("wide"), _scratch("code")
-    for group in range(lib.tq1_25_wide_groups(p.columns)):
-        first, last = (lib.tq1_25_first_of_wide(p.columns, k) for k in (group, group + 1))
-        few = last - first <= p.isa.max_codes < p.columns
-        multiply, scratch = (lib.tq1_25_mul_codes, codes) if few else (lib.tq1_25_mul_wide, wide)
-        for begin, end in p.tiles():
-            multiply(p.isa, p.kind, p.rows, p.n, p.x, begin, end, last - first, p.y + first, p.s + first, scratch)
+    cuts = [lib.tq1_25_first_of_wide(p.columns, group) for group in range(lib.tq1_25_wide_groups(p.columns) + 1)]
+
+    def worker() -> Callable:
+        wide, codes = _scratch("wide"), _scratch("code")
+
+        def multiply(first: int, last: int, begin: int, end: int) -> None:
+            few = last - first <= p.isa.max_codes < p.columns
+            function, scratch = (lib.tq1_25_mul_codes, codes) if few else (lib.tq1_25_mul_wide, wide)
+            function(p.isa, p.kind, p.rows, p.n, p.x, begin, end, last - first, p.y + first, p.s + first, scratch)
+
+        return multiply
+
+    share([(*of, *tiles) for of in zip(cuts, cuts[1:]) for tiles in p.tiles()], worker, threads)
     return p.out
 
 
 def mul_panels(
-    repacked: np.ndarray, rows: int, n: int, q8_0: np.ndarray, isa: str | None = None, pieces: int = 1, kind: BlockType = tq1_25.TYPE
+    repacked: np.ndarray,
+    rows: int,
+    n: int,
+    q8_0: np.ndarray,
+    isa: str | None = None,
+    pieces: int = 1,
+    kind: BlockType = tq1_25.TYPE,
+    threads: int = 1,
 ) -> np.ndarray:
     """`mul_tables` with decoded weights and panels of columns, for instruction sets in `available_panels()`.
 
@@ -350,13 +423,18 @@ def mul_panels(
         raise _lacking(p.isa, "panels", available_panels())
     panels = ffi.from_buffer("uint8_t[]", aligned(lib.tq1_25_panel_size(p.n, p.columns)))
     count = lib.tq1_25_panels(p.columns)
-    for panel in range(count):
-        first, last = (lib.tq1_25_first_column(p.columns, k) for k in (panel, panel + 1))
+    cuts = [lib.tq1_25_first_column(p.columns, panel) for panel in range(count + 1)] if count else []
+
+    def make(first: int, last: int, begin: int, end: int) -> None:
         out = panels + lib.tq1_25_panel_size(p.n, first)
-        for begin, end in p.ranges(p.n // lib.TQ1_25_QK8_0):
-            lib.tq1_25_make_panel(begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, last - first, p.y + first, out)
-    scratch = _scratch("panel")
-    for begin, end in p.tiles():
-        for first, last in p.ranges(count):
-            lib.tq1_25_mul_panels(p.isa, p.kind, p.rows, p.n, p.x, begin, end, p.columns, first, last, panels, p.s, scratch)
+        lib.tq1_25_make_panel(begin * lib.TQ1_25_QK8_0, end * lib.TQ1_25_QK8_0, last - first, p.y + first, out)
+
+    def worker() -> Callable:
+        scratch = _scratch("panel")
+        return lambda begin, end, first, last: lib.tq1_25_mul_panels(
+            p.isa, p.kind, p.rows, p.n, p.x, begin, end, p.columns, first, last, panels, p.s, scratch
+        )
+
+    share([(*of, *blocks) for of in zip(cuts, cuts[1:]) for blocks in p.ranges(p.n // lib.TQ1_25_QK8_0)], lambda: make, threads)
+    share([(*tiles, *of) for tiles in p.tiles() for of in p.ranges(count)], worker, threads)
     return p.out

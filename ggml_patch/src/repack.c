@@ -278,6 +278,99 @@ void stq1_0_order(const float * x, float * y, int64_t n) {
     }
 }
 
+// ---- weights ----
+
+// Block i of the leftover rows as a tile whose other rows are zero.
+static void leftover_tile(enum tq1_25_kind kind, int64_t rows, int64_t nb, const void * x, int64_t i, stq1_0_tile * tile) {
+    const tq1_25_sizes of = sizes_of(kind);
+    memset(tile, 0, of.tile);
+    for (int64_t r = 0; r < rows; ++r) {
+        put_row(kind, (const char *) x + of.block * (size_t) (r * nb + i), tile, (int) r);
+    }
+}
+
+// Block i of tile row t; leftover rows become a tile in `scratch`.
+static const void * tile_at(enum tq1_25_kind kind, int64_t rows, int64_t nb, const void * x, int64_t t, int64_t i, stq1_0_tile * scratch) {
+    const size_t size = sizes_of(kind).tile;
+    const char * tiles = (const char *) x + size * (size_t) (t * nb);
+    if (t < rows / TQ1_25_TILE) {
+        return tiles + size * (size_t) i;
+    }
+    leftover_tile(kind, rows % TQ1_25_TILE, nb, tiles, i, scratch);
+    return scratch;
+}
+
+// The code of group g of a part's row.
+static inline int code_at(const tq1_25_part * part, int row, int g) {
+    return (part->sign[row] >> g & 1) << 4 | (part->qs[g % 4][row] >> g / 4 * 4 & 15);
+}
+
+static inline int lane_of(int code, int lane) { return tq1_25_lanes[lane][code & 15] * (code & 16 ? -1 : 1); }
+
+// Row `row` of a tile as floats. `patterns` holds the weights of each code.
+static inline void decode_row(enum tq1_25_kind kind, const void * tile, int row, const float patterns[32][TQ1_25_GROUP], float * y) {
+    const tq1_25_sizes of = sizes_of(kind);
+    const int parts = of.parts * of.units;
+    const tq1_25_part * part = (const tq1_25_part *) tile;
+    const float d = tq1_25_fp16_to_float(((const uint16_t *) (part + parts))[TQ1_25_PLACE(row)]);
+    for (int j = 0; j < parts; ++j) {
+        for (int g = 0; g < GROUPS; ++g) {
+            const float * pattern = patterns[code_at(part + j, row, g)];
+            float * to = kind == KIND_STQ1_0 ? y + STQ1_0_FIRST(GROUPS * j + g) : y + TQ1_25_QK8_0 * j + TQ1_25_GROUP * g;
+            for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+                to[lane * (kind == KIND_STQ1_0 ? STQ1_0_LANE : 1)] = pattern[lane] * d;
+            }
+        }
+    }
+}
+
+void tq1_25_decode_rows(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end, int64_t first,
+                        int64_t last, float * y) {
+    const int64_t weights = sizes_of(kind).weights, nb = n / weights;
+    float patterns[32][TQ1_25_GROUP];
+    for (int code = 0; code < 32; ++code) {
+        for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
+            patterns[code][lane] = (float) lane_of(code, lane);
+        }
+    }
+    for (int64_t row = begin, to; row < end; row = to) {
+        const int64_t t = row / TQ1_25_TILE, start = t * TQ1_25_TILE;
+        to = end < start + TQ1_25_TILE ? end : start + TQ1_25_TILE;
+        for (int64_t i = first / weights; i < last / weights; ++i) {
+            stq1_0_tile scratch; // of any type
+            const void * tile = tile_at(kind, rows, nb, x, t, i, &scratch);
+            for (int64_t r = row; r < to; ++r) {
+                float * out = y + (r - begin) * (last - first) + (i * weights - first);
+                switch (kind) { // constant kinds
+                    case KIND_STQ1_0:    decode_row(KIND_STQ1_0, tile, (int) (r - start), patterns, out); break;
+                    case KIND_TQ1_25_64: decode_row(KIND_TQ1_25_64, tile, (int) (r - start), patterns, out); break;
+                    default:             decode_row(KIND_TQ1_25, tile, (int) (r - start), patterns, out);
+                }
+            }
+        }
+    }
+}
+
+void tq1_25_decode_columns(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t nc, const int64_t * columns, float * y) {
+    const tq1_25_sizes of = sizes_of(kind);
+    const int parts = of.parts * of.units;
+    for (int64_t start = 0; start < rows; start += TQ1_25_TILE) {
+        for (int64_t c = 0; c < nc; ++c) {
+            stq1_0_tile scratch; // of any type
+            const tq1_25_part * part =
+                (const tq1_25_part *) tile_at(kind, rows, n / of.weights, x, start / TQ1_25_TILE, columns[c] / of.weights, &scratch);
+            const int i = (int) (columns[c] % of.weights), in_chunk = i % STQ1_0_CHUNK;
+            const int lane = kind == KIND_STQ1_0 ? in_chunk / STQ1_0_LANE : i % TQ1_25_GROUP;
+            const int group = kind == KIND_STQ1_0 ? i / STQ1_0_CHUNK * STQ1_0_LANE + in_chunk % STQ1_0_LANE : i / TQ1_25_GROUP;
+            const uint16_t * d = (const uint16_t *) (part + parts);
+            for (int row = 0; row < TQ1_25_TILE && start + row < rows; ++row) {
+                const int w = lane_of(code_at(part + group / GROUPS, row, group % GROUPS), lane);
+                y[(start + row) * nc + c] = (float) w * tq1_25_fp16_to_float(d[TQ1_25_PLACE(row)]);
+            }
+        }
+    }
+}
+
 // ---- tables ----
 
 int64_t tq1_25_table_size(const struct tq1_25_isa * isa, int64_t n) {
@@ -293,15 +386,6 @@ static float * scales(const struct tq1_25_isa * isa, int64_t n, void * table) {
 void tq1_25_make_table(const struct tq1_25_isa * isa, int64_t n, int64_t begin, int64_t end, const tq1_25_q8_0 * y, void * table) {
     const int64_t from = begin / TQ1_25_QK8_0, nq = end / TQ1_25_QK8_0 - from;
     isa->table(nq, y + from, (int8_t *) table + from * isa->table_size, scales(isa, n, table) + from);
-}
-
-// Block i of the leftover rows as a tile whose other rows are zero.
-static void leftover_tile(enum tq1_25_kind kind, int64_t rows, int64_t nb, const void * x, int64_t i, stq1_0_tile * tile) {
-    const tq1_25_sizes of = sizes_of(kind);
-    memset(tile, 0, of.tile);
-    for (int64_t r = 0; r < rows; ++r) {
-        put_row(kind, (const char *) x + of.block * (size_t) (r * nb + i), tile, (int) r);
-    }
 }
 
 void tq1_25_mul_tables(const struct tq1_25_isa * isa, enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin,

@@ -22,6 +22,13 @@ void tq1_25_repack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * 
 // The inverse: tiles back into blocks.
 void tq1_25_unpack(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, void * y);
 
+// Decodes rows begin .. end - 1 of a repacked matrix: y[end - begin][last - first] receives weights first .. last - 1 of each, multiples
+// of the block.
+void tq1_25_decode_rows(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end, int64_t first,
+                        int64_t last, float * y);
+// Decodes weights columns[0 .. nc - 1] of all rows: y[rows][nc].
+void tq1_25_decode_columns(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t nc, const int64_t * columns, float * y);
+
 // Puts n activations into the order of STQ1_0's groups. x and y must not overlap.
 void stq1_0_order(const float * x, float * y, int64_t n);
 

@@ -251,19 +251,30 @@ static bool validate(const char * type, const uint16_t * d, size_t size, size_t 
 
 // ---- activations ----
 
+// Rounds to int8, halves away from zero as roundf does, but in a form that compilers vectorize. NaN becomes 0.
+static inline int8_t to_int8(float x) {
+    const float q = x > 127.0f ? 127.0f : x < -127.0f ? -127.0f : x == x ? x : 0.0f;
+    const int whole = (int) q;
+    const float rest = q - (float) whole; // exact
+    return (int8_t) (whole + (rest >= 0.5f) - (rest <= -0.5f));
+}
+
 void tq1_25_quantize_q8_0(const float * x, tq1_25_q8_0 * y, int64_t n) {
+    enum { ABREAST = 8 }; // maxima
     for (int64_t i = 0; i < n / TQ1_25_QK8_0; ++i, x += TQ1_25_QK8_0, ++y) {
-        float most = 0.0f;
+        float most[ABREAST] = { 0.0f };
         for (int j = 0; j < TQ1_25_QK8_0; ++j) {
-            most = fmaxf(most, fabsf(x[j]));
+            const float magnitude = fabsf(x[j]);
+            most[j % ABREAST] = magnitude > most[j % ABREAST] ? magnitude : most[j % ABREAST];
         }
-        const float d = most / 127.0f;
+        for (int k = 1; k < ABREAST; ++k) {
+            most[0] = most[k] > most[0] ? most[k] : most[0];
+        }
+        const float d = most[0] / 127.0f;
         const float inverse = d ? 1.0f / d : 0.0f;
         y->d = fp16_from_double(d);
         for (int j = 0; j < TQ1_25_QK8_0; ++j) {
-            // with a subnormal scale the product may exceed int8 or be NaN
-            const float q = roundf(x[j] * inverse);
-            y->qs[j] = (int8_t) (q >= 127.0f ? 127 : q <= -127.0f ? -127 : q == q ? (int) q : 0);
+            y->qs[j] = to_int8(x[j] * inverse); // with a subnormal scale the product may exceed int8 or be NaN
         }
     }
 }

@@ -1,0 +1,104 @@
+"""PyTorch operators on repacked weights, `torch.ops.sherry_gguf`: the product, its gradient and single columns.
+
+The weights are the bytes of a repacked matrix W of `rows` outputs by `columns` inputs, uint8 (bytes,), from `kernels.repack`; `kind` names
+their type, TQ1_25, TQ1_25_64 or STQ1_0. W is never decoded as a whole. All operators run on the CPU, on `torch.get_num_threads()` threads,
+and raise ValueError for other devices, dtypes and shapes.
+"""
+
+import torch
+
+from sherry_gguf import repacked, stq1_0, tq1_25, tq1_25_64
+
+KINDS = {kind.name: kind for kind in (tq1_25.TYPE, tq1_25_64.TYPE, stq1_0.TYPE)}
+
+STRIP = 4 << 20  # bytes of W that are decoded at a time, for the L2 and L3 caches
+
+
+def _matrix(weight: torch.Tensor, kind: str, rows: int, columns: int) -> repacked.Matrix:
+    if kind not in KINDS:
+        raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
+    if weight.device.type != "cpu":
+        raise ValueError(f"packed weights are on {weight.device}: they multiply on the CPU only, move the model there")
+    if weight.dtype != torch.uint8:
+        raise ValueError(f"packed weights are {weight.dtype}, not torch.uint8")
+    return repacked.Matrix(weight.detach().numpy(), rows, columns, KINDS[kind])
+
+
+def _check(name: str, x: torch.Tensor, width: int) -> None:
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"{name} is {x.dtype}, not torch.float32 or torch.bfloat16")
+    if x.ndim == 0 or x.shape[-1] != width:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}, the weights need (..., {width})")
+
+
+def _float_rows(name: str, x: torch.Tensor, width: int) -> torch.Tensor:
+    _check(name, x, width)
+    if x.device.type != "cpu":
+        raise ValueError(f"{name} is on {x.device}: packed weights multiply on the CPU only, move it there")
+    return x.detach().reshape(x.shape[:-1].numel(), width).to(torch.float32)
+
+
+@torch.library.custom_op("sherry_gguf::packed_linear", mutates_args=())
+def packed_linear(x: torch.Tensor, weight: torch.Tensor, kind: str, rows: int, columns: int) -> torch.Tensor:
+    """x @ W.T with x quantized to Q8_0, as llama.cpp multiplies (`repacked.Matrix.multiply`).
+
+    x: float32 or bfloat16 (..., columns), of any strides. Returns (..., rows) in x's dtype. The gradient of x is
+    `packed_linear_transposed`, straight through the rounding of x; the weights have none.
+    """
+    y = _float_rows("x", x, columns)
+    out = _matrix(weight, kind, rows, columns).multiply(y.numpy(), torch.get_num_threads())
+    return torch.from_numpy(out).reshape(*x.shape[:-1], rows).to(x.dtype)
+
+
+@torch.library.custom_op("sherry_gguf::packed_linear_transposed", mutates_args=())
+def packed_linear_transposed(grad: torch.Tensor, weight: torch.Tensor, kind: str, rows: int, columns: int) -> torch.Tensor:
+    """grad @ W in float32. W is decoded in strips of columns, each of which one product takes from the caches.
+
+    grad: float32 or bfloat16 (..., rows), of any strides. Returns (..., columns) in grad's dtype.
+    """
+    g = _float_rows("grad", grad, rows)
+    matrix = _matrix(weight, kind, rows, columns)
+    out = torch.empty(len(g), columns)
+    width = max(STRIP // (4 * max(rows, 1)) // matrix.kind.size, 1) * matrix.kind.size
+    for first in range(0, columns, width):
+        last = min(first + width, columns)
+        strip = matrix.decode(first=first, last=last, threads=torch.get_num_threads())
+        torch.mm(g, torch.from_numpy(strip), out=out[:, first:last])
+    return out.reshape(*grad.shape[:-1], columns).to(grad.dtype)
+
+
+@torch.library.custom_op("sherry_gguf::packed_columns", mutates_args=())
+def packed_columns(weight: torch.Tensor, kind: str, rows: int, columns: int, channels: torch.Tensor) -> torch.Tensor:
+    """W[:, channels]: the weights of the input channels, int64 (k,), float32 (rows, k)."""
+    if channels.device.type != "cpu":
+        raise ValueError(f"channels are on {channels.device}: packed weights are decoded on the CPU only, move them there")
+    return torch.from_numpy(_matrix(weight, kind, rows, columns).columns(channels.detach().numpy()))
+
+
+@packed_linear.register_fake
+def _(x, weight, kind, rows, columns):
+    _check("x", x, columns)
+    return x.new_empty((*x.shape[:-1], rows))
+
+
+@packed_linear_transposed.register_fake
+def _(grad, weight, kind, rows, columns):
+    _check("grad", grad, rows)
+    return grad.new_empty((*grad.shape[:-1], columns))
+
+
+@packed_columns.register_fake
+def _(weight, kind, rows, columns, channels):
+    return weight.new_empty((rows, channels.shape[0]), dtype=torch.float32)
+
+
+def _save(ctx, inputs, output):
+    _, weight, *ctx.rest = inputs
+    ctx.save_for_backward(weight)
+
+
+def _gradient(ctx, grad):
+    return packed_linear_transposed(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None
+
+
+packed_linear.register_autograd(_gradient, setup_context=_save)
