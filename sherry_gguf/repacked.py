@@ -85,12 +85,11 @@ class Matrix:
         return q8_0
 
     def _multiply_decoded(self, q8_0: np.ndarray) -> np.ndarray:
-        blocks = q8_0.reshape(-1, Q8_0_BYTES)
-        y = blocks[:, 2:].view(np.int8) * np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
-        y, out = y.reshape(len(q8_0), self.n), np.empty((len(q8_0), self.rows), np.float32)
-        for begin, end in _ranges(self.rows, -(-4 * self.rows * self.n // _AT_A_TIME)):
-            with np.errstate(invalid="ignore"):  # damaged blocks may have a scale that is not finite
-                out[:, begin:end] = y @ self.decode(begin, end).T
+        blocks, out = q8_0.reshape(-1, Q8_0_BYTES), np.empty((len(q8_0), self.rows), np.float32)
+        with np.errstate(invalid="ignore"):  # scales may not be finite
+            y = blocks[:, 2:].view(np.int8) * np.ascontiguousarray(blocks[:, :2]).view("<f2").astype(np.float32)
+            for begin, end in _ranges(self.rows, -(-4 * self.rows * self.n // _AT_A_TIME)):
+                out[:, begin:end] = y.reshape(len(q8_0), self.n) @ self.decode(begin, end).T
         return out
 
     def decode(self, begin: int = 0, end: int | None = None, first: int = 0, last: int | None = None, threads: int = 1) -> np.ndarray:

@@ -307,15 +307,15 @@ static inline int code_at(const tq1_25_part * part, int row, int g) {
 
 static inline int lane_of(int code, int lane) { return tq1_25_lanes[lane][code & 15] * (code & 16 ? -1 : 1); }
 
-// Row `row` of a tile as floats. `patterns` holds the weights of each code.
-static inline void decode_row(enum tq1_25_kind kind, const void * tile, int row, const float patterns[32][TQ1_25_GROUP], float * y) {
+// Row `row` of a tile as floats. `patterns` holds the four weights of each code.
+static inline void decode_row(enum tq1_25_kind kind, const void * tile, int row, const float * patterns, float * y) {
     const tq1_25_sizes of = sizes_of(kind);
     const int parts = of.parts * of.units;
     const tq1_25_part * part = (const tq1_25_part *) tile;
     const float d = tq1_25_fp16_to_float(((const uint16_t *) (part + parts))[TQ1_25_PLACE(row)]);
     for (int j = 0; j < parts; ++j) {
         for (int g = 0; g < GROUPS; ++g) {
-            const float * pattern = patterns[code_at(part + j, row, g)];
+            const float * pattern = patterns + TQ1_25_GROUP * code_at(part + j, row, g);
             float * to = kind == KIND_STQ1_0 ? y + STQ1_0_FIRST(GROUPS * j + g) : y + TQ1_25_QK8_0 * j + TQ1_25_GROUP * g;
             for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
                 to[lane * (kind == KIND_STQ1_0 ? STQ1_0_LANE : 1)] = pattern[lane] * d;
@@ -327,10 +327,10 @@ static inline void decode_row(enum tq1_25_kind kind, const void * tile, int row,
 void tq1_25_decode_rows(enum tq1_25_kind kind, int64_t rows, int64_t n, const void * x, int64_t begin, int64_t end, int64_t first,
                         int64_t last, float * y) {
     const int64_t weights = sizes_of(kind).weights, nb = n / weights;
-    float patterns[32][TQ1_25_GROUP];
+    float patterns[32 * TQ1_25_GROUP];
     for (int code = 0; code < 32; ++code) {
         for (int lane = 0; lane < TQ1_25_GROUP; ++lane) {
-            patterns[code][lane] = (float) lane_of(code, lane);
+            patterns[TQ1_25_GROUP * code + lane] = (float) lane_of(code, lane);
         }
     }
     for (int64_t row = begin, to; row < end; row = to) {

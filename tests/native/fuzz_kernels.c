@@ -26,7 +26,7 @@ static void * bytes(size_t n, size_t skew) { // random, skew bytes off an aligne
     return p;
 }
 
-// Repacked rows by every product. All sizes are exact; prefetches beyond them do not count.
+// Repacked rows by every product, and their weights. All sizes are exact; prefetches beyond them do not count.
 static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
     const tq1_25_sizes of = tq1_25_sizes_of(kind);
     const int64_t n = nb * of.weights;
@@ -95,6 +95,23 @@ static long repacked(enum tq1_25_kind kind, int64_t nb, size_t skew) {
             free(tables[c]);
         }
     }
+    int64_t begin = 0, end = rows, first = 0, last = nb, channels[40];
+    for (int half = 0; half < 2; ++half) { // all weights, then some of them
+        float * floats = bytes((size_t) ((end - begin) * (last - first) * of.weights) * sizeof(float), 0);
+        tq1_25_decode_rows(kind, rows, n, x + skew, begin, end, first * of.weights, last * of.weights, floats);
+        free(floats);
+        begin = next() % (uint32_t) (rows + 1);
+        end = begin + next() % (uint32_t) (rows + 1 - begin);
+        first = next() % (uint32_t) (nb + 1);
+        last = first + next() % (uint32_t) (nb + 1 - first);
+    }
+    for (int64_t c = 0; c < nc; ++c) {
+        channels[c] = next() % (uint32_t) n;
+    }
+    float * of_channels = bytes((size_t) (rows * nc) * sizeof(float), 0);
+    tq1_25_decode_columns(kind, rows, n, x + skew, nc, channels, of_channels);
+    free(of_channels);
+    calls += 3;
     for (int64_t c = 0; c < nc; ++c) {
         free(activations[c]);
         free(s[c]);

@@ -38,7 +38,7 @@ def random_rows(rng, rows, n, kind, d=None):
     """Random codes; scales are powers of two and some are 0, so that sums of a few thousand blocks are exact in float32."""
     b = rng.integers(0, 256, (rows, n // kind.size, kind.bytes), dtype=np.uint8)
     b[..., -2:] = halves(rng.choice([0, 0.5, 1, 2], b.shape[:2], p=[0.1, 0.3, 0.3, 0.3]) if d is None else d)
-    return b.reshape(rows, -1)
+    return b.reshape(rows, b.shape[1] * kind.bytes)
 
 
 def random_q8_0(rng, columns, n, d=None):

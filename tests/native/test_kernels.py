@@ -330,8 +330,8 @@ def test_zero_blocks(isa, kind):
 
 def test_q8_0_rounds_halves_away_from_zero_and_holds_any_scale():
     y = np.zeros(32, np.float32)
-    y[:7] = 127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5
-    assert kernels.quantize_q8_0(y)[2:9].view(np.int8).tolist() == [127, 1, 2, 3, -1, -2, -127]
+    y[:9] = 127, 0.5, 1.5, 2.5, -0.5, -1.5, -126.5, 0.49999997, -0.49999997
+    assert kernels.quantize_q8_0(y)[2:11].view(np.int8).tolist() == [127, 1, 2, 3, -1, -2, -127, 0, 0]
     y[:] = 2.0**-149  # the scale, a 127th, is 0, and so is everything
     assert not kernels.quantize_q8_0(y).any()
     y[:] = 2.0**-140  # a scale whose reciprocal overflows
