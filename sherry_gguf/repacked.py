@@ -1,6 +1,7 @@
 """A repacked matrix in memory: products with many vectors on several threads, and its weights as floats."""
 
 import operator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -53,22 +54,27 @@ class Matrix:
             raise ValueError(f"{threads} threads: at least 1 is needed")
         repacked, columns = entry.gemv != ffi.NULL, len(x)
         q8_0 = self._quantize(x, threads, repacked)
-        if not repacked:
-            out = self._multiply_decoded(q8_0)
-        else:
-            product, pieces = kernels.mul_codes, -(-4 * threads // max(-(-columns // lib.TQ1_25_CODE_COLUMNS), 1)) if threads > 1 else 1
-            if columns <= entry.max_tables:
-                product, pieces = kernels.mul_tables, threads
-            elif columns > entry.max_codes and entry.gemm != ffi.NULL:
-                product, pieces = kernels.mul_panels, threads
-            elif columns > entry.max_codes and entry.wide_rows != ffi.NULL:
-                product = kernels.mul_wide
+        if repacked:
+            product, pieces = self._choose(entry, columns, threads)
             out = product(self.data, self.rows, self.n, q8_0, isa, pieces, self.kind, threads)
+        else:
+            out = self._multiply_decoded(q8_0)
         with np.errstate(invalid="ignore", over="ignore"):
             bad = ~np.isfinite(x.sum(axis=1))  # Q8_0 has no NaN
         if bad.any():
             out[bad & ~np.isfinite(x).all(axis=1)] = np.nan
         return out
+
+    @staticmethod
+    def _choose(entry, columns: int, threads: int) -> tuple[Callable[..., np.ndarray], int]:
+        """The way to multiply, and how many pieces make about four for each thread: of each group of columns, or of all."""
+        if columns <= entry.max_tables:
+            return kernels.mul_tables, threads
+        if columns > entry.max_codes and entry.gemm != ffi.NULL:
+            return kernels.mul_panels, threads  # of tile rows, and again of panels
+        groups = -(-columns // lib.TQ1_25_CODE_COLUMNS)
+        pieces = -(-4 * threads // groups) if threads > 1 else 1
+        return kernels.mul_wide if columns > entry.max_codes and entry.wide_rows != ffi.NULL else kernels.mul_codes, pieces
 
     def _quantize(self, x: np.ndarray, threads: int, repacked: bool) -> np.ndarray:
         x = np.require(x, requirements=["C", "ALIGNED"])
