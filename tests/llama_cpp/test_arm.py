@@ -78,13 +78,13 @@ def test_each_cpu_has_its_variants(python, cpu):
 
 
 @pytest.mark.parametrize("cpu, tests, least", [
-    ("max", "not (dotprod or neon or any_bytes_decode_and_pack or exact_means or sparse_absmean)", 580),
-    ("neoverse-n1", "dotprod or golden", 263),
-    ("cortex-a72", "(neon or golden) and not test_threads and not streams", 257),
+    ("max", "not (dotprod or neon or any_bytes_decode_and_pack or exact_means or sparse_absmean)", 670),
+    ("neoverse-n1", "dotprod or golden", 275),
+    ("cortex-a72", "(neon or golden) and not test_threads and not streams", 269),
 ])  # fmt: skip
 def test_the_tests_of_the_kernels(python, cpu, tests, least):
     """Each instruction set on a CPU that lacks the next; the rest on the one that has everything, but for long tests of NumPy alone."""
-    files = ["native/test_kernels.py", "native/test_repack.py", "native/test_repack_pieces.py"]
+    files = ["native/test_kernels.py", "native/test_repack.py", "native/test_repack_pieces.py", "native/test_repacked.py"]
     files += ["format/test_stq1_0.py", "format/test_tq1_25.py", *["native/test_attention.py"] * (cpu == "cortex-a72")]
     done = run(python, cpu, "-m", "pytest", "-q", "--noconftest", "-p", "no:cacheprovider", *files, "-k", tests)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
