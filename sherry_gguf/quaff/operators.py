@@ -7,11 +7,12 @@ and raise ValueError for other devices, dtypes and shapes.
 
 import torch
 
-from sherry_gguf import repacked, stq1_0, tq1_25, tq1_25_64
+from sherry_gguf import kernels, repacked, stq1_0, tq1_25, tq1_25_64
 
 KINDS = {kind.name: kind for kind in (tq1_25.TYPE, tq1_25_64.TYPE, stq1_0.TYPE)}
 
-STRIP = 4 << 20  # bytes of W that are decoded at a time, for the L2 and L3 caches
+TILE = kernels.lib.TQ1_25_TILE  # rows
+STRIP = 8 << 20  # bytes of W that are decoded at a time. Smaller strips cost time: PyTorch's threads wait for each other after each.
 
 
 def _matrix(weight: torch.Tensor, kind: str, rows: int, columns: int) -> repacked.Matrix:
@@ -52,18 +53,18 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, kind: str, rows: int, c
 
 @torch.library.custom_op("sherry_gguf::packed_linear_transposed", mutates_args=())
 def packed_linear_transposed(grad: torch.Tensor, weight: torch.Tensor, kind: str, rows: int, columns: int) -> torch.Tensor:
-    """grad @ W in float32. W is decoded in strips of columns, each of which one product takes from the caches.
+    """grad @ W in float32. W is decoded in strips of rows, whose products add up.
 
     grad: float32 or bfloat16 (..., rows), of any strides. Returns (..., columns) in grad's dtype.
     """
     g = _float_rows("grad", grad, rows)
     matrix = _matrix(weight, kind, rows, columns)
-    out = torch.empty(len(g), columns)
-    width = max(STRIP // (4 * max(rows, 1)) // matrix.kind.size, 1) * matrix.kind.size
-    for first in range(0, columns, width):
-        last = min(first + width, columns)
-        strip = matrix.decode(first=first, last=last, threads=torch.get_num_threads())
-        torch.mm(g, torch.from_numpy(strip), out=out[:, first:last])
+    out = torch.zeros(len(g), columns)
+    height = max(STRIP // (4 * columns) // TILE, 1) * TILE
+    for begin in range(0, rows, height):
+        end = min(begin + height, rows)
+        strip = matrix.decode(begin, end, threads=torch.get_num_threads())
+        out.addmm_(g[:, begin:end], torch.from_numpy(strip))
     return out.reshape(*grad.shape[:-1], columns).to(grad.dtype)
 
 
