@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from .linear import FrozenLinear
+from .linear import FrozenLinear, Targeted
 from .scaling import GAMMA, TargetedScaling
 
 CHUNK = 256  # rows of activations that are scaled at a time, so that no scaled copy of all of them is made
@@ -95,11 +95,8 @@ class Int8Linear(FrozenLinear):
         return f"{super().extra_repr()}, int8 per {'tensor' if self.scale.numel() == 1 else 'channel'}"
 
 
-class QuaffLinear(Int8Linear):
-    """Quaff: the outlier channels are divided by factors s before rounding, and x' ((s - 1) W) of these channels is added.
-
-    Buffers besides Int8Linear's: outlier_weight (outputs, k) in the model's dtype, and those of `scaling`.
-    """
+class QuaffLinear(Targeted, Int8Linear):
+    """Quaff. Buffers besides Int8Linear's: outlier_weight (outputs, k) in the model's dtype, and those of `scaling`."""
 
     outlier_weight: torch.Tensor
 
@@ -108,22 +105,14 @@ class QuaffLinear(Int8Linear):
         channels = channels.to(layer.weight.device)
         self.register_buffer("outlier_weight", layer.weight.detach()[:, channels].clone())
         self.scaling = TargetedScaling(channels, gamma).train(layer.training)
-        self.scaling.start(maxima[channels.to(maxima.device)], self.outlier_maxima())
+        if len(channels):
+            self.scaling.start(maxima[channels.to(maxima.device)], self.outlier_weight.abs().amax(0))
 
-    def outlier_maxima(self) -> torch.Tensor:
-        """max |w| of each outlier channel, (k,)."""
-        return self.outlier_weight.abs().amax(0)
+    def outlier_weights(self) -> torch.Tensor:
+        return self.outlier_weight
 
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        channels = self.scaling.channels
-        if not len(channels):
-            return super().product(x)
-        outliers = x[:, channels]
-        self.scaling.update(outliers, self.outlier_maxima())
-        factors = self.scaling.factors
-        y = self.multiply(*quantize_rows(x, channels, factors), x.dtype)
-        rest = ((factors - 1) / factors).to(x.dtype) * outliers  # x' (s - 1)
-        return y.addmm_(rest, self.outlier_weight.to(x.dtype).t())
+    def scaled_product(self, x: torch.Tensor, channels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        return self.multiply(*quantize_rows(x, channels, factors), x.dtype)
 
 
 class StaticLinear(Int8Linear):

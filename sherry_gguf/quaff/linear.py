@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .scaling import TargetedScaling
+
 
 class _Product(torch.autograd.Function):
     """y = layer.product(x), whose gradient is that of x W^T, straight through. Nothing of x is saved."""
@@ -66,3 +68,31 @@ class FrozenLinear(nn.Linear):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(shape)
+
+
+class Targeted:
+    """A mixin for FrozenLinear: the outlier channels are divided by factors s before rounding, and x' ((s - 1) W) of them is added.
+
+    Attributes:
+        scaling: a TargetedScaling.
+    """
+
+    scaling: TargetedScaling
+
+    def outlier_weights(self) -> torch.Tensor:
+        """W[:, O] (outputs, k), in any floating-point dtype."""
+        raise NotImplementedError
+
+    def scaled_product(self, x: torch.Tensor, channels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """x (tokens, inputs), its channels (k,) divided by factors (k,), times the weights."""
+        raise NotImplementedError
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        channels = self.scaling.channels
+        weights, outliers = self.outlier_weights(), x[:, channels]
+        if len(channels):
+            self.scaling.update(outliers, weights.abs().amax(0))
+        factors = self.scaling.factors
+        y = self.scaled_product(x, channels, factors)
+        rest = ((factors - 1) / factors).to(x.dtype) * outliers  # x' (s - 1)
+        return y.addmm_(rest, weights.to(x.dtype).t())

@@ -1,13 +1,16 @@
 """Quantized layers into a model."""
 
+import torch
 from torch import nn
 
 from .channels import KEEP, Channels, linear_layers
 from .int8 import DynamicLinear, Int8Linear, MixedLinear, QuaffLinear, StaticLinear
+from .packed import PackedLinear, kind_of
 from .scaling import GAMMA
 
 METHODS = "quaff", "naive", "static", "dynamic", "mixed"
-BASES = ("int8",)
+BASES = "int8", "tq1_25"
+OF_PACKED = "quaff", "naive"
 
 
 def quantize_for_finetuning(
@@ -25,7 +28,8 @@ def quantize_for_finetuning(
     Afterwards peft's adapters work as on any model, except for merging them.
 
     channels: of `calibrate` for this model. `quaff` and `static` need them.
-    base: how weights are stored; "int8".
+    base: how weights are stored: "int8", or "tq1_25", packed in TQ1_25, or in TQ1_25_64 where rows are a multiple of 64 only. The model's
+        weights should be 3:4 sparse ternary, as training with Sherry leaves them; others lose much, and a warning says how much.
     method: "quaff", or what it is compared with: "naive" (no scaling), "static" (SmoothQuant), "dynamic" (all channels, each step),
         "mixed" (LLM.int8()).
     granularity: one scale of weights per output "channel" or per "tensor" (as the authors' scripts run).
@@ -38,13 +42,21 @@ def quantize_for_finetuning(
         raise ValueError(f"base {base}: must be {' or '.join(BASES)}")
     if method not in METHODS:
         raise ValueError(f"method {method}: must be one of {', '.join(METHODS)}")
+    if base == "tq1_25" and method not in OF_PACKED:
+        raise ValueError(f"method {method} with base tq1_25: must be {' or '.join(OF_PACKED)}")
     layers = linear_layers(model, keep)
     if not layers:
         raise ValueError("the model has no linear layers to quantize")
+    if base == "tq1_25":
+        for name, layer in layers.items():
+            try:
+                kind_of(layer.in_features)
+            except ValueError as e:
+                raise ValueError(f"{name}: {e}; name it in `keep`, or use base int8") from e
     if method in ("quaff", "static"):
         _check(channels, layers, method)
     for name, layer in layers.items():
-        model.set_submodule(name, _quantized(name, layer, channels, method, granularity, gamma))
+        model.set_submodule(name, _quantized(name, layer, channels, base, method, granularity, gamma))
     return model.requires_grad_(False)
 
 
@@ -60,7 +72,11 @@ def _check(channels: Channels | None, layers: dict[str, nn.Linear], method: str)
             raise ValueError(f"{name} has {layer.in_features} inputs, its channels are of {tuple(most.shape)}: calibrate this model")
 
 
-def _quantized(name: str, layer: nn.Linear, channels: Channels | None, method: str, granularity: str, gamma: float) -> nn.Module:
+def _quantized(name: str, layer: nn.Linear, channels: Channels | None, base: str, method: str, granularity: str, gamma: float) -> nn.Module:
+    if base == "tq1_25":
+        if method == "naive" or channels is None:
+            return PackedLinear(layer, torch.zeros(0, dtype=torch.int64), torch.zeros(layer.in_features), gamma, name)
+        return PackedLinear(layer, channels.channels[name], channels.maxima[name], gamma, name)
     if method == "naive":
         return Int8Linear(layer, granularity)
     if method == "mixed":

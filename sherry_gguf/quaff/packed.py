@@ -1,0 +1,70 @@
+"""Layers whose weights stay packed: 1.375 bits each in TQ1_25, 1.5 in TQ1_25_64. They multiply on the CPU."""
+
+import logging
+
+import numpy as np
+import torch
+from torch import nn
+
+from sherry_gguf import kernels, tq1_25, tq1_25_64
+from sherry_gguf.blocks import BlockType
+
+from . import operators
+from .linear import FrozenLinear, Targeted
+from .scaling import GAMMA, TargetedScaling
+
+logger = logging.getLogger(__name__)
+
+LOST = 1e-3  # a relative error of the weights from which a warning says that they were not ternary
+
+
+def kind_of(inputs: int) -> BlockType:
+    """The type whose blocks fit rows of this many weights. Raises ValueError if none does."""
+    for kind in tq1_25.TYPE, tq1_25_64.TYPE:
+        if inputs % kind.size == 0:
+            return kind
+    raise ValueError(f"{inputs} inputs: rows must be a multiple of {tq1_25_64.TYPE.size} weights")
+
+
+class PackedLinear(Targeted, FrozenLinear):
+    """A layer on a repacked matrix: 8-bit activations, scaled as Quaff scales them, and gradients from weights decoded in strips.
+
+    Buffers: qweight uint8 (bytes,), tiles of 64 rows (kernels.repack), and those of `scaling`.
+    """
+
+    qweight: torch.Tensor
+
+    def __init__(self, layer: nn.Linear, channels: torch.Tensor, maxima: torch.Tensor, gamma: float = GAMMA, name: str = "layer"):
+        """Raises ValueError if the inputs fit no type, or QuantizeError if the weights are not finite."""
+        super().__init__(layer)
+        self.kind = kind_of(layer.in_features)
+        weight = np.ascontiguousarray(layer.weight.detach().float().cpu().numpy())
+        blocks = kernels.quantize(weight, kind=self.kind)
+        lost = np.linalg.norm(kernels.dequantize(blocks, kind=self.kind) - weight)
+        if lost > LOST * np.linalg.norm(weight):
+            logger.warning(
+                "%s: its weights are not 3:4 sparse ternary; packing them loses %.1f %%", name, 100 * lost / np.linalg.norm(weight)
+            )
+        self.register_buffer("qweight", torch.from_numpy(kernels.repack(blocks, self.kind)))
+        self.scaling = TargetedScaling(channels, gamma).train(layer.training)
+        if len(channels):
+            self.scaling.start(maxima[channels], self.outlier_weights().abs().amax(0))
+
+    @property
+    def _matrix(self) -> tuple[torch.Tensor, str, int, int]:
+        return self.qweight, self.kind.name, self.out_features, self.in_features
+
+    def outlier_weights(self) -> torch.Tensor:
+        return operators.packed_columns(*self._matrix, self.scaling.channels)
+
+    def scaled_product(self, x: torch.Tensor, channels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        if len(channels):
+            x = x.clone()
+            x[:, channels] /= factors.to(x.dtype)
+        return operators.packed_linear(x, *self._matrix)
+
+    def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
+        return operators.packed_linear_transposed(grad, *self._matrix)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.kind.name}"
