@@ -1,6 +1,7 @@
 """Quantized layers into a model."""
 
 import torch
+import transformers
 from torch import nn
 
 from .channels import KEEP, Channels, linear_layers
@@ -57,7 +58,10 @@ def quantize_for_finetuning(
         _check(channels, layers, method)
     for name, layer in layers.items():
         model.set_submodule(name, _quantized(name, layer, channels, base, method, granularity, gamma))
-    return model.requires_grad_(False)
+    model.requires_grad_(False)
+    if isinstance(model, transformers.PreTrainedModel):
+        model.enable_input_require_grads()  # a checkpointed layer has no gradient if no input needs one
+    return model
 
 
 def _check(channels: Channels | None, layers: dict[str, nn.Linear], method: str) -> None:
