@@ -11,11 +11,12 @@ from .errors import ConvertError, NotBuilt
 # Verb to its module and what it does. A module is imported only when its verb is used: some need PyTorch.
 VERBS = {
     "convert": ("convert.command", "convert a Hugging Face model directory to a ternary GGUF"),
-    "verify": ("verify", "prove that a converted GGUF holds what a model directory holds"),
+    "verify": ("verify", "prove that a GGUF holds what a model directory holds"),
     "inspect": ("inspect", "show a GGUF's metadata, types, sizes, and what is exact"),
     "transcode": ("transcode", "change the type of a GGUF's ternary tensors"),
     "retag": ("retag", "make an old STQ1_0 file loadable"),
     "quantize": ("llama_quantize", "quantize a GGUF of any model, with llama-quantize"),
+    "convert-adapter": ("quaff.adapter", "convert a LoRA adapter of PEFT to a GGUF for llama.cpp"),
     "train": ("qat.command", "train a model with 3:4 sparse ternary weights"),
     "evaluate": ("evaluation.command", "measure perplexity and accuracy of models"),
     "bench": ("bench", "compare how fast models run"),
@@ -45,7 +46,7 @@ def _main(argv: list[str], prog: str | None) -> int:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Convert, run and train models with Sherry's 3:4 sparse ternary weights.",
-        epilog="\n".join(["verbs, each with --help:", *(f"  {verb:9}  {does}" for verb, (_, does) in VERBS.items())]),
+        epilog="\n".join(["verbs, each with --help:", *(f"  {verb:15}  {does}" for verb, (_, does) in VERBS.items())]),
     )
     parser.add_argument("verb", metavar="VERB", choices=VERBS, help="what to do")
     parser.add_argument("--version", action="store_true", help="show the version and exit")

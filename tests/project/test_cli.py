@@ -46,7 +46,7 @@ def test_help_of_a_script_fits_the_terminal(script):
 
 
 def test_every_verb_is_listed():
-    listed = re.findall(r"^  (\w+)  +(\w.*)$", run("--help").stdout.partition("verbs, ")[2], re.M)
+    listed = re.findall(r"^  ([\w-]+)  +(\w.*)$", run("--help").stdout.partition("verbs, ")[2], re.M)
     assert listed == [(verb, does) for verb, (_, does) in cli.VERBS.items()]
     for wrong in ("nothing",), ("--verbose", "inspect"):
         done = run(*wrong)

@@ -1,0 +1,104 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import gguf
+import numpy as np
+import peft
+import pytest
+import small_models
+import torch
+import transformers
+from safetensors.torch import load_file
+
+from sherry_gguf import llama_cpp
+from sherry_gguf.cli import main
+from sherry_gguf.quaff import calibrate, quantize_for_finetuning
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A Sherry checkpoint, and an adapter that Quaff trained on its packed weights."""
+    work = tmp_path_factory.mktemp("adapter")
+    small_models.make(work / "base", "llama")
+    model = transformers.AutoModelForCausalLM.from_pretrained(work / "base")
+    ids = torch.randint(5, 200, (4, 24), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    model = quantize_for_finetuning(model, calibrate(model, [batch], threshold=5, budget=0.05), "tq1_25")
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
+    for _ in range(8):
+        model(**batch, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(work / "adapter")
+    return work
+
+
+def text(*arguments):
+    command = [
+        llama_cpp.tool("llama-completion"),
+        *arguments,
+        "-p",
+        "hello",
+        "-n",
+        "12",
+        "--temp",
+        "0",
+        "-no-cnv",
+        "-t",
+        "1",
+        "--ignore-eos",
+    ]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_adapter_beside_packed_weights(trained, capsys):
+    # in a process of its own: the converter loads llama.cpp's gguf package
+    convert = [sys.executable, "-m", "sherry_gguf.cli", "convert", trained / "base", "--outfile", trained / "base.gguf"]
+    subprocess.run(convert, check=True, capture_output=True)
+    assert main(["convert-adapter", str(trained / "adapter")]) == 0
+    assert "adapter.gguf (0.2 MB)" in capsys.readouterr().out
+    tensors = {t.name: np.array(t.data) for t in gguf.GGUFReader(trained / "adapter.gguf").tensors}
+    weights = load_file(trained / "adapter" / "adapter_model.safetensors")
+    assert len(tensors) == len(weights) == 28
+    for side in "A", "B":
+        name = f"base_model.model.model.layers.1.mlp.down_proj.lora_{side}.weight"
+        assert (tensors[f"blk.1.ffn_down.weight.lora_{side.lower()}"] == weights[name].numpy()).all()
+    model = ["-m", trained / "base.gguf"]
+    assert text(*model) != text(*model, "--lora", trained / "adapter.gguf")
+
+
+def test_what_is_no_adapter(trained, tmp_path, capsys):
+    def refused(message, *arguments):
+        assert main(["convert-adapter", *map(str, arguments)]) == 1
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out.gguf").exists()
+
+    out = ["--outfile", tmp_path / "out.gguf"]
+    refused("no adapter directory of PEFT, it has no adapter_config.json", trained / "base", *out)
+    refused(
+        "no model directory, it has no config.json. Name the adapter's model with --base", trained / "adapter", "--base", tmp_path, *out
+    )
+    copy = shutil.copytree(trained / "adapter", tmp_path / "copy")
+    config = json.loads((copy / "adapter_config.json").read_text())
+    for change, message in [
+        ({"peft_type": "IA3"}, "an adapter of the type IA3; llama.cpp takes LORA only"),
+        ({"base_model_name_or_path": "someone/model"}, "its model 'someone/model' is no directory here. Name it with --base MODEL_DIR"),
+    ]:
+        (copy / "adapter_config.json").write_text(json.dumps(config | change))
+        refused(message, copy, *out)
+    (copy / "adapter_config.json").write_text(json.dumps(config))
+    (copy / "adapter_model.safetensors").write_bytes(b"broken")
+    refused("llama.cpp's convert_lora_to_gguf.py failed: ", copy, *out)
+    (copy / "adapter_config.json").write_text("{")
+    refused("adapter_config.json: ", copy, *out)
+
+
+def test_the_command_needs_nothing_but_its_arguments():
+    done = subprocess.run([sys.executable, "-m", "sherry_gguf.cli", "convert-adapter", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "ADAPTER_DIR" in done.stdout
