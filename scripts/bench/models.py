@@ -147,7 +147,7 @@ class Run:
                 return old
         except (ValueError, TypeError, KeyError):
             pass
-        raise ValueError(f"--resume: {path} is no report of this program, or damaged: start anew without --resume")
+        raise ValueError(f"--resume: {path} is not a report of this program, or is damaged: start anew without --resume")
 
     def resume(self, old: dict) -> None:
         """Keep what an earlier run has measured. Raises ValueError if its settings were others."""

@@ -47,7 +47,7 @@ def convert_adapter(adapter: Path, target: Path, base: Path | None = None, outty
     """
     named = _base_of(adapter, base)
     if not (named / "config.json").is_file():
-        raise ConvertError(f"{named}: no model directory, it has no config.json. Name the adapter's model with --base MODEL_DIR")
+        raise ConvertError(f"{named}: not a model directory, it has no config.json. Name the adapter's model with --base MODEL_DIR")
     source = llama_cpp.source_dir()
     target = atomic.writable(target)
     with atomic.staging(target.absolute(), 0) as staging:
@@ -72,7 +72,7 @@ def _base_of(adapter: Path, base: Path | None) -> Path:
         config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
         kind, name = config.get("peft_type"), config.get("base_model_name_or_path")
     except FileNotFoundError as e:
-        raise ConvertError(f"{adapter}: no adapter directory of PEFT, it has no adapter_config.json") from e
+        raise ConvertError(f"{adapter}: not an adapter directory of PEFT, it has no adapter_config.json") from e
     except (OSError, ValueError, AttributeError) as e:
         raise ConvertError(f"{adapter}/adapter_config.json: {e}") from e
     if kind != "LORA":
@@ -80,5 +80,5 @@ def _base_of(adapter: Path, base: Path | None) -> Path:
     if base:
         return base
     if not name or not Path(name).is_dir():
-        raise ConvertError(f"{adapter}: its model {name!r} is no directory here. Name it with --base MODEL_DIR")
+        raise ConvertError(f"{adapter}: its model {name!r} is not a directory here. Name it with --base MODEL_DIR")
     return Path(name)

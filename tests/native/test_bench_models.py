@@ -305,7 +305,7 @@ def test_a_run_is_resumed_with_its_settings_only(models, tmp_path, monkeypatch, 
     report = json.loads(before)
     for damaged in "", before[:-9], "[]", "{}", json.dumps(report | {"speed": None}), json.dumps(report | {"bandwidth": None}):
         (tmp_path / "r.json").write_text(damaged)
-        with pytest.raises(ValueError, match="r.json is no report of this program, or damaged: start anew without --resume"):
+        with pytest.raises(ValueError, match="r.json is not a report of this program, or is damaged: start anew without --resume"):
             bench.main(arguments(models, tmp_path, *flags, "--against", old, "--resume"))
         assert (tmp_path / "r.json").read_text() == damaged
 

@@ -80,15 +80,15 @@ def test_what_is_no_adapter(trained, tmp_path, capsys):
         assert not (tmp_path / "out.gguf").exists()
 
     out = ["--outfile", tmp_path / "out.gguf"]
-    refused("no adapter directory of PEFT, it has no adapter_config.json", trained / "base", *out)
+    refused("not an adapter directory of PEFT, it has no adapter_config.json", trained / "base", *out)
     refused(
-        "no model directory, it has no config.json. Name the adapter's model with --base", trained / "adapter", "--base", tmp_path, *out
+        "not a model directory, it has no config.json. Name the adapter's model with --base", trained / "adapter", "--base", tmp_path, *out
     )
     copy = shutil.copytree(trained / "adapter", tmp_path / "copy")
     config = json.loads((copy / "adapter_config.json").read_text())
     for change, message in [
         ({"peft_type": "IA3"}, "an adapter of the type IA3; llama.cpp takes LORA only"),
-        ({"base_model_name_or_path": "someone/model"}, "its model 'someone/model' is no directory here. Name it with --base MODEL_DIR"),
+        ({"base_model_name_or_path": "someone/model"}, "its model 'someone/model' is not a directory here. Name it with --base MODEL_DIR"),
     ]:
         (copy / "adapter_config.json").write_text(json.dumps(config | change))
         refused(message, copy, *out)
