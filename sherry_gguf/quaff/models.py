@@ -9,7 +9,8 @@ from .int8 import DynamicLinear, Int8Linear, MixedLinear, QuaffLinear, StaticLin
 from .packed import PackedLinear, kind_of
 from .scaling import GAMMA
 
-METHODS = "quaff", "naive", "static", "dynamic", "mixed"
+UNQUANTIZED = {"full": torch.float32, "bf16": torch.bfloat16}
+METHODS = "quaff", "naive", "static", "dynamic", "mixed", *UNQUANTIZED
 BASES = "int8", "tq1_25"
 OF_PACKED = "quaff", "naive"
 
@@ -29,10 +30,11 @@ def quantize_for_finetuning(
     Afterwards peft's adapters work as on any model, except for merging them.
 
     channels: of `calibrate` for this model. `quaff` and `static` need them.
-    base: how weights are stored: "int8", or "tq1_25", packed in TQ1_25, or in TQ1_25_64 where rows are a multiple of 64 only. The model's
-        weights should be 3:4 sparse ternary, as training with Sherry leaves them; others lose much, and a warning says how much.
+    base: how quantized weights are stored: "int8", or "tq1_25", packed in TQ1_25, or in TQ1_25_64 where rows are a multiple of 64 only.
+        The model's weights should be 3:4 sparse ternary, as training with Sherry leaves them; others lose much, and a warning says how
+        much.
     method: "quaff", or what it is compared with: "naive" (no scaling), "static" (SmoothQuant), "dynamic" (all channels, each step),
-        "mixed" (LLM.int8()).
+        "mixed" (LLM.int8()), or not quantized: "full" (float32), "bf16".
     granularity: one scale of weights per output "channel" or per "tensor" (as the authors' scripts run).
     gamma: the share that a factor keeps in each step.
     keep: a regular expression for layers that stay as they are.
@@ -43,11 +45,13 @@ def quantize_for_finetuning(
         raise ValueError(f"base {base}: must be {' or '.join(BASES)}")
     if method not in METHODS:
         raise ValueError(f"method {method}: must be one of {', '.join(METHODS)}")
-    if base == "tq1_25" and method not in OF_PACKED:
+    if base == "tq1_25" and method not in (*OF_PACKED, *UNQUANTIZED):
         raise ValueError(f"method {method} with base tq1_25: must be {' or '.join(OF_PACKED)}")
     layers = linear_layers(model, keep)
     if not layers:
         raise ValueError("the model has no linear layers to quantize")
+    if method in UNQUANTIZED:
+        return _frozen(model.to(UNQUANTIZED[method]))
     if base == "tq1_25":
         for name, layer in layers.items():
             try:
@@ -58,6 +62,10 @@ def quantize_for_finetuning(
         _check(channels, layers, method)
     for name, layer in layers.items():
         model.set_submodule(name, _quantized(name, layer, channels, base, method, granularity, gamma))
+    return _frozen(model)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
     model.requires_grad_(False)
     if isinstance(model, transformers.PreTrainedModel):
         model.enable_input_require_grads()  # a checkpointed layer has no gradient if no input needs one

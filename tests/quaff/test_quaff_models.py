@@ -109,6 +109,14 @@ def test_what_is_replaced():
     assert size < 128 * 64 * 1.25
 
 
+def test_what_is_not_quantized():
+    for method, dtype in ("full", torch.float32), ("bf16", torch.bfloat16):
+        model = quantize_for_finetuning(llama(), method=method)
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert not any(p.requires_grad for p in model.parameters())
+        assert not any(isinstance(m, QuaffLinear) for m in model.modules())
+
+
 def test_wrong_arguments():
     model = llama()
     channels = calibrate(model, batches())
