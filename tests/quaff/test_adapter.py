@@ -2,7 +2,9 @@ import json
 import shutil
 import subprocess
 import sys
+import urllib.request
 
+import compare_adapter
 import gguf
 import numpy as np
 import peft
@@ -14,7 +16,9 @@ from safetensors.torch import load_file
 
 from sherry_gguf import llama_cpp
 from sherry_gguf.cli import main
+from sherry_gguf.evaluation.tools import serve
 from sherry_gguf.quaff import calibrate, quantize_for_finetuning
+from sherry_gguf.quaff.adapter import convert_adapter
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,9 @@ def trained(tmp_path_factory):
     model = transformers.AutoModelForCausalLM.from_pretrained(work / "base")
     ids = torch.randint(5, 200, (4, 24), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    model = quantize_for_finetuning(model, calibrate(model, [batch], threshold=5, budget=0.05), "tq1_25")
+    channels = calibrate(model, [batch], threshold=5, budget=0.05)
+    channels.save(work / "channels")
+    model = quantize_for_finetuning(model, channels, "tq1_25")
     torch.manual_seed(0)
     model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-2)
@@ -57,10 +63,17 @@ def text(*arguments):
     return done.stdout
 
 
-def test_an_adapter_beside_packed_weights(trained, capsys):
+@pytest.fixture(scope="module")
+def files(trained):
+    """The checkpoint and the adapter as GGUFs."""
     # in a process of its own: the converter loads llama.cpp's gguf package
     convert = [sys.executable, "-m", "sherry_gguf.cli", "convert", trained / "base", "--outfile", trained / "base.gguf"]
     subprocess.run(convert, check=True, capture_output=True)
+    convert_adapter(trained / "adapter", trained / "lora.gguf")
+    return trained / "base.gguf", trained / "lora.gguf"
+
+
+def test_an_adapter_beside_packed_weights(trained, files, capsys):
     assert main(["convert-adapter", str(trained / "adapter")]) == 0
     assert "adapter.gguf (0.2 MB)" in capsys.readouterr().out
     tensors = {t.name: np.array(t.data) for t in gguf.GGUFReader(trained / "adapter.gguf").tensors}
@@ -69,8 +82,56 @@ def test_an_adapter_beside_packed_weights(trained, capsys):
     for side in "A", "B":
         name = f"base_model.model.model.layers.1.mlp.down_proj.lora_{side}.weight"
         assert (tensors[f"blk.1.ffn_down.weight.lora_{side.lower()}"] == weights[name].numpy()).all()
-    model = ["-m", trained / "base.gguf"]
+    model = ["-m", files[0]]
     assert text(*model) != text(*model, "--lora", trained / "adapter.gguf")
+
+
+@pytest.mark.slow
+def test_llama_cpp_computes_what_pytorch_does(trained, tmp_path, capsys):
+    """The adapter changes the model much. On packed weights it gives the same distributions and the same text in both."""
+    (tmp_path / "text").write_text("".join(f"def f{i}(x):\n    return x * {i}\n" for i in range(200)))
+    arguments = ["--model", trained / "base", "--adapter", trained / "adapter", "--text", tmp_path / "text", "--work", tmp_path,
+                 "--channels", trained / "channels", "--out", tmp_path / "out", "--context", 64, "--chunks", 8, "--threads", 1]  # fmt: skip
+    before = torch.get_num_threads()
+    try:
+        assert compare_adapter.main(list(map(str, arguments))) == 0
+    finally:
+        torch.set_num_threads(before)
+    found = json.loads((tmp_path / "out.json").read_text())
+    rows = {row["what"]: row for row in found["rows"]}
+    assert found["scored"] == 8 * 31 and found["scaled"]
+    for label in compare_adapter.RUNS:
+        row = rows[f"PyTorch, llama.cpp {label}"]
+        assert abs(row["mean"]) < 1e-5 and row["top"] >= 0.99, row
+    for program in "PyTorch", "llama.cpp":
+        assert rows[f"{program} with the adapter, without"]["mean"] > 0.05
+    assert found["greedy"]["same"] >= 7 and found["greedy"]["texts"] == 8
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "out.md").read_text() and all(f"| {what} |" in printed for what in rows)
+
+
+def test_the_server_with_an_adapter(files):
+    base, lora = files
+    request = dict(prompt="hello", n_predict=12, temperature=0, ignore_eos=True, cache_prompt=False)
+
+    def complete(server):
+        return server.ask("POST", "/completion", **request)["content"]
+
+    def scale(server, factor):
+        port = server._http[None].port
+        data = json.dumps([{"id": 0, "scale": factor}]).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"http://127.0.0.1:{port}/lora-adapters", data)) as answer:
+            assert answer.status == 200
+
+    with serve(base, 1, 64, 1) as server:
+        plain = complete(server)
+    with serve(base, 1, 64, 1, "--lora", lora) as server:
+        adapted = complete(server)
+        scale(server, 0)
+        assert complete(server) == plain
+        scale(server, 1)
+        assert complete(server) == adapted != plain
+    assert text("-m", base, "--lora", lora).strip() == f"hello{adapted}".strip()
 
 
 def test_what_is_no_adapter(trained, tmp_path, capsys):
