@@ -20,7 +20,7 @@ INTERRUPTED = f"{PROGRAM}: interrupted; run the same command again to resume"
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell makes background programs ignore it
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sherry_gguf.qat.command; python_corpus loads PyTorch before that does
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see sherry_gguf.training.command; python_corpus loads PyTorch before that does
 with signals.exit_at_once(INTERRUPTED):
     import python_corpus
     import torch
@@ -29,8 +29,8 @@ with signals.exit_at_once(INTERRUPTED):
     from sherry_gguf.errors import Stop
     from sherry_gguf.programs import HelpWithDefaults
     from sherry_gguf.qat import command
-    from sherry_gguf.qat.files import LOCK, differences, locked, undamaged, write
     from sherry_gguf.qat.quantizer import METHODS
+    from sherry_gguf.training.files import LOCK, differences, locked, undamaged, write
 
 ROOT = Path(__file__).resolve().parent.parent
 EVAL_TOKENS = 1 << 15

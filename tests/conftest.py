@@ -265,3 +265,14 @@ def backend_ops(command, kinds=("tq1_25", "tq1_25_64", "stq1_0"), **kwargs):
     for kind, (op, least) in itertools.product(kinds, LEAST.items()):
         assert len(re.findall(rf"^ *{op}\(.*\b{kind}\b.*OK", text, re.M)) >= least, (kind, op, text[-3000:])
     return text
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """These models are too small for more threads, and the same number everywhere gives the same results."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 PROGRAM = "bench/training.py"
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in sherry_gguf.qat.command
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in sherry_gguf.training.command
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python_corpus
 

@@ -19,7 +19,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-# As in sherry_gguf.qat.command; the processes that train inherit both.
+# As in sherry_gguf.training.command; the processes that train inherit both.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -32,7 +32,7 @@ from quality_runs import LENGTHS, PUBLISHED, RATES, Comparison, Run, Runs
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
 from sherry_gguf.programs import HelpWithDefaults
-from sherry_gguf.qat.files import differences, locked, undamaged, write
+from sherry_gguf.training.files import differences, locked, undamaged, write
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "compare_quality.py"

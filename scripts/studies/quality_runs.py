@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from sherry_gguf.qat.files import write
+from sherry_gguf.training.files import write
 
 WARMUP = 0.05  # share of the steps during which the learning rate rises
 EXTEND = 3  # extend a sweep at most this many times on either side

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from .linear import QuantConfig, QuantConv1D, QuantLinear, full_precision, prepare, quantized_layers, set_residual
     from .monitor import TrainingMonitor, effective_rank
     from .quantizer import fake_quantize, sparse_absmean
-    from .trainer import SherryTrainer, bf16_is_faster, bf16_time
+    from .trainer import SherryTrainer, bf16_is_faster
 
 __all__ = [
     "Arenas", "ArenasCallback", "QuantConfig", "QuantConv1D", "QuantLinear", "SherryTrainer", "TrainingMonitor",
-    "bf16_is_faster", "bf16_time", "effective_rank", "export", "fake_quantize", "full_precision", "prepare", "quantized_layers",
+    "bf16_is_faster", "effective_rank", "export", "fake_quantize", "full_precision", "prepare", "quantized_layers",
     "set_residual", "sparse_absmean",
 ]  # fmt: skip
 

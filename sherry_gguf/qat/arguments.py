@@ -3,7 +3,9 @@
 import argparse
 import dataclasses
 
-WIDTH = 80  # columns of --help
+from sherry_gguf.training import flags
+from sherry_gguf.training.flags import Help, flag
+
 DESCRIPTION = """\
 Train a causal language model with 3:4 sparse ternary weights (Sherry) and
 export it as a Hugging Face directory.
@@ -28,38 +30,11 @@ GROUPS = {
     "monitor_every": "monitoring and result",
 }
 # The published recipe where transformers' defaults differ from it: TrainingArguments' field, default, help.
-RECIPE = {
+RECIPE = flags.RECIPE | {
     "learning_rate": (1e-4, "highest learning rate"),
     "lr_scheduler_type": ("cosine", "how the learning rate falls"),
     "warmup_ratio": (0.05, "share of the steps during which it rises"),
-    "logging_steps": (10, "steps between two log entries"),
-    "save_total_limit": (2, "number of checkpoints to keep"),
-    "logging_nan_inf_filter": (False, "log 0 instead of a loss that is not finite"),
 }
-# Flags of transformers that --help shows too: name, as in --help, default in words, help ("" as in RECIPE).
-COMMON = (
-    ("output_dir", "DIR", "trainer_output", "directory for checkpoints, training.png and, in hf, the result"),
-    ("max_steps", "N", "-1", "optimizer steps; -1 goes by epochs"),
-    ("num_train_epochs", "N", "3.0", "how often to read the text, without --max_steps"),
-    ("per_device_train_batch_size", "N", "8", "sequences per batch and device"),
-    ("gradient_accumulation_steps", "N", "1", "batches per optimizer step"),
-    ("gradient_checkpointing", "true", "False", "compute activations twice to save memory"),
-    ("learning_rate", "RATE", "", ""),
-    ("lr_scheduler_type", "NAME", "", ""),
-    ("warmup_ratio", "SHARE", "", ""),
-    ("weight_decay", "X", "0.0", "AdamW's weight decay"),
-    ("bf16", "true", "False", "multiply in bfloat16; weights stay float32"),
-    ("use_cpu", "true", "False", "train on the CPU even if there is a GPU"),
-    ("save_steps", "N", "500", "steps between two checkpoints"),
-    ("save_total_limit", "N", "", ""),
-    ("logging_steps", "N", "", ""),
-    ("seed", "N", "42", "seed of all random numbers"),
-)
-
-
-def flag(help: str, default=None, **metadata):
-    factory = {"default_factory": lambda: list(default)} if isinstance(default, list) else {"default": default}
-    return dataclasses.field(**factory, metadata={"help": help, **metadata})
 
 
 def group_size(text: str) -> int | str:
@@ -110,29 +85,4 @@ class SherryArguments:
     export_dtype: str = flag("dtype of the result", "float16", choices=["float16", "float32"])
 
 
-def help_text(prog: str) -> str:
-    """The text of --help, at most `WIDTH` columns wide: our flags in groups, then those of transformers that most runs need."""
-    parser = argparse.ArgumentParser(
-        prog=prog, add_help=False, allow_abbrev=False, description=DESCRIPTION.format(prog=prog),
-        usage="%(prog)s --model DIR --train PATH ... --output_dir DIR [flags]",
-        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=28, width=WIDTH))  # fmt: skip
-
-    def add(group, name: str, help: str, default: str, **kwargs) -> None:
-        text = help + f" (default: {default})" * bool(default)
-        group.add_argument(f"--{name}", help=text.replace("%", "%%"), **kwargs)
-
-    group = None
-    for field in dataclasses.fields(SherryArguments):
-        group = parser.add_argument_group(GROUPS[field.name]) if field.name in GROUPS else group
-        default = "" if field.default is dataclasses.MISSING else str(field.default)
-        kwargs = {k: v for k, v in field.metadata.items() if k not in ("help", "parse")}
-        add(group, field.name, field.metadata["help"], default, **kwargs,
-            nargs="+" if field.default is dataclasses.MISSING else None)  # fmt: skip
-    group = parser.add_argument_group("training, by transformers; --help-all lists the rest of its flags")
-    for name, metavar, default, help in COMMON:
-        value, recipe_help = RECIPE.get(name, (default, help))
-        add(group, name, recipe_help, str(value), metavar=metavar)
-    group = parser.add_argument_group("help")
-    group.add_argument("-h", "--help", action="store_true", help="print this and exit")
-    group.add_argument("--help-all", action="store_true", help="print all flags of transformers' TrainingArguments and exit")
-    return parser.format_help()
+HELP = Help(SherryArguments, GROUPS, DESCRIPTION, "--model DIR --train PATH ... --output_dir DIR [flags]", RECIPE, "hf")

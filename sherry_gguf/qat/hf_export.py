@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from .files import whole_directory
+from sherry_gguf.training.files import whole_directory
+
 from .linear import QuantizedLayer, lossy_sizes, quantized_layers, sherry_config
 
 logger = logging.getLogger(__name__)

@@ -1,30 +1,21 @@
 """The training command's models: the one that trains, its tokenizer, and its teacher."""
 
-import contextlib
-import math
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sherry_gguf.errors import Stop
+from sherry_gguf.training.models import load_tokenizer, positions, repair_generation_config, stop_at_errors, warn
 
 from .arguments import SherryArguments
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def load(s: SherryArguments):
     """The model, in float32, and its tokenizer. Raises Stop."""
     if bool(s.model) == bool(s.config):
         raise Stop("give a model to start from, --model DIR, or the config of a new one, --config DIR")
-    with _stop_at_errors(s.model or s.config):
+    with stop_at_errors(s.model or s.config):
         if s.model:
             # float32, as bfloat16 loses small optimizer steps; --bf16 makes only the products bfloat16
             loaded: Any = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32, output_loading_info=True)
@@ -47,32 +38,9 @@ def load(s: SherryArguments):
     return model, tokenizer
 
 
-def load_tokenizer(name: str):
-    """Raises Stop."""
-    if os.path.isdir(name) and not any(p.name.startswith(("tokenizer", "vocab")) for p in Path(name).iterdir()):
-        raise Stop(f"{name} has no tokenizer: name its directory with --tokenizer")
-    with _stop_at_errors(f"the tokenizer of {name}"):
-        return AutoTokenizer.from_pretrained(name)
-
-
-def repair_generation_config(model) -> None:
-    """Make generation_config.json one that transformers saves. It refuses those of some checkpoints, such as Llama 2."""
-    generation = getattr(model, "generation_config", None)
-    if generation is None:
-        return
-    with contextlib.suppress(ValueError):
-        generation.validate(strict=True)
-        return
-    generation.do_sample = True  # a temperature or a top_p implies it
-    try:
-        generation.validate(strict=True)
-    except ValueError as e:
-        raise Stop(f"the model's generation_config.json is wrong and cannot be saved: {e}") from e
-
-
 def load_teacher(s: SherryArguments, tokenizer, dtype: torch.dtype):
     """Raises Stop if it cannot teach this model."""
-    with _stop_at_errors(s.teacher):
+    with stop_at_errors(s.teacher):
         teacher = AutoModelForCausalLM.from_pretrained(s.teacher, dtype=dtype)
     if s.context > (most := positions(teacher)):
         raise Stop(f"--context {s.context}: the teacher's positions end at {most}")
@@ -83,19 +51,3 @@ def load_teacher(s: SherryArguments, tokenizer, dtype: torch.dtype):
     if other != tokenizer.get_vocab():
         raise Stop(f"--teacher {s.teacher} has another tokenizer, so its probabilities belong to other tokens")
     return teacher
-
-
-def positions(model) -> float:
-    """How many tokens the model can see."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
-@contextlib.contextmanager
-def _stop_at_errors(name: str) -> Iterator[None]:
-    """Raise any error of loading `name` as Stop."""
-    try:
-        yield
-    except Stop:
-        raise
-    except Exception as e:
-        raise Stop(f"{name}: {type(e).__name__}: {' '.join(str(e).split())}") from e

@@ -1,14 +1,14 @@
 """A Hugging Face Trainer for quantized models: Arenas, monitoring, distillation, export."""
 
 import os
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
+
+from sherry_gguf.training.run import bf16_time
+from sherry_gguf.training.trainer import CpuTrainer
 
 from .arenas import Arenas, ArenasCallback
 from .hf_export import export
@@ -16,7 +16,7 @@ from .linear import quantized_layers
 from .monitor import TrainingMonitor
 
 
-class SherryTrainer(Trainer):
+class SherryTrainer(CpuTrainer):
     """`transformers.Trainer` for a model that went through `prepare`; torchrun, Accelerate, FSDP and DeepSpeed as usual.
 
     Args:
@@ -51,25 +51,6 @@ class SherryTrainer(Trainer):
         self.distill, self.temperature = distill, temperature
         frozen: Any = teacher
         self.teacher = None if frozen is None else frozen.to(self.args.device).eval().requires_grad_(False)
-
-    def create_accelerator_and_postprocess(self):
-        super().create_accelerator_and_postprocess()
-        states = self.accelerator.state, PartialState()  # each new AcceleratorState copies the PartialState
-        if self.args.device.type == "cpu":  # with several processes it is cpu:0, cpu:1, ..., which nothing can be loaded to
-            self.args.__dict__["_setup_devices"] = torch.device("cpu")  # a functools.cached_property
-            for state in states:
-                state.device = torch.device("cpu")
-        # Accelerate supports FSDP only on accelerators: on CPUs (gloo) it would silently train with DDP.
-        if self.args.fsdp and self.args.world_size > 1 and self.accelerator.distributed_type == DistributedType.MULTI_CPU:
-            # Its other settings come from the environment. FSDP 1 crashes on CPUs when it gathers a state dict.
-            self.accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-            for state in states:
-                state.distributed_type = DistributedType.FSDP
-            self.is_fsdp_enabled = True
-        if self.is_fsdp_enabled:
-            # Accelerate's policy would lower the precision of latent weights, so that training and export would quantize them
-            # differently, and with FSDP 2 that of the loss. Autocast lowers the precision of the products anyway.
-            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         if self.teacher is None or not model.training:
@@ -119,20 +100,6 @@ class SherryTrainer(Trainer):
         if error[0] is not None:
             raise error[0]
         return Path(directory)
-
-
-def bf16_time() -> float:
-    """Time of a bfloat16 product on this CPU, which may emulate it, divided by that of a float32 product."""
-    times = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype)
-        runs = []
-        for _ in range(5):
-            began = time.perf_counter()
-            x @ w
-            runs.append(time.perf_counter() - began)
-        times[dtype] = min(runs)
-    return times[torch.bfloat16] / times[torch.float32]
 
 
 def bf16_is_faster() -> bool:

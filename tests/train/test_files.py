@@ -2,7 +2,7 @@
 
 import pytest
 
-from sherry_gguf.qat.files import umask, whole_directory
+from sherry_gguf.training.files import umask, whole_directory
 
 
 def test_appearing(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from sherry_gguf.qat.text import TextError, read
+from sherry_gguf.training.texts import Column, TextError, read
 
 
 @pytest.fixture(autouse=True)
@@ -94,4 +94,4 @@ def test_numbers_and_wrong_columns_of_parquet(tmp_path):
     with pytest.raises(TextError, match="row 1: 'text' must be a string, not int"):
         read([tmp_path / "a.parquet"])
     with pytest.raises(TextError, match="it has no column 'body', only 'text'"):
-        read([tmp_path / "a.parquet"], "body")
+        read([tmp_path / "a.parquet"], Column("body"))

@@ -15,6 +15,7 @@ from sherry_gguf.qat import arguments, parsing
 from sherry_gguf.qat.arenas import DECAYS
 from sherry_gguf.qat.linear import AUTO, QuantConfig
 from sherry_gguf.qat.quantizer import GRANULARITIES, METHODS
+from sherry_gguf.training import flags
 
 SCRIPTS = Path(train_sherry.__file__).parent
 
@@ -60,10 +61,10 @@ def test_choices_and_defaults_are_those_in_use():
     theirs = {f.name: f for f in dataclasses.fields(parsing.Arguments)}
     for name, (default, _) in arguments.RECIPE.items():
         assert theirs[name].default == default
-    for name, _, default, help in arguments.COMMON:
+    for name, _, default, help in flags.COMMON:
         if name not in arguments.RECIPE and name != "output_dir":  # TrainingArguments sets it when it is made
             assert help and str(theirs[name].default) == default, name
-    assert parsing.parse(["--use_cpu", "true"], "train")[1].output_dir == {c[0]: c[2] for c in arguments.COMMON}["output_dir"]
+    assert parsing.parse(["--use_cpu", "true"], "train")[1].output_dir == {c[0]: c[2] for c in flags.COMMON}["output_dir"]
 
 
 def test_pytorch_is_loaded_with_threads_that_wait_without_spinning(tmp_path):

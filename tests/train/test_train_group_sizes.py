@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sherry_gguf import gguf_type, tq1_25, tq1_25_64
 from sherry_gguf.errors import Stop
-from sherry_gguf.qat import QuantConfig, export, prepare, run
+from sherry_gguf.qat import QuantConfig, export, prepare
+from sherry_gguf.training import run as running
 
 pytest_plugins = "training_runs"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -118,7 +119,7 @@ def test_groups_that_no_type_holds_are_warned_about_before_the_first_step(mixed,
     def began(trainer, interrupt, checkpoint):
         raise Stop("training has begun")
 
-    monkeypatch.setattr(run, "train", began)
+    monkeypatch.setattr(running, "train", began)
     for size, warned in (32, True), (64, False):
         assert train_sherry.main(flags(mixed, text, tmp_path / str(size), group_size=size)) == 1
         out, error = capfd.readouterr()

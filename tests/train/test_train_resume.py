@@ -19,8 +19,9 @@ from safetensors.torch import load_file
 from training_runs import flags
 
 from sherry_gguf.qat import run
-from sherry_gguf.qat.callbacks import Interrupt
-from sherry_gguf.qat.resume import last_checkpoint
+from sherry_gguf.training import run as running
+from sherry_gguf.training.callbacks import Interrupt
+from sherry_gguf.training.resume import last_checkpoint
 
 pytest_plugins = "training_runs"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -98,7 +99,7 @@ def test_interrupted_export_is_made_again(start, text, tmp_path, capfd, monkeypa
         patch.setattr(run, "mean_loss", fails)
         with pytest.raises(RuntimeError, match="no memory"):
             train_sherry.main(flags(start, text, tmp_path / "run"))
-        patch.setattr(run, "NO_SPACE", 1 << 60)  # the disk has less than this
+        patch.setattr(running, "NO_SPACE", 1 << 60)  # the disk has less than this
         assert train_sherry.main(flags(start, text, tmp_path / "run")) == 1
     assert "MB are free there (RuntimeError): make room" in capfd.readouterr().err
     assert not (tmp_path / "run/hf").exists()

@@ -23,7 +23,8 @@ from sherry_gguf import gguf_type, tq1_25
 from sherry_gguf.qat import fake_quantize, models, run
 from sherry_gguf.qat import text as training_text
 from sherry_gguf.qat.arguments import SherryArguments
-from sherry_gguf.qat.callbacks import duration
+from sherry_gguf.training import run as running
+from sherry_gguf.training.callbacks import duration
 
 pytest_plugins = "training_runs"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -214,7 +215,7 @@ def test_teacher(start, text, tmp_path, capfd):
 @pytest.mark.parametrize("times, warned", [(30.0, True), (1.0, False)])
 def test_bf16_that_is_slow_on_this_cpu(start, text, tmp_path, capfd, monkeypatch, times, warned):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # TrainingArguments leaves its own for later trainings of this process
-    monkeypatch.setattr(run, "bf16_time", lambda: times)
+    monkeypatch.setattr(running, "bf16_time", lambda: times)
     assert train_sherry.main(flags(start, text, tmp_path / "run", bf16=True)) == 0
     warning = "warning: --bf16 true: on this CPU bfloat16 products take 30 times as long as float32: leave it out\n"
     assert (warning in capfd.readouterr().err) is warned

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import small_models
-import torch
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +20,6 @@ def text(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def start(tmp_path_factory) -> Path:
     return small_models.make(tmp_path_factory.mktemp("start") / "llama", "llama", latent=True)
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """These models are too small for more threads, and the same number everywhere gives the same results."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def flags(start: Path, text: Path, out: Path, **more) -> list[str]:

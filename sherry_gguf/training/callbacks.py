@@ -1,8 +1,10 @@
 """What the training command shows, and how it is interrupted: callbacks and a plot."""
 
+import dataclasses
 import math
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -92,8 +94,21 @@ class Progress(ProgressCallback):
                 self.training_bar.set_postfix_str(", ".join(shown), refresh=False)
 
 
-def plot(history: list[dict], path: Path) -> None:
-    """Draw training.png: loss, λ, effective ranks and flips by step, from a Trainer's log."""
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """One diagram of training.png: curves by key of the log, each with its label and matplotlib's style; a second axis on the right."""
+
+    title: str
+    curves: dict[str, tuple[str, dict]]
+    right: tuple[str, str, str] | None = None  # key, label, title
+    log: bool = False
+
+
+LOSS = {"loss": ("training loss", {}), "eval_loss": ("held-out loss", {"marker": "o", "ms": 3})}
+
+
+def plot(history: list[dict], path: Path, panels: Sequence[Panel]) -> None:
+    """Draw training.png from a Trainer's log: the panels above each other, by step."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -104,28 +119,21 @@ def plot(history: list[dict], path: Path) -> None:
         if points:
             axis.plot(*zip(*points), label=label, lw=1.3, **style)
 
-    figure, (loss, rank, flips) = plt.subplots(3, 1, figsize=(9, 9), sharex=True)
-    draw(loss, "loss", "training loss")
-    draw(loss, "eval_loss", "held-out loss", marker="o", ms=3)
-    loss.set_ylabel("nats per token")
-    if any("residual" in entry for entry in history):
-        residual = loss.twinx()
-        draw(residual, "residual", "λ", color="tab:green", ls="--")
-        residual.set_ylabel("λ of Arenas")
-    draw(rank, "gradient_rank", "of the gradients")
-    draw(rank, "activation_rank", "of the layers' inputs")
-    rank.set_ylabel("effective rank")
-    draw(flips, "flips", "ternary values changed by a step")
-    draw(flips, "sign_flips", "of these, sign changes")
-    draw(flips, "near_zeroing", "groups close to another choice of the zero", ls=":")
-    draw(flips, "near_sign", "latent weights close to 0", ls=":")
-    flips.set_ylabel("share")
-    flips.set_yscale("log")
-    flips.set_xlabel("optimizer step")
-    for axis in loss, rank, flips:
+    figure, axes = plt.subplots(len(panels), 1, figsize=(9, 3 * len(panels)), sharex=True, squeeze=False)
+    for panel, axis in zip(panels, axes[:, 0]):
+        for key, (label, style) in panel.curves.items():
+            draw(axis, key, label, **style)
+        axis.set_ylabel(panel.title)
+        if panel.right and any(panel.right[0] in entry for entry in history):
+            second = axis.twinx()
+            draw(second, *panel.right[:2], color="tab:green", ls="--")
+            second.set_ylabel(panel.right[2])
+        if panel.log:
+            axis.set_yscale("log")
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=8)
+    axes[-1, 0].set_xlabel("optimizer step")
     figure.tight_layout()
     figure.savefig(path, dpi=90)
     plt.close(figure)

@@ -4,20 +4,20 @@ import contextlib
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from sherry_gguf.errors import Stop
 
-from .arguments import SherryArguments
 from .files import LOCK, differences, undamaged
 from .parsing import Arguments
 
 SETTINGS = "settings.json"  # in --output_dir
 
 
-def settings(s: SherryArguments, args: Arguments) -> dict:
-    """What a resumed run must have in common with the run that began."""
-    same = {k: v for k, v in vars(s).items() if k not in ("export", "export_dtype", "eval_tokens", "monitor_every")}
+def settings(s: object, args: Arguments, free: Collection[str]) -> dict:
+    """What a resumed run must have in common with the run that began: of `args`, and a command's own flags `s` without those in `free`."""
+    same = {k: v for k, v in vars(s).items() if k not in free}
     names = """learning_rate lr_scheduler_type lr_scheduler_kwargs warmup_ratio warmup_steps per_device_train_batch_size max_steps
         num_train_epochs gradient_accumulation_steps world_size optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2
         adam_epsilon max_grad_norm label_smoothing_factor neftune_noise_alpha group_by_length train_sampling_strategy
