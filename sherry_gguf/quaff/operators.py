@@ -1,13 +1,18 @@
 """PyTorch operators on repacked weights, `torch.ops.sherry_gguf`: the product, its gradient and single columns.
 
 The weights are the bytes of a repacked matrix W of `rows` outputs by `columns` inputs, uint8 (bytes,), from `kernels.repack`; `kind` names
-their type, TQ1_25, TQ1_25_64 or STQ1_0. W is never decoded as a whole. All operators run on the CPU, on `torch.get_num_threads()` threads,
-and raise ValueError for other devices, dtypes and shapes.
+their type, TQ1_25, TQ1_25_64 or STQ1_0. On the CPU the C kernels multiply, on `torch.get_num_threads()` threads, and W is never decoded as
+a whole. On other devices each product decodes W to the dtype of the activations. All operators raise ValueError for other dtypes and
+shapes, and for tensors on different devices.
 """
 
+import numpy as np
 import torch
 
 from sherry_gguf import kernels, repacked, stq1_0, tq1_25, tq1_25_64
+from sherry_gguf.blocks import BlockType
+
+from .decode import decode, round_to_q8_0
 
 KINDS = {kind.name: kind for kind in (tq1_25.TYPE, tq1_25_64.TYPE, stq1_0.TYPE)}
 
@@ -15,14 +20,22 @@ TILE = kernels.lib.TQ1_25_TILE  # rows
 STRIP = 8 << 20  # bytes of W that are decoded at a time. Smaller strips cost time: PyTorch's threads wait for each other after each.
 
 
-def _matrix(weight: torch.Tensor, kind: str, rows: int, columns: int) -> repacked.Matrix:
+def _by_kernels(weight: torch.Tensor) -> bool:
+    return weight.device.type == "cpu"
+
+
+def _kind(weight: torch.Tensor, kind: str, rows: int, columns: int) -> BlockType:
+    """The type named `kind`, if the weights fit it."""
     if kind not in KINDS:
         raise ValueError(f"kind is {kind!r}, not one of {', '.join(KINDS)}")
-    if weight.device.type != "cpu":
-        raise ValueError(f"packed weights are on {weight.device}: they multiply on the CPU only, move the model there")
     if weight.dtype != torch.uint8:
         raise ValueError(f"packed weights are {weight.dtype}, not torch.uint8")
-    return repacked.Matrix(weight.detach().numpy(), rows, columns, KINDS[kind])
+    kernels.check_repacked(np.broadcast_to(np.uint8(0), weight.shape), rows, columns, KINDS[kind])  # which only looks at the shape
+    return KINDS[kind]
+
+
+def _matrix(weight: torch.Tensor, kind: str, rows: int, columns: int) -> repacked.Matrix:
+    return repacked.Matrix(weight.detach().numpy(), rows, columns, _kind(weight, kind, rows, columns))
 
 
 def _check(name: str, x: torch.Tensor, width: int) -> None:
@@ -32,11 +45,12 @@ def _check(name: str, x: torch.Tensor, width: int) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, the weights need (..., {width})")
 
 
-def _float_rows(name: str, x: torch.Tensor, width: int) -> torch.Tensor:
+def _rows(name: str, x: torch.Tensor, width: int, weight: torch.Tensor) -> torch.Tensor:
+    """x (..., width) as (tokens, width)."""
     _check(name, x, width)
-    if x.device.type != "cpu":
-        raise ValueError(f"{name} is on {x.device}: packed weights multiply on the CPU only, move it there")
-    return x.detach().reshape(x.shape[:-1].numel(), width).to(torch.float32)
+    if x.device != weight.device:
+        raise ValueError(f"{name} is on {x.device}, the packed weights on {weight.device}: move one to the other's device")
+    return x.detach().reshape(x.shape[:-1].numel(), width)
 
 
 @torch.library.custom_op("sherry_gguf::packed_linear", mutates_args=())
@@ -46,19 +60,27 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, kind: str, rows: int, c
     x: float32 or bfloat16 (..., columns), of any strides. Returns (..., rows) in x's dtype. The gradient of x is
     `packed_linear_transposed`, straight through the rounding of x; the weights have none.
     """
-    y = _float_rows("x", x, columns)
-    out = _matrix(weight, kind, rows, columns).multiply(y.numpy(), torch.get_num_threads())
-    return torch.from_numpy(out).reshape(*x.shape[:-1], rows).to(x.dtype)
+    y = _rows("x", x, columns, weight)
+    if _by_kernels(weight):
+        product = _matrix(weight, kind, rows, columns).multiply(y.float().numpy(), torch.get_num_threads())
+        out = torch.from_numpy(product).to(x.dtype)
+    else:
+        of = _kind(weight, kind, rows, columns)
+        out = round_to_q8_0(y, of).to(x.dtype) @ decode(weight, of, rows, columns).to(x.dtype).t()
+    return out.reshape(*x.shape[:-1], rows)
 
 
 @torch.library.custom_op("sherry_gguf::packed_linear_transposed", mutates_args=())
 def packed_linear_transposed(grad: torch.Tensor, weight: torch.Tensor, kind: str, rows: int, columns: int) -> torch.Tensor:
-    """grad @ W in float32. W is decoded in strips of rows, whose products add up.
+    """grad @ W; on the CPU in float32, with W decoded in strips of rows, whose products add up.
 
     grad: float32 or bfloat16 (..., rows), of any strides. Returns (..., columns) in grad's dtype.
     """
-    g = _float_rows("grad", grad, rows)
-    matrix = _matrix(weight, kind, rows, columns)
+    g = _rows("grad", grad, rows, weight)
+    if not _by_kernels(weight):
+        out = g @ decode(weight, _kind(weight, kind, rows, columns), rows, columns).to(grad.dtype)
+        return out.reshape(*grad.shape[:-1], columns)
+    g, matrix = g.float(), _matrix(weight, kind, rows, columns)
     out = torch.zeros(len(g), columns)
     height = max(STRIP // (4 * columns) // TILE, 1) * TILE
     for begin in range(0, rows, height):
@@ -71,9 +93,13 @@ def packed_linear_transposed(grad: torch.Tensor, weight: torch.Tensor, kind: str
 @torch.library.custom_op("sherry_gguf::packed_columns", mutates_args=())
 def packed_columns(weight: torch.Tensor, kind: str, rows: int, columns: int, channels: torch.Tensor) -> torch.Tensor:
     """W[:, channels]: the weights of the input channels, int64 (k,), float32 (rows, k)."""
-    if channels.device.type != "cpu":
-        raise ValueError(f"channels are on {channels.device}: packed weights are decoded on the CPU only, move them there")
-    return torch.from_numpy(_matrix(weight, kind, rows, columns).columns(channels.detach().numpy()))
+    if channels.device != weight.device:
+        raise ValueError(f"channels are on {channels.device}, the packed weights on {weight.device}: move one to the other's device")
+    if _by_kernels(weight):
+        return torch.from_numpy(_matrix(weight, kind, rows, columns).columns(channels.detach().numpy()))
+    of = _kind(weight, kind, rows, columns)
+    blocks = decode(weight, of, rows, columns, channels // of.size).unflatten(-1, (-1, of.size))
+    return blocks.gather(2, (channels % of.size).expand(rows, -1)[..., None])[..., 0]
 
 
 @packed_linear.register_fake

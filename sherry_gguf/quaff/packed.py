@@ -1,4 +1,4 @@
-"""Layers whose weights stay packed: 1.375 bits each in TQ1_25, 1.5 in TQ1_25_64. They multiply on the CPU."""
+"""Layers whose weights stay packed: 1.375 bits each in TQ1_25, 1.5 in TQ1_25_64."""
 
 import logging
 
@@ -45,10 +45,10 @@ class PackedLinear(Targeted, FrozenLinear):
             logger.warning(
                 "%s: its weights are not 3:4 sparse ternary; packing them loses %.1f %%", name, 100 * lost / np.linalg.norm(weight)
             )
-        self.register_buffer("qweight", torch.from_numpy(kernels.repack(blocks, self.kind)))
-        self.scaling = TargetedScaling(channels, gamma).train(layer.training)
+        self.register_buffer("qweight", torch.from_numpy(kernels.repack(blocks, self.kind)).to(layer.weight.device))
+        self.scaling = TargetedScaling(channels.to(layer.weight.device), gamma).train(layer.training)
         if len(channels):
-            self.scaling.start(maxima[channels], self.outlier_weights().abs().amax(0))
+            self.scaling.start(maxima[channels.to(maxima.device)], self.outlier_weights().abs().amax(0))
 
     @property
     def _matrix(self) -> tuple[torch.Tensor, str, int, int]:
