@@ -27,7 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python_corpus.py
 
 import numpy as np
 from quality_report import report, suffixed
-from quality_runs import LENGTHS, PUBLISHED, RATES, Comparison, Run, Runs
+from quality_runs import LENGTHS, PUBLISHED, RATES, Comparison, Run, train
+from study_runs import Runs
 
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
@@ -171,7 +172,7 @@ def run(a: argparse.Namespace) -> None:
     figures = prepare(a)
     sizes = {k: v for k, v in vars(a).items() if isinstance(v, int)}
     results = {"sizes": sizes, "machine": gpu() or cpu_name(), **figures, "settings": {}}
-    with Runs(a) as runs:
+    with Runs(a, Run, train) as runs:
         if "pretrained" in a.settings:
             base = Run("base", "full", a.base_lr, 0, (), a.base_steps)
             if not (a.work / "base/config.json").is_file():

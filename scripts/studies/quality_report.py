@@ -5,7 +5,8 @@ import statistics
 from collections.abc import Iterable
 from pathlib import Path
 
-from quality_runs import METHODS, TIE, arenas_text, ordered
+from quality_runs import METHODS, arenas_text
+from study_runs import TIE, ordered
 
 
 def report(results: dict, out: Path) -> None:

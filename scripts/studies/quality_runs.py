@@ -1,11 +1,7 @@
-"""The runs of compare_quality.py: training one, keeping them, sweeping the learning rate, and which runs a comparison needs."""
+"""The runs of compare_quality.py: training one, and which runs a comparison needs."""
 
 import argparse
-import concurrent.futures
 import dataclasses
-import json
-import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -14,11 +10,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-
-from sherry_gguf.training.files import write
+from study_runs import Kept, Runs, Sweep, complete, leaders
 
 WARMUP = 0.05  # share of the steps during which the learning rate rises
-EXTEND = 3  # extend a sweep at most this many times on either side
 METHODS = {
     "full": "full precision",
     "absmean": "absmean ternary",
@@ -44,14 +38,13 @@ EXPLORED = {
 RATES = {"pretrained": (5e-4, 1e-3, 2e-3), "scratch": (2e-3, 4e-3, 8e-3)}  # where a sweep begins
 RATES_FULL = {"pretrained": (1.25e-4, 2.5e-4, 5e-4), "scratch": (2e-3, 4e-3, 8e-3)}
 FINALISTS = 2  # sweep the learning rate of this many explored settings of Arenas
-TIE, LEADERS = 3e-3, 2  # the seed alone may explain a smaller difference; at most this many such choices get all seeds
 # Multiples of the steps for comparing Arenas with none, at each one's best rate there: does a longer run change the result?
 LENGTHS = {"pretrained": [0.25, 4], "scratch": [0.25]}
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One training run: everything its result depends on, except the sizes that --work was begun with."""
+class Run(Kept):
+    """One training run."""
 
     setting: str
     method: str  # one of quantizer.METHODS
@@ -60,8 +53,13 @@ class Run:
     arenas: tuple[tuple[str, object], ...] = ()  # settings of Arenas, sorted; () trains without
     steps: int = 0
 
-    def key(self) -> str:
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+    @classmethod
+    def saved(cls, fields: dict) -> "Run":
+        return cls(**fields | {"arenas": tuple(tuple(x) for x in fields["arenas"])})
+
+    def __str__(self) -> str:
+        settings = f" Arenas {arenas_text(dict(self.arenas))}" if self.arenas else ""
+        return f"{self.setting} {self.method} lr {self.lr:g} seed {self.seed}{settings}"
 
 
 def arenas(**changed) -> tuple[tuple[str, object], ...]:
@@ -83,7 +81,7 @@ def train(run: Run, a: dict) -> dict:
     from sherry_gguf.qat.data import Blocks, mean_loss, pack
 
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(a["threads"])
+    torch.set_num_threads(a["threads"] * (a["jobs"] if run.setting == "base" else 1))  # the base runs alone
     work = Path(a["work"])
     with np.load(work / "tokens.npz") as z:
         blocks = pack(z["train"], a["context"], 1)
@@ -133,122 +131,10 @@ def trainer_arguments(run: Run, a: dict, device: str):
         average_tokens_across_devices=False)  # fmt: skip
 
 
-# ----------------------------------------------------------------------------------------------------------- many runs
-
-
-class Runs:
-    """Runs, each trained once and kept in work/runs.jsonl. As a context manager, it ends its processes."""
-
-    def __init__(self, a: argparse.Namespace):
-        self.a, self.path = a, a.work / "runs.jsonl"
-        self.pool = concurrent.futures.ProcessPoolExecutor(a.jobs, mp_context=multiprocessing.get_context("spawn"))
-        self.done: dict[str, dict] = {}
-        if self.path.is_file():
-            intact = []
-            for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
-                try:
-                    result = json.loads(line)
-                    run = result["run"] | {"arenas": tuple(tuple(x) for x in result["run"]["arenas"])}
-                    self.done[Run(**run).key()] = result
-                    intact.append(line + "\n")
-                except (ValueError, KeyError, TypeError):  # the line that an interruption cut off
-                    print(f"line {number} of {self.path} is damaged; that run is repeated", flush=True)
-            write(self.path, "".join(intact))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, kind, *_):
-        if kind is not None:  # the processes ignore the signal and would train to the end
-            for process in list(self.pool._processes.values()):
-                process.kill()
-        self.pool.shutdown(cancel_futures=True)
-
-    def __getitem__(self, run: Run) -> dict:
-        return self.done[run.key()]
-
-    def choice(self, run: Run) -> float:
-        """The loss for choosing between runs; infinite if the run diverged, as NaN has no order."""
-        return ordered(self[run]["choice"])
-
-    def __contains__(self, run: Run) -> bool:
-        return run.key() in self.done
-
-    def need(self, runs: list[Run]) -> None:
-        """Train the runs that are not done yet, `jobs` at a time."""
-        wanted = [run for run in dict.fromkeys(runs) if run not in self]
-        if not wanted:
-            return
-        settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.a).items()}
-        if wanted[0].setting == "base":  # it runs alone
-            settings["threads"] *= self.a.jobs
-        futures = {self.pool.submit(train, run, settings): run for run in wanted}
-        for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            result = future.result()
-            self.done[futures[future].key()] = result
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(result) + "\n")
-            print(f"  {n} of {len(wanted)}: {describe(futures[future])}: {result['choice']:.4f}, {result['seconds']:.0f} s", flush=True)
-
-
-def ordered(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
-
-
-def describe(run: Run) -> str:
-    settings = f" Arenas {arenas_text(dict(run.arenas))}" if run.arenas else ""
-    return f"{run.setting} {run.method} lr {run.lr:g} seed {run.seed}{settings}"
-
-
 def arenas_text(settings: dict) -> str:
     """How settings of Arenas differ from the published ones."""
     changed = [f"{k} {v}" for k, v in sorted(settings.items()) if PUBLISHED[k] != v]
     return ", ".join(changed) or "as published"
-
-
-class Sweep:
-    """The learning rate of one method in one setting, by factors of 2 until the leaders have a worse rate on either side."""
-
-    def __init__(self, runs: Runs, template: Run, rates: tuple[float, ...]):
-        self.runs, self.template, self.rates = runs, template, sorted(rates)
-        self.first = tuple(self.rates)
-
-    def run(self, lr: float) -> Run:
-        return dataclasses.replace(self.template, lr=lr)
-
-    def open(self, lr: float) -> bool:
-        """Whether a rate is the lowest or highest that was trained."""
-        return lr in (self.rates[0], self.rates[-1])
-
-    def best(self) -> float:
-        """The rate with the lowest loss on the half of the text that is for choices."""
-        return leaders([self])[0].lr
-
-    def wanted(self) -> list[Run]:
-        """The runs still to be trained; [] once the sweep is complete."""
-        if missing := [r for r in map(self.run, self.rates) if r not in self.runs]:
-            return missing
-        lead = [run.lr for run in leaders([self])]
-        lower, higher = self.first[0] / 2**EXTEND, self.first[-1] * 2**EXTEND
-        if self.rates[0] in lead and self.rates[0] / 2 >= lower:
-            self.rates.insert(0, self.rates[0] / 2)
-        elif self.rates[-1] in lead and self.rates[-1] * 2 <= higher:
-            self.rates.append(self.rates[-1] * 2)
-        else:
-            return []
-        return self.wanted()
-
-
-def leaders(sweeps: list[Sweep]) -> list[Run]:
-    """The runs with the lowest losses, best first: one, or several if the seed may have decided between them."""
-    runs = sweeps[0].runs
-    trained = sorted((sweep.run(lr) for sweep in sweeps for lr in sweep.rates), key=runs.choice)
-    return [run for run in trained[:LEADERS] if run is trained[0] or runs.choice(run) < runs.choice(trained[0]) * (1 + TIE)]
-
-
-def complete(sweeps: list[Sweep]) -> None:
-    while wanted := [run for sweep in sweeps for run in sweep.wanted()]:
-        sweeps[0].runs.need(wanted)
 
 
 # ------------------------------------------------------------------------------------------------------- one comparison

@@ -14,7 +14,9 @@ import compare_quality
 import pytest
 import quality_report
 import quality_runs
-from quality_runs import Comparison, Run, Sweep, arenas
+import study_runs
+from quality_runs import Comparison, Run, arenas
+from study_runs import Sweep
 
 pytestmark = pytest.mark.slow
 
@@ -29,7 +31,7 @@ def corpus(tmp_path_factory) -> Path:
     return folder
 
 
-class Fixed(quality_runs.Runs):
+class Fixed(study_runs.Runs):
     """Runs whose loss is a function of the run; `need` notes the learning rates that were asked for."""
 
     def __init__(self, loss):
@@ -55,7 +57,7 @@ class Fixed(quality_runs.Runs):
 def test_sweep_ends_between_two_worse_rates(best, rates):
     runs = Fixed(lambda run: (run.lr / best - 1) ** 2 if run.lr < best else (best / run.lr - 1) ** 2)
     sweep = Sweep(runs, Run("scratch", "sherry", 0.0, 0, (), 10), (1, 2, 4))
-    quality_runs.complete([sweep])
+    study_runs.complete([sweep])
     assert sweep.rates == rates == sorted(runs.asked)
     assert sweep.best() == min(rates, key=lambda lr: abs(lr - best))
 
@@ -119,7 +121,7 @@ def test_fewer_settings_and_lengths_as_asked():
 def test_diverged_runs_are_never_best():
     runs = Fixed(lambda run: math.nan if run.lr > 1 else 3.0)
     sweep = Sweep(runs, Run("scratch", "sherry", 0.0, 0, (), 10), (1, 2, 4))
-    quality_runs.complete([sweep])
+    study_runs.complete([sweep])
     assert sweep.best() <= 1
 
 
@@ -133,7 +135,7 @@ def fewer_runs():
         patch.setattr(quality_runs, "LENGTHS", dict.fromkeys(quality_runs.RATES, (0.5,)))
         patch.setattr(quality_runs, "FINALISTS", 1)
         patch.setattr(quality_runs, "METHODS", METHODS)
-        patch.setattr(quality_runs, "EXTEND", 0)
+        patch.setattr(study_runs, "EXTEND", 0)
         patch.setattr(quality_runs, "RATES", dict.fromkeys(quality_runs.RATES, (1e-3, 4e-3)))
         patch.setattr(quality_runs, "RATES_FULL", quality_runs.RATES)
         yield
@@ -172,7 +174,7 @@ def test_reports_what_was_run(compared):
             reported = [x for x in of_method if x["run"]["seed"] and x["run"]["lr"] == row["lr"]]
             assert sorted(row["losses"]) == sorted(x["report"] for x in reported) and len(row["losses"]) == 2
             first = {x["run"]["lr"]: x["choice"] for x in of_method if x["run"]["seed"] == 0}
-            assert first[row["lr"]] < min(first.values()) * (1 + quality_runs.TIE)  # on the other half of the text
+            assert first[row["lr"]] < min(first.values()) * (1 + study_runs.TIE)  # on the other half of the text
             assert f"{statistics.mean(row['losses']):.4f}" in text
     pretrained = results["settings"]["pretrained"]
     assert all(x["before"] != pretrained["before"] for x in runs if x["run"]["setting"] == "scratch")
