@@ -99,7 +99,8 @@ def test_wrong_arguments(tmp_path, data, capsys):
     given = ["--model", str(tmp_path), "--data", str(data), "--work", str(tmp_path / "work")]
     for wrong, says in [(["--methods", "full,lora"], "--methods full,lora: choose from full, quaff"),
                         (["--steps", "0"], "--steps 0: at least 1"),
-                        (["--outliers", "100"], "--outliers 100: "), (["--outliers", "100:2"], "--outliers 100:2: each a threshold above 0")]:  # fmt: skip
+                        (["--outliers", "100"], "--outliers 100: "),
+                        (["--outliers", "100:2"], "--outliers 100:2: each a threshold above 0")]:  # fmt: skip
         with pytest.raises(SystemExit):
             compare_finetuning.main([*given, *wrong])
         assert says in capsys.readouterr().err
