@@ -33,13 +33,15 @@ def quantize_for_finetuning(
     base: how quantized weights are stored: "int8", or "tq1_25", packed in TQ1_25, or in TQ1_25_64 where rows are a multiple of 64 only.
         The model's weights should be 3:4 sparse ternary, as training with Sherry leaves them; others lose much, and a warning says how
         much.
+        A model of `load_gguf` is packed already: only "tq1_25" is possible, and its other layers stay as they are.
     method: "quaff", or what it is compared with: "naive" (no scaling), "static" (SmoothQuant), "dynamic" (all channels, each step),
         "mixed" (LLM.int8()), or not quantized: "full" (float32), "bf16".
     granularity: one scale of weights per output "channel" or per "tensor" (as the authors' scripts run).
     gamma: the share that a factor keeps in each step.
     keep: a regular expression for layers that stay as they are.
 
-    Raises ValueError for unknown options, without channels where they are needed, or if they are another model's.
+    Raises ValueError for unknown options, without channels where they are needed, if they are another model's, or for another base
+    or method if the model is packed.
     """
     if base not in BASES:
         raise ValueError(f"base {base}: must be {' or '.join(BASES)}")
@@ -50,8 +52,12 @@ def quantize_for_finetuning(
     layers = linear_layers(model, keep)
     if not layers:
         raise ValueError("the model has no linear layers to quantize")
+    packed: dict[str, nn.Linear] = {name: layer for name, layer in layers.items() if isinstance(layer, PackedLinear)}
+    if packed and (base != "tq1_25" or method not in OF_PACKED):
+        raise ValueError(f"base {base}, method {method}: the model is packed already, use base tq1_25 and {' or '.join(OF_PACKED)}")
     if method in UNQUANTIZED:
         return _frozen(model.to(UNQUANTIZED[method]))
+    layers = packed or layers
     if base == "tq1_25":
         for name, layer in layers.items():
             try:
@@ -86,9 +92,13 @@ def _check(channels: Channels | None, layers: dict[str, nn.Linear], method: str)
 
 def _quantized(name: str, layer: nn.Linear, channels: Channels | None, base: str, method: str, granularity: str, gamma: float) -> nn.Module:
     if base == "tq1_25":
-        if method == "naive" or channels is None:
-            return PackedLinear(layer, torch.zeros(0, dtype=torch.int64), torch.zeros(layer.in_features), gamma, name)
-        return PackedLinear(layer, channels.channels[name], channels.maxima[name], gamma, name)
+        of_layer, maxima = torch.zeros(0, dtype=torch.int64), torch.zeros(layer.in_features)
+        if method != "naive" and channels is not None:
+            of_layer, maxima = channels.channels[name], channels.maxima[name]
+        if isinstance(layer, PackedLinear):
+            layer.set_channels(of_layer, maxima, gamma)
+            return layer
+        return PackedLinear(layer, of_layer, maxima, gamma, name)
     if method == "naive":
         return Int8Linear(layer, granularity)
     if method == "mixed":

@@ -36,17 +36,40 @@ class PackedLinear(Targeted, FrozenLinear):
 
     def __init__(self, layer: nn.Linear, channels: torch.Tensor, maxima: torch.Tensor, gamma: float = GAMMA, name: str = "layer"):
         """Raises ValueError if the inputs fit no type, or QuantizeError if the weights are not finite."""
-        super().__init__(layer)
-        self.kind = kind_of(layer.in_features)
+        kind = kind_of(layer.in_features)
         weight = np.ascontiguousarray(layer.weight.detach().float().cpu().numpy())
-        blocks = kernels.quantize(weight, kind=self.kind)
-        lost = np.linalg.norm(kernels.dequantize(blocks, kind=self.kind) - weight)
+        blocks = kernels.quantize(weight, kind=kind)
+        lost = np.linalg.norm(kernels.dequantize(blocks, kind=kind) - weight)
         if lost > LOST * np.linalg.norm(weight):
             logger.warning(
                 "%s: its weights are not 3:4 sparse ternary; packing them loses %.1f %%", name, 100 * lost / np.linalg.norm(weight)
             )
-        self.register_buffer("qweight", torch.from_numpy(kernels.repack(blocks, self.kind)).to(layer.weight.device))
-        self.scaling = TargetedScaling(channels.to(layer.weight.device), gamma).train(layer.training)
+        self._hold(layer, blocks, kind)
+        self.set_channels(channels, maxima, gamma)
+
+    @classmethod
+    def from_blocks(cls, layer: nn.Linear, blocks: np.ndarray, kind: BlockType) -> "PackedLinear":
+        """A layer without outlier channels. layer: its shape, dtype and bias; the weight may be on the meta device.
+
+        blocks: uint8 (outputs, bytes of a row). Raises ValueError for another shape.
+        """
+        made = cls.__new__(cls)
+        made._hold(layer, blocks, kind)
+        made.set_channels(torch.zeros(0, dtype=torch.int64), torch.zeros(layer.in_features))
+        return made
+
+    def _hold(self, layer: nn.Linear, blocks: np.ndarray, kind: BlockType) -> None:
+        super().__init__(layer)
+        if self._zero.is_meta:
+            self._zero = torch.zeros((), dtype=layer.weight.dtype)
+        self.kind = kind
+        repacked = kernels.repack(blocks, kind)
+        kernels.check_repacked(repacked, self.out_features, self.in_features, kind)
+        self.register_buffer("qweight", torch.from_numpy(repacked).to(self._zero.device))
+
+    def set_channels(self, channels: torch.Tensor, maxima: torch.Tensor, gamma: float = GAMMA) -> None:
+        """Scale these outlier channels, int64 (k,), from now on. maxima: the largest |x| of each input, (inputs,)."""
+        self.scaling = TargetedScaling(channels.to(self.qweight.device), gamma).train(self.training)
         if len(channels):
             self.scaling.start(maxima[channels.to(maxima.device)], self.outlier_weights().abs().amax(0))
 
