@@ -14,9 +14,11 @@ where s is 1 outside the channels O.
     Channels                   outlier channels by layer, saved and loaded as safetensors
     calibrate                  find them
     quantize_for_finetuning    put quantized layers into a model
+    load_gguf                  a model with packed layers from a GGUF, and its tokenizer
 """
 
 from .channels import Channels, calibrate
+from .gguf_model import gguf_config, load_gguf
 from .models import METHODS, quantize_for_finetuning
 
-__all__ = ["METHODS", "Channels", "calibrate", "quantize_for_finetuning"]
+__all__ = ["METHODS", "Channels", "calibrate", "gguf_config", "load_gguf", "quantize_for_finetuning"]
