@@ -1,11 +1,15 @@
 """Quantized layers into a model."""
 
+import re
+from collections.abc import Iterable
+
 import torch
 import transformers
 from torch import nn
 
 from .channels import KEEP, Channels, linear_layers
 from .int8 import DynamicLinear, Int8Linear, MixedLinear, QuaffLinear, StaticLinear
+from .linear import Targeted
 from .packed import PackedLinear, kind_of
 from .scaling import GAMMA
 
@@ -13,6 +17,8 @@ UNQUANTIZED = {"full": torch.float32, "bf16": torch.bfloat16}
 METHODS = "quaff", "naive", "static", "dynamic", "mixed", *UNQUANTIZED
 BASES = "int8", "tq1_25"
 OF_PACKED = "quaff", "naive"
+EXPERTS = r"(^|\.)experts\."
+SENT = r"\.(factors|started)$"  # buffers that DistributedDataParallel sends from its first process to the others at each step
 
 
 def quantize_for_finetuning(
@@ -67,8 +73,24 @@ def quantize_for_finetuning(
     if method in ("quaff", "static"):
         _check(channels, layers, method)
     for name, layer in layers.items():
-        model.set_submodule(name, _quantized(name, layer, channels, base, method, granularity, gamma))
+        made = _quantized(name, layer, channels, base, method, granularity, gamma)
+        if isinstance(made, Targeted):
+            made.scaling.shared = not re.search(EXPERTS, name)
+        model.set_submodule(name, made)
+    model._ddp_params_and_buffers_to_ignore = _unsent(model, layers)  # type: ignore[assignment]
     return _frozen(model)
+
+
+def _unsent(model: nn.Module, layers: Iterable[str]) -> list[str]:
+    """The buffers of quantized layers that DistributedDataParallel need not send at each step, by their names in peft's models too."""
+    return [
+        f"{outer}{name}{inner}.{buffer}"
+        for name in layers
+        for buffer, _ in model.get_submodule(name).named_buffers()
+        if not re.search(SENT, f".{buffer}")
+        for outer in ("", "base_model.", "base_model.model.")
+        for inner in ("", ".base_layer")
+    ]
 
 
 def _frozen(model: nn.Module) -> nn.Module:

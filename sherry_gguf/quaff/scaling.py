@@ -1,6 +1,7 @@
 """Targeted momentum scaling: a factor for each outlier channel, which follows the activations slowly."""
 
 import torch
+import torch.distributed
 from torch import nn
 
 GAMMA = 0.1  # of the old factor, in the authors' code
@@ -19,6 +20,8 @@ class TargetedScaling(nn.Module):
         factors: float32 (k,), at least 1.
         started: bool (), whether training has set the factors.
         gamma: s becomes gamma * s + (1 - gamma) * beta in each training step.
+        shared: whether the processes of torch.distributed take the maxima over all their activations, and so have the same factors.
+            It needs a call in each process at each step: experts, which some process may skip, have it off.
     """
 
     channels: torch.Tensor
@@ -30,6 +33,7 @@ class TargetedScaling(nn.Module):
         if not 0 <= gamma <= 1:
             raise ValueError(f"gamma {gamma}: must be from 0 to 1")
         self.gamma = gamma
+        self.shared = True
         self.register_buffer("channels", channels.to(torch.int64))
         self.register_buffer("factors", torch.ones(len(channels), device=channels.device))
         self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=channels.device))
@@ -58,7 +62,10 @@ class TargetedScaling(nn.Module):
         """
         if not self.training or not x.numel() or in_backward():
             return
-        beta = self.wanted(x.detach().abs().amax(0), w_max)
+        most = x.detach().abs().amax(0).float()
+        if self.shared and torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+        beta = self.wanted(most, w_max)
         kept = torch.where(self.started, self.gamma, 0.0)
         self.factors.copy_(kept * self.factors + (1 - kept) * beta)
         self.started.fill_(True)
