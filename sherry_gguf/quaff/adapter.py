@@ -10,6 +10,8 @@ from pathlib import Path
 from sherry_gguf import atomic, llama_cpp
 from sherry_gguf.errors import ConvertError
 
+from .gguf_model import gguf_config
+
 TYPES = "f32", "f16", "bf16", "q8_0", "auto"
 _NAME = "adapter.gguf"
 
@@ -25,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--base",
         type=Path,
-        metavar="MODEL_DIR",
-        help="the model's directory, for its configuration (default: the one that the adapter names)",
+        metavar="MODEL",
+        help="the model's directory or its GGUF, for the configuration (default: the one that the adapter names)",
     )
     add("--outfile", type=Path, metavar="FILE", help="the GGUF to write (default: ADAPTER_DIR.gguf)")
     add("--outtype", choices=TYPES, default="f32", metavar="TYPE", help=f"type of its tensors: {', '.join(TYPES)} (default: %(default)s)")
@@ -42,15 +44,18 @@ def run(args: argparse.Namespace) -> int:
 def convert_adapter(adapter: Path, target: Path, base: Path | None = None, outtype: str = "f32") -> None:
     """Write a LoRA adapter of PEFT as a GGUF, whole or not at all.
 
-    base: the model's directory; None: the one in the adapter's configuration.
-    Raises ConvertError if one of the directories is not what it should be or llama.cpp's converter fails, and NotBuilt.
+    base: the model's directory or its GGUF; None: the one in the adapter's configuration.
+    Raises ConvertError if one of them is not what it should be or llama.cpp's converter fails, and NotBuilt.
     """
     named = _base_of(adapter, base)
-    if not (named / "config.json").is_file():
-        raise ConvertError(f"{named}: not a model directory, it has no config.json. Name the adapter's model with --base MODEL_DIR")
+    if not named.is_file() and not (named / "config.json").is_file():
+        raise ConvertError(f"{named}: not a model directory, it has no config.json. Name the adapter's model with --base MODEL")
     source = llama_cpp.source_dir()
     target = atomic.writable(target)
     with atomic.staging(target.absolute(), 0) as staging:
+        if named.is_file():
+            config, named = gguf_config(named), staging / "base"
+            config.save_pretrained(named)
         command = [sys.executable, source / "convert_lora_to_gguf.py", "--base", named.absolute(), "--outtype", outtype,
                    "--outfile", staging / _NAME, adapter.absolute()]  # fmt: skip
         done = subprocess.run(
@@ -67,7 +72,7 @@ def convert_adapter(adapter: Path, target: Path, base: Path | None = None, outty
 
 
 def _base_of(adapter: Path, base: Path | None) -> Path:
-    """The model's directory: `base`, or else the one that the adapter's configuration names. Raises ConvertError."""
+    """The model's directory or GGUF: `base`, or else the one that the adapter's configuration names. Raises ConvertError."""
     try:
         config = json.loads((adapter / "adapter_config.json").read_text("utf-8"))
         kind, name = config.get("peft_type"), config.get("base_model_name_or_path")
@@ -79,6 +84,6 @@ def _base_of(adapter: Path, base: Path | None) -> Path:
         raise ConvertError(f"{adapter}: an adapter of the type {kind}; llama.cpp takes LORA only")
     if base:
         return base
-    if not name or not Path(name).is_dir():
-        raise ConvertError(f"{adapter}: its model {name!r} is not a directory here. Name it with --base MODEL_DIR")
+    if not name or not Path(name).exists():
+        raise ConvertError(f"{adapter}: its model {name!r} is not here. Name its directory or GGUF with --base MODEL")
     return Path(name)

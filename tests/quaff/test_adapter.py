@@ -12,20 +12,22 @@ import pytest
 import small_models
 import torch
 import transformers
+from conftest import sherry
 from safetensors.torch import load_file
 
 from sherry_gguf import llama_cpp
 from sherry_gguf.cli import main
 from sherry_gguf.evaluation.tools import serve
-from sherry_gguf.quaff import calibrate, quantize_for_finetuning
+from sherry_gguf.quaff import calibrate, load_gguf, quantize_for_finetuning
 from sherry_gguf.quaff.adapter import convert_adapter
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A Sherry checkpoint, and an adapter that Quaff trained on its packed weights."""
+    """A Sherry checkpoint, its GGUF, and an adapter that Quaff trained on its packed weights."""
     work = tmp_path_factory.mktemp("adapter")
     small_models.make(work / "base", "llama")
+    assert sherry("convert", work / "base", "--outfile", work / "base.gguf").returncode == 0
     model = transformers.AutoModelForCausalLM.from_pretrained(work / "base")
     ids = torch.randint(5, 200, (4, 24), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -66,9 +68,6 @@ def text(*arguments):
 @pytest.fixture(scope="module")
 def files(trained):
     """The checkpoint and the adapter as GGUFs."""
-    # in a process of its own: the converter loads llama.cpp's gguf package
-    convert = [sys.executable, "-m", "sherry_gguf.cli", "convert", trained / "base", "--outfile", trained / "base.gguf"]
-    subprocess.run(convert, check=True, capture_output=True)
     convert_adapter(trained / "adapter", trained / "lora.gguf")
     return trained / "base.gguf", trained / "lora.gguf"
 
@@ -134,6 +133,30 @@ def test_the_server_with_an_adapter(files):
     assert text("-m", base, "--lora", lora).strip() == f"hello{adapted}".strip()
 
 
+def test_an_adapter_of_a_gguf(trained, capsys):
+    """Trained on the file itself, converted without the checkpoint: the same bytes as with it."""
+    path, work = trained / "base.gguf", trained / "of_gguf"
+    model, tokenizer = load_gguf(path)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(work / "adapter")
+    for base, out in ([], "default.gguf"), (["--base", path], "named.gguf"), (["--base", trained / "base"], "checkpoint.gguf"):
+        assert main(["convert-adapter", *map(str, [work / "adapter", *base, "--outfile", work / out])]) == 0, capsys.readouterr().err
+        made = {t.name: t.data.tobytes() for t in gguf.GGUFReader(work / out).tensors}
+        assert len(made) == 28 and made == {t.name: t.data.tobytes() for t in gguf.GGUFReader(work / "default.gguf").tensors}
+    ids = torch.tensor([tokenizer("hello").input_ids])
+    mine = model.eval().generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, min_new_tokens=8, do_sample=False)
+    beside = text("-m", path, "--lora", work / "default.gguf")
+    assert beside != text("-m", path) and tokenizer.decode(mine[0], skip_special_tokens=True).strip() in beside
+    (work / "broken.gguf").write_bytes(path.read_bytes()[:1000])
+    assert main(["convert-adapter", *map(str, [work / "adapter", "--base", work / "broken.gguf"])]) == 1
+    assert "is truncated or damaged" in capsys.readouterr().err and not (work / "adapter.gguf").exists()
+
+
 def test_what_is_no_adapter(trained, tmp_path, capsys):
     def refused(message, *arguments):
         assert main(["convert-adapter", *map(str, arguments)]) == 1
@@ -149,7 +172,10 @@ def test_what_is_no_adapter(trained, tmp_path, capsys):
     config = json.loads((copy / "adapter_config.json").read_text())
     for change, message in [
         ({"peft_type": "IA3"}, "an adapter of the type IA3; llama.cpp takes LORA only"),
-        ({"base_model_name_or_path": "someone/model"}, "its model 'someone/model' is not a directory here. Name it with --base MODEL_DIR"),
+        (
+            {"base_model_name_or_path": "someone/model"},
+            "its model 'someone/model' is not here. Name its directory or GGUF with --base MODEL",
+        ),
     ]:
         (copy / "adapter_config.json").write_text(json.dumps(config | change))
         refused(message, copy, *out)
