@@ -40,7 +40,8 @@ def _matrix(weight: torch.Tensor, kind: str, rows: int, columns: int) -> repacke
 
 def _check(name: str, x: torch.Tensor, width: int) -> None:
     if x.dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"{name} is {x.dtype}, not torch.float32 or torch.bfloat16")
+        hint = ": use bf16 instead of fp16" if x.dtype == torch.float16 else ""
+        raise ValueError(f"{name} is {x.dtype}, not torch.float32 or torch.bfloat16{hint}")
     if x.ndim == 0 or x.shape[-1] != width:
         raise ValueError(f"{name} has shape {tuple(x.shape)}, the weights need (..., {width})")
 
