@@ -18,10 +18,11 @@ VERBS = {
     "quantize": ("llama_quantize", "quantize a GGUF of any model, with llama-quantize"),
     "convert-adapter": ("quaff.adapter", "convert a LoRA adapter of PEFT to a GGUF for llama.cpp"),
     "train": ("qat.command", "train a model with 3:4 sparse ternary weights"),
+    "finetune": ("quaff.command", "fine-tune an adapter on a frozen quantized model"),
     "evaluate": ("evaluation.command", "measure perplexity and accuracy of models"),
     "bench": ("bench", "compare how fast models run"),
 }
-WITH_MAIN = ("train", "evaluate", "bench")  # these parse their own arguments
+WITH_MAIN = ("train", "finetune", "evaluate", "bench")  # these parse their own arguments
 WITH_LOG = ("convert", "verify")  # these run llama.cpp's converter
 
 

@@ -15,10 +15,29 @@ where s is 1 outside the channels O.
     calibrate                  find them
     quantize_for_finetuning    put quantized layers into a model
     load_gguf                  a model with packed layers from a GGUF, and its tokenizer
+    gguf_config                its configuration alone
+    save_factors, load_factors  the factors s of a model, as safetensors
+
+PyTorch is imported when one of these names is first used, because the commands answer --help without it.
 """
 
-from .channels import Channels, calibrate
-from .gguf_model import gguf_config, load_gguf
-from .models import METHODS, quantize_for_finetuning
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["METHODS", "Channels", "calibrate", "gguf_config", "load_gguf", "quantize_for_finetuning"]
+if TYPE_CHECKING:
+    from .channels import Channels, calibrate
+    from .gguf_model import gguf_config, load_gguf
+    from .models import METHODS, quantize_for_finetuning
+    from .scaling import load_factors, save_factors
+
+__all__ = [
+    "METHODS", "Channels", "calibrate", "gguf_config", "load_factors", "load_gguf", "quantize_for_finetuning", "save_factors",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    for room in "channels", "gguf_model", "models", "scaling":
+        globals().update({k: v for k, v in vars(import_module(f".{room}", __name__)).items() if k in __all__})
+    return globals()[name]

@@ -1,5 +1,9 @@
 """Targeted momentum scaling: a factor for each outlier channel, which follows the activations slowly."""
 
+import os
+from pathlib import Path
+
+import safetensors.torch
 import torch
 import torch.distributed
 from torch import nn
@@ -72,3 +76,36 @@ class TargetedScaling(nn.Module):
 
     def extra_repr(self) -> str:
         return f"channels={len(self.channels)}, gamma={self.gamma}"
+
+
+def _scalings(model: nn.Module) -> dict[str, TargetedScaling]:
+    """The scalings of a model by the names of their layers, which an adapter around a layer does not change."""
+    found = ((name, m) for name, m in model.named_modules() if isinstance(m, TargetedScaling))
+    return {name.removeprefix("base_model.").removeprefix("model.").replace(".base_layer", ""): m for name, m in found}
+
+
+def save_factors(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write the factors of all layers as safetensors, whole or not at all, for `load_factors`. Raises OSError."""
+    state = {f"{name}.{key}": getattr(m, key) for name, m in _scalings(model).items() for key in ("channels", "factors", "started")}
+    part = Path(f"{os.fspath(path)}.part")
+    try:
+        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def load_factors(model: nn.Module, path: str | os.PathLike) -> None:
+    """Read what `save_factors` wrote. Raises ValueError if the file is of a model with other channels, or none of this kind; OSError."""
+    try:
+        state = safetensors.torch.load_file(path)
+    except safetensors.SafetensorError as e:
+        raise ValueError(f"{path}: not a safetensors file: {e}") from e
+    scalings = _scalings(model)
+    for name, m in scalings.items():
+        if not torch.equal(state.get(f"{name}.channels", torch.empty(0)), m.channels.cpu()):
+            raise ValueError(f"{path}: the outlier channels of {name} are others: it was saved for another model, or other channels")
+    for name, m in scalings.items():
+        m.factors.copy_(state[f"{name}.factors"])
+        m.started.copy_(state[f"{name}.started"])

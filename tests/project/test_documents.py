@@ -195,7 +195,10 @@ def commands() -> dict[str, list]:
 @functools.cache
 def flags_of(program: str) -> set[str]:
     """What its --help lists as options: where a line begins with them, or in the brackets of its usage."""
-    command = [*commands()[program], "--help-all" if program in ("train_sherry.py", "sherry-gguf train") else "--help"]
+    command = [
+        *commands()[program],
+        "--help-all" if program in ("train_sherry.py", "sherry-gguf train", "sherry-gguf finetune") else "--help",
+    ]
     done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=ENV)
     text = done.stdout + done.stderr
     assert len(text) > 20, f"{program} --help says {text!r}, exit code {done.returncode}"
@@ -211,6 +214,8 @@ def mentions(text: str) -> list[tuple[int, str | None, str]]:
         program = None
         for word in re.finditer(r"[^\s'\"`,;()=]+", words):
             name = word[0].rpartition("/")[2]
+            if (program, name) == ("torchrun", "sherry_gguf"):  # torchrun -m sherry_gguf VERB
+                name = "sherry-gguf"
             if program == "sherry-gguf":
                 name = f"sherry-gguf {name}"
             if name in commands() or name in FOREIGN or name == "sherry-gguf":

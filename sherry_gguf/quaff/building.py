@@ -1,0 +1,123 @@
+"""The fine-tuning command's model: loaded, quantized, with an adapter."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from transformers import AutoModelForCausalLM
+
+from sherry_gguf.errors import Stop
+from sherry_gguf.training.models import load_tokenizer, positions, repair_generation_config, stop_at_errors
+
+from . import rows
+from .arguments import FinetuneArguments, budgets_of
+from .channels import KEEP, Channels, calibrate
+from .gguf_model import load_gguf
+from .models import quantize_for_finetuning
+from .packed import PackedLinear
+from .parsing import Arguments
+
+CHANNELS = "channels.safetensors"  # in --output_dir and in the result
+NEED_CHANNELS = "quaff", "static"
+
+
+def load_model(s: FinetuneArguments) -> tuple[Any, Any]:
+    """The frozen model as it is stored, and its tokenizer. Raises Stop."""
+    path = Path(s.model)
+    with stop_at_errors(s.model):
+        if path.is_file():
+            model, tokenizer = load_gguf(path, tokenizer=s.tokenizer or None)
+        else:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32, output_loading_info=True)
+            model, info = loaded
+            if lacking := [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]:
+                first = sorted(lacking)[0]
+                raise Stop(f"{s.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {first}")
+            tokenizer = None
+    if s.tokenizer or tokenizer is None:
+        tokenizer = load_tokenizer(s.tokenizer or s.model)
+    if s.chat_template:
+        tokenizer.chat_template = Path(s.chat_template).read_text(encoding="utf-8")
+    if path.exists():
+        model.name_or_path = os.path.abspath(path)  # what the adapter names as its model
+    repair_generation_config(model)
+    if (n := len(tokenizer)) > (m := model.get_input_embeddings().num_embeddings):
+        raise Stop(f"the tokenizer {s.tokenizer or s.model} has {n} tokens, the model only {m} embeddings: they do not belong together")
+    if s.context > (most := positions(model)):
+        default = " (the default)" * (s.context == FinetuneArguments.context)
+        raise Stop(f"--context {s.context}{default}: the model's positions end at {most}. Pass --context {most}, or less")
+    return model, tokenizer
+
+
+def base_of(s: FinetuneArguments, model: Any) -> str:
+    """How weights are stored: --base, or what suits the model. Raises Stop if they cannot be stored so."""
+    packed = any(isinstance(m, PackedLinear) for m in model.modules())
+    sherry = getattr(model.config, "sherry_config", None)
+    weights = sherry.get("weights") if isinstance(sherry, dict) else None
+    if packed and (s.base == "int8" or s.method not in ("quaff", "naive")):
+        raise Stop(f"{s.model} is packed: it trains with --base tq1_25 and --method quaff or naive")
+    if weights == "latent":
+        raise Stop(f"{s.model} holds latent weights of a training that has not ended: fine-tune its export")
+    if s.base != "auto":
+        return s.base
+    return "tq1_25" if packed or (weights == "fake_quantized" and s.method in ("quaff", "naive")) else "int8"
+
+
+def outlier_channels(s: FinetuneArguments, args: Arguments, model: Any, table: rows.Rows, collate: rows.Collate) -> Channels:
+    """Those of --channels or of this run's beginning, else calibrated on the model and kept. Raises Stop."""
+    kept = args.directory / CHANNELS
+    path = Path(s.channels) if s.channels else kept
+    if s.channels or kept.is_file():
+        remedy = "" if s.channels else f"remove {kept} to calibrate again"
+        try:
+            return Channels.load(path)
+        except ValueError as e:
+            raise Stop(f"{e}; {remedy}" if remedy else str(e)) from e
+    sample = table.train.shuffle(seed=0).select(range(min(len(table.train), s.calibration_rows)))
+    try:
+        channels = calibrate(model, rows.batches(sample, collate, args.per_device_train_batch_size, "calibrating"),
+                             threshold=s.threshold, budget=s.budget, budgets=budgets_of(s.budgets), **kept_layers(s))  # fmt: skip
+    except ValueError as e:
+        raise Stop(str(e)) from e
+    channels.save(kept)
+    return channels
+
+
+def quantized(s: FinetuneArguments, model: Any, channels: Channels | None, base: str) -> Any:
+    """The frozen model. Raises Stop."""
+    try:
+        return quantize_for_finetuning(model, channels, base, method=s.method, granularity=s.granularity, gamma=s.gamma, **kept_layers(s))
+    except ValueError as e:
+        raise Stop(str(e)) from e
+
+
+def kept_layers(s: FinetuneArguments) -> dict[str, str]:
+    """`keep` for quaff's functions."""
+    return {"keep": f"{s.keep}|{KEEP}"} if s.keep else {}
+
+
+def with_adapter(s: FinetuneArguments, model: Any) -> peft.PeftModel:
+    """The model with an adapter that trains. Raises Stop."""
+    names = (name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear))
+    target = [name for name in names if re.search(s.target, name)] if s.target else None
+    if target == []:
+        raise Stop(f"--target {s.target!r}: no linear layer has such a name")
+    hidden = model.config.get_text_config().hidden_size
+    configs: dict[str, Callable[[], peft.PeftConfig]] = {
+        "lora": lambda: peft.LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=target or "all-linear",
+                                        task_type="CAUSAL_LM"),
+        "ia3": lambda: peft.IA3Config(target_modules=target, feedforward_modules=None if target is None else
+                                      [name for name in target if model.get_submodule(name).in_features > hidden], task_type="CAUSAL_LM"),
+        "prompt": lambda: peft.PromptTuningConfig(num_virtual_tokens=s.virtual_tokens, task_type="CAUSAL_LM"),
+        "p-tuning": lambda: peft.PromptEncoderConfig(num_virtual_tokens=s.virtual_tokens,
+                                                     encoder_hidden_size=hidden,
+                                                     task_type="CAUSAL_LM"),
+    }  # fmt: skip
+    try:
+        return peft.get_peft_model(model, configs[s.adapter]())
+    except ValueError as e:  # an architecture without PEFT's defaults
+        raise Stop(f"--adapter {s.adapter}: {e}; see --target") from e
