@@ -1,12 +1,10 @@
 """The training command's models: the one that trains, its tokenizer, and its teacher."""
 
-from typing import Any
-
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from sherry_gguf.errors import Stop
-from sherry_gguf.training.models import load_tokenizer, positions, repair_generation_config, stop_at_errors, warn
+from sherry_gguf.training.models import check_fit, load_float32, load_tokenizer, positions, repair_generation_config, stop_at_errors, warn
 
 from .arguments import SherryArguments
 
@@ -15,23 +13,14 @@ def load(s: SherryArguments):
     """The model, in float32, and its tokenizer. Raises Stop."""
     if bool(s.model) == bool(s.config):
         raise Stop("give a model to start from, --model DIR, or the config of a new one, --config DIR")
-    with stop_at_errors(s.model or s.config):
-        if s.model:
-            # float32, as bfloat16 loses small optimizer steps; --bf16 makes only the products bfloat16
-            loaded: Any = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32, output_loading_info=True)
-            model, info = loaded
-            if lacking := [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]:
-                first = sorted(lacking)[0]
-                raise Stop(f"{s.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {first}")
-        else:
+    if s.model:
+        model = load_float32(s.model)  # bfloat16 loses small optimizer steps; --bf16 makes only the products bfloat16
+    else:
+        with stop_at_errors(s.config):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(s.config), dtype=torch.float32)
     tokenizer = load_tokenizer(name := s.tokenizer or s.model or s.config)
     repair_generation_config(model)
-    if (n := len(tokenizer)) > (m := model.get_input_embeddings().num_embeddings):
-        raise Stop(f"the tokenizer {name} has {n} tokens, the model only {m} embeddings: they do not belong together")
-    if s.context > (most := positions(model)):
-        default = " (the default)" * (s.context == SherryArguments.context)
-        raise Stop(f"--context {s.context}{default}: the model's positions end at {most}. Pass --context {most}, or less")
+    check_fit(model, tokenizer, name, s.context, SherryArguments.context)
     sherry = getattr(model.config, "sherry_config", None)
     if isinstance(sherry, dict) and sherry.get("weights") == "fake_quantized":
         warn("the model's weights are already ternary (an export). Better continue from the latent weights in its run's checkpoints")

@@ -8,10 +8,9 @@ from typing import Any
 
 import peft
 import torch
-from transformers import AutoModelForCausalLM
 
 from sherry_gguf.errors import Stop
-from sherry_gguf.training.models import load_tokenizer, positions, repair_generation_config, stop_at_errors
+from sherry_gguf.training.models import check_fit, load_float32, load_tokenizer, repair_generation_config, stop_at_errors
 
 from . import rows
 from .arguments import FinetuneArguments, budgets_of
@@ -27,29 +26,21 @@ NEED_CHANNELS = "quaff", "static"
 
 def load_model(s: FinetuneArguments) -> tuple[Any, Any]:
     """The frozen model as it is stored, and its tokenizer. Raises Stop."""
-    path = Path(s.model)
-    with stop_at_errors(s.model):
-        if path.is_file():
-            model, tokenizer = load_gguf(path, tokenizer=s.tokenizer or None)
-        else:
-            loaded: Any = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32, output_loading_info=True)
-            model, info = loaded
-            if lacking := [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]:
-                first = sorted(lacking)[0]
-                raise Stop(f"{s.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {first}")
-            tokenizer = None
-    if s.tokenizer or tokenizer is None:
+    path, tokenizer = Path(s.model), None
+    if path.is_file():
+        with stop_at_errors(s.model):
+            packed: Any = load_gguf(path, tokenizer=s.tokenizer or None)
+        model, tokenizer = packed
+    else:
+        model = load_float32(s.model)
+    if tokenizer is None:
         tokenizer = load_tokenizer(s.tokenizer or s.model)
     if s.chat_template:
         tokenizer.chat_template = Path(s.chat_template).read_text(encoding="utf-8")
     if path.exists():
         model.name_or_path = os.path.abspath(path)  # what the adapter names as its model
     repair_generation_config(model)
-    if (n := len(tokenizer)) > (m := model.get_input_embeddings().num_embeddings):
-        raise Stop(f"the tokenizer {s.tokenizer or s.model} has {n} tokens, the model only {m} embeddings: they do not belong together")
-    if s.context > (most := positions(model)):
-        default = " (the default)" * (s.context == FinetuneArguments.context)
-        raise Stop(f"--context {s.context}{default}: the model's positions end at {most}. Pass --context {most}, or less")
+    check_fit(model, tokenizer, s.tokenizer or s.model, s.context, FinetuneArguments.context)
     return model, tokenizer
 
 

@@ -1,5 +1,6 @@
 """Quantized layers into a model."""
 
+import logging
 import re
 from collections.abc import Iterable
 
@@ -7,15 +8,20 @@ import torch
 import transformers
 from torch import nn
 
+from sherry_gguf.patterns import starred
+
 from .channels import KEEP, Channels, linear_layers
 from .int8 import DynamicLinear, Int8Linear, MixedLinear, QuaffLinear, StaticLinear
 from .linear import Targeted
 from .packed import PackedLinear, kind_of
 from .scaling import GAMMA
 
+logger = logging.getLogger(__name__)
+
 UNQUANTIZED = {"full": torch.float32, "bf16": torch.bfloat16}
 METHODS = "quaff", "naive", "static", "dynamic", "mixed", *UNQUANTIZED
 BASES = "int8", "tq1_25"
+LOST = 1e-3  # a relative error of the weights from which a warning says that they were not ternary
 OF_PACKED = "quaff", "naive"
 EXPERTS = r"(^|\.)experts\."
 SENT = r"\.(factors|started)$"  # buffers that DistributedDataParallel sends from its first process to the others at each step
@@ -78,6 +84,7 @@ def quantize_for_finetuning(
             made.scaling.shared = not re.search(EXPERTS, name)
         model.set_submodule(name, made)
     model._ddp_params_and_buffers_to_ignore = _unsent(model, layers)  # type: ignore[assignment]
+    _warn_of_losses(model, layers)
     return _frozen(model)
 
 
@@ -91,6 +98,13 @@ def _unsent(model: nn.Module, layers: Iterable[str]) -> list[str]:
         for outer in ("", "base_model.", "base_model.model.")
         for inner in ("", ".base_layer")
     ]
+
+
+def _warn_of_losses(model: nn.Module, names: Iterable[str]) -> None:
+    lost = {name: layer.lost for name in names if isinstance(layer := model.get_submodule(name), PackedLinear) and layer.lost > LOST}
+    if lost:
+        logger.warning("%d layers are not 3:4 sparse ternary; packing them loses %.1f to %.1f %% of their weights' norm: %s", len(lost),
+                       100 * min(lost.values()), 100 * max(lost.values()), starred(lost))  # fmt: skip
 
 
 def _frozen(model: nn.Module) -> nn.Module:
@@ -120,7 +134,7 @@ def _quantized(name: str, layer: nn.Linear, channels: Channels | None, base: str
         if isinstance(layer, PackedLinear):
             layer.set_channels(of_layer, maxima, gamma)
             return layer
-        return PackedLinear(layer, of_layer, maxima, gamma, name)
+        return PackedLinear(layer, of_layer, maxima, gamma)
     if method == "naive":
         return Int8Linear(layer, granularity)
     if method == "mixed":

@@ -1,7 +1,5 @@
 """Layers whose weights stay packed: 1.375 bits each in TQ1_25, 1.5 in TQ1_25_64."""
 
-import logging
-
 import numpy as np
 import torch
 from torch import nn
@@ -12,10 +10,6 @@ from sherry_gguf.blocks import BlockType
 from . import operators
 from .linear import FrozenLinear, Targeted
 from .scaling import GAMMA, TargetedScaling
-
-logger = logging.getLogger(__name__)
-
-LOST = 1e-3  # a relative error of the weights from which a warning says that they were not ternary
 
 
 def kind_of(inputs: int) -> BlockType:
@@ -30,21 +24,22 @@ class PackedLinear(Targeted, FrozenLinear):
     """A layer on a repacked matrix: 8-bit activations, scaled as Quaff scales them, and gradients from weights decoded in strips.
 
     Buffers: qweight uint8 (bytes,), tiles of 64 rows (kernels.repack), and those of `scaling`.
+
+    Attributes:
+        lost: the error of the weights, relative to their norm; 0 where they were 3:4 sparse ternary.
     """
 
     qweight: torch.Tensor
+    lost: float = 0.0
 
-    def __init__(self, layer: nn.Linear, channels: torch.Tensor, maxima: torch.Tensor, gamma: float = GAMMA, name: str = "layer"):
+    def __init__(self, layer: nn.Linear, channels: torch.Tensor, maxima: torch.Tensor, gamma: float = GAMMA):
         """Raises ValueError if the inputs fit no type, or QuantizeError if the weights are not finite."""
         kind = kind_of(layer.in_features)
         weight = np.ascontiguousarray(layer.weight.detach().float().cpu().numpy())
         blocks = kernels.quantize(weight, kind=kind)
-        lost = np.linalg.norm(kernels.dequantize(blocks, kind=kind) - weight)
-        if lost > LOST * np.linalg.norm(weight):
-            logger.warning(
-                "%s: its weights are not 3:4 sparse ternary; packing them loses %.1f %%", name, 100 * lost / np.linalg.norm(weight)
-            )
+        norm = float(np.linalg.norm(weight))
         self._hold(layer, blocks, kind)
+        self.lost = float(np.linalg.norm(kernels.dequantize(blocks, kind=kind) - weight)) / norm if norm else 0.0
         self.set_channels(channels, maxima, gamma)
 
     @classmethod

@@ -1,6 +1,7 @@
 """One run of the fine-tuning command, from its arguments to the evaluated adapter."""
 
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def run(s: FinetuneArguments, args: Arguments) -> int:
     Raises Stop, and KeyboardInterrupt if interrupted; there is a checkpoint then if training had begun.
     """
     transformers.utils.logging.set_verbosity_error()
+    logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
     out = Path(s.export or args.directory / "adapter")
     check(s, args)
     now = settings(s, args, FREE)

@@ -6,14 +6,36 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from transformers import AutoTokenizer
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sherry_gguf.errors import Stop
+from sherry_gguf.errors import ConvertError, Stop
 
 
 def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
+
+
+def load_float32(name: str) -> Any:
+    """A causal language model in float32. Raises Stop, also if the checkpoint lacks some of its tensors."""
+    with stop_at_errors(name):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
+    model, info = loaded
+    if lacking := [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]:
+        first = sorted(lacking)[0]
+        raise Stop(f"{name} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {first}")
+    return model
+
+
+def check_fit(model: Any, tokenizer, name: str, context: int, default: int) -> None:
+    """Raises Stop if the tokenizer `name` has more tokens than the model, or --context (by default `default`) is too long for it."""
+    if (n := len(tokenizer)) > (m := model.get_input_embeddings().num_embeddings):
+        raise Stop(f"the tokenizer {name} has {n} tokens, the model only {m} embeddings: they do not belong together")
+    if context > (most := positions(model)):
+        said = " (the default)" * (context == default)
+        raise Stop(f"--context {context}{said}: the model's positions end at {most}. Pass --context {most}, or less")
 
 
 def load_tokenizer(name: str):
@@ -51,5 +73,7 @@ def stop_at_errors(name: str) -> Iterator[None]:
         yield
     except Stop:
         raise
+    except ConvertError as e:  # names the file
+        raise Stop(str(e)) from e
     except Exception as e:
         raise Stop(f"{name}: {type(e).__name__}: {' '.join(str(e).split())}") from e

@@ -15,6 +15,7 @@ import pytest
 import small_models
 import torch
 import transformers
+from conftest import sherry
 from quaff_models import CHATML
 from safetensors.torch import load_file
 
@@ -123,6 +124,22 @@ def test_prompts_checkpointing_targets_and_channels_of_another_run(base, finishe
     assert "12 layers" in capfd.readouterr().out
     config = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
     assert len(config["target_modules"]) == 4 and all(name.endswith(("q_proj", "v_proj")) for name in config["target_modules"])
+
+
+def test_a_packed_gguf(base, chats, tmp_path, capfd):
+    """It trains as the directory that it was made from, whose weights are packed here; embeddings are F16 in the file."""
+    sherry("convert", base, "--outfile", tmp_path / "base.gguf")
+    results = []
+    for model in tmp_path / "base.gguf", base:
+        more = dict(base="tq1_25") if model == base else {}
+        assert main(flags(model, chats, tmp_path / f"of-{model.name}" / "run", **more)) == 0
+        results.append(json.loads((tmp_path / f"of-{model.name}" / "run/adapter/training.json").read_text()))
+        config = json.loads((tmp_path / f"of-{model.name}" / "run/adapter/adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(model)
+    a, b = results
+    assert a["before"] == pytest.approx(b["before"], abs=1e-3) and a["loss"] == pytest.approx(b["loss"], abs=0.02)
+    assert main(flags(tmp_path / "base.gguf", chats, tmp_path / "other", base="int8")) == 1
+    assert "base.gguf is packed: it trains with --base tq1_25 and --method quaff or naive" in capfd.readouterr().err
 
 
 @pytest.mark.slow
