@@ -36,10 +36,10 @@ def table(results: dict) -> str:
     a = results["sizes"]
     return "\n\n".join([
         "# Fine-tuning by method",
-        f"{results['model']}, LoRA of rank 16 on all linear layers but the head, on {results['machine']}. A step is {a['batch']} questions "
-        f"of ARC-easy with the loss on the answers (nats per token), a run {a['steps']} steps. Losses are those of {a['held_out']} held-out "
-        f"questions, after fine-tuning the mean and standard deviation over {a['seeds']} seeds that no rate was swept with; the accuracy is "
-        f"lm-eval's on the first {a['test_questions']} test questions.",
+        f"{results['model']}, LoRA of rank 16 on all linear layers but the head, on {results['machine']}. A step is {a['batch']} "
+        f"questions of ARC-easy with the loss on the answers (nats per token), a run {a['steps']} steps. Losses are those of "
+        f"{a['held_out']} held-out questions, after fine-tuning the mean and standard deviation over {a['seeds']} seeds that no rate was "
+        f"swept with; the accuracy is lm-eval's on the first {a['test_questions']} test questions.",
         "## Loss and accuracy", *methods_part(results["methods"]),
         "## Outlier channels", *outliers_part(results),
     ]) + "\n"  # fmt: skip

@@ -23,7 +23,7 @@ from sherry_gguf.quaff.channels import Counter, budget_of, chosen, linear_layers
 QUESTIONS = "arc_easy"
 LOOKS = 10  # in a run whose outliers are counted
 WATCHED = "full", "quaff"  # the methods whose outliers are counted, with seed 1
-RATES = (1e-3, 2e-3, 4e-3)  # where a sweep begins
+RATES = (5e-4, 1e-3, 2e-3)  # where a sweep begins
 GROUP = 4  # methods that are swept, then trained with other seeds, before the next ones: what is cut off has complete rows
 
 

@@ -78,13 +78,14 @@ def quantize_for_finetuning(
                 raise ValueError(f"{name}: {e}; name it in `keep`, or use base int8") from e
     if method in ("quaff", "static"):
         _check(channels, layers, method)
-    for name, layer in layers.items():
-        made = _quantized(name, layer, channels, base, method, granularity, gamma)
+    names = list(layers)
+    for name in names:  # each is let go, so that the model never is in memory in both forms
+        made = _quantized(name, layers.pop(name), channels, base, method, granularity, gamma)
         if isinstance(made, Targeted):
             made.scaling.shared = not re.search(EXPERTS, name)
         model.set_submodule(name, made)
-    model._ddp_params_and_buffers_to_ignore = _unsent(model, layers)  # type: ignore[assignment]
-    _warn_of_losses(model, layers)
+    model._ddp_params_and_buffers_to_ignore = _unsent(model, names)  # type: ignore[assignment]
+    _warn_of_losses(model, names)
     return _frozen(model)
 
 
