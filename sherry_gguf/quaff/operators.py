@@ -16,8 +16,7 @@ from .decode import decode, round_to_q8_0
 
 KINDS = {kind.name: kind for kind in (tq1_25.TYPE, tq1_25_64.TYPE, stq1_0.TYPE)}
 
-TILE = kernels.lib.TQ1_25_TILE  # rows
-STRIP = 8 << 20  # bytes of W that are decoded at a time. Smaller strips cost time: PyTorch's threads wait for each other after each.
+STRIP = 2 << 20  # bytes of W that are decoded at a time. Smaller strips cost time: PyTorch's threads wait for each other after each.
 
 
 def _by_kernels(weight: torch.Tensor) -> bool:
@@ -73,7 +72,7 @@ def packed_linear(x: torch.Tensor, weight: torch.Tensor, kind: str, rows: int, c
 
 @torch.library.custom_op("sherry_gguf::packed_linear_transposed", mutates_args=())
 def packed_linear_transposed(grad: torch.Tensor, weight: torch.Tensor, kind: str, rows: int, columns: int) -> torch.Tensor:
-    """grad @ W; on the CPU in float32, with W decoded in strips of rows, whose products add up.
+    """grad @ W; on the CPU in float32, with W decoded in strips of columns.
 
     grad: float32 or bfloat16 (..., rows), of any strides. Returns (..., columns) in grad's dtype.
     """
@@ -82,12 +81,12 @@ def packed_linear_transposed(grad: torch.Tensor, weight: torch.Tensor, kind: str
         out = g @ decode(weight, _kind(weight, kind, rows, columns), rows, columns).to(grad.dtype)
         return out.reshape(*grad.shape[:-1], columns)
     g, matrix = g.float(), _matrix(weight, kind, rows, columns)
-    out = torch.zeros(len(g), columns)
-    height = max(STRIP // (4 * columns) // TILE, 1) * TILE
-    for begin in range(0, rows, height):
-        end = min(begin + height, rows)
-        strip = matrix.decode(begin, end, threads=torch.get_num_threads())
-        out.addmm_(g[:, begin:end], torch.from_numpy(strip))
+    out = torch.empty(len(g), columns)
+    width = max(STRIP // (4 * max(rows, 1)) // matrix.kind.size, 1) * matrix.kind.size
+    for first in range(0, columns, width):
+        last = min(first + width, columns)
+        strip = matrix.decode(first=first, last=last, threads=torch.get_num_threads())
+        torch.mm(g, torch.from_numpy(strip), out=out[:, first:last])
     return out.reshape(*grad.shape[:-1], columns).to(grad.dtype)
 
 

@@ -145,11 +145,11 @@ def test_gradient_is_that_of_the_dequantized_product(name, rows, dtype, threads)
 
 @each_kind
 def test_gradient_in_strips(name, threads, monkeypatch):
-    """Strips of one tile, of two and of all rows; the last one is shorter. Gradients may have any strides."""
+    """Strips of one block, of two and of all columns; the last one is shorter. Gradients may have any strides."""
     packed = Packed(name, 130, width=3)
     grad = torch.randn(5, 130, generator=torch.Generator().manual_seed(0))
-    for tiles in 1, 2, 3:
-        monkeypatch.setattr(operators, "STRIP", 4 * packed.n * 64 * tiles + 1)
+    for width in 0, 1, 2, 3:
+        monkeypatch.setattr(operators, "STRIP", 4 * 130 * packed.kind.size * width + 1)
         for given in grad, grad.T.contiguous().T, grad[:1].expand(5, 130):
             exact, most = bound(packed, given.double().numpy())
             assert (np.abs(packed_linear_transposed(given, *packed.args).double().numpy() - exact) <= most).all()
