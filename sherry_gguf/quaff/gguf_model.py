@@ -94,7 +94,7 @@ def gguf_config(path: str | os.PathLike) -> transformers.PretrainedConfig:
 
 def _config(path: Path, gguf: Gguf) -> transformers.PretrainedConfig:
     name = gguf.fields.get("general.architecture")
-    if name not in ARCHITECTURES:
+    if not isinstance(name, str) or name not in ARCHITECTURES:
         raise ConvertError(f"{path}: a model of the architecture {name!r}; only {', '.join(ARCHITECTURES)} are read. {_INSTEAD}")
     of = _settings(path, gguf, name)
     values = {to: of[key] for key, to in _KEYS.items()} | _shape(path, gguf, name, of)

@@ -33,7 +33,15 @@ def from_gguf(path: Path, fields: dict[str, Any]) -> transformers.PreTrainedToke
 
     path: for messages. Raises ConvertError for a tokenizer that is not known here, or damaged.
     """
+    try:
+        return _from_gguf(path, fields)
+    except ConvertError:
+        raise
+    except Exception as e:  # merges of tokens that are not there, values of other types, and more
+        raise ConvertError(f"{path}: its tokenizer is damaged: {type(e).__name__}: {e}. {_INSTEAD}") from e
 
+
+def _from_gguf(path: Path, fields: dict[str, Any]) -> transformers.PreTrainedTokenizerFast:
     def field(name: str, default: Any = None) -> Any:
         return fields.get(f"tokenizer.ggml.{name}", default)
 
@@ -53,11 +61,10 @@ def from_gguf(path: Path, fields: dict[str, Any]) -> transformers.PreTrainedToke
             if not (isinstance(number, int) and 0 <= number < len(tokens)):
                 raise ConvertError(f"{path}: tokenizer.ggml.{key}_token_id is {number}, there are {len(tokens)} tokens. {_INSTEAD}")
             special[name] = tokens[number]
-    try:
-        made = _sentencepiece(tokens, field("scores"), types, field("add_space_prefix", True)) if kind == "llama" else \
-            _bpe(tokens, field("merges"), pre)  # fmt: skip
-    except Exception as e:  # merges of tokens that are not there, and more
-        raise ConvertError(f"{path}: its tokenizer is damaged: {type(e).__name__}: {e}. {_INSTEAD}") from e
+    if kind == "llama":
+        made = _sentencepiece(tokens, field("scores"), types, field("add_space_prefix", True))
+    else:
+        made = _bpe(tokens, field("merges"), pre)
     made.add_tokens([AddedToken(t, special=k != USER_DEFINED, normalized=False) for t, k in zip(tokens, types or ()) if k in ADDED])
     begin = [special["bos_token"]] if field("add_bos_token", kind == "llama" or pre in LIKE_LLAMA3) and "bos_token" in special else []
     end = [special["eos_token"]] if field("add_eos_token", False) and "eos_token" in special else []
@@ -68,8 +75,9 @@ def from_gguf(path: Path, fields: dict[str, Any]) -> transformers.PreTrainedToke
     )  # fmt: skip
     made.post_processor = template if kind == "llama" else processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
     return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=made, chat_template=fields.get("tokenizer.chat_template"), clean_up_tokenization_spaces=False, **special
-    )
+        tokenizer_object=made, chat_template=fields.get("tokenizer.chat_template"), clean_up_tokenization_spaces=False,
+        model_input_names=["input_ids", "attention_mask"], **special,
+    )  # fmt: skip
 
 
 _INSTEAD = "Give the directory of the tokenizer: load_gguf(path, tokenizer=DIR)"
