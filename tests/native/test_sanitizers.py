@@ -68,6 +68,14 @@ def with_race_checks(tmp_path_factory):
     return compile_kernels(tmp_path_factory.mktemp("races"), THREADS)
 
 
+def checked(command, env):
+    """Run a program that a sanitizer checks."""
+    result = subprocess.run(command, capture_output=True, text=True, env=env)
+    if "unexpected memory mapping" in result.stderr:  # older ThreadSanitizers, where addresses are very random
+        result = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True, env=env)
+    return result
+
+
 @pytest.fixture(scope="module")
 def programs(request):
     """A program of tests/llama_cpp by the sanitizer and its name, compiled once."""
@@ -90,10 +98,15 @@ ATTENTION = {kernels.instruction_set(isa).attention: isa for isa in attention.av
 def test_threads_share_the_work(programs, sanitizer, name, isa, operations):
     """With and without NUMA, 1 to 8 threads; few and many columns, experts; few and many queries, heads, keys: right, and no race."""
     command, env = [programs(sanitizer, name), "1"], os.environ | {"SHERRY_ISA": isa, "TSAN_OPTIONS": "halt_on_error=1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=env)
-    if "unexpected memory mapping" in result.stderr:  # older ThreadSanitizers, where addresses are very random
-        result = subprocess.run(["setarch", "-R", *command], capture_output=True, text=True, env=env)
+    result = checked(command, env)
     assert result.returncode == 0 and result.stdout == f"{operations} operations\n", result.stdout + result.stderr[:8000]
+
+
+@pytest.mark.parametrize("sanitizer", ["with_memory_checks", "with_race_checks"])
+def test_threads_decode_a_matrix(request, sanitizer):
+    program = request.getfixturevalue(sanitizer)(HERE / "threads_decode.c")
+    result = checked([program, "1"], os.environ | {"TSAN_OPTIONS": "halt_on_error=1"})
+    assert result.returncode == 0 and result.stdout == "15 right\n", result.stdout + result.stderr[:8000]
 
 
 def test_attention_is_tested_with_the_memory_that_ggml_gives():
