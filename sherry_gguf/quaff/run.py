@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,7 @@ def run(s: FinetuneArguments, args: Arguments) -> int:
     """
     transformers.utils.logging.set_verbosity_error()
     logging.basicConfig(level=logging.WARNING, format="warning: %(message)s")
+    warnings.filterwarnings("ignore", "Could not find a config file in")  # of peft, about a GGUF; embeddings do not train
     out = Path(s.export or args.directory / "adapter")
     check(s, args)
     now = settings(s, args, FREE)

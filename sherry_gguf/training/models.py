@@ -20,6 +20,8 @@ def warn(text: str) -> None:
 
 def load_float32(name: str) -> Any:
     """A causal language model in float32. Raises Stop, also if the checkpoint lacks some of its tensors."""
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or Path(name).suffix or name.count("/") > 1):
+        raise Stop(f"{name}: no such file or directory")  # a hub would say that this is not a name
     with stop_at_errors(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
     model, info = loaded
