@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import transformers
 from torch import nn
-from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sherry_gguf import gguf_type
@@ -175,7 +175,7 @@ def _empty(path: Path, config: transformers.PretrainedConfig, dtype: torch.dtype
 
 def _fill(path: Path, gguf: Gguf, model: transformers.PreTrainedModel, dtype: torch.dtype) -> None:
     """All weights from the file. Raises ConvertError."""
-    names = get_gguf_hf_weights_map(model)
+    names = _names(model)
     shapes = {name: tuple(p.shape) for name, p in model.state_dict().items()}
     processor = TENSOR_PROCESSORS.get(gguf.fields["general.architecture"], TensorProcessor)(config=model.config.to_dict())
     modules, decoded, packed = dict(model.named_modules()), {}, {}
@@ -196,6 +196,14 @@ def _fill(path: Path, gguf: Gguf, model: transformers.PreTrainedModel, dtype: to
         kind = operators.KINDS[stored.type.name]
         blocks = _permuted(processor, _blocks(stored, kind), stored)
         model.set_submodule(layer, PackedLinear.from_blocks(modules[layer], blocks, kind))
+
+
+def _names(model: transformers.PreTrainedModel) -> dict[str, str]:
+    """A tensor's name in the file to its name in the model."""
+    package = gguf_type.register()
+    number = next(arch for arch, name in package.MODEL_ARCH_NAMES.items() if name == model.config.model_type)
+    table = package.get_tensor_name_map(number, model.config.num_hidden_layers)
+    return {table.get_name(name, (".weight", ".bias")): name for name in model.state_dict()}
 
 
 def _permuted(processor: TensorProcessor, rows: np.ndarray, stored: Stored) -> np.ndarray:
