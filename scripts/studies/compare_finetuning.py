@@ -74,9 +74,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def prepare(a: argparse.Namespace) -> dict:
-    """Calibrate into --work; returns what was found for the report. Raises Stop."""
+    """Calibrate into --work; returns what was found, and the errors of layers, for the report. Raises Stop."""
     import torch
-    from finetune_runs import batches, books, calibrations, channels_file, encoded, load, questions
+    from finetune_runs import batches, books, calibrations, channels_file, encoded, layer_errors, load, questions
 
     from sherry_gguf import quaff
 
@@ -96,8 +96,9 @@ def prepare(a: argparse.Namespace) -> dict:
     texts = {QUESTIONS: lambda tokenizer: encoded(tokenizer, examples)}
     if any((a.data / f"books.train.jsonl{end}").is_file() for end in ("", ".xz")):
         texts[BOOKS] = lambda tokenizer: books(a.data, tokenizer, a.calibration)
+    errors = a.work / "errors.json"
     wanted = [(text, pair) for text in texts for pair in outliers_of(a.outliers) if not channels_file(a.work, text, pair).is_file()]
-    if wanted:
+    if wanted or not errors.is_file():
         torch.set_num_threads(a.threads * a.jobs)
         model, tokenizer = load(vars(a))
         for text in dict.fromkeys(text for text, _ in wanted):
@@ -105,8 +106,13 @@ def prepare(a: argparse.Namespace) -> dict:
             data = batches(texts[text](tokenizer), tokenizer, a.batch)
             for pair, channels in calibrations(model, data, outliers_of(a.outliers)).items():
                 channels.save(channels_file(a.work, text, pair))
-    return {text: [calibrated(quaff.Channels.load(channels_file(a.work, text, pair)), quaff.Channels.load(channels_file(
-        a.work, QUESTIONS, pair))) for pair in outliers_of(a.outliers)] for text in texts}  # fmt: skip
+    found = {text: [quaff.Channels.load(channels_file(a.work, text, pair)) for pair in outliers_of(a.outliers)] for text in texts}
+    if not errors.is_file():
+        batch = batches(encoded(tokenizer, questions(a.data, "dev", a.batch)), tokenizer, a.batch)[0]
+        write(errors, json.dumps(layer_errors(model, batch, found[QUESTIONS])) + "\n")
+    agreed = {text: [calibrated(x, on_questions) for x, on_questions in zip(of_text, found[QUESTIONS])] for text, of_text in found.items()}
+    with undamaged(errors, "remove it to make it again"):
+        return {"calibration": agreed, "errors": json.loads(errors.read_text(encoding="utf-8"))}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -130,7 +136,7 @@ def run(a: argparse.Namespace) -> None:
     sizes = {k: v for k, v in vars(a).items() if isinstance(v, int)}
     pairs = outliers_of(a.outliers)
     results = {"sizes": sizes, "machine": cpu_name(), "model": Path(a.gguf_file or a.model).name, "outliers": pairs}
-    results["calibration"] = prepare(a)
+    results |= prepare(a)
     with Runs(a, Run, train) as runs:
         for rows in compared(runs, a.methods, a.steps, a.seeds):
             watched = {m: runs[Run(m, rows[m]["lr"], 1, a.steps)] for m in WATCHED if m in rows}

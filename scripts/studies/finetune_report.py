@@ -41,6 +41,7 @@ def table(results: dict) -> str:
         f"{a['held_out']} held-out questions, after fine-tuning the mean and standard deviation over {a['seeds']} seeds that no rate was "
         f"swept with; the accuracy is lm-eval's on the first {a['test_questions']} test questions.",
         "## Loss and accuracy", *methods_part(results["methods"]),
+        "## Errors of the layers", *errors_part(results["errors"]),
         "## Outlier channels", *outliers_part(results),
     ]) + "\n"  # fmt: skip
 
@@ -72,6 +73,13 @@ def methods_part(rows: dict[str, dict]) -> list[str]:
 
 def share(x: float | None) -> str:
     return "" if x is None else f"{100 * x:.1f} %"
+
+
+def errors_part(errors: dict[str, dict[str, float]]) -> list[str]:
+    kinds = sorted(next(iter(errors.values())), key=KINDS.index)
+    rows = [[METHODS[m].label, *(f"{100 * of_kind[kind]:.1f} %" for kind in kinds)] for m, of_kind in errors.items()]
+    return ["Relative errors of the layers' outputs before fine-tuning, on held-out questions with the inputs of full precision; "
+            "root mean squares over layers:", grid(["method", *kinds], rows)]  # fmt: skip
 
 
 def outliers_part(results: dict) -> list[str]:

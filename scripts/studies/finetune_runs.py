@@ -239,6 +239,36 @@ class Watch(transformers.TrainerCallback):
         self.counters = {}
 
 
+@torch.no_grad()
+def layer_errors(model: torch.nn.Module, batch: dict[str, torch.Tensor], channels: list[quaff.Channels]) -> dict[str, dict[str, float]]:
+    """By int8 method and kind of layer: the relative error of a layer's output, root mean square over layers.
+
+    channels: for each pair of --outliers.
+    """
+    int8 = [m for m, method in METHODS.items() if method.base == "int8" and method.method not in ("full", "bf16")]
+    errors: dict[str, dict[str, list[float]]] = {m: {} for m in int8}
+    mask = batch["attention_mask"].bool()
+
+    def hook(name: str, layer: torch.nn.Linear):
+        def see(_, args, y):
+            x, y = args[0][mask], y[mask]
+            for m, of_kind in errors.items():
+                method = METHODS[m]
+                found = channels[min(method.outliers, len(channels) - 1)]
+                own = quaff.Channels({"0": found.channels[name]}, {"0": found.maxima[name]})
+                alone = torch.nn.Sequential(layer).eval()
+                quaff.quantize_for_finetuning(alone, own, method=method.method, granularity=method.granularity)
+                of_kind.setdefault(name.rpartition(".")[2], []).append(float((alone(x) - y).norm() / y.norm()))
+
+        return layer.register_forward_hook(see)
+
+    handles = [hook(name, layer) for name, layer in linear_layers(model.eval()).items()]
+    model(**{name: value for name, value in batch.items() if name != "labels"})
+    for handle in handles:
+        handle.remove()
+    return {m: {kind: float(np.sqrt(np.mean(np.square(of_layer)))) for kind, of_layer in of_kind.items()} for m, of_kind in errors.items()}
+
+
 # ------------------------------------------------------------------------------------------------------------- one run
 
 

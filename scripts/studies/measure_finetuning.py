@@ -162,7 +162,7 @@ def work(pipe, method: str, a: dict) -> None:
 
 
 def measure(a: argparse.Namespace) -> dict[str, dict]:
-    """Figures by method. Raises EOFError if a process ends early."""
+    """Figures by method. Raises EOFError or BrokenPipeError if a process ends early."""
     context = multiprocessing.get_context("spawn")
     pipes, rows = {}, {}
     for method in a.methods:
@@ -238,7 +238,7 @@ def main(argv: list[str] | None = None) -> int:
     name = Path(a.gguf_file or a.model).name if a.model else f"Llama of {a.layers} layers, hidden {a.hidden}, random ternary weights"
     try:
         results = {"model": name, "machine": cpu_name(), **sizes, "methods": measure(a)}
-    except EOFError:
+    except (EOFError, BrokenPipeError):
         print("measure_finetuning.py: a process ended early; its message is above", file=sys.stderr)
         return 1
     a.out.parent.mkdir(parents=True, exist_ok=True)

@@ -83,6 +83,19 @@ def test_counts_what_fires_in_calibrated_channels():
     assert len(watch.looks) == 1
 
 
+def test_layer_errors():
+    """Quaff's layers with channels for the outliers lose less than naive ones; without channels they are the same."""
+    model = quaff_models.llama()
+    layers = linear_layers(model)
+    none = quaff.Channels({name: torch.tensor([]).long() for name in layers}, {n: torch.ones(x.in_features) for n, x in layers.items()})
+    found = quaff.calibrate(model, quaff_models.batches(), threshold=5, budget=0.1)
+    before = {name: parameter.clone() for name, parameter in model.state_dict().items()}
+    errors = finetune_runs.layer_errors(model, next(quaff_models.batches(1, seed=1)), [none, found])
+    assert errors["quaff"] == errors["naive"]
+    assert 3 * errors["quaff-more"]["q_proj"] < errors["naive"]["q_proj"] < 0.2
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.state_dict().items()) and linear_layers(model) == layers
+
+
 def test_hit_rates():
     looks = [
         {"step": 1, "fired": [[[4, 4, 1, 1], [0, 0, 0, 0], [6, 3, 3, 1]]]},
@@ -135,6 +148,7 @@ def test_runs_resumes_and_reports(tmp_path, data, monkeypatch, capfd):
     full, quaffed = results["methods"]["full"], results["methods"]["quaff"]
     assert full["before"]["report"] == pytest.approx(quaffed["before"]["report"], rel=0.01)
     assert full["before"]["report"] != full["report"][0] != full["report"][1] != quaffed["report"][1]
+    assert all(0 < error < 0.1 for of_kind in results["errors"].values() for error in of_kind.values())
     assert set(results["calibration"]) == {"arc_easy", "books"}
     fired, none = results["hits"]["quaff"]
     assert fired["layers"] and none["layers"] == 0 and none["elements"] is None  # nothing is 100 times the mean
