@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from .blocks import BlockType
 from .errors import ConvertError
 from .reader import open_gguf
 
@@ -84,6 +85,20 @@ def read_gguf(path: Path) -> Gguf:
         names = ", ".join(f.name for f in files)
         raise ConvertError(f"{path} belongs to a split with {expected} tensors, but {names} have {len(model.tensors)}")
     return model
+
+
+def bad_row(stored: Stored, row: int, cause: str) -> ConvertError:
+    """An error that names a tensor's row."""
+    return ConvertError(f"{stored.path}: tensor {stored.name}, row {row}: {cause}")
+
+
+def check_scales(stored: Stored, start: int, rows: np.ndarray, kind: BlockType) -> None:
+    """Raise ConvertError if a scale is negative or not finite in rows of blocks, uint8 (rows, bytes), from row `start` on."""
+    d = rows.reshape(len(rows), -1, kind.bytes)[..., -2:].copy().view("<f2")[..., 0]
+    if (bad := ~np.isfinite(d) | np.signbit(d)).any():
+        row, block = np.argwhere(bad)[0]
+        cause = f"the scale of block {block} is {d[row, block]}, which no {kind.name} has: the file is damaged"
+        raise bad_row(stored, start + row, cause)
 
 
 def is_shard(path: Path) -> bool:

@@ -19,9 +19,9 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from . import atomic, gguf_type, tq1_25, tq1_25_64
-from .blocks import NOT_FINITE, BlockType
+from .blocks import NOT_FINITE
 from .errors import ConvertError, QuantizeError
-from .gguf_file import Stored, check_shard, is_shard, split_files
+from .gguf_file import Stored, bad_row, check_scales, check_shard, is_shard, split_files
 from .reader import open_gguf, padded, part_at
 from .report import counted, progress_bar, starred
 
@@ -212,34 +212,22 @@ def _encoded(stored: Stored, wanted, gguf) -> Iterator[tuple[np.ndarray, np.ndar
     for start in range(0, rows, step):
         raw = stored.read(start, step)
         if stored.type.name in gguf_type.TYPES:
-            _check_scales(stored, start, raw, gguf_type.TYPES[stored.type.name])
+            check_scales(stored, start, raw, gguf_type.TYPES[stored.type.name])
         with np.errstate(all="ignore"):  # NaN and infinities are found below
             x = gguf.quants.dequantize(raw, stored.type).reshape(-1, n)
         _check_finite(stored, start, x, NOT_FINITE)
         try:
             data = _encode(x, wanted, gguf)
         except QuantizeError as e:
-            raise _bad_row(stored, start + e.row, e.cause) from e
+            raise bad_row(stored, start + e.row, e.cause) from e
         back = gguf.quants.dequantize(data, wanted).reshape(x.shape)
         _check_finite(stored, start, back, f"a weight is beyond what {wanted.name} holds")
         yield x, data, (back == x).reshape(-1, size).all(axis=1), back
 
 
-def _bad_row(stored: Stored, row: int, cause: str) -> ConvertError:
-    return ConvertError(f"{stored.path}: tensor {stored.name}, row {row}: {cause}")
-
-
 def _check_finite(stored: Stored, start: int, x: np.ndarray, cause: str) -> None:
     if not (finite := np.isfinite(x).all(axis=1)).all():
-        raise _bad_row(stored, start + int(finite.argmin()), cause)
-
-
-def _check_scales(stored: Stored, start: int, rows: np.ndarray, kind: BlockType):
-    d = rows.reshape(len(rows), -1, kind.bytes)[..., -2:].copy().view("<f2")[..., 0]
-    if (bad := ~np.isfinite(d) | np.signbit(d)).any():
-        row, block = np.argwhere(bad)[0]
-        cause = f"the scale of block {block} is {d[row, block]}, which no {kind.name} has: the file is damaged"
-        raise _bad_row(stored, start + row, cause)
+        raise bad_row(stored, start + int(finite.argmin()), cause)
 
 
 def _encode(x: np.ndarray, wanted, gguf) -> np.ndarray:

@@ -14,9 +14,8 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorPr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from sherry_gguf import gguf_type
-from sherry_gguf.blocks import BlockType
 from sherry_gguf.errors import ConvertError
-from sherry_gguf.gguf_file import Gguf, Stored, read_gguf
+from sherry_gguf.gguf_file import Gguf, Stored, check_scales, read_gguf
 
 from . import gguf_tokenizer, operators
 from .packed import PackedLinear
@@ -194,7 +193,9 @@ def _fill(path: Path, gguf: Gguf, model: transformers.PreTrainedModel, dtype: to
     model.load_state_dict(decoded, strict=False, assign=True)
     for layer, stored in packed.items():
         kind = operators.KINDS[stored.type.name]
-        blocks = _permuted(processor, _blocks(stored, kind), stored)
+        rows = stored.read()
+        check_scales(stored, 0, rows, kind)
+        blocks = _permuted(processor, rows, stored)
         model.set_submodule(layer, PackedLinear.from_blocks(modules[layer], blocks, kind))
 
 
@@ -209,15 +210,6 @@ def _names(model: transformers.PreTrainedModel) -> dict[str, str]:
 def _permuted(processor: TensorProcessor, rows: np.ndarray, stored: Stored) -> np.ndarray:
     """Rows in transformers' order: llama.cpp permutes those of Llama's queries and keys. Norms of Gemma lose their 1."""
     return np.ascontiguousarray(processor.process(rows, stored.name).weights)
-
-
-def _blocks(stored: Stored, kind: BlockType) -> np.ndarray:
-    """uint8 (rows, bytes), with scales that are finite."""
-    rows = stored.read()
-    scales = np.ascontiguousarray(rows.reshape(-1, kind.bytes)[:, -2:]).view("<f2")
-    if not np.isfinite(scales).all():
-        raise ConvertError(f"{stored.path}: the tensor {stored.name} has a scale that is not finite: the file is damaged")
-    return rows
 
 
 def _decode(stored: Stored, dtype: torch.dtype) -> np.ndarray:

@@ -367,7 +367,7 @@ def test_what_is_refused(made, tmp_path):
         "lacks the tensor of model.layers.1.self_attn.q_proj.weight: ": dict(without=["blk.1.attn_q.weight"]),
         "lacks the tensor of model.layers.1.post_.* and 1 more": dict(without=["output_norm.weight", "blk.1.ffn_norm.weight"]),
         "tensor blk.0.attn_q_norm.weight has no place": dict(tensors={"blk.0.attn_q_norm.weight": (norm, None)}),
-        "blk.1.attn_q.weight has a scale that is not finite": dict(tensors={"blk.1.attn_q.weight": (infinite, Q.TQ1_25)}),
+        "blk.1.attn_q.weight, row 3: the scale of block 0 is inf": dict(tensors={"blk.1.attn_q.weight": (infinite, Q.TQ1_25)}),
         "norm.weight has weights that are not finite": dict(tensors={"blk.0.attn_norm.weight": (norm * np.nan, None)}),
         "has no TQ1_25, .* tensor: .* Give the Hugging Face directory": dict(tensors=floats),
         "rope_freqs.weight has 3 factors": dict(tensors={"rope_freqs.weight": (norm[:3], None)}),
