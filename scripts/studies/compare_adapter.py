@@ -25,6 +25,9 @@ from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
 from sherry_gguf.evaluation.tools import serve
 from sherry_gguf.programs import HelpWithDefaults, call
+from sherry_gguf.quaff.building import CHANNELS
+from sherry_gguf.quaff.run import FACTORS
+from sherry_gguf.quaff.scaling import load_factors
 
 FLOOR = 16.0  # llama-perplexity writes no log-probability that is further below the highest
 RUNS = {"repacked": [], "--no-repack": ["--no-repack"], "KV cache in F32": ["-ctk", "f32", "-ctv", "f32"]}
@@ -64,11 +67,16 @@ def read(data: bytes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def packed(a: argparse.Namespace, adapter: bool = True) -> torch.nn.Module:
-    """The model on packed weights, with the adapter or without."""
+    """The model on packed weights as `sherry-gguf finetune` left it, with the adapter or without."""
     model = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32)
-    channels = quaff.Channels.load(a.channels) if a.channels else None
-    model = quaff.quantize_for_finetuning(model, channels, "tq1_25", method="quaff" if channels else "naive")
-    return (peft.PeftModel.from_pretrained(model, a.adapter) if adapter else model).eval()
+    scaled = (a.adapter / CHANNELS).exists()
+    channels = quaff.Channels.load(a.adapter / CHANNELS) if scaled else None
+    model = peft.PeftModel.from_pretrained(
+        quaff.quantize_for_finetuning(model, channels, "tq1_25", method="quaff" if scaled else "naive"), a.adapter
+    )
+    if scaled:
+        load_factors(model, a.adapter / FACTORS)
+    return (model if adapter else model.unload()).eval()
 
 
 def dequantized(a: argparse.Namespace) -> torch.nn.Module:
@@ -132,7 +140,7 @@ def measure(a: argparse.Namespace) -> dict:
         ("PyTorch with the adapter, without", ours, of_torch(packed(a, adapter=False), tokens)),
         ("llama.cpp with the adapter, without", repacked, of_llama(a, gguf)[1]),
     ]
-    return {"machine": cpu_name(), "scored": int(np.prod(ours.shape[:2])), "context": a.context, "scaled": bool(a.channels),
+    return {"machine": cpu_name(), "scored": int(np.prod(ours.shape[:2])), "context": a.context, "scaled": (a.adapter / CHANNELS).exists(),
             "rows": [{"what": what} | compare(p, q) for what, p, q in pairs], "greedy": continued}  # fmt: skip
 
 
@@ -148,9 +156,8 @@ def table(r: dict) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     p.add_argument("--model", type=Path, required=True, metavar="DIR", help="a Sherry checkpoint")
-    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="a LoRA adapter of PEFT for it")
+    p.add_argument("--adapter", type=Path, required=True, metavar="DIR", help="a LoRA adapter for it, of sherry-gguf finetune or PEFT")
     p.add_argument("--text", type=Path, required=True, metavar="FILE", help="the text to compare on")
-    p.add_argument("--channels", type=Path, metavar="FILE", help="outlier channels that PyTorch scales; without, it scales none")
     p.add_argument("--work", type=Path, default=ROOT / "build/adapter", metavar="DIR", help="directory for the GGUFs")
     p.add_argument("--out", type=Path, default=ROOT / "build/adapter/adapter", help="output path, to which .md and .json are added")
     p.add_argument("--context", type=int, default=256, metavar="N", help="tokens in a chunk")

@@ -20,6 +20,7 @@ from sherry_gguf.cli import main
 from sherry_gguf.evaluation.tools import serve
 from sherry_gguf.quaff import calibrate, load_gguf, quantize_for_finetuning
 from sherry_gguf.quaff.adapter import convert_adapter
+from sherry_gguf.quaff.scaling import save_factors
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,6 @@ def trained(tmp_path_factory):
     ids = torch.randint(5, 200, (4, 24), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     channels = calibrate(model, [batch], threshold=5, budget=0.05)
-    channels.save(work / "channels")
     model = quantize_for_finetuning(model, channels, "tq1_25")
     torch.manual_seed(0)
     model = peft.get_peft_model(model, peft.LoraConfig(r=8, target_modules="all-linear", task_type="CAUSAL_LM"))
@@ -42,6 +42,8 @@ def trained(tmp_path_factory):
         optimizer.step()
         optimizer.zero_grad()
     model.save_pretrained(work / "adapter")
+    channels.save(work / "adapter/channels.safetensors")
+    save_factors(model, work / "adapter/factors.safetensors")
     return work
 
 
@@ -90,7 +92,7 @@ def test_llama_cpp_computes_what_pytorch_does(trained, tmp_path, capsys):
     """The adapter changes the model much. On packed weights it gives the same distributions and the same text in both."""
     (tmp_path / "text").write_text("".join(f"def f{i}(x):\n    return x * {i}\n" for i in range(200)))
     arguments = ["--model", trained / "base", "--adapter", trained / "adapter", "--text", tmp_path / "text", "--work", tmp_path,
-                 "--channels", trained / "channels", "--out", tmp_path / "out", "--context", 64, "--chunks", 8, "--threads", 1]  # fmt: skip
+                 "--out", tmp_path / "out", "--context", 64, "--chunks", 8, "--threads", 1]  # fmt: skip
     before = torch.get_num_threads()
     try:
         assert compare_adapter.main(list(map(str, arguments))) == 0
