@@ -55,11 +55,14 @@ class Row:
             if not isinstance(text, str):
                 raise TextError(f"{where}: {self.text_column!r} must be a string, not {type(text).__name__}")
             found = {"text": text}
-        elif "messages" in row:
-            return None
+        elif wrong := self.check(row):
+            raise TextError(f"{where}{wrong}")
         else:
-            raise TextError(f"{where}{self.check(row)}")
-        return json.dumps(found)
+            return None
+        try:
+            return json.dumps(found, ensure_ascii=False).encode().decode()
+        except UnicodeEncodeError as e:  # JSON can name it, and no tokenizer takes it
+            raise TextError(f"{where}: {e.object[e.start]!a} is half a character (a lone surrogate): correct or remove it") from e
 
 
 def _messages(messages: object, where: str) -> list[dict[str, str]]:

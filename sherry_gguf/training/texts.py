@@ -109,10 +109,13 @@ def hub_data_set(s: Flags, take: Take) -> tuple[datasets.Dataset, datasets.Datas
         if wrong := take.check(found[split].features):
             raise Stop(f"--dataset {s.dataset}{wrong}")
         if isinstance(take, Column):
-            splits[split] = found[split].select_columns([take.column])
+            table = found[split].select_columns([take.column])
         else:
-            splits[split] = found[split].map(lambda row, i: {take.column: take(row, f"row {i + 1}")}, with_indices=True,
-                                             remove_columns=found[split].column_names)  # fmt: skip
+            table = found[split].map(lambda row, i: {take.column: take(row, f"--dataset {s.dataset}: row {i + 1}")}, with_indices=True,
+                                     remove_columns=found[split].column_names)  # fmt: skip
+        splits[split] = table.filter(lambda text: text is not None, input_columns=take.column)
+        if not len(splits[split]):
+            raise Stop(f"--dataset {s.dataset}: there is no text in its split {split!r}")
     return splits["train"], splits.get("validation")
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import pytest
 import small_models
 import torch
@@ -9,8 +10,9 @@ import transformers
 from quaff_models import CHATML
 
 from sherry_gguf.errors import Stop
+from sherry_gguf.quaff.arguments import FinetuneArguments
 from sherry_gguf.quaff.rows import IGNORED, Collate, Encoder, Row
-from sherry_gguf.training.texts import TextError, read
+from sherry_gguf.training.texts import TextError, documents, read
 
 FORGETS = CHATML.replace("{{ m.content }}", "{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %}")
 
@@ -104,6 +106,7 @@ def test_what_is_read(tmp_path):
     rows = [
         {"messages": chat("a", "b"), "n": 1}, {"prompt": "p", "completion": "c"}, {"text": "t"}, {"text": None},
         {"prompt": chat("a"), "completion": [{"role": "assistant", "content": "b", "thinking": 1}]}, {"messages": None, "text": "u"},
+        {"prompt": "p", "completion": None}, {"messages": None},
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "b.txt").write_text("plain")
@@ -129,12 +132,24 @@ def test_what_is_read(tmp_path):
         ({"messages": [{"role": "user", "content": [{"image": 1}]}]}, "each with a role and a content, both strings"),
         ({"messages": [{"content": "x"}]}, "each with a role and a content, both strings"),
         ({"text": 3}, "line 1: 'text' must be a string, not int"),
+        ({"text": "a\ud83d"}, r"line 1: '\\ud83d' is half a character \(a lone surrogate\): correct or remove it"),
     ],
 )
 def test_what_is_refused(row, message, tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps(row))
     with pytest.raises(TextError, match=message):
         read([tmp_path], Row())
+
+
+def test_rows_of_a_named_data_set(tmp_path):
+    """Rows without anything to train on are left out, as they are in files."""
+    table = datasets.Dataset.from_list([{"messages": chat("a", str(i))} for i in range(3)] + [{"messages": None}])
+    table.to_parquet(tmp_path / "train.parquet")
+    train, held_out = documents(FinetuneArguments(dataset=str(tmp_path)), Row())
+    assert sorted(json.loads(row)["messages"][1]["content"] for row in [*train["row"], *held_out["row"]]) == ["0", "1", "2"]
+    table.select([3]).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(Stop, match="there is no text in its split 'train'"):
+        documents(FinetuneArguments(dataset=str(tmp_path)), Row())
 
 
 def test_batches_are_padded():
