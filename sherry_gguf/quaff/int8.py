@@ -6,7 +6,7 @@ from torch import nn
 from .linear import FrozenLinear, Targeted
 from .scaling import GAMMA, TargetedScaling
 
-CHUNK = 256  # rows of activations that are scaled at a time, so that no scaled copy of all of them is made
+CHUNK = 128  # rows of activations that are scaled at a time, so that no scaled copy of all of them is made
 LEVELS = 127.0
 OUTLIER = 6.0  # of LLM.int8() (Dettmers et al. 2022)
 GRANULARITIES = "channel", "tensor"
@@ -23,6 +23,11 @@ def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     if inner or columns:
         b = nn.functional.pad(b, (0, columns, 0, inner))
     return torch._int_mm(a, b)[:m, :n]
+
+
+def scaled(product: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """An int32 product as float32 times scales, in the product's own memory: other copies of it cost time, and holes in the heap."""
+    return product.view(torch.float32).copy_(product).mul_(scales)
 
 
 def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -43,15 +48,16 @@ def quantize_rows(x: torch.Tensor, channels: torch.Tensor | None = None, factors
     """
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty((len(x), 1), device=x.device)
+    scratch = torch.empty((min(CHUNK, len(x)), x.shape[1]), device=x.device)
     for at in range(0, len(x), CHUNK):
-        part = x[at : at + CHUNK].float()
+        part = x[at : at + CHUNK]
+        part = scratch[: len(part)].copy_(part)
         if every is not None:
-            part = part * every
+            part *= every
         if channels is not None and factors is not None and len(channels):
-            part = part.clone() if part.dtype == x.dtype else part
             part[:, channels] /= factors
         most = part.abs().amax(1, keepdim=True)
-        q[at : at + CHUNK] = (part * torch.where(most > 0, LEVELS / most, 0.0)).round_().to(torch.int8)
+        q[at : at + CHUNK] = part.mul_(torch.where(most > 0, LEVELS / most, 0.0)).round_()
         scales[at : at + CHUNK] = most / LEVELS
     return q, scales
 
@@ -81,7 +87,7 @@ class Int8Linear(FrozenLinear):
         return self
 
     def multiply(self, q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        return (int8_product(q, self.qweight.t()).float() * scales).mul_(self.scale.t()).to(dtype)
+        return scaled(int8_product(q, self.qweight.t()), scales).mul_(self.scale.t()).to(dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(*quantize_rows(x), x.dtype)
@@ -89,7 +95,7 @@ class Int8Linear(FrozenLinear):
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         # the scales of output channels lie on the axis that is summed over: they go into the gradient before it is quantized
         q, scales = quantize_rows(grad, every=self.scale.t())
-        return int8_product(q, self.qweight).float().mul_(scales)
+        return scaled(int8_product(q, self.qweight), scales)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, int8 per {'tensor' if self.scale.numel() == 1 else 'channel'}"
@@ -157,12 +163,12 @@ class DynamicLinear(FrozenLinear):
         factors = torch.where(torch.isfinite(factors) & (factors > 0), factors, 1.0)
         weight, scale = quantize_weight(self.qweight.float() * factors, self.granularity)
         q, scales = quantize_rows(x, every=1 / factors)
-        return (int8_product(q, weight.t()).float() * scales).mul_(scale.t()).to(x.dtype)
+        return scaled(int8_product(q, weight.t()), scales).mul_(scale.t()).to(x.dtype)
 
     def transposed_product(self, grad: torch.Tensor) -> torch.Tensor:
         weight, scale = quantize_weight(self.qweight, self.granularity)
         q, scales = quantize_rows(grad, every=scale.t())
-        return int8_product(q, weight).float().mul_(scales)
+        return scaled(int8_product(q, weight), scales)
 
 
 class MixedLinear(Int8Linear):
