@@ -8,6 +8,7 @@ from finetune_runs import METHODS
 from quality_report import grid, losses, paired, suffixed
 
 from sherry_gguf import quaff
+from sherry_gguf.report import counted
 
 KINDS = [f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")]  # in the tables
 BAR = 0.9  # hit rate that the Outlier Spatial Stability Hypothesis claims
@@ -38,8 +39,8 @@ def table(results: dict) -> str:
         "# Fine-tuning by method",
         f"{results['model']}, LoRA of rank 16 on all linear layers but the head, on {results['machine']}. A step is {a['batch']} "
         f"questions of ARC-easy with the loss on the answers (nats per token), a run {a['steps']} steps. Losses are those of "
-        f"{a['held_out']} held-out questions, after fine-tuning the mean and standard deviation over {a['seeds']} seeds that no rate was "
-        f"swept with; the accuracy is lm-eval's on the first {a['test_questions']} test questions.",
+        f"{a['held_out']} held-out questions, after fine-tuning the mean and standard deviation over {counted(a['seeds'], 'seed')} that no "
+        f"rate was swept with; the accuracy is lm-eval's on the first {a['test_questions']} test questions.",
         "## Loss and accuracy", *methods_part(results["methods"]),
         "## Errors of the layers", *errors_part(results["errors"]),
         "## Outlier channels", *outliers_part(results),
@@ -141,7 +142,7 @@ def plot(results: dict, path: Path) -> None:
         axis.set_xlabel(name)
         axis.set_ylim(0, 102)
         axis.set_title(f"outliers in calibrated channels by {name}, %")
-    depths.legend(fontsize=8, loc="lower left")
+    steps.legend(fontsize=8, loc="lower left")
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     plt.close(figure)
