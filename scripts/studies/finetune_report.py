@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 from finetune_runs import METHODS
@@ -10,8 +11,14 @@ from quality_report import grid, losses, paired, suffixed
 from sherry_gguf import quaff
 from sherry_gguf.report import counted
 
-KINDS = [f"{kind}_proj" for kind in ("q", "k", "v", "o", "gate", "up", "down")]  # in the tables
+KINDS = [f"{kind}_proj" for kind in ("q", "k", "v", "qkv", "o", "gate", "up", "gate_up", "down")]  # in the tables
+
 BAR = 0.9  # hit rate that the Outlier Spatial Stability Hypothesis claims
+
+
+def in_order(kinds: Iterable[str]) -> list[str]:
+    """Kinds of layers as they follow each other in a block; those of other names at the end."""
+    return sorted(kinds, key=lambda kind: KINDS.index(kind) if kind in KINDS else len(KINDS))
 
 
 def report(results: dict, out: Path) -> None:
@@ -77,14 +84,14 @@ def share(x: float | None) -> str:
 
 
 def errors_part(errors: dict[str, dict[str, float]]) -> list[str]:
-    kinds = sorted(next(iter(errors.values())), key=KINDS.index)
+    kinds = in_order(next(iter(errors.values())))
     rows = [[METHODS[m].label, *(f"{100 * of_kind[kind]:.1f} %" for kind in kinds)] for m, of_kind in errors.items()]
     return ["Relative errors of the layers' outputs before fine-tuning, on held-out questions with the inputs of full precision; "
             "root mean squares over layers:", grid(["method", *kinds], rows)]  # fmt: skip
 
 
 def outliers_part(results: dict) -> list[str]:
-    pairs, kinds = results["outliers"], sorted(next(iter(results["calibration"].values()))[0], key=KINDS.index)
+    pairs, kinds = results["outliers"], in_order(next(iter(results["calibration"].values()))[0])
     found = []
     for i, (threshold, budget) in enumerate(pairs):
         for text, of_pair in results["calibration"].items():

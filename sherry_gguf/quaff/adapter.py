@@ -10,8 +10,6 @@ from pathlib import Path
 from sherry_gguf import atomic, llama_cpp
 from sherry_gguf.errors import ConvertError
 
-from .gguf_model import gguf_config
-
 TYPES = "f32", "f16", "bf16", "q8_0", "auto"
 _NAME = "adapter.gguf"
 
@@ -54,6 +52,8 @@ def convert_adapter(adapter: Path, target: Path, base: Path | None = None, outty
     target = atomic.writable(target)
     with atomic.staging(target.absolute(), 0) as staging:
         if named.is_file():
+            from .gguf_model import gguf_config  # needs PyTorch
+
             config, named = gguf_config(named), staging / "base"
             config.save_pretrained(named)
         command = [sys.executable, source / "convert_lora_to_gguf.py", "--base", named.absolute(), "--outtype", outtype,
@@ -80,6 +80,8 @@ def _base_of(adapter: Path, base: Path | None) -> Path:
         raise ConvertError(f"{adapter}: not an adapter directory of PEFT, it has no adapter_config.json") from e
     except (OSError, ValueError, AttributeError) as e:
         raise ConvertError(f"{adapter}/adapter_config.json: {e}") from e
+    if other := [name for name in ("use_rslora", "use_dora", "alpha_pattern") if config.get(name)]:
+        raise ConvertError(f"{adapter}: an adapter with {other[0]}; llama.cpp scales every layer by lora_alpha / r and knows nothing else")
     if kind != "LORA":
         raise ConvertError(f"{adapter}: an adapter of the type {kind}; llama.cpp takes LORA only")
     if base:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import re
 
 from sherry_gguf.training import flags
 from sherry_gguf.training.flags import Help, flag
@@ -43,9 +44,12 @@ RECIPE = flags.RECIPE | {
 def share_by_name(text: str) -> str:
     """REGEX=SHARE, checked. Raises ArgumentTypeError."""
     try:
-        budgets_of([text])
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=SHARE, such as down_proj=0.05") from None
+        ((pattern, share),) = budgets_of([text]).items()
+        re.compile(pattern)
+        if not pattern or not 0 <= share <= 1:
+            raise ValueError
+    except (ValueError, re.error):
+        raise argparse.ArgumentTypeError(f"{text!r} is not REGEX=SHARE, such as down_proj=0.05, with a share from 0 to 1") from None
     return text
 
 

@@ -25,7 +25,7 @@ NEED_CHANNELS = "quaff", "static"
 
 
 def load_model(s: FinetuneArguments) -> tuple[Any, Any]:
-    """The frozen model as it is stored, and its tokenizer. Raises Stop."""
+    """The frozen model as it is stored, and its tokenizer. Raises Stop, also if --target fits none of its layers."""
     path, tokenizer = Path(s.model), None
     if path.is_file():
         with stop_at_errors(s.model):
@@ -41,7 +41,14 @@ def load_model(s: FinetuneArguments) -> tuple[Any, Any]:
         model.name_or_path = os.path.abspath(path)  # what the adapter names as its model
     repair_generation_config(model)
     check_fit(model, tokenizer, s.tokenizer or s.model, s.context, FinetuneArguments.context)
+    if s.target and not targets(s, model):
+        raise Stop(f"--target {s.target!r}: no linear layer has such a name")
     return model, tokenizer
+
+
+def targets(s: FinetuneArguments, model: Any) -> list[str]:
+    """The linear layers that --target names."""
+    return [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and re.search(s.target, name)]
 
 
 def base_of(s: FinetuneArguments, model: Any) -> str:
@@ -58,16 +65,22 @@ def base_of(s: FinetuneArguments, model: Any) -> str:
     return "tq1_25" if packed or (weights == "fake_quantized" and s.method in ("quaff", "naive")) else "int8"
 
 
-def outlier_channels(s: FinetuneArguments, args: Arguments, model: Any, table: rows.Rows, collate: rows.Collate) -> Channels:
-    """Those of --channels or of this run's beginning, else calibrated on the model and kept. Raises Stop."""
+def known_channels(s: FinetuneArguments, args: Arguments, resumed: bool) -> Path | None:
+    """The file of channels that need no calibration. The first process of a machine calibrates, the others read what it saved."""
     kept = args.directory / CHANNELS
-    path = Path(s.channels) if s.channels else kept
-    if s.channels or kept.is_file():
-        remedy = "" if s.channels else f"remove {kept} to calibrate again"
+    if s.channels:
+        return Path(s.channels)
+    return kept if kept.is_file() and (resumed or args.local_process_index) else None
+
+
+def outlier_channels(s: FinetuneArguments, args: Arguments, model: Any, table: rows.Rows, collate: rows.Collate, resumed: bool) -> Channels:
+    """Load --channels or what a resumed run saved; otherwise calibrate and save. Raises Stop."""
+    kept = args.directory / CHANNELS
+    if path := known_channels(s, args, resumed):
         try:
             return Channels.load(path)
         except ValueError as e:
-            raise Stop(f"{e}; {remedy}" if remedy else str(e)) from e
+            raise Stop(str(e) if s.channels else f"{e}; remove {kept} to calibrate again") from e
     sample = table.train.shuffle(seed=0).select(range(min(len(table.train), s.calibration_rows)))
     try:
         channels = calibrate(model, rows.batches(sample, collate, args.per_device_train_batch_size, "calibrating"),
@@ -93,10 +106,7 @@ def kept_layers(s: FinetuneArguments) -> dict[str, str]:
 
 def with_adapter(s: FinetuneArguments, model: Any) -> peft.PeftModel:
     """The model with an adapter that trains. Raises Stop."""
-    names = (name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear))
-    target = [name for name in names if re.search(s.target, name)] if s.target else None
-    if target == []:
-        raise Stop(f"--target {s.target!r}: no linear layer has such a name")
+    target = targets(s, model) if s.target else None
     hidden = model.config.get_text_config().hidden_size
     configs: dict[str, Callable[[], peft.PeftConfig]] = {
         "lora": lambda: peft.LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=target or "all-linear",

@@ -1,12 +1,13 @@
 """Which input channels of a model's linear layers carry outliers: counted on the full-precision model, before adapters are put in."""
 
 import collections
-import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -14,6 +15,8 @@ import safetensors.torch
 import torch
 import transformers
 from torch import nn
+
+from sherry_gguf.training.files import write
 
 FORMAT = "sherry-gguf outlier channels 1"
 THRESHOLD = 100.0  # of the authors' code
@@ -39,16 +42,13 @@ class Channels:
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def save(self, path: str | os.PathLike) -> None:
-        """Write a safetensors file, whole or not at all. Raises OSError."""
+        """Write a safetensors file, whole or not at all. Raises OSError.
+
+        Its tensors are LAYER.channels and LAYER.maxima; the metadata hold `format` and, as JSON, `settings`.
+        """
         tensors = {f"{name}.{what}": tensor.contiguous() for what, by_layer in
                    (("channels", self.channels), ("maxima", self.maxima)) for name, tensor in by_layer.items()}  # fmt: skip
-        part = f"{os.fspath(path)}.part"
-        try:
-            safetensors.torch.save_file(tensors, part, {"format": FORMAT, "settings": json.dumps(self.settings)})
-            os.replace(part, path)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(part)
+        write(Path(path), safetensors.torch.save(tensors, {"format": FORMAT, "settings": json.dumps(self.settings)}))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Channels":
@@ -66,6 +66,8 @@ class Channels:
         by: dict[str, dict[str, torch.Tensor]] = {"channels": {}, "maxima": {}}
         for name, tensor in tensors.items():
             layer, _, what = name.rpartition(".")
+            if what not in by or tensor.ndim != 1 or tensor.is_floating_point() is (what == "channels"):
+                raise ValueError(f"{path} is damaged: it has a tensor {name} of {tensor.dtype} {tuple(tensor.shape)}")
             by[what][layer] = tensor
         return cls(by["channels"], by["maxima"], json.loads(metadata.get("settings", "{}")))
 
@@ -83,14 +85,19 @@ def linear_layers(model: nn.Module, keep: str = KEEP) -> dict[str, nn.Linear]:
 def budget_of(name: str, inputs: int, budget: float, budgets: Mapping[str, float]) -> int:
     """The most channels that a layer may keep: its share of its inputs, rounded down to a multiple of four.
 
-    budgets: regular expressions for names to shares, the first that is found counts; otherwise `budget`.
+    budgets: regular expressions for names to shares, the first pattern that matches counts; otherwise `budget`.
     """
     share = next((share for pattern, share in budgets.items() if re.search(pattern, name)), budget)
     return int(inputs * share // MULTIPLE * MULTIPLE)
 
 
 class Counter:
-    """Counts outliers at the inputs of layers, as forward hooks."""
+    """Counts outliers at the inputs of layers, as forward hooks.
+
+    Attributes:
+        mask: (batch, tokens), 0 for padding, or None.
+        counts: layer name to int64 (inputs,). maxima: to float32 (inputs,), the largest |x|.
+    """
 
     def __init__(self, layers: Mapping[str, nn.Module], threshold: float):
         self.threshold = threshold
@@ -164,13 +171,15 @@ def calibrate(
         raise ValueError("the model has no linear layers to calibrate")
     was_training, device = model.training, next(model.parameters()).device
     counter = Counter(layers, threshold)
+    # no logits: those of long batches would take more memory than the model
+    least = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
     found: collections.Counter[str] = collections.Counter()
     try:
         model.eval()
         for batch in data:
             inputs = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
             counter.mask = inputs.get("attention_mask")
-            model(**{name: value for name, value in inputs.items() if name != "labels"})
+            model(**{name: value for name, value in inputs.items() if name != "labels"}, **least)
             found["batches"] += 1
             seen = counter.mask if counter.mask is not None else inputs.get("input_ids")
             found["tokens"] += 0 if seen is None else int(seen.sum()) if seen is counter.mask else seen.numel()

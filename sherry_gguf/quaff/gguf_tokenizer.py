@@ -80,7 +80,7 @@ def _from_gguf(path: Path, fields: dict[str, Any]) -> transformers.PreTrainedTok
     )  # fmt: skip
 
 
-_INSTEAD = "Give the directory of the tokenizer: load_gguf(path, tokenizer=DIR)"
+_INSTEAD = "Give the directory of the tokenizer: --tokenizer DIR, in Python load_gguf(path, tokenizer=DIR)"
 
 
 def _bpe(tokens: list[str], merges: list[str], pre: str) -> Tokenizer:

@@ -6,6 +6,7 @@ from torch import nn
 from .linear import FrozenLinear, Targeted
 from .scaling import GAMMA, TargetedScaling
 
+EXACT = 1024  # products of int8 whose sum float32 holds exactly: 1024 * 127**2 < 2**24
 CHUNK = 128  # rows of activations that are scaled at a time, so that no scaled copy of all of them is made
 LEVELS = 127.0
 OUTLIER = 6.0  # of LLM.int8() (Dettmers et al. 2022)
@@ -13,9 +14,12 @@ GRANULARITIES = "channel", "tensor"
 
 
 def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a (m, k) times b (k, n), int8, as int32. Any sizes: what a GPU's kernel needs more is added as zeros."""
+    """a (m, k) times b (k, n), int8, as int32. Pads with zeros to the sizes that a GPU's kernel needs."""
+    if not (a.numel() and b.numel()):
+        return a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
     if not a.is_cuda:
-        return torch._int_mm(a, b) if a.numel() and b.numel() else a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.int32)
+        # Without oneDNN, PyTorch's own loop takes 134 ms for 256 x 576 by 576 x 1536, float32 6 ms; with it 1.3 ms (AMD EPYC, Zen 4)
+        return torch._int_mm(a, b) if torch.backends.mkldnn.is_available() else float_product(a, b)
     m, n = a.shape[0], b.shape[1]
     rows, inner, columns = max(0, 17 - m), -a.shape[1] % 8, -n % 8
     if rows or inner:
@@ -25,24 +29,39 @@ def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return torch._int_mm(a, b)[:m, :n]
 
 
+def float_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """The same as int8_product, in float32: exact parts, which are added as int32."""
+    parts = ((a[:, k : k + EXACT].float(), b[k : k + EXACT].float()) for k in range(0, a.shape[1], EXACT))
+    first, second = next(parts)
+    out = (first @ second).to(torch.int32)
+    for first, second in parts:
+        out += (first @ second).to(torch.int32)
+    return out
+
+
 def scaled(product: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """An int32 product as float32 times scales, in the product's own memory: other copies of it cost time, and holes in the heap."""
     return product.view(torch.float32).copy_(product).mul_(scales)
 
 
 def quantize_weight(weight: torch.Tensor, granularity: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """weight (outputs, inputs) as int8, symmetric, and float32 scales: (outputs, 1), or (1, 1) for the granularity `tensor`."""
+    """weight (outputs, inputs) as int8, symmetric, and float32 scales: (outputs, 1), or (1, 1) for the granularity `tensor`.
+
+    Raises ValueError for another granularity and for weights that are not finite.
+    """
     if granularity not in GRANULARITIES:
         raise ValueError(f"granularity {granularity}: must be {' or '.join(GRANULARITIES)}")
     weight = weight.float()
     most = weight.abs().amax(1, keepdim=True) if granularity == "channel" else weight.abs().amax().reshape(1, 1)
+    if not bool(torch.isfinite(most).all()):
+        raise ValueError("weights are not finite")
     inverse = torch.where(most > 0, LEVELS / most, 0.0)
     return (weight * inverse).round_().to(torch.int8), most / LEVELS
 
 
 def quantize_rows(x: torch.Tensor, channels: torch.Tensor | None = None, factors: torch.Tensor | None = None,
                   every: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """x (tokens, inputs) as int8 with a float32 scale (tokens, 1) for each token; of zeros, zeros.
+    """x (tokens, inputs) as int8 with a float32 scale (tokens, 1) for each token. Rows of zeros stay zero.
 
     channels, factors: these channels (k,) are divided by these factors first. every: all channels are multiplied by these (inputs,).
     """
@@ -82,11 +101,13 @@ class Int8Linear(FrozenLinear):
         return weight
 
     def _apply(self, fn, recurse=True):
+        exact = self.scale
         super()._apply(fn, recurse)
-        self.scale = self.scale.float()  # also after model.bfloat16()
+        self.scale = exact.to(self.scale.device)  # also after model.bfloat16()
         return self
 
     def multiply(self, q: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """q int8 (tokens, inputs), scales float32 (tokens, 1), times the weights: (tokens, outputs) of `dtype`."""
         return scaled(int8_product(q, self.qweight.t()), scales).mul_(self.scale.t()).to(dtype)
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
@@ -102,7 +123,10 @@ class Int8Linear(FrozenLinear):
 
 
 class QuaffLinear(Targeted, Int8Linear):
-    """Quaff. Buffers besides Int8Linear's: outlier_weight (outputs, k) in the model's dtype, and those of `scaling`."""
+    """Quaff. Buffers besides Int8Linear's: outlier_weight (outputs, k) in the model's dtype, and those of `scaling`.
+
+    channels: int64 (k,). maxima: float32 (inputs,), calibration's largest |x|.
+    """
 
     outlier_weight: torch.Tensor
 
@@ -127,15 +151,22 @@ class StaticLinear(Int8Linear):
     factors: torch.Tensor
 
     def __init__(self, layer: nn.Linear, maxima: torch.Tensor, granularity: str = "channel"):
-        most = layer.weight.detach().float().abs().amax(0)
-        factors = (maxima.to(most.device) / most).sqrt()
-        self._factors = torch.where(torch.isfinite(factors) & (factors > 0), factors, 1.0)
+        """maxima: float32 (inputs,)."""
+        self.maxima = maxima  # for `prepared`
         super().__init__(layer, granularity)
-        self.register_buffer("factors", self._factors)
-        del self._factors
+        del self.maxima
 
     def prepared(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.float() * self._factors
+        most = weight.float().abs().amax(0)
+        factors = (self.maxima.to(most.device) / most).sqrt()
+        self.register_buffer("factors", torch.where(torch.isfinite(factors) & (factors > 0), factors, 1.0))
+        return weight.float() * self.factors
+
+    def _apply(self, fn, recurse=True):
+        exact = self.factors
+        super()._apply(fn, recurse)
+        self.factors = exact.to(self.factors.device)
+        return self
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         return self.multiply(*quantize_rows(x, every=1 / self.factors), x.dtype)

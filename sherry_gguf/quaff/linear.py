@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from .scaling import TargetedScaling
 
@@ -15,6 +16,7 @@ class _Product(torch.autograd.Function):
         return layer.product(x)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: torch.Tensor):  # type: ignore[override]
         return ctx.layer.transposed_product(grad.reshape(-1, grad.shape[-1])).to(grad.dtype), None
 
@@ -31,7 +33,7 @@ class NoWeight(torch.Tensor):
 
 
 class FrozenLinear(nn.Linear):
-    """`nn.Linear` with weights that never train, in a form of the subclass's own. peft's adapters wrap it as they wrap nn.Linear.
+    """`nn.Linear` with weights that never train, in the subclass's format. peft's adapters wrap it as they wrap nn.Linear.
 
     `qweight` is the buffer with the quantized weights. `weight` only has a shape: an adapter cannot be merged into it.
     """
@@ -59,6 +61,7 @@ class FrozenLinear(nn.Linear):
         raise NotImplementedError
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x (..., inputs) to (..., outputs), of x's dtype, or autocast's."""
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         shape = *x.shape[:-1], self.out_features
@@ -89,9 +92,10 @@ class Targeted:
 
     def product(self, x: torch.Tensor) -> torch.Tensor:
         channels = self.scaling.channels
+        if not len(channels):
+            return self.scaled_product(x, channels, self.scaling.factors)
         weights, outliers = self.outlier_weights(), x[:, channels]
-        if len(channels):
-            self.scaling.update(outliers, weights.abs().amax(0))
+        self.scaling.update(outliers, weights)
         factors = self.scaling.factors
         y = self.scaled_product(x, channels, factors)
         rest = ((factors - 1) / factors).to(x.dtype) * outliers  # x' (s - 1)

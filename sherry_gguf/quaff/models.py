@@ -12,7 +12,7 @@ from sherry_gguf.patterns import starred
 
 from .channels import KEEP, Channels, linear_layers
 from .int8 import DynamicLinear, Int8Linear, MixedLinear, QuaffLinear, StaticLinear
-from .linear import Targeted
+from .linear import FrozenLinear, Targeted
 from .packed import PackedLinear, kind_of
 from .scaling import GAMMA
 
@@ -79,22 +79,23 @@ def quantize_for_finetuning(
     if method in ("quaff", "static"):
         _check(channels, layers, method)
     names = list(layers)
-    for name in names:  # each is let go, so that the model never is in memory in both forms
+    for name in names:  # drop each layer before the next is made, so that only one exists in both forms
         made = _quantized(name, layers.pop(name), channels, base, method, granularity, gamma)
         if isinstance(made, Targeted):
             made.scaling.shared = not re.search(EXPERTS, name)
         model.set_submodule(name, made)
-    model._ddp_params_and_buffers_to_ignore = _unsent(model, names)  # type: ignore[assignment]
+    model._ddp_params_and_buffers_to_ignore = _unsent(model)  # type: ignore[assignment]
     _warn_of_losses(model, names)
     return _frozen(model)
 
 
-def _unsent(model: nn.Module, layers: Iterable[str]) -> list[str]:
+def _unsent(model: nn.Module) -> list[str]:
     """The buffers of quantized layers that DistributedDataParallel need not send at each step, by their names in peft's models too."""
     return [
         f"{outer}{name}{inner}.{buffer}"
-        for name in layers
-        for buffer, _ in model.get_submodule(name).named_buffers()
+        for name, layer in model.named_modules()
+        if isinstance(layer, FrozenLinear)
+        for buffer, _ in layer.named_buffers()
         if not re.search(SENT, f".{buffer}")
         for outer in ("", "base_model.", "base_model.model.")
         for inner in ("", ".base_layer")

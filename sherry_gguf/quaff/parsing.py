@@ -22,6 +22,8 @@ class Arguments(parsing.Arguments):
         super().__post_init__()
         self.label_names = ["labels"]  # the Trainer does not find them in a model of peft
         self.remove_unused_columns = False
+        if self.gradient_checkpointing_kwargs is None:  # reentrant checkpoints and DistributedDataParallel exclude each other
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False}
 
 
 def parse(argv: Sequence[str], prog: str) -> tuple[FinetuneArguments, Arguments]:

@@ -71,7 +71,7 @@ def _messages(messages: object, where: str) -> list[dict[str, str]]:
     for message in messages:
         if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise TextError(f"{where} must be a list of messages, each with a role and a content, both strings")
-    return [{"role": m["role"], "content": m["content"]} for m in messages]
+    return [{k: v for k, v in message.items() if v is not None} for message in messages]  # templates may use other keys
 
 
 # ------------------------------------------------------------------------------------------------------------- tokens
@@ -109,7 +109,8 @@ class Encoder:
             text = row["prompt"] + row["completion"]
             answers = [(len(row["prompt"]), len(text) + 1)]
             ids, spans = self._encode(text, True)
-            if (end := self.tokenizer.eos_token_id) is not None and ids[-1:] != [end]:
+            if (end := self.tokenizer.eos_token_id) is not None:  # which some tokenizers add
+                ids, spans = ids[: -1 if ids[-1:] == [end] else None], spans[: -1 if ids[-1:] == [end] else None]
                 ids, spans = [*ids, end], [*spans, (len(text), len(text) + 1)]
         if not self.answers:
             answers = [(0, len(text) + 1)]
@@ -117,8 +118,13 @@ class Encoder:
         return [Tokens(ids[: self.context], [IGNORED, *labels[1 : self.context]], len(ids) > self.context)]
 
     def _encode(self, text: str, special: bool) -> tuple[list[int], list[tuple[int, int]]]:
-        found = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
-        return list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+        found = self.tokenizer(text, add_special_tokens=special, return_offsets_mapping=True, return_attention_mask=False,
+                               return_special_tokens_mask=True, verbose=False)  # fmt: skip
+        ids, spans = list(found["input_ids"]), [tuple(span) for span in found["offset_mapping"]]
+        for i, (begin, end) in enumerate(spans):  # some tokenizers trim spaces off, so that a token of spaces has nothing
+            if begin == end and not found["special_tokens_mask"][i]:
+                spans[i] = (spans[i - 1][1] if i else 0, max(end, next((b for b, e in spans[i + 1 :] if e > b), len(text))))
+        return ids, spans
 
     def _text(self, text: str) -> list[Tokens]:
         bos, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id

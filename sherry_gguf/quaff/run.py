@@ -21,6 +21,7 @@ from . import building, rows
 from .arguments import FinetuneArguments
 from .channels import Channels
 from .linear import FrozenLinear
+from .models import EXPERTS
 from .parsing import Arguments
 from .scaling import load_factors, save_factors
 
@@ -51,6 +52,11 @@ class AdapterTrainer(CpuTrainer):
         assert self.model is not None
         load_factors(self.model, Path(resume_from_checkpoint) / FACTORS)
 
+    def _load_best_model(self):
+        super()._load_best_model()
+        assert self.model is not None
+        load_factors(self.model, Path(str(self.state.best_model_checkpoint)) / FACTORS)
+
 
 def run(s: FinetuneArguments, args: Arguments) -> int:
     """Fine-tune, save and evaluate; returns the exit status.
@@ -79,6 +85,13 @@ def check(s: FinetuneArguments, args: Arguments) -> None:
         raise Stop(f"--alpha {s.alpha:g}: must be above 0")
     if not 0 <= s.dropout < 1:
         raise Stop(f"--dropout {s.dropout:g}: from 0 to below 1")
+    if not s.threshold > 0:
+        raise Stop(f"--threshold {s.threshold:g}: must be above 0")
+    for name in "gamma", "budget":
+        if not 0 <= getattr(s, name) <= 1:
+            raise Stop(f"--{name} {getattr(s, name):g}: from 0 to 1")
+    if s.channels and not Path(s.channels).is_file():
+        raise Stop(f"--channels {s.channels}: no such file")
     for name in "keep", "target":
         try:
             re.compile(getattr(s, name))
@@ -94,8 +107,6 @@ def train_and_save(s: FinetuneArguments, args: Arguments, out: Path, now: dict, 
     interrupt = Interrupt()
     trainer, table, channels, before = set_up(s, args, now, checkpoint, interrupt)
     now = now | {"rows": table.digest}
-    if args.process_index == 0:
-        running.announce(args, now, checkpoint)
     seconds = running.train(trainer, interrupt, checkpoint)
     if args.process_index == 0:
         model: Any = trainer.accelerator.unwrap_model(trainer.model)
@@ -127,23 +138,32 @@ def set_up(s: FinetuneArguments, args: Arguments, now: dict, checkpoint: Path | 
     with args.main_process_first(desc="reading"):
         table = rows.load(s, tokenizer)
     begun = checkpoint.resolve().parent if checkpoint else args.directory
-    check_settings(begun, now | {"rows": table.digest}, bool(checkpoint))
+    now = now | {"rows": table.digest}
+    check_settings(begun, now, bool(checkpoint))
     collate = rows.Collate(next((t for t in (tokenizer.pad_token_id, tokenizer.eos_token_id) if t is not None), 0))
     first = args.process_index == 0
     if first:
+        running.announce(args, now, checkpoint)
         cut = f", {table.cut} of them cut at --context {s.context}" * bool(table.cut)
         empty = f"; {table.empty} left out, which have no answer in their first {s.context} tokens" * bool(table.empty)
         print(f"rows: {len(table.train)} to train on{cut}, {len(table.held_out)} held out{empty}", flush=True)
-    model.to(args.device)
     sample = rows.first(table.held_out, START_TOKENS)
     size = args.per_device_eval_batch_size
-    before: dict[str, float] = {"given": rows.mean_loss(model, sample, collate, size)} if first else {}
-    with args.main_process_first(desc="calibrating"):
-        channels = building.outlier_channels(s, args, model, table, collate) if s.method in building.NEED_CHANNELS else None
-    model = building.quantized(s, model, channels, base)
+    before: dict[str, float] = {"tokens": sum(sample["labelled"])}
+    channels, resumed = None, checkpoint is not None
+    if s.method in building.NEED_CHANNELS and not building.known_channels(s, args, resumed) or args.device.type == "cpu":
+        model.to(args.device)  # in full precision only if it must run so
+        if first:
+            before["given"] = rows.mean_loss(model, sample, collate, size)
+    if s.method in building.NEED_CHANNELS:
+        with args.main_process_first(desc="calibrating"):
+            channels = building.outlier_channels(s, args, model, table, collate, resumed)
+    model = building.quantized(s, model, channels, base).to(args.device)
     if first:
-        before |= {"quantized": rows.mean_loss(model, sample, collate, size), "tokens": sum(sample["labelled"])}
+        before["quantized"] = rows.mean_loss(model, sample, collate, size)
     model = building.with_adapter(s, model)
+    if args.ddp_find_unused_parameters is None:  # a process may skip experts
+        args.ddp_find_unused_parameters = any(re.search(EXPERTS, name) for name, _ in model.named_modules())
     try:
         trainer = AdapterTrainer(model, args, collate, train_dataset=table.train.select_columns(["input_ids", "labels"]),
                                  eval_dataset=table.held_out.select_columns(["input_ids", "labels"]), processing_class=tokenizer,
@@ -169,5 +189,6 @@ def announce(s: FinetuneArguments, model: Any, base: str, channels: Channels | N
         found = [len(of_layer) for of_layer in channels.channels.values()]
         where = s.channels or "calibrated"
         print(f"outlier channels: {sum(found)} in {sum(map(bool, found))} of {len(found)} layers ({where})", flush=True)
-    then = f", {before['quantized']:.4f} quantized" * bool(frozen)
-    print(f"start: held-out loss before the first step ({before['tokens']} tokens): {before['given']:.4f} as given{then}", flush=True)
+    words = {"given": "as given", "quantized": "quantized" if frozen else "frozen"}
+    losses = ", ".join(f"{before[key]:.4f} {said}" for key, said in words.items() if key in before and (frozen or key == "given"))
+    print(f"start: held-out loss before the first step ({before['tokens']} tokens): {losses}", flush=True)

@@ -2,11 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
 import torch.distributed
 from torch import nn
+
+from sherry_gguf.training.files import write
 
 GAMMA = 0.1  # of the old factor, in the authors' code
 
@@ -17,15 +20,17 @@ def in_backward() -> bool:
 
 
 class TargetedScaling(nn.Module):
-    """The factors s of a layer's outlier channels. All that it knows is in buffers.
+    """The factors s of a layer's outlier channels. What training changes is in buffers.
 
     Attributes:
         channels: int64 (k,).
         factors: float32 (k,), at least 1.
         started: bool (), whether training has set the factors.
         gamma: s becomes gamma * s + (1 - gamma) * beta in each training step.
-        shared: whether the processes of torch.distributed take the maxima over all their activations, and so have the same factors.
-            It needs a call in each process at each step: experts, which some process may skip, have it off.
+        shared: whether all processes of torch.distributed use the maxima over all of them, and so the same factors. Each of them must
+            then run each forward pass of training: experts, which some process may skip, have it off.
+
+    Raises ValueError for a gamma outside 0 to 1.
     """
 
     channels: torch.Tensor
@@ -43,8 +48,9 @@ class TargetedScaling(nn.Module):
         self.register_buffer("started", torch.zeros((), dtype=torch.bool, device=channels.device))
 
     def _apply(self, fn, recurse=True):
+        exact = self.factors
         super()._apply(fn, recurse)
-        self.factors = self.factors.float()  # also after model.bfloat16()
+        self.factors = exact.to(self.factors.device)  # also after model.bfloat16()
         return self
 
     @staticmethod
@@ -59,17 +65,17 @@ class TargetedScaling(nn.Module):
         self.factors.copy_(self.wanted(x_max.to(self.factors.device), w_max))
 
     @torch.no_grad()
-    def update(self, x: torch.Tensor, w_max: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, weights: torch.Tensor) -> None:
         """Follow the outlier channels x (tokens, k) in training; in evaluation, and in recomputing a forward pass, nothing happens.
 
-        w_max: max |w| over the outputs, (k,).
+        Padding counts: a layer does not know which tokens it is. weights: (outputs, k).
         """
         if not self.training or not x.numel() or in_backward():
             return
         most = x.detach().abs().amax(0).float()
         if self.shared and torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
-        beta = self.wanted(most, w_max)
+        beta = self.wanted(most, weights.abs().amax(0))
         kept = torch.where(self.started, self.gamma, 0.0)
         self.factors.copy_(kept * self.factors + (1 - kept) * beta)
         self.started.fill_(True)
@@ -78,34 +84,33 @@ class TargetedScaling(nn.Module):
         return f"channels={len(self.channels)}, gamma={self.gamma}"
 
 
-def _scalings(model: nn.Module) -> dict[str, TargetedScaling]:
-    """The scalings of a model by the names of their layers, which an adapter around a layer does not change."""
-    found = ((name, m) for name, m in model.named_modules() if isinstance(m, TargetedScaling))
-    return {name.removeprefix("base_model.").removeprefix("model.").replace(".base_layer", ""): m for name, m in found}
+def _scalings(model: Any) -> dict[str, TargetedScaling]:
+    """The scalings of a model by the names of their layers, which no adapter changes."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    found = ((name, m) for name, m in base.named_modules() if isinstance(m, TargetedScaling))
+    return {name.replace(".base_layer", ""): m for name, m in found}
 
 
 def save_factors(model: nn.Module, path: str | os.PathLike) -> None:
-    """Write the factors of all layers as safetensors, whole or not at all, for `load_factors`. Raises OSError."""
+    """Write the factors of all layers as safetensors, whole or not at all, for `load_factors`. Raises OSError.
+
+    The tensors: LAYER.scaling.channels, int64 (k,); LAYER.scaling.factors, float32 (k,); LAYER.scaling.started, bool ().
+    """
     state = {f"{name}.{key}": getattr(m, key) for name, m in _scalings(model).items() for key in ("channels", "factors", "started")}
-    part = Path(f"{os.fspath(path)}.part")
-    try:
-        safetensors.torch.save_file({name: tensor.contiguous() for name, tensor in state.items()}, part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    write(Path(path), safetensors.torch.save({name: tensor.contiguous() for name, tensor in state.items()}))
 
 
 @torch.no_grad()
 def load_factors(model: nn.Module, path: str | os.PathLike) -> None:
-    """Read what `save_factors` wrote. Raises ValueError if the file is of a model with other channels, or none of this kind; OSError."""
+    """Read what `save_factors` wrote. Raises ValueError if the file belongs to another model or calibration; OSError."""
     try:
         state = safetensors.torch.load_file(path)
     except safetensors.SafetensorError as e:
         raise ValueError(f"{path}: not a safetensors file: {e}") from e
     scalings = _scalings(model)
     for name, m in scalings.items():
-        if not torch.equal(state.get(f"{name}.channels", torch.empty(0)), m.channels.cpu()):
-            raise ValueError(f"{path}: the outlier channels of {name} are others: it was saved for another model, or other channels")
+        if not torch.equal(state.get(f"{name}.channels", torch.empty(0)), m.channels.cpu()) or f"{name}.factors" not in state:
+            raise ValueError(f"{path}: the outlier channels of {name} differ: the file belongs to another model or calibration")
     for name, m in scalings.items():
         m.factors.copy_(state[f"{name}.factors"])
         m.started.copy_(state[f"{name}.started"])

@@ -32,7 +32,7 @@ class Flags(Protocol):
 
 
 class Take(Protocol):
-    """What of a table's row is the document: a string."""
+    """How to turn a table's row into a document, a string."""
 
     @property
     def column(self) -> str:

@@ -1,8 +1,10 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
 import urllib.request
+from pathlib import Path
 
 import compare_adapter
 import gguf
@@ -173,6 +175,8 @@ def test_what_is_no_adapter(trained, tmp_path, capsys):
     copy = shutil.copytree(trained / "adapter", tmp_path / "copy")
     config = json.loads((copy / "adapter_config.json").read_text())
     for change, message in [
+        ({"use_rslora": True}, "an adapter with use_rslora; llama.cpp scales every layer by lora_alpha / r"),
+        ({"alpha_pattern": {"q_proj": 3}}, "an adapter with alpha_pattern"),
         ({"peft_type": "IA3"}, "an adapter of the type IA3; llama.cpp takes LORA only"),
         (
             {"base_model_name_or_path": "someone/model"},
@@ -188,6 +192,10 @@ def test_what_is_no_adapter(trained, tmp_path, capsys):
     refused("adapter_config.json: ", copy, *out)
 
 
-def test_the_command_needs_nothing_but_its_arguments():
-    done = subprocess.run([sys.executable, "-m", "sherry_gguf.cli", "convert-adapter", "--help"], capture_output=True, text=True)
+def test_the_command_needs_nothing_but_its_arguments(tmp_path):
+    for name in "torch", "transformers", "accelerate", "peft":  # importing them takes seconds
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    path = os.pathsep.join([str(tmp_path), str(Path(__file__).parents[2])])
+    done = subprocess.run([sys.executable, "-m", "sherry_gguf.cli", "convert-adapter", "--help"], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": path})  # fmt: skip
     assert done.returncode == 0 and "ADAPTER_DIR" in done.stdout

@@ -20,7 +20,8 @@ from quaff_models import CHATML
 from safetensors.torch import load_file
 
 from sherry_gguf.cli import main
-from sherry_gguf.quaff import Channels, load_factors, quantize_for_finetuning
+from sherry_gguf.errors import Stop
+from sherry_gguf.quaff import Channels, building, load_factors, quantize_for_finetuning
 from sherry_gguf.quaff import rows as quaff_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -187,12 +188,13 @@ def test_what_is_refused(base, chats, finished, tmp_path, capfd):
         (dict(context=1000), "the model's positions end at 256. Pass --context 256, or less"),
         (dict(rank=0), "--rank 0: at least 1"),
         (dict(dropout=1), "--dropout 1: from 0 to below 1"),
-        (dict(threshold=0), "threshold 0.0: must be above 0"),
-        (dict(budget=2), "a budget of 2.0: must be a share of the inputs"),
-        (dict(gamma=3), "gamma 3.0: must be from 0 to 1"),
+        (dict(threshold=0), "--threshold 0: must be above 0"),
+        (dict(budget=2), "--budget 2: from 0 to 1"),
+        (dict(gamma=3), "--gamma 3: from 0 to 1"),
         (dict(keep="("), "--keep '(': not a regular expression"),
         (dict(target="nothing"), "--target 'nothing': no linear layer has such a name"),
         (dict(base="tq1_25", method="static"), "--base tq1_25 --method static: packed weights train with quaff or naive"),
+        (dict(channels=tmp_path / "nothing"), "/nothing: no such file"),
         (dict(channels=chats), "chats.jsonl: not a safetensors file"),
         (dict(channels=finished / "adapter/adapter_model.safetensors"), "not a file of outlier channels"),
         (dict(chat_template=tmp_path / "nothing"), "nothing"),
@@ -206,12 +208,50 @@ def test_what_is_refused(base, chats, finished, tmp_path, capfd):
         shutil.rmtree(out, ignore_errors=True)
 
 
-@pytest.mark.parametrize("more", [dict(budgets="down_proj"), dict(method="int4"), dict(nonsense=1), dict(rank="many")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        dict(budgets="down_proj"),
+        dict(budgets="down_proj(=0.05"),
+        dict(budgets="down_proj=2"),
+        dict(method="int4"),
+        dict(nonsense=1),
+        dict(rank="many"),
+    ],
+)
 def test_wrong_flags(base, chats, tmp_path, capfd, more):
     with pytest.raises(SystemExit) as e:
         main(flags(base, chats, tmp_path / "run", **more))
     error = capfd.readouterr().err
     assert e.value.code == 2 and error.startswith("sherry-gguf finetune: ") and error.count("\n") == 1
+
+
+def test_a_run_that_was_refused_or_left_no_checkpoint_begins_anew(base, chats, tmp_path, capfd, monkeypatch):
+    def no_adapter(s, model):
+        raise Stop("no adapter")
+
+    def budget():
+        return Channels.load(tmp_path / "run/adapter/channels.safetensors").settings["budget"]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(building, "with_adapter", no_adapter)
+        assert main(flags(base, chats, tmp_path / "run")) == 1
+    assert main(flags(base, chats, tmp_path / "run", max_steps=2, save_strategy="no", budget=0.1)) == 0
+    assert budget() == 0.1
+    shutil.rmtree(tmp_path / "run/adapter")
+    assert main(flags(base, chats, tmp_path / "run", max_steps=2, save_strategy="no")) == 0
+    assert budget() == 0.05
+
+
+def test_the_best_model_has_its_own_factors(base, chats, tmp_path):
+    more = dict(eval_strategy="steps", eval_steps=1, save_steps=1, load_best_model_at_end=True, save_total_limit=9,
+                metric_for_best_model="loss", greater_is_better=True)  # fmt: skip  # an early one
+    assert main(flags(base, chats, tmp_path / "run", **more)) == 0
+    best = json.loads((tmp_path / "run/checkpoint-6/trainer_state.json").read_text())["best_model_checkpoint"]
+    assert not best.endswith("checkpoint-6")
+    for name in "factors.safetensors", "adapter_model.safetensors":
+        made, kept = load_file(tmp_path / "run/adapter" / name), load_file(f"{best}/{name}")
+        assert all(torch.equal(made[k], v) for k, v in kept.items()), name
 
 
 def test_a_damaged_checkpoint_is_named(base, chats, finished, tmp_path, capfd):
@@ -229,7 +269,9 @@ def test_two_processes(base, chats, tmp_path):
 
     def torchrun(*more):
         begin = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--rdzv_backend", "c10d", "--rdzv_endpoint", "127.0.0.1:0"]
-        run = flags(base, chats, tmp_path / "run", ddp_backend="gloo", save_steps=3, per_device_train_batch_size=2)
+        run = flags(
+            base, chats, tmp_path / "run", ddp_backend="gloo", save_steps=3, per_device_train_batch_size=2, gradient_checkpointing=True
+        )
         command = [sys.executable, *begin, "-m", "sherry_gguf", *run, *more]
         return subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
 

@@ -180,3 +180,16 @@ def test_wrong_options():
             cls(layer(), *args, "row")
     with pytest.raises(ValueError, match="gamma 1.5: must be from 0 to 1"):
         quaff(layer(), activations(), gamma=1.5)
+
+
+@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 1024, 2), (4, 2500, 6)])
+def test_the_product_without_oneDNN_is_exact(shape, monkeypatch):
+    m, k, n = shape
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-127, 128, size, dtype=torch.int8, generator=generator) for size in ((m, k), (k, n)))
+    a[0], b[:, 0] = 127, 127  # the largest sum
+    wanted = (a.long() @ b.long()).int()
+    assert torch.equal(int8_product(a, b), wanted)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    assert torch.equal(int8_product(a, b), wanted)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from quaff_models import batches, llama
 
-from sherry_gguf.quaff import METHODS, calibrate, quantize_for_finetuning
+from sherry_gguf.quaff import METHODS, calibrate, load_factors, quantize_for_finetuning, save_factors
 from sherry_gguf.quaff.int8 import QuaffLinear
+from sherry_gguf.quaff.scaling import TargetedScaling
 
 CONFIGS = {
     "lora": peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -107,6 +108,40 @@ def test_what_is_replaced():
     assert len(kinds) == 14 and set(kinds.values()) == {QuaffLinear}
     size = sum(b.numel() * b.element_size() for b in model.model.layers[0].mlp.up_proj.buffers())
     assert size < 128 * 64 * 1.25
+
+
+def test_factors_of_one_adapter_fit_another(tmp_path):
+    trained = peft.get_peft_model(quantized(), CONFIGS["lora"])
+    trained.train()
+    steps(trained, 2)
+    save_factors(trained, tmp_path / "factors.safetensors")
+    wanted = [m.factors for m in trained.modules() if isinstance(m, TargetedScaling)]
+    for name in None, "prompt", "ia3":
+        model = peft.get_peft_model(quantized(), CONFIGS[name]) if name else quantized()
+        load_factors(model, tmp_path / "factors.safetensors")
+        found = [m.factors for m in model.modules() if isinstance(m, TargetedScaling)]
+        assert len(found) == len(wanted) and all(map(torch.equal, found, wanted))
+    other = quantize_for_finetuning(llama(), calibrate(llama(), batches(), threshold=2, budget=0.1))
+    with pytest.raises(ValueError, match="the outlier channels of .* differ: the file belongs to another model or calibration"):
+        load_factors(other, tmp_path / "factors.safetensors")
+
+
+@pytest.mark.parametrize("method", METHODS[:5])
+def test_scales_stay_exact_in_bfloat16(method):
+    model = quantized(method=method)
+    exact = {n: b.clone() for n, b in model.named_buffers() if n.rpartition(".")[2] in ("scale", "factors")}
+    model.bfloat16()
+    assert exact or method == "dynamic"
+    assert all(torch.equal(model.get_buffer(n), b) for n, b in exact.items())
+
+
+def test_weights_that_are_not_finite_are_refused():
+    for base in "int8", "tq1_25":
+        model = llama()
+        channels = calibrate(model, batches())
+        model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
+        with pytest.raises(ValueError, match="finite"):
+            quantize_for_finetuning(model, channels, base)
 
 
 def test_what_is_not_quantized():

@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 import small_models
+import tokenizers
 import torch
 import transformers
 from quaff_models import CHATML
@@ -65,6 +66,21 @@ def test_a_chat_may_begin_with_the_assistant(tokenizer):
     assert "hello" in trained(tokenizer, encoded(tokenizer, {"messages": messages}))
 
 
+def test_tokens_that_the_tokenizer_adds_or_trims(tmp_path):
+    """An end of its own trains once; so do tokens of spaces, whose place in the text some tokenizers do not tell."""
+    small_models.save_tokenizer(tmp_path, "bpe")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    row = {"prompt": "def f(x):\n", "completion": "        return x"}
+    wanted = encoded(tokenizer, row)
+    end = tokenizer.eos_token, tokenizer.eos_token_id
+    added = tokenizers.processors.TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    for processor in added, tokenizers.processors.ByteLevel(trim_offsets=True):
+        changed = transformers.AutoTokenizer.from_pretrained(tmp_path)
+        changed.backend_tokenizer.post_processor = processor
+        assert encoded(changed, row) == wanted
+    assert trained(tokenizer, wanted) == "        return x" + end[0]
+
+
 def test_a_slow_tokenizer_is_refused(tmp_path):
     small_models.save_tokenizer(tmp_path, "spm")
     with pytest.raises(Stop, match="no fast version"):
@@ -119,7 +135,7 @@ def test_what_is_read(tmp_path):
         ["text"],
         ["text"],
     ]
-    assert found[3]["completion"] == [{"role": "assistant", "content": "b"}] and found[-1] == {"text": "plain"}
+    assert found[3]["completion"] == [{"role": "assistant", "content": "b", "thinking": 1}] and found[-1] == {"text": "plain"}
 
 
 @pytest.mark.parametrize(
