@@ -10,7 +10,7 @@ import peft
 import torch
 
 from sherry_gguf.errors import Stop
-from sherry_gguf.training.models import check_fit, load_float32, load_tokenizer, repair_generation_config, stop_at_errors
+from sherry_gguf.training.models import check_fit, load_float32, load_tokenizer, positions, repair_generation_config, stop_at_errors
 
 from . import rows
 from .arguments import FinetuneArguments, budgets_of
@@ -22,6 +22,7 @@ from .parsing import Arguments
 
 CHANNELS = "channels.safetensors"  # in --output_dir and in the result
 NEED_CHANNELS = "quaff", "static"
+PROMPTS = "prompt", "p-tuning"  # adapters whose virtual tokens come before each sequence
 
 
 def load_model(s: FinetuneArguments) -> tuple[Any, Any]:
@@ -107,6 +108,10 @@ def kept_layers(s: FinetuneArguments) -> dict[str, str]:
 def with_adapter(s: FinetuneArguments, model: Any) -> peft.PeftModel:
     """The model with an adapter that trains. Raises Stop."""
     target = targets(s, model) if s.target else None
+    if s.adapter in PROMPTS and s.context + s.virtual_tokens > (most := positions(model)):
+        raise Stop(
+            f"--context {s.context} with --virtual_tokens {s.virtual_tokens}: the model's positions end at {most}. Lower one of them"
+        )
     hidden = model.config.get_text_config().hidden_size
     configs: dict[str, Callable[[], peft.PeftConfig]] = {
         "lora": lambda: peft.LoraConfig(r=s.rank, lora_alpha=s.alpha, lora_dropout=s.dropout, target_modules=target or "all-linear",

@@ -26,6 +26,8 @@ MULTIPLE = 4  # of channels in a layer's budget
 # Layers that stay as they are: the head, and the routers of a mixture of experts.
 KEEP = r"(^|\.)(lm_head|embed_out|score|router|gate|shared_expert_gate)$"
 
+NO_LAYERS = "the model has no layers to quantize: `keep` names all of them, or they are no torch.nn.Linear, as GPT-2's Conv1D"
+
 
 @dataclasses.dataclass
 class Channels:
@@ -158,7 +160,8 @@ def calibrate(
     budget: the share of a layer's inputs that may be outlier channels. budgets: other shares, by regular expressions for names.
     keep: a regular expression for layers that are not quantized.
 
-    Raises ValueError without a batch, without linear layers, for a threshold or share out of range, or if activations are not finite.
+    Raises ValueError without a batch, without linear layers, for a threshold or share out of range, for a name in `budgets` that no layer
+    has, or if activations are not finite.
     """
     budgets = dict(budgets or {})
     if not threshold > 0:
@@ -168,7 +171,10 @@ def calibrate(
             raise ValueError(f"a budget of {share}: must be a share of the inputs, from 0 to 1")
     layers = linear_layers(model, keep)
     if not layers:
-        raise ValueError("the model has no linear layers to calibrate")
+        raise ValueError(NO_LAYERS)
+    for pattern in budgets:
+        if not any(re.search(pattern, name) for name in layers):
+            raise ValueError(f"a budget for {pattern!r}: no layer to quantize has such a name; one is {next(iter(layers))}")
     was_training, device = model.training, next(model.parameters()).device
     counter = Counter(layers, threshold)
     # no logits: those of long batches would take more memory than the model

@@ -10,7 +10,7 @@ from torch import nn
 
 from sherry_gguf.patterns import starred
 
-from .channels import KEEP, Channels, linear_layers
+from .channels import KEEP, NO_LAYERS, Channels, linear_layers
 from .int8 import DynamicLinear, Int8Linear, MixedLinear, QuaffLinear, StaticLinear
 from .linear import FrozenLinear, Targeted
 from .packed import PackedLinear, kind_of
@@ -63,7 +63,7 @@ def quantize_for_finetuning(
         raise ValueError(f"method {method} with base tq1_25: must be {' or '.join(OF_PACKED)}")
     layers = linear_layers(model, keep)
     if not layers:
-        raise ValueError("the model has no linear layers to quantize")
+        raise ValueError(NO_LAYERS)
     packed: dict[str, nn.Linear] = {name: layer for name, layer in layers.items() if isinstance(layer, PackedLinear)}
     if packed and (base != "tq1_25" or method not in OF_PACKED):
         raise ValueError(f"base {base}, method {method}: the model is packed already, use base tq1_25 and {' or '.join(OF_PACKED)}")

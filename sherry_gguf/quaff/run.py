@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 import warnings
 from pathlib import Path
@@ -120,6 +121,8 @@ def train_and_save(s: FinetuneArguments, args: Arguments, out: Path, now: dict, 
                 save_factors(model, part / FACTORS)
         peft.set_peft_model_state_dict(model, peft.load_peft_weights(str(stage), device="cpu"))  # evaluated as saved
         loss = rows.mean_loss(model, table.held_out, trainer.collate, args.per_device_eval_batch_size)
+        if not math.isfinite(loss):
+            raise Stop(f"the adapter's held-out loss is {loss}: training diverged. Use a lower --learning_rate and another --output_dir")
         last = next((entry["loss"] for entry in reversed(history) if "loss" in entry), None)
         losses = {"train": last, "held_out": loss}
         record = {"settings": now, "loss": losses, "before": before, "steps": steps, "seconds": round(seconds, 1)}

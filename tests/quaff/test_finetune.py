@@ -117,6 +117,14 @@ def test_other_adapters(base, chats, tmp_path, adapter):
     assert json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())["peft_type"] == kinds[adapter]
 
 
+def test_experts_in_mxfp4(tmp_path):
+    """transformers decodes them to bfloat16, whatever type is asked for; the rest of the model is float32."""
+    base = small_models.make(tmp_path / "gptoss", "gptoss")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"prompt": f"{i} + {i} =", "completion": f" {2 * i}"}) + "\n" for i in range(8)))
+    assert main(flags(base, rows, tmp_path / "run", max_steps=1)) == 0
+
+
 def test_prompts_checkpointing_targets_and_channels_of_another_run(base, finished, tmp_path, capfd):
     rows = tmp_path / "prompts.jsonl"
     rows.write_text("".join(json.dumps({"prompt": f"{i} + {i} =", "completion": f" {2 * i}"}) + "\n" for i in range(30)))
@@ -186,10 +194,13 @@ def test_what_is_refused(base, chats, finished, tmp_path, capfd):
         (dict(train=tmp_path / "nothing"), "no such file or directory"),
         (dict(train=tmp_path / "empty.jsonl"), "none has a token to train within --context 64"),
         (dict(context=1000), "the model's positions end at 256. Pass --context 256, or less"),
+        (dict(adapter="prompt", virtual_tokens=193), "--context 64 with --virtual_tokens 193: the model's positions end at 256"),
         (dict(rank=0), "--rank 0: at least 1"),
         (dict(dropout=1), "--dropout 1: from 0 to below 1"),
         (dict(threshold=0), "--threshold 0: must be above 0"),
         (dict(budget=2), "--budget 2: from 0 to 1"),
+        (dict(budgets="nothing=0.1"), "a budget for 'nothing': no layer to quantize has such a name; one is model."),
+        (dict(keep="."), "the model has no layers to quantize: `keep` names all of them"),
         (dict(gamma=3), "--gamma 3: from 0 to 1"),
         (dict(keep="("), "--keep '(': not a regular expression"),
         (dict(target="nothing"), "--target 'nothing': no linear layer has such a name"),
@@ -252,6 +263,12 @@ def test_the_best_model_has_its_own_factors(base, chats, tmp_path):
     for name in "factors.safetensors", "adapter_model.safetensors":
         made, kept = load_file(tmp_path / "run/adapter" / name), load_file(f"{best}/{name}")
         assert all(torch.equal(made[k], v) for k, v in kept.items()), name
+
+
+def test_a_result_that_is_not_finite_is_not_published(base, chats, tmp_path, capfd):
+    assert main(flags(base, chats, tmp_path / "run", learning_rate=1e30, max_grad_norm=0, logging_steps=100)) == 1
+    assert "training diverged. Use a lower --learning_rate and another --output_dir" in capfd.readouterr().err
+    assert not (tmp_path / "run/adapter").exists()
 
 
 def test_a_damaged_checkpoint_is_named(base, chats, finished, tmp_path, capfd):
