@@ -57,9 +57,11 @@ def check(args: Arguments, context: int, validation_share: float) -> None:
         raise Stop(f"--context {context}: use at least 2 tokens, of which one is predicted")
     if not 0 < validation_share < 1:
         raise Stop(f"--validation_share {validation_share}: use a share between 0 and 1")
-    for name in "per_device_train_batch_size", "gradient_accumulation_steps":
+    for name in "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps":
         if getattr(args, name) < 1:
             raise Stop(f"--{name} {getattr(args, name)}: at least 1")
+    if not 0 <= args.seed < 1 << 32:
+        raise Stop(f"--seed {args.seed}: from 0 to 4294967295")
     if args.max_steps == 0 or (args.max_steps < 0 and not args.num_train_epochs > 0):
         raise Stop("--max_steps 0, or --num_train_epochs 0: there is nothing to train")
 
@@ -96,7 +98,7 @@ def announce(args: Arguments, now: dict, checkpoint: Path | None) -> None:
 def train(trainer: Trainer, interrupt: Interrupt, checkpoint: Path | None) -> float:
     """Run the Trainer; returns the seconds it took.
 
-    Raises KeyboardInterrupt after Ctrl-C, once a checkpoint is saved, and Stop for errors before the first step.
+    Raises KeyboardInterrupt after Ctrl-C, once a checkpoint is saved, and Stop for errors before the first step, or if there was none.
     """
     if trainer.args.process_index == 0 and checkpoint:
         print(f"training: resuming from {checkpoint}", flush=True)
@@ -105,6 +107,8 @@ def train(trainer: Trainer, interrupt: Interrupt, checkpoint: Path | None) -> fl
         run(trainer, interrupt, checkpoint)
     if interrupt.agreed:
         raise KeyboardInterrupt
+    if not trainer.state.global_step:
+        raise Stop("training took no step: the rows do not fill one batch, and --dataloader_drop_last leaves the rest out")
     return time.monotonic() - began
 
 
