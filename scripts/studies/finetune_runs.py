@@ -24,7 +24,7 @@ QUESTIONS = "arc_easy"
 LOOKS = 10  # in a run whose outliers are counted
 WATCHED = "full", "quaff"  # the methods whose outliers are counted, with seed 1
 RATES = (5e-4, 1e-3, 2e-3)  # where a sweep begins
-GROUP = 4  # methods that are swept, then trained with other seeds, before the next ones: what is cut off has complete rows
+GROUP = 5  # methods that are swept, then trained with other seeds, before the next ones: what is cut off has complete rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +41,11 @@ class Method:
 METHODS = {
     "full": Method("full precision", "full"),
     "quaff": Method("Quaff", "quaff"),
+    "quaff-more": Method("Quaff, more channels", "quaff", outliers=1),
     "naive": Method("naive int8", "naive"),
     "static": Method("static scaling of all channels", "static"),
     "mixed": Method("channels above 6 in floating point", "mixed"),
     "dynamic": Method("dynamic scaling of all channels", "dynamic"),
-    "quaff-more": Method("Quaff, more channels", "quaff", outliers=1),
     "bf16": Method("bfloat16", "bf16"),
     "tq1_25-quaff": Method("TQ1_25, Quaff", "quaff", base="tq1_25"),
     "tq1_25-naive": Method("TQ1_25, no scaling", "naive", base="tq1_25"),
