@@ -48,6 +48,9 @@ def convert_adapter(adapter: Path, target: Path, base: Path | None = None, outty
     named = _base_of(adapter, base)
     if not named.is_file() and not (named / "config.json").is_file():
         raise ConvertError(f"{named}: not a model directory, it has no config.json. Name the adapter's model with --base MODEL")
+    inputs = [named, *(path for folder in (adapter, named) if folder.is_dir() for path in folder.iterdir() if path.suffix != ".gguf")]
+    if target.exists() and any(map(target.samefile, inputs)):
+        raise ConvertError(f"cannot write {target}: it is read. Choose another --outfile")
     source = llama_cpp.source_dir()
     target = atomic.writable(target)
     with atomic.staging(target.absolute(), 0) as staging:

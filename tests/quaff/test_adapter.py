@@ -186,6 +186,11 @@ def test_what_is_no_adapter(trained, tmp_path, capsys):
         (copy / "adapter_config.json").write_text(json.dumps(config | change))
         refused(message, copy, *out)
     (copy / "adapter_config.json").write_text(json.dumps(config))
+    weights, base = copy / "adapter_model.safetensors", tmp_path / "base.gguf"
+    base.write_bytes(b"a model")
+    for read, before in (weights, weights.read_bytes()), (base, b"a model"):
+        refused(f"cannot write {read}: it is read. Choose another --outfile", copy, "--base", base, "--outfile", read)
+        assert read.read_bytes() == before
     (copy / "adapter_model.safetensors").write_bytes(b"broken")
     refused("llama.cpp's convert_lora_to_gguf.py failed: ", copy, *out)
     (copy / "adapter_config.json").write_text("{")
