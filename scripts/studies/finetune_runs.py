@@ -40,8 +40,8 @@ class Method:
 
 METHODS = {
     "full": Method("full precision", "full"),
-    "quaff": Method("Quaff", "quaff"),
-    "quaff-more": Method("Quaff, more channels", "quaff", outliers=1),
+    "quaff": Method("Quaff, the authors' threshold", "quaff"),
+    "quaff-more": Method("Quaff", "quaff", outliers=1),
     "naive": Method("naive int8", "naive"),
     "static": Method("static scaling of all channels", "static"),
     "mixed": Method("channels above 6 in floating point", "mixed"),

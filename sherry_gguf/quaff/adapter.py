@@ -87,6 +87,8 @@ def _base_of(adapter: Path, base: Path | None) -> Path:
         raise ConvertError(f"{adapter}: an adapter with {other[0]}; llama.cpp scales every layer by lora_alpha / r and knows nothing else")
     if kind != "LORA":
         raise ConvertError(f"{adapter}: an adapter of the type {kind}; llama.cpp takes LORA only")
+    if not any((adapter / file).is_file() for file in ("adapter_model.safetensors", "adapter_model.bin")):
+        raise ConvertError(f"{adapter}: an adapter without weights, it has no adapter_model.safetensors")
     if base:
         return base
     if not name or not Path(name).exists():

@@ -14,7 +14,7 @@ from sherry_gguf.training.models import check_fit, load_float32, load_tokenizer,
 
 from . import rows
 from .arguments import FinetuneArguments, budgets_of
-from .channels import KEEP, Channels, calibrate
+from .channels import KEEP, Channels, calibrate, linear_layers
 from .gguf_model import load_gguf
 from .models import quantize_for_finetuning
 from .packed import PackedLinear
@@ -29,6 +29,8 @@ def load_model(s: FinetuneArguments) -> tuple[Any, Any]:
     """The frozen model as it is stored, and its tokenizer. Raises Stop, also if --target fits none of its layers."""
     path, tokenizer = Path(s.model), None
     if path.is_file():
+        if s.tokenizer:
+            load_tokenizer(s.tokenizer)  # an error names it
         with stop_at_errors(s.model):
             packed: Any = load_gguf(path, tokenizer=s.tokenizer or None)
         model, tokenizer = packed
@@ -42,6 +44,8 @@ def load_model(s: FinetuneArguments) -> tuple[Any, Any]:
         model.name_or_path = os.path.abspath(path)  # what the adapter names as its model
     repair_generation_config(model)
     check_fit(model, tokenizer, s.tokenizer or s.model, s.context, FinetuneArguments.context)
+    if s.keep and not any(re.search(s.keep, name) for name in linear_layers(model)):
+        raise Stop(f"--keep {s.keep!r}: no layer to quantize has such a name; one is {next(iter(linear_layers(model)), 'not there')}")
     if s.target and not targets(s, model):
         raise Stop(f"--target {s.target!r}: no linear layer has such a name")
     return model, tokenizer
