@@ -19,6 +19,7 @@ from study_runs import Kept, Runs, Sweep, complete
 from sherry_gguf import quaff
 from sherry_gguf.errors import Stop
 from sherry_gguf.quaff.channels import Counter, budget_of, chosen, linear_layers
+from sherry_gguf.quaff.scaling import GAMMA
 
 QUESTIONS = "arc_easy"
 LOOKS = 10  # in a run whose outliers are counted
@@ -36,6 +37,7 @@ class Method:
     base: str = "int8"
     granularity: str = "channel"
     outliers: int = 0
+    gamma: float = GAMMA
 
 
 METHODS = {
@@ -47,6 +49,9 @@ METHODS = {
     "mixed": Method("channels above 6 in floating point", "mixed"),
     "dynamic": Method("dynamic scaling of all channels", "dynamic"),
     "bf16": Method("bfloat16", "bf16"),
+    "gamma-0": Method("Quaff, γ 0: factors of the last batch", "quaff", outliers=1, gamma=0.0),
+    "gamma-0.9": Method("Quaff, γ 0.9", "quaff", outliers=1, gamma=0.9),
+    "gamma-1": Method("Quaff, γ 1: factors of the first batch", "quaff", outliers=1, gamma=1.0),
     "tq1_25-quaff": Method("TQ1_25, Quaff", "quaff", base="tq1_25"),
     "tq1_25-naive": Method("TQ1_25, no scaling", "naive", base="tq1_25"),
     "tensor-quaff": Method("Quaff, a scale per tensor", "quaff", granularity="tensor"),
@@ -245,7 +250,7 @@ def layer_errors(model: torch.nn.Module, batch: dict[str, torch.Tensor], channel
 
     channels: for each pair of --outliers.
     """
-    int8 = [m for m, method in METHODS.items() if method.base == "int8" and method.method not in ("full", "bf16")]
+    int8 = [m for m, method in METHODS.items() if method.base == "int8" and method.method not in ("full", "bf16") and method.gamma == GAMMA]
     errors: dict[str, dict[str, list[float]]] = {m: {} for m in int8}
     mask = batch["attention_mask"].bool()
 
@@ -283,7 +288,8 @@ def train(run: Run, a: dict) -> dict:
     import logging
 
     logging.getLogger("sherry_gguf").setLevel(logging.ERROR)  # that weights which are not ternary lose much in TQ1_25
-    model = quaff.quantize_for_finetuning(model, channels, method.base, method=method.method, granularity=method.granularity)
+    model = quaff.quantize_for_finetuning(model, channels, method.base, method=method.method, granularity=method.granularity,
+                                          gamma=method.gamma)  # fmt: skip
     layers = linear_layers(model)
     model = adapted(model, run.seed)
     held_out = encoded(tokenizer, questions(a["data"], "dev", 2 * a["held_out"]))
