@@ -76,7 +76,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def prepare(a: argparse.Namespace) -> dict:
     """Calibrate into --work; returns what was found, and the errors of layers, for the report. Raises Stop."""
     import torch
-    from finetune_runs import batches, books, calibrations, channels_file, encoded, layer_errors, load, questions
+    from finetune_runs import batches, books, calibrations, channels_file, encoded, gradient_errors, layer_errors, load, questions
 
     from sherry_gguf import quaff
 
@@ -109,7 +109,10 @@ def prepare(a: argparse.Namespace) -> dict:
     found = {text: [quaff.Channels.load(channels_file(a.work, text, pair)) for pair in outliers_of(a.outliers)] for text in texts}
     if not errors.is_file():
         batch = batches(encoded(tokenizer, questions(a.data, "dev", a.batch)), tokenizer, a.batch)[0]
-        write(errors, json.dumps(layer_errors(model, batch, found[QUESTIONS])) + "\n")
+        of_layers = layer_errors(model, batch, found[QUESTIONS])
+        del model
+        of_gradients = gradient_errors(vars(a), batch, found[QUESTIONS])
+        write(errors, json.dumps({m: of_kind | of_gradients[m] for m, of_kind in of_layers.items()}) + "\n")
     agreed = {text: [calibrated(x, on_questions) for x, on_questions in zip(of_text, found[QUESTIONS])] for text, of_text in found.items()}
     with undamaged(errors, "remove it to make it again"):
         return {"calibration": agreed, "errors": json.loads(errors.read_text(encoding="utf-8"))}

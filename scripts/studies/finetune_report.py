@@ -84,10 +84,10 @@ def share(x: float | None) -> str:
 
 
 def errors_part(errors: dict[str, dict[str, float]]) -> list[str]:
-    kinds = in_order(next(iter(errors.values())))
-    rows = [[METHODS[m].label, *(f"{100 * of_kind[kind]:.1f} %" for kind in kinds)] for m, of_kind in errors.items()]
-    return ["Relative errors of the layers' outputs before fine-tuning, on held-out questions with the inputs of full precision; "
-            "root mean squares over layers:", grid(["method", *kinds], rows)]  # fmt: skip
+    kinds = in_order({kind: 0 for of_kind in errors.values() for kind in of_kind})
+    rows = [[METHODS[m].label, *(share(of_kind.get(kind)) for kind in kinds)] for m, of_kind in errors.items()]
+    return ["Relative errors of the layers' outputs before fine-tuning, on one batch of held-out questions with the inputs of full "
+            "precision, root mean squares over layers; and of an adapter's first gradients:", grid(["method", *kinds], rows)]  # fmt: skip
 
 
 def outliers_part(results: dict) -> list[str]:

@@ -19,6 +19,7 @@ from study_runs import Kept, Runs, Sweep, complete
 from sherry_gguf import quaff
 from sherry_gguf.errors import Stop
 from sherry_gguf.quaff.channels import Counter, budget_of, chosen, linear_layers
+from sherry_gguf.quaff.int8 import Int8Linear
 from sherry_gguf.quaff.scaling import GAMMA
 
 QUESTIONS = "arc_easy"
@@ -39,6 +40,13 @@ class Method:
     outliers: int = 0
     gamma: float = GAMMA
 
+    def of(self, channels: list[quaff.Channels]) -> quaff.Channels:
+        """Its channels of those for each pair of --outliers."""
+        return channels[min(self.outliers, len(channels) - 1)]
+
+    def quantized(self, model: torch.nn.Module, channels: quaff.Channels | None) -> torch.nn.Module:
+        return quaff.quantize_for_finetuning(model, channels, self.base, method=self.method, granularity=self.granularity, gamma=self.gamma)
+
 
 METHODS = {
     "full": Method("full precision", "full"),
@@ -57,6 +65,8 @@ METHODS = {
     "tensor-quaff": Method("Quaff, a scale per tensor", "quaff", granularity="tensor"),
     "tensor-naive": Method("naive int8, a scale per tensor", "naive", granularity="tensor"),
 }
+INT8 = [m for m, method in METHODS.items() if method.base == "int8" and method.method not in ("full", "bf16") and method.gamma == GAMMA]
+FLOAT_BACKWARD = "gradients, backward in float32"  # a column of the errors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,19 +260,16 @@ def layer_errors(model: torch.nn.Module, batch: dict[str, torch.Tensor], channel
 
     channels: for each pair of --outliers.
     """
-    int8 = [m for m, method in METHODS.items() if method.base == "int8" and method.method not in ("full", "bf16") and method.gamma == GAMMA]
-    errors: dict[str, dict[str, list[float]]] = {m: {} for m in int8}
+    errors: dict[str, dict[str, list[float]]] = {m: {} for m in INT8}
     mask = batch["attention_mask"].bool()
 
     def hook(name: str, layer: torch.nn.Linear):
         def see(_, args, y):
             x, y = args[0][mask], y[mask]
             for m, of_kind in errors.items():
-                method = METHODS[m]
-                found = channels[min(method.outliers, len(channels) - 1)]
+                found = METHODS[m].of(channels)
                 own = quaff.Channels({"0": found.channels[name]}, {"0": found.maxima[name]})
-                alone = torch.nn.Sequential(layer).eval()
-                quaff.quantize_for_finetuning(alone, own, method=method.method, granularity=method.granularity)
+                alone = METHODS[m].quantized(torch.nn.Sequential(layer).eval(), own)
                 of_kind.setdefault(name.rpartition(".")[2], []).append(float((alone(x) - y).norm() / y.norm()))
 
         return layer.register_forward_hook(see)
@@ -272,6 +279,31 @@ def layer_errors(model: torch.nn.Module, batch: dict[str, torch.Tensor], channel
     for handle in handles:
         handle.remove()
     return {m: {kind: float(np.sqrt(np.mean(np.square(of_layer)))) for kind, of_layer in of_kind.items()} for m, of_kind in errors.items()}
+
+
+def gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The gradients of a new LoRA adapter's B on one batch, one after the other, in evaluation mode."""
+    model = adapted(model, 0).eval()
+    model(**batch).loss.backward()
+    return torch.cat([p.grad.flatten() for name, p in model.named_parameters() if "lora_B" in name and p.grad is not None])
+
+
+def gradient_errors(a: dict, batch: dict[str, torch.Tensor], channels: list[quaff.Channels]) -> dict[str, dict[str, float]]:
+    """By int8 method: the relative error of an adapter's gradients, also with the backward products in float32.
+
+    channels: for each pair of --outliers.
+    """
+    wanted, errors = gradients(METHODS["full"].quantized(load(a)[0], None), batch), {}
+    for m in INT8:
+        model = METHODS[m].quantized(load(a)[0], METHODS[m].of(channels))
+        found = {"gradients": gradients(model, batch)}
+        if METHODS[m].method in ("quaff", "naive"):
+            model = METHODS[m].quantized(load(a)[0], METHODS[m].of(channels))
+            for layer in (layer for layer in model.modules() if isinstance(layer, Int8Linear)):
+                layer.transposed_product = lambda g, layer=layer: g @ (layer.qweight.float() * layer.scale)
+            found[FLOAT_BACKWARD] = gradients(model, batch)
+        errors[m] = {key: float((g - wanted).norm() / wanted.norm()) for key, g in found.items()}
+    return errors
 
 
 # ------------------------------------------------------------------------------------------------------------- one run
@@ -288,8 +320,7 @@ def train(run: Run, a: dict) -> dict:
     import logging
 
     logging.getLogger("sherry_gguf").setLevel(logging.ERROR)  # that weights which are not ternary lose much in TQ1_25
-    model = quaff.quantize_for_finetuning(model, channels, method.base, method=method.method, granularity=method.granularity,
-                                          gamma=method.gamma)  # fmt: skip
+    model = method.quantized(model, channels)
     layers = linear_layers(model)
     model = adapted(model, run.seed)
     held_out = encoded(tokenizer, questions(a["data"], "dev", 2 * a["held_out"]))

@@ -148,7 +148,10 @@ def test_runs_resumes_and_reports(tmp_path, data, monkeypatch, capfd):
     full, quaffed = results["methods"]["full"], results["methods"]["quaff"]
     assert full["before"]["report"] == pytest.approx(quaffed["before"]["report"], rel=0.01)
     assert full["before"]["report"] != full["report"][0] != full["report"][1] != quaffed["report"][1]
-    assert all(0 < error < 0.1 for of_kind in results["errors"].values() for error in of_kind.values())
+    gradients = {"gradients", finetune_runs.FLOAT_BACKWARD}
+    for m, of_kind in results["errors"].items():
+        assert gradients & of_kind.keys() == (gradients if finetune_runs.METHODS[m].method in ("quaff", "naive") else {"gradients"})
+        assert all(0 < error < (0.5 if kind in gradients else 0.1) for kind, error in of_kind.items()), of_kind
     assert set(results["calibration"]) == {"arc_easy", "books"}
     fired, none = results["hits"]["quaff"]
     assert fired["layers"] and none["layers"] == 0 and none["elements"] is None  # nothing is 100 times the mean
