@@ -86,7 +86,15 @@ def quantize_for_finetuning(
         model.set_submodule(name, made)
     model._ddp_params_and_buffers_to_ignore = _unsent(model)  # type: ignore[assignment]
     _warn_of_losses(model, names)
+    _release_files(model)
     return _frozen(model)
+
+
+def _release_files(model: nn.Module) -> None:
+    """Copy what is left of the model: transformers maps a float32 checkpoint, and one view of it keeps all of its weights in memory."""
+    for p in model.parameters():
+        if p.device.type == "cpu":
+            p.data = p.data.clone()
 
 
 def _unsent(model: nn.Module) -> list[str]:

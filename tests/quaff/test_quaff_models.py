@@ -1,8 +1,11 @@
 import copy
+import gc
+from pathlib import Path
 
 import peft
 import pytest
 import torch
+import transformers
 from quaff_models import batches, llama
 
 from sherry_gguf.quaff import METHODS, calibrate, load_factors, quantize_for_finetuning, save_factors
@@ -142,6 +145,18 @@ def test_weights_that_are_not_finite_are_refused():
         model.model.layers[1].mlp.up_proj.weight.data[3, 5] = torch.nan
         with pytest.raises(ValueError, match="finite"):
             quantize_for_finetuning(model, channels, base)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells what is mapped")
+def test_the_checkpoint_does_not_stay_in_memory(tmp_path):
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    file = str(tmp_path / "model.safetensors")
+    assert file in Path("/proc/self/maps").read_text()
+    quantize_for_finetuning(model, calibrate(model, batches()))
+    gc.collect()
+    assert file not in Path("/proc/self/maps").read_text()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
 def test_what_is_not_quantized():
