@@ -3,7 +3,7 @@
 
 Each method has a process of its own, with LoRA of rank 16 on all linear layers but the head. The processes take their steps in
 turn, one at a time. The model is a Hugging Face directory, or else a Llama with random sparse ternary weights. Tokens are random,
-and so are the outlier channels: each layer has as many as the default budget allows.
+and so are the outlier channels: each layer has as many as a budget of 1 % allows.
 """
 
 import argparse
@@ -213,10 +213,12 @@ def about(results: dict) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
     add = p.add_argument
-    add("--model", metavar="DIR", help="Hugging Face directory; without it the model is random, of these sizes:")
+    add("--model", metavar="DIR", help="Hugging Face directory; without it the model is random")
     add("--gguf-file", metavar="NAME", help="a GGUF in that directory to load instead, as transformers does")
-    for name, default in ("hidden", 2048), ("intermediate", 5632), ("layers", 22), ("vocab", 32000):
-        add(f"--{name}", type=int, default=default)
+    sizes = {"hidden": (2048, "hidden size"), "intermediate": (5632, "size of the MLPs"), "layers": (22, "number of layers"),
+             "vocab": (32000, "size of the vocabulary")}  # fmt: skip
+    for name, (default, help) in sizes.items():
+        add(f"--{name}", type=int, default=default, metavar="N", help=f"random model: {help}")
     add("--methods", default=",".join(METHODS), help="methods to measure; the first is what the others are compared with")
     add("--batch", type=int, default=1, help="sequences in a step")
     add("--tokens", type=int, default=256, help="tokens in a sequence")
