@@ -7,7 +7,7 @@ from .linear import FrozenLinear, Targeted
 from .scaling import GAMMA, TargetedScaling
 
 EXACT = 1024  # products of int8 whose sum float32 holds exactly: 1024 * 127**2 < 2**24
-CHUNK = 128  # rows of activations that are scaled at a time, so that no scaled copy of all of them is made
+CHUNK = 4 << 20  # bytes of activations that are scaled at a time. Less takes longer: each step on a chunk wakes the threads
 LEVELS = 127.0
 OUTLIER = 6.0  # of LLM.int8() (Dettmers et al. 2022)
 GRANULARITIES = "channel", "tensor"
@@ -67,17 +67,18 @@ def quantize_rows(x: torch.Tensor, channels: torch.Tensor | None = None, factors
     """
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scales = torch.empty((len(x), 1), device=x.device)
-    scratch = torch.empty((min(CHUNK, len(x)), x.shape[1]), device=x.device)
-    for at in range(0, len(x), CHUNK):
-        part = x[at : at + CHUNK]
+    rows = min(max(CHUNK // (4 * max(x.shape[1], 1)), 1), len(x))
+    scratch = torch.empty((rows, x.shape[1]), device=x.device)
+    for at in range(0, len(x), max(rows, 1)):
+        part = x[at : at + rows]
         part = scratch[: len(part)].copy_(part)
         if every is not None:
             part *= every
         if channels is not None and factors is not None and len(channels):
             part[:, channels] /= factors
         most = part.abs().amax(1, keepdim=True)
-        q[at : at + CHUNK] = part.mul_(torch.where(most > 0, LEVELS / most, 0.0)).round_()
-        scales[at : at + CHUNK] = most / LEVELS
+        q[at : at + rows] = part.mul_(torch.where(most > 0, LEVELS / most, 0.0)).round_()
+        scales[at : at + rows] = most / LEVELS
     return q, scales
 
 

@@ -111,13 +111,15 @@ def test_zeros_stay_zeros():
         x = x.detach()
 
 
-def test_rows_are_quantized_by_chunks_alike():
-    x = activations(tokens=int8.CHUNK * 2 + 3)
+def test_rows_are_quantized_by_chunks_alike(monkeypatch):
+    chunk = 7
+    monkeypatch.setattr(int8, "CHUNK", 4 * INPUTS * chunk)
+    x = activations(tokens=chunk * 2 + 3)
     kept = x.clone()
     channels, factors = torch.tensor([OUTLIER, 20]), torch.tensor([10.0, 2.0])
     q, scales = quantize_rows(x, channels, factors)
     assert (x == kept).all()
-    for row in 0, int8.CHUNK, len(x) - 1:
+    for row in 0, chunk, len(x) - 1:
         one, scale = quantize_rows(x[row : row + 1], channels, factors)
         assert (one == q[row]).all() and scale == scales[row]
     x[:, channels] /= factors
