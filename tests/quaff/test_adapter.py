@@ -50,7 +50,7 @@ def trained(tmp_path_factory):
 
 
 def text(*arguments):
-    """What llama-completion prints. Its log thread may lose the end, also of the text: the longest of three runs, which compute the same."""
+    """What llama-completion prints. Its log may lose the end, also of the text: the longest of three runs, which compute the same."""
     flags = "-p hello -n 12 --temp 0 -no-cnv -t 1 --ignore-eos".split()
     printed = []
     for _ in range(3):
