@@ -43,8 +43,7 @@ def quantize_for_finetuning(
 
     channels: of `calibrate` for this model. `quaff` and `static` need them.
     base: how quantized weights are stored: "int8", or "tq1_25", packed in TQ1_25, or in TQ1_25_64 where rows are a multiple of 64 only.
-        The model's weights should be 3:4 sparse ternary, as training with Sherry leaves them; others lose much, and a warning says how
-        much.
+        The model's weights should be 3:4 sparse ternary, as training with Sherry leaves them: a warning says how much others lose.
         A model of `load_gguf` is packed already: only "tq1_25" is possible, and its other layers stay as they are.
     method: "quaff", or what it is compared with: "naive" (no scaling), "static" (SmoothQuant), "dynamic" (all channels, each step),
         "mixed" (LLM.int8()), or not quantized: "full" (float32), "bf16".
