@@ -12,7 +12,6 @@ Finished runs are kept in --work: an interrupted comparison resumes there, and a
 import argparse
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -26,13 +25,12 @@ sys.path.insert(0, str(ROOT / "scripts"))  # python_corpus, which other studies 
 
 from finetune_report import calibrated, report
 from finetune_runs import METHODS, QUESTIONS, WATCHED, Run, compared, hit_rates, outliers_of, train
-from quality_report import suffixed
-from study_runs import Runs
+from study_runs import Runs, compare
 
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
 from sherry_gguf.programs import HelpWithDefaults
-from sherry_gguf.training.files import differences, locked, undamaged, write
+from sherry_gguf.training.files import differences, undamaged, write
 
 PROGRAM = "compare_finetuning.py"
 BOOKS = "books"
@@ -119,20 +117,7 @@ def prepare(a: argparse.Namespace) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    a = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers too
-    try:
-        a.work.mkdir(parents=True, exist_ok=True)
-        with locked(a.work, "--work"):
-            run(a)
-    except (Stop, OSError) as e:
-        print(f"{PROGRAM}: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; run the same command again to resume", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(f"wrote {suffixed(a.out, '.md')}, .json and .png")
-    return 0
+    return compare(PROGRAM, parse(argv), run)
 
 
 def run(a: argparse.Namespace) -> None:

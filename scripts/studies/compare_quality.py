@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 import sysconfig
 from pathlib import Path
@@ -26,14 +25,14 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # python_corpus.py
 
 import numpy as np
-from quality_report import report, suffixed
+from quality_report import report
 from quality_runs import LENGTHS, PUBLISHED, RATES, Comparison, Run, train
-from study_runs import Runs
+from study_runs import Runs, compare
 
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
 from sherry_gguf.programs import HelpWithDefaults
-from sherry_gguf.training.files import differences, locked, undamaged, write
+from sherry_gguf.training.files import differences, undamaged, write
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = "compare_quality.py"
@@ -152,20 +151,7 @@ def gpu() -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    a = parse(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers too
-    try:
-        a.work.mkdir(parents=True, exist_ok=True)
-        with locked(a.work, "--work"):
-            run(a)
-    except (Stop, OSError) as e:
-        print(f"{PROGRAM}: {e}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; run the same command again to resume", file=sys.stderr)
-        return 128 + signal.SIGINT
-    print(f"wrote {suffixed(a.out, '.md')}, .json and .png")
-    return 0
+    return compare(PROGRAM, parse(argv), run)
 
 
 def run(a: argparse.Namespace) -> None:

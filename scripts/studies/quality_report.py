@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from quality_runs import METHODS, arenas_text
-from study_runs import TIE, ordered
+from study_runs import TIE, ordered, suffixed
 
 
 def report(results: dict, out: Path) -> None:
@@ -15,10 +15,6 @@ def report(results: dict, out: Path) -> None:
     suffixed(out, ".json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     suffixed(out, ".md").write_text(table(results), encoding="utf-8")
     plot(results, suffixed(out, ".png"))
-
-
-def suffixed(out: Path, suffix: str) -> Path:
-    return out.with_name(out.name + suffix)  # with_suffix would cut the ".5" off a name
 
 
 def table(results: dict) -> str:

@@ -6,11 +6,14 @@ import dataclasses
 import json
 import math
 import multiprocessing
+import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from sherry_gguf.training.files import write
+from sherry_gguf.errors import Stop
+from sherry_gguf.training.files import locked, write
 
 EXTEND = 3  # extend a sweep at most this many times on either side
 TIE, LEADERS = 3e-3, 2  # the seed alone may explain a smaller difference; at most this many such choices get all seeds
@@ -134,3 +137,24 @@ def leaders(sweeps: list[Sweep]) -> list:
 def complete(sweeps: list[Sweep]) -> None:
     while wanted := [run for sweep in sweeps for run in sweep.wanted()]:
         sweeps[0].runs.need(wanted)
+
+
+def suffixed(out: Path, suffix: str) -> Path:
+    return out.with_name(out.name + suffix)  # with_suffix would cut the ".5" off a name
+
+
+def compare(program: str, a: argparse.Namespace, run: Callable[[argparse.Namespace], None]) -> int:
+    """Run a comparison in its locked --work; returns the exit status."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the workers too
+    try:
+        a.work.mkdir(parents=True, exist_ok=True)
+        with locked(a.work, "--work"):
+            run(a)
+    except (Stop, OSError) as e:
+        print(f"{program}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted; run the same command again to resume", file=sys.stderr)
+        return 128 + signal.SIGINT
+    print(f"wrote {suffixed(a.out, '.md')}, .json and .png")
+    return 0

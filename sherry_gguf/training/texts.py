@@ -115,7 +115,7 @@ def hub_data_set(s: Flags, take: Take) -> tuple[datasets.Dataset, datasets.Datas
                                      remove_columns=found[split].column_names)  # fmt: skip
         splits[split] = table.filter(lambda text: text is not None, input_columns=take.column)
         if not len(splits[split]):
-            raise Stop(f"--dataset {s.dataset}: there is no text in its split {split!r}")
+            raise Stop(f"--dataset {s.dataset}: its split {split!r} has no text")
     return splits["train"], splits.get("validation")
 
 

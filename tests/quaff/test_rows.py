@@ -164,7 +164,7 @@ def test_rows_of_a_named_data_set(tmp_path):
     train, held_out = documents(FinetuneArguments(dataset=str(tmp_path)), Row())
     assert sorted(json.loads(row)["messages"][1]["content"] for row in [*train["row"], *held_out["row"]]) == ["0", "1", "2"]
     table.select([3]).to_parquet(tmp_path / "train.parquet")
-    with pytest.raises(Stop, match="there is no text in its split 'train'"):
+    with pytest.raises(Stop, match="its split 'train' has no text"):
         documents(FinetuneArguments(dataset=str(tmp_path)), Row())
 
 
