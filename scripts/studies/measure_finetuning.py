@@ -146,6 +146,8 @@ def work(pipe, method: str, a: dict) -> None:
     else:
         model = random_llama(method, a)
     found = {"idle": idle, "building": memory("VmHWM"), **weights(model)}
+    if a["gradient_checkpointing"]:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     model = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.0)
     ids = torch.randint(0, model.config.vocab_size, (a["batch"], a["tokens"]), generator=torch.Generator().manual_seed(0))
@@ -205,9 +207,11 @@ def table(results: dict) -> str:
 
 def about(results: dict) -> str:
     first = next(iter(results["methods"].values()))
+    checkpointing = "with gradient checkpointing, " * results["gradient_checkpointing"]
     return (f"{results['model']}: {first['parameters'] / 1e6:.0f} M parameters, {first['trained'] / 1e6:.1f} M of them trained; "
-            f"{results['batch']} x {results['tokens']} tokens a step, medians of {results['rounds']} rounds, {results['threads']} threads, "
-            f"{results['machine']}. Python and the libraries alone take {first['idle'] / 1e6:.0f} MB of each peak.")  # fmt: skip
+            f"{results['batch']} x {results['tokens']} tokens a step, {checkpointing}medians of {results['rounds']} rounds, "
+            f"{results['threads']} threads, {results['machine']}. "
+            f"Python and the libraries alone take {first['idle'] / 1e6:.0f} MB of each peak.")  # fmt: skip
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -222,6 +226,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--methods", default=",".join(METHODS), help="methods to measure; the first is what the others are compared with")
     add("--batch", type=int, default=1, help="sequences in a step")
     add("--tokens", type=int, default=256, help="tokens in a sequence")
+    add("--gradient-checkpointing", action="store_true", help="keep only each layer's input, and compute the rest again")
     add("--rounds", type=int, default=5, help="steps of each method, after one that warms up")
     add("--threads", type=int, default=os.cpu_count(), help="CPU threads")
     add("--out", type=Path, required=True, help="writes OUT.md and OUT.json")
@@ -239,7 +244,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     a = parse(argv)
-    sizes = {name: getattr(a, name) for name in ("batch", "tokens", "rounds", "threads")}
+    sizes = {name: getattr(a, name) for name in ("batch", "tokens", "rounds", "threads", "gradient_checkpointing")}
     name = Path(a.gguf_file or a.model).name if a.model else f"Llama of {a.layers} layers, hidden {a.hidden}, random ternary weights"
     try:
         results = {"model": name, "machine": cpu_name(), **sizes, "methods": measure(a)}
