@@ -9,6 +9,9 @@ from . import kernels, stq1_0, tq1_25
 from .blocks import Q8_0, Q8_0_BYTES, BlockType
 from .kernels import ffi, lib
 
+TILE = lib.TQ1_25_TILE  # rows
+PLACES = [(row >> 3 & 1) << 5 | (row & 1) << 4 | row >> 4 << 2 | row >> 1 & 3 for row in range(TILE)]  # TQ1_25_PLACE of tile.h
+
 _AT_A_TIME = 4 << 20  # bytes of decoded weights, where an instruction set has no kernels for repacked rows
 
 
@@ -37,6 +40,24 @@ class Matrix:
         """Repack rows of blocks, uint8 (rows, bytes of a row). Raises ValueError for another dtype or shape."""
         b = np.asarray(b)
         return cls(kernels.repack(b, kind), len(b), b.shape[1] // kind.bytes * kind.size, kind)
+
+    def blocks(self) -> np.ndarray:
+        """The rows as they were before repacking, uint8 (rows, bytes of a row)."""
+        width, whole, parts = self.n // self.kind.size, self.rows // TILE * TILE, self.kind.groups // 8
+        out = np.empty((self.rows, width, self.kind.bytes), np.uint8)
+        tiles = self.data[: whole * width * self.kind.bytes].reshape(-1, width, TILE * self.kind.bytes)
+        # a tile has parts of four bytes of slots and one of signs, each byte in 64 rows; then the scales
+        part = tiles[..., : parts * 5 * TILE].reshape(-1, width, parts, 5, TILE).transpose(0, 4, 1, 2, 3)
+        slots = part[..., :4].reshape(whole, width, parts * 4)
+        if self.kind.nibbles != (parts, 2, 4):  # the order in tiles
+            groups = np.stack([slots & 15, slots >> 4], -1).reshape(whole, width, parts, 4, 2).swapaxes(-1, -2).reshape(whole, width, -1)
+            slots = groups[..., ::2] | groups[..., 1::2] << 4
+        d = np.ascontiguousarray(tiles[..., parts * 5 * TILE :]).view("<u2")[..., PLACES].swapaxes(1, 2)
+        out[:whole, :, : parts * 4] = slots
+        out[:whole, :, parts * 4 : -2] = part[..., 4].reshape(whole, width, parts)
+        out[:whole, :, -2:] = np.ascontiguousarray(d).view(np.uint8).reshape(whole, width, 2)
+        out[whole:] = self.data[whole * width * self.kind.bytes :].reshape(-1, width, self.kind.bytes)
+        return out.reshape(self.rows, -1)
 
     def multiply(self, x: np.ndarray, threads: int = 1, isa: str | None = None) -> np.ndarray:
         """The products of all rows with activations, float32 (columns, n), quantized to Q8_0. Returns float32 (columns, rows).

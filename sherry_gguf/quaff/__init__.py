@@ -25,8 +25,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sherry_gguf.packed import gguf_config, load_gguf
+
     from .channels import Channels, calibrate
-    from .gguf_model import gguf_config, load_gguf
     from .models import METHODS, quantize_for_finetuning
     from .scaling import load_factors, save_factors
 
@@ -38,6 +39,6 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    for room in "channels", "gguf_model", "models", "scaling":
-        globals().update({k: v for k, v in vars(import_module(f".{room}", __name__)).items() if k in __all__})
+    for room in ".channels", "sherry_gguf.packed.gguf_model", ".models", ".scaling":
+        globals().update({k: v for k, v in vars(import_module(room, __name__)).items() if k in __all__})
     return globals()[name]

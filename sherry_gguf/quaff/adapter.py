@@ -55,7 +55,7 @@ def convert_adapter(adapter: Path, target: Path, base: Path | None = None, outty
     target = atomic.writable(target)
     with atomic.staging(target.absolute(), 0) as staging:
         if named.is_file():
-            from .gguf_model import gguf_config  # needs PyTorch
+            from sherry_gguf.packed.gguf_model import gguf_config  # needs PyTorch
 
             config, named = gguf_config(named), staging / "base"
             config.save_pretrained(named)

@@ -10,14 +10,13 @@ import peft
 import torch
 
 from sherry_gguf.errors import Stop
+from sherry_gguf.packed import PackedLinear, load_gguf
 from sherry_gguf.training.models import check_fit, load_float32, load_tokenizer, positions, repair_generation_config, stop_at_errors
 
 from . import rows
 from .arguments import FinetuneArguments, budgets_of
 from .channels import KEEP, Channels, calibrate, linear_layers
-from .gguf_model import load_gguf
 from .models import quantize_for_finetuning
-from .packed import PackedLinear
 from .parsing import Arguments
 
 CHANNELS = "channels.safetensors"  # in --output_dir and in the result

@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
-from .linear import FrozenLinear, Targeted
-from .scaling import GAMMA, TargetedScaling
+from sherry_gguf.packed.frozen import FrozenLinear
+
+from .scaling import GAMMA, Targeted, TargetedScaling
 
 EXACT = 1024  # products of int8 whose sum float32 holds exactly: 1024 * 127**2 < 2**24
 CHUNK = 4 << 20  # bytes of activations that are scaled at a time. Less takes longer: each step on a chunk wakes the threads

@@ -8,13 +8,14 @@ import torch
 import transformers
 from torch import nn
 
+from sherry_gguf.packed.frozen import FrozenLinear
+from sherry_gguf.packed.linear import PackedLinear, kind_of
 from sherry_gguf.patterns import starred
 
+from . import packed as scaled
 from .channels import KEEP, NO_LAYERS, Channels, linear_layers
 from .int8 import DynamicLinear, Int8Linear, MixedLinear, QuaffLinear, StaticLinear
-from .linear import FrozenLinear, Targeted
-from .packed import PackedLinear, kind_of
-from .scaling import GAMMA
+from .scaling import GAMMA, Targeted
 
 logger = logging.getLogger(__name__)
 
@@ -140,10 +141,7 @@ def _quantized(name: str, layer: nn.Linear, channels: Channels | None, base: str
         of_layer, maxima = torch.zeros(0, dtype=torch.int64), torch.zeros(layer.in_features)
         if method != "naive" and channels is not None:
             of_layer, maxima = channels.channels[name], channels.maxima[name]
-        if isinstance(layer, PackedLinear):
-            layer.set_channels(of_layer, maxima, gamma)
-            return layer
-        return PackedLinear(layer, of_layer, maxima, gamma)
+        return scaled.PackedLinear.of(layer, of_layer, maxima, gamma)
     if method == "naive":
         return Int8Linear(layer, granularity)
     if method == "mixed":

@@ -12,6 +12,7 @@ import peft
 import transformers
 
 from sherry_gguf.errors import Stop
+from sherry_gguf.packed.frozen import FrozenLinear
 from sherry_gguf.training import run as running
 from sherry_gguf.training.callbacks import LOSS, Estimate, Interrupt, Panel, plot
 from sherry_gguf.training.files import whole_directory, write
@@ -21,7 +22,6 @@ from sherry_gguf.training.trainer import CpuTrainer
 from . import building, rows
 from .arguments import FinetuneArguments
 from .channels import Channels
-from .linear import FrozenLinear
 from .models import EXPERTS
 from .parsing import Arguments
 from .scaling import load_factors, save_factors

@@ -84,6 +84,35 @@ class TargetedScaling(nn.Module):
         return f"channels={len(self.channels)}, gamma={self.gamma}"
 
 
+class Targeted:
+    """A mixin for FrozenLinear: the outlier channels are divided by factors s before rounding, and x' ((s - 1) W) of them is added.
+
+    Attributes:
+        scaling: a TargetedScaling.
+    """
+
+    scaling: TargetedScaling
+
+    def outlier_weights(self) -> torch.Tensor:
+        """W[:, O] (outputs, k), in any floating-point dtype."""
+        raise NotImplementedError
+
+    def scaled_product(self, x: torch.Tensor, channels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+        """x (tokens, inputs), its channels (k,) divided by factors (k,), times the weights."""
+        raise NotImplementedError
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        channels = self.scaling.channels
+        if not len(channels):
+            return self.scaled_product(x, channels, self.scaling.factors)
+        weights, outliers = self.outlier_weights(), x[:, channels]
+        self.scaling.update(outliers, weights)
+        factors = self.scaling.factors
+        y = self.scaled_product(x, channels, factors)
+        rest = ((factors - 1) / factors).to(x.dtype) * outliers  # x' (s - 1)
+        return y.addmm_(rest, weights.to(x.dtype).t())
+
+
 def _scalings(model: Any) -> dict[str, TargetedScaling]:
     """The scalings of a model by the names of their layers, which no adapter changes."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -8,9 +8,9 @@ from test_packed import packed as packed_model
 
 from sherry_gguf import kernels
 from sherry_gguf.blocks import Q8_0_BYTES
-from sherry_gguf.quaff import operators
-from sherry_gguf.quaff.decode import decode, round_to_q8_0
-from sherry_gguf.quaff.operators import KINDS, packed_columns, packed_linear, packed_linear_transposed
+from sherry_gguf.packed import operators
+from sherry_gguf.packed.decode import decode, round_to_q8_0
+from sherry_gguf.packed.operators import KINDS, packed_columns, packed_linear, packed_linear_transposed
 from sherry_gguf.repacked import Matrix
 
 

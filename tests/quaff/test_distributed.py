@@ -14,8 +14,7 @@ from test_quaff_models import CONFIGS, quantized
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from sherry_gguf.quaff import calibrate, quantize_for_finetuning
-from sherry_gguf.quaff.linear import Targeted
-from sherry_gguf.quaff.scaling import TargetedScaling
+from sherry_gguf.quaff.scaling import Targeted, TargetedScaling
 
 BASES = {"int8": quantized, "tq1_25": packed}
 STEPS = 4

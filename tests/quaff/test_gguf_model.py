@@ -17,8 +17,8 @@ from sherry_gguf.convert import tokenizer_check
 from sherry_gguf.errors import ConvertError
 from sherry_gguf.evaluation.tools import BIAS, serve
 from sherry_gguf.gguf_file import read_gguf
-from sherry_gguf.quaff import calibrate, gguf_config, gguf_tokenizer, load_gguf, quantize_for_finetuning
-from sherry_gguf.quaff.packed import PackedLinear
+from sherry_gguf.packed import PackedLinear, gguf_tokenizer
+from sherry_gguf.quaff import calibrate, gguf_config, load_gguf, quantize_for_finetuning
 
 NAMES = ["llama", "llama-tied", "llama-64", "smollm2", "qwen2", "qwen3", "gemma2", "mistral", "phi"]
 FILES = ["llama", "smollm2"]  # of which quick tests make their own

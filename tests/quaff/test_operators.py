@@ -6,8 +6,8 @@ import torch
 from gguf import GGMLQuantizationType, quants
 
 from sherry_gguf import blocks, kernels
-from sherry_gguf.quaff import operators
-from sherry_gguf.quaff.operators import KINDS, packed_columns, packed_linear, packed_linear_transposed
+from sherry_gguf.packed import operators
+from sherry_gguf.packed.operators import KINDS, packed_columns, packed_linear, packed_linear_transposed
 
 each_kind = pytest.mark.parametrize("name", KINDS)
 ROWS = [1, 63, 64, 65, 200]

@@ -8,8 +8,9 @@ from quaff_models import batches, llama
 from test_quaff_models import CONFIGS, steps
 
 from sherry_gguf import kernels, tq1_25, tq1_25_64
+from sherry_gguf.packed.linear import kind_of
 from sherry_gguf.quaff import calibrate, quantize_for_finetuning
-from sherry_gguf.quaff.packed import PackedLinear, kind_of
+from sherry_gguf.quaff.packed import PackedLinear
 
 
 def ternary(weight):
@@ -48,8 +49,8 @@ def test_product_and_gradient(inputs, outputs):
         layer.weight.copy_(ternary(layer.weight))
     x = torch.randn(33, inputs)
     x[:, 9] *= 100
-    naive = PackedLinear(layer, torch.zeros(0, dtype=torch.int64), torch.zeros(inputs))
-    made = PackedLinear(layer, torch.tensor([9]), x.abs().amax(0))
+    naive = PackedLinear.of(layer, torch.zeros(0, dtype=torch.int64), torch.zeros(inputs))
+    made = PackedLinear.of(layer, torch.tensor([9]), x.abs().amax(0))
     exact = layer(x).detach()
     errors = [(m(x).detach() - exact).norm() / exact.norm() for m in (naive, made)]
     assert errors[1] * 5 < errors[0]  # in Q8_0 only the 32 channels of a block share the outlier's scale
@@ -62,7 +63,7 @@ def test_product_and_gradient(inputs, outputs):
 
 def test_memory_is_the_blocks():
     layer = torch.nn.Linear(1024, 512, bias=False)
-    made = PackedLinear(layer, torch.tensor([1, 2, 3]), torch.ones(1024))
+    made = PackedLinear.of(layer, torch.tensor([1, 2, 3]), torch.ones(1024))
     size = sum(b.numel() * b.element_size() for b in made.buffers())
     assert made.qweight.numel() * 8 == 1.375 * 1024 * 512 and size * 8 < 1.38 * 1024 * 512
 

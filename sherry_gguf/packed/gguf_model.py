@@ -18,7 +18,7 @@ from sherry_gguf.errors import ConvertError
 from sherry_gguf.gguf_file import Gguf, Stored, check_scales, read_gguf
 
 from . import gguf_tokenizer, operators
-from .packed import PackedLinear
+from .linear import PackedLinear
 
 # Key of an architecture's metadata to the name in transformers' configuration. All are needed.
 _KEYS = {

@@ -3,11 +3,9 @@
 import numpy as np
 import torch
 
-from sherry_gguf import kernels, ternary
+from sherry_gguf import ternary
 from sherry_gguf.blocks import Q8_0, BlockType
-
-TILE = kernels.lib.TQ1_25_TILE  # rows
-PLACES = [(row >> 3 & 1) << 5 | (row & 1) << 4 | row >> 4 << 2 | row >> 1 & 3 for row in range(TILE)]  # TQ1_25_PLACE of tile.h
+from sherry_gguf.repacked import PLACES, TILE
 
 
 def _swapped(x: torch.Tensor, shape: tuple[int, ...], back: bool = False) -> torch.Tensor:

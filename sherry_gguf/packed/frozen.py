@@ -1,10 +1,8 @@
-"""A frozen linear layer whose weights and activations are quantized; what every base and method shares."""
+"""A frozen linear layer whose weights and activations are quantized: what all of them share."""
 
 import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
-
-from .scaling import TargetedScaling
 
 
 class _Product(torch.autograd.Function):
@@ -71,32 +69,3 @@ class FrozenLinear(nn.Linear):
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(shape)
-
-
-class Targeted:
-    """A mixin for FrozenLinear: the outlier channels are divided by factors s before rounding, and x' ((s - 1) W) of them is added.
-
-    Attributes:
-        scaling: a TargetedScaling.
-    """
-
-    scaling: TargetedScaling
-
-    def outlier_weights(self) -> torch.Tensor:
-        """W[:, O] (outputs, k), in any floating-point dtype."""
-        raise NotImplementedError
-
-    def scaled_product(self, x: torch.Tensor, channels: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
-        """x (tokens, inputs), its channels (k,) divided by factors (k,), times the weights."""
-        raise NotImplementedError
-
-    def product(self, x: torch.Tensor) -> torch.Tensor:
-        channels = self.scaling.channels
-        if not len(channels):
-            return self.scaled_product(x, channels, self.scaling.factors)
-        weights, outliers = self.outlier_weights(), x[:, channels]
-        self.scaling.update(outliers, weights)
-        factors = self.scaling.factors
-        y = self.scaled_product(x, channels, factors)
-        rest = ((factors - 1) / factors).to(x.dtype) * outliers  # x' (s - 1)
-        return y.addmm_(rest, weights.to(x.dtype).t())
