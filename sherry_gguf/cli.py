@@ -15,6 +15,7 @@ VERBS = {
     "inspect": ("inspect", "show a GGUF's metadata, types, sizes, and what is exact"),
     "transcode": ("transcode", "change the type of a GGUF's ternary tensors"),
     "retag": ("retag", "make an old STQ1_0 file loadable"),
+    "gguf": ("gguf_tools", "the gguf package's tools: dump, set-metadata, ..."),
     "quantize": ("llama_quantize", "quantize a GGUF of any model, with llama-quantize"),
     "convert-adapter": ("quaff.adapter", "convert a LoRA adapter of PEFT to a GGUF for llama.cpp"),
     "train": ("qat.command", "train a model with 3:4 sparse ternary weights"),
@@ -22,7 +23,7 @@ VERBS = {
     "evaluate": ("evaluation.command", "measure perplexity and accuracy of models"),
     "bench": ("bench", "compare how fast models run"),
 }
-WITH_MAIN = ("train", "finetune", "evaluate", "bench")  # these parse their own arguments
+WITH_MAIN = ("train", "finetune", "evaluate", "bench", "gguf")  # these parse their own arguments
 WITH_LOG = ("convert", "verify")  # these run llama.cpp's converter
 
 

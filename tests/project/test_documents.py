@@ -14,6 +14,7 @@ from conftest import ENV
 
 from sherry_gguf import llama_cpp
 from sherry_gguf.cli import VERBS
+from sherry_gguf.gguf_tools import TOOLS
 
 REPO = Path(__file__).parents[2]
 PLACES = "*.md", "docs/**/*.md", "examples/**/*.md", "ggml_patch/*.md", ".github/**/*.md"
@@ -187,6 +188,7 @@ def commands() -> dict[str, list]:
         **{p.name: [p] for p in llama_cpp.tool("llama-cli").parent.iterdir()},
         **{name: [p] if p.suffix == ".sh" else [*python, p] for name, p in scripts.items() if name not in FOREIGN},
         **{f"sherry-gguf {verb}": [*python, "-m", "sherry_gguf.cli", verb] for verb in VERBS},
+        **{f"sherry-gguf gguf {tool}": [*python, "-m", "sherry_gguf.cli", "gguf", tool] for tool in TOOLS},
         "convert_hf_to_gguf.py": [*python, llama_cpp.source_dir() / "convert_hf_to_gguf.py"],
         "torchrun": [*python, "-m", "torch.distributed.run"],
     }
@@ -216,8 +218,8 @@ def mentions(text: str) -> list[tuple[int, str | None, str]]:
             name = word[0].rpartition("/")[2]
             if (program, name) == ("torchrun", "sherry_gguf"):  # torchrun -m sherry_gguf VERB
                 name = "sherry-gguf"
-            if program == "sherry-gguf":
-                name = f"sherry-gguf {name}"
+            if program in ("sherry-gguf", "sherry-gguf gguf"):
+                name = f"{program} {name}"
             if name in commands() or name in FOREIGN or name == "sherry-gguf":
                 program = name
             elif FLAG.fullmatch(word[0]):
