@@ -22,11 +22,14 @@ Errors:
     QuantizeError           a block cannot hold these weights; a ValueError
     NotBuilt                a part of the patched llama.cpp is missing; a FileNotFoundError
 
-Training is in `sherry_gguf.qat`. Names load when they are first used: the import alone needs nothing.
+Training is in `sherry_gguf.qat`. Names load when they are first used: the import alone needs nothing. After it, transformers loads packed
+checkpoints (docs/transformers.md) and the `gguf` package knows the types, whichever is imported first (`plugins`).
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+from . import plugins as _plugins
 
 if TYPE_CHECKING:
     from . import convert, gguf_type, inspect, kernels, llama_cpp, retag, transcode, verify
@@ -64,6 +67,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value
     return value
+
+
+_plugins.install()
 
 
 def __dir__() -> list[str]:

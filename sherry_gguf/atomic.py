@@ -13,7 +13,7 @@ import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import IO, Any, Protocol
 
 from . import signals
 from .errors import ConvertError, NotBuilt
@@ -129,20 +129,46 @@ def _holds_older(directory: Path) -> bool:
 def reread(path: Path, expected: Sequence[Written]):
     """Flush a GGUF file to the disk and read it back. Raises ConvertError if its tensors are not the expected ones."""
     with open(path, "r+b") as f:
-        os.fsync(f.fileno())
-        if hasattr(os, "posix_fadvise"):  # forget the cached pages
-            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        _flush(f.fileno())
         stored = [Stored.of(tensor, path) for tensor in open_gguf(path).tensors]
         good = [(s.name, s.shape, s.type) for s in stored] == [(t.name, t.shape, t.type) for t in expected]
         for t, s in zip(expected, stored if good else ()):
             f.seek(s.offset)
-            digest, left = hashlib.sha256(), s.nbytes
-            while left and (data := f.read(min(left, 1 << 24))):
-                digest.update(data)
-                left -= len(data)
-            good = good and digest.digest() == t.sha256
+            good = good and _sha256(f, s.nbytes) == t.sha256
     if not good:
         raise ConvertError(f"{path} read back is not what was written: check the disk and its free space")
+
+
+def flushed_sha256(path: Path) -> bytes:
+    """Flush a file to the disk and read it back: the SHA-256 of what is there."""
+    with open(path, "r+b") as f:
+        _flush(f.fileno())
+        return _sha256(f, path.stat().st_size)
+
+
+def _flush(fd: int) -> None:
+    os.fsync(fd)
+    if hasattr(os, "posix_fadvise"):  # forget the cached pages
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _sha256(f: IO[bytes], left: int) -> bytes:
+    digest = hashlib.sha256()
+    while left and (data := f.read(min(left, 1 << 24))):
+        digest.update(data)
+        left -= len(data)
+    return digest.digest()
+
+
+def commit_directory(staged: Path, target: Path) -> None:
+    """Flush a staged directory of files and move it to its place, which must be new or an empty directory. Raises OSError."""
+    for path in [*staged.iterdir(), staged]:
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+    os.rename(staged, target)
 
 
 def commit(staged: list[Path], files: list[Path]):

@@ -11,6 +11,7 @@ from .errors import ConvertError, NotBuilt
 # Verb to its module and what it does. A module is imported only when its verb is used: some need PyTorch.
 VERBS = {
     "convert": ("convert.command", "convert a Hugging Face model directory to a ternary GGUF"),
+    "pack": ("pack", "pack a model directory's weights for transformers"),
     "verify": ("verify", "prove that a GGUF holds what a model directory holds"),
     "inspect": ("inspect", "show a GGUF's metadata, types, sizes, and what is exact"),
     "transcode": ("transcode", "change the type of a GGUF's ternary tensors"),
@@ -24,7 +25,7 @@ VERBS = {
     "bench": ("bench", "compare how fast models run"),
 }
 WITH_MAIN = ("train", "finetune", "evaluate", "bench", "gguf")  # these parse their own arguments
-WITH_LOG = ("convert", "verify")  # these run llama.cpp's converter
+WITH_LOG = ("convert", "pack", "verify")  # these run llama.cpp's converter
 
 
 def main(argv: list[str] | None = None, prog: str | None = None) -> int:

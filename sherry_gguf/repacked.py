@@ -50,7 +50,9 @@ class Matrix:
         part = tiles[..., : parts * 5 * TILE].reshape(-1, width, parts, 5, TILE).transpose(0, 4, 1, 2, 3)
         slots = part[..., :4].reshape(whole, width, parts * 4)
         if self.kind.nibbles != (parts, 2, 4):  # the order in tiles
-            groups = np.stack([slots & 15, slots >> 4], -1).reshape(whole, width, parts, 4, 2).swapaxes(-1, -2).reshape(whole, width, -1)
+            groups = (
+                np.stack([slots & 15, slots >> 4], -1).reshape(whole, width, parts, 4, 2).swapaxes(-1, -2).reshape(whole, width, parts * 8)
+            )
             slots = groups[..., ::2] | groups[..., 1::2] << 4
         d = np.ascontiguousarray(tiles[..., parts * 5 * TILE :]).view("<u2")[..., PLACES].swapaxes(1, 2)
         out[:whole, :, : parts * 4] = slots

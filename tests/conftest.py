@@ -100,7 +100,7 @@ def sherry(*args, cwd=".", patch="", **kwargs) -> subprocess.CompletedProcess:
             text=True,
             **({"env": ENV} | kwargs),
         )
-    process, outputs = _server(args[0] in ("convert", "verify"))
+    process, outputs = _server(args[0] in ("convert", "pack", "verify"))
     print(json.dumps([args, os.path.abspath(cwd), outputs, patch]), file=process.stdin, flush=True)
     code = process.stdout.readline()
     stdout, stderr = (Path(p).read_text() for p in outputs)

@@ -22,7 +22,7 @@ from .tensor import Tensor
 from .upstream import activation_note, instantiate, read_json
 from .writer import changes, files_of, needing_64, other_splits, set_tensors, target_of, write
 
-__all__ = ["Options", "Report", "convert"]
+__all__ = ["Options", "Report", "convert", "findings"]
 
 _EARLY = 1 << 29  # bytes of tensors from which on the tokenizer is also checked before the conversion
 
@@ -57,7 +57,7 @@ def convert(model_dir: Path, options: Options | None = None) -> Report:
             if sum(t.nbytes for t in plan) > _EARLY:
                 check_tokenizer(model, options)
             write(model, plan, target, files, Encoder(grouping, pool, Checkpoint(model)), grouping, options)
-            notes += _findings(model, plan, grouping)
+            notes += findings(model, plan, grouping)
         notes += filter(None, [output_note(model, plan)])
     return Report(files, plan, notes)
 
@@ -78,7 +78,7 @@ def _prepared(model_dir: Path, options: Options, grouping: Grouping) -> tuple[An
     return model, plan
 
 
-def _findings(model: Any, plan: list[Tensor], grouping: Grouping) -> list[str]:
+def findings(model: Any, plan: list[Tensor], grouping: Grouping) -> list[str]:
     """Notes on what encoding has found in the tensors."""
     notes = []
     if vanished := [t for t in plan if t.vanished]:

@@ -40,8 +40,8 @@ def check_input(model_dir: Path, options: Options):
         )
 
 
-def check_checkpoint(model_dir: Path):
-    """Check that all weight files that upstream will read are there and whole, and that each tensor is in one of them.
+def check_checkpoint(model_dir: Path) -> dict[str, Path]:
+    """The file of each tensor, after a check that all weight files that upstream will read are there and whole.
 
     Upstream reads the files that an index names, or without an index every file with such a name. If several files have a tensor, it
     takes the last one. Raises ConvertError.
@@ -75,6 +75,7 @@ def check_checkpoint(model_dir: Path):
             if weight_map.get(name, part) != part:
                 raise ConvertError(f"{index} has {name} in {weight_map[name]}, but it is in {part}: download the index and both again")
             found[name] = part
+    return {name: model_dir / part for name, part in found.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:

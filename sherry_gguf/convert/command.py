@@ -37,14 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags that change tensors, tokenizer or metadata: `verify` needs the ones that `convert` was given."""
+    add_quantization_arguments(parser)
     add = parser.add_argument
-    add(
-        "--keep",
-        metavar="REGEX",
-        action="append",
-        default=[],
-        help="keep the tensors whose GGUF or Hugging Face name contains a match, as F16; repeatable",
-    )
     for flag, what in (
         ("--token-embedding-type", "token embeddings, and of the output if it shares them"),
         ("--output-tensor-type", "output tensor"),
@@ -56,13 +50,6 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
         help="type of the blocks' matrices whose rows are not a multiple of 64: Q8_0, F16, ... (default: Q4_0, as in llama-quantize; "
         "F16 for matrices that training kept in full precision, and if the rows do not fit Q4_0)",
     )
-    add(
-        "--group-size",
-        type=int,
-        metavar="N",
-        help="weights that share a scale, a multiple of 64 (default: the checkpoint's sherry_config, else 128, and 64 in TQ1_25_64)",
-    )
-    add("--granularity", choices=("per_group", "per_channel", "per_tensor"), help="which weights share a scale (default: likewise)")
     add(
         "--tokenizer-pre",
         metavar="NAME",
@@ -76,6 +63,25 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     add("--target-model-dir", type=Path, metavar="DIR", help="for a draft model: the directory of its target model")
     for flag, text in UPSTREAM_FLAGS.items():
         add("--" + flag.replace("_", "-"), action="append_const", dest="flags", const=flag, default=[], help=text)
+
+
+def add_quantization_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags that say which tensors become ternary, and how."""
+    add = parser.add_argument
+    add(
+        "--keep",
+        metavar="REGEX",
+        action="append",
+        default=[],
+        help="keep the tensors whose GGUF or Hugging Face name contains a match as they are; repeatable",
+    )
+    add(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale, a multiple of 64 (default: the checkpoint's sherry_config, else 128, and 64 in TQ1_25_64)",
+    )
+    add("--granularity", choices=("per_group", "per_channel", "per_tensor"), help="which weights share a scale (default: likewise)")
 
 
 def size(text: str) -> int:
@@ -105,11 +111,11 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         rows = [(t.name, t.type.name, " x ".join(map(str, t.shape)), t.nbytes, t.source) for t in report.tensors]
         print("\n".join(table(("tensor", "type", "shape", "bytes", "from"), rows)))
-    print("\n".join(_summary(report, args.dry_run)))
+    print("\n".join(summary(report, args.dry_run)))
     return 0
 
 
-def _summary(report: Report, dry_run: bool) -> Iterator[str]:
+def summary(report: Report, dry_run: bool) -> Iterator[str]:
     """The final table. A line stands for the tensors of one type that differ only in the block's number."""
     groups: dict[tuple[str, str], list[Tensor]] = {}
     for t in report.tensors:

@@ -1,8 +1,70 @@
-"""Unpacks ternary weights of transformers' quantization method "bitnet", which BitNet b1.58 2B and Falcon-E use.
+"""Unpacks the weights of checkpoints whose quantization method is "sherry" (`sherry-gguf pack`) or "bitnet".
 
-A byte holds four weights in 2 bits each, as code - 1, from rows that are a quarter of the matrix apart. A matrix has one scale,
-`weight_scale`: transformers' AutoBitLinear multiplies by it, its BitLinear divides.
+BitNet b1.58 2B and Falcon-E use the second one. A byte holds four weights in 2 bits each, as code - 1, from rows that are a quarter of
+the matrix apart. A matrix has one scale, `weight_scale`: transformers' AutoBitLinear multiplies by it, its BitLinear divides.
 """
+
+import functools
+
+import numpy as np
+
+from ..blocks import BlockType
+from ..packed import layout
+
+_VANISHED = 1e-9  # a scale that fp16 rounds to 0
+
+
+def unpack_sherry(model) -> None:
+    """Replace the blocks in an upstream model object by lazy float32 tensors, and add the tensors' names to `model.decoded`.
+
+    Raises ValueError for blocks that quantization_config does not name.
+    """
+    if not layout.is_packed(model.hparams):
+        return
+    modules = layout.Modules(model.hparams.pop("quantization_config").get("modules"))
+    tensors = {}  # in the same order
+    for name, load in model.model_tensors.items():
+        layer, _, what = name.rpartition(".")
+        if what == layout.TENSOR:
+            if (kind := modules.kind(layer)) is None:
+                raise ValueError(f"the checkpoint has {name}, and quantization_config does not say which type it is: pack it again")
+            load, name = functools.partial(_lazy_blocks, name, load, kind), f"{layer}.weight"
+            model.decoded.add(name)
+        tensors[name] = load
+    model.model_tensors = tensors
+
+
+def _lazy_blocks(name: str, load, kind: BlockType):
+    import torch
+
+    blocks = load()
+    if blocks.dtype != torch.uint8 or len(blocks.shape) != 2 or blocks.shape[1] % kind.bytes or not blocks.numel():
+        what = f"{blocks.dtype} {tuple(blocks.shape)}, not torch.uint8 (rows, bytes of {kind.name} blocks)"
+        raise ValueError(f"{name} is {what}: the checkpoint is damaged")
+    return type(blocks)._wrap_fn(
+        lambda b: torch.from_numpy(weights_of(b.numpy(), kind)),
+        meta_noop=(torch.float32, lambda shape: (shape[0], shape[1] // kind.bytes * kind.size)),
+    )(blocks)
+
+
+def weights_of(blocks: np.ndarray, kind: BlockType) -> np.ndarray:
+    """uint8 (rows, bytes of a row) to float32 (rows, weights) that quantize to the same blocks.
+
+    A block whose scale vanished in fp16 keeps codes that zeros would lose: it gets a tiny scale, which vanishes again.
+    Raises ValueError if a scale is negative or not finite.
+    """
+    from .. import kernels  # which are compiled; other commands do without
+
+    d = np.ascontiguousarray(blocks.reshape(-1, kind.bytes)[:, -2:]).view("<f2")[:, 0]
+    if (bad := ~np.isfinite(d) | np.signbit(d)).any():
+        raise ValueError(f"a scale is {d[bad][0]}, which no {kind.name} has: the checkpoint is damaged")
+    weights = kernels.dequantize(np.ascontiguousarray(blocks), kind=kind)
+    zeros = kind.quantize(np.zeros(kind.size, np.float32))
+    vanished = (d == 0) & (blocks.reshape(-1, kind.bytes) != zeros).any(axis=1)
+    if vanished.any():
+        lanes, _ = kind.unpack(blocks.reshape(-1, kind.bytes)[vanished])
+        weights.reshape(-1, kind.size)[vanished] = lanes * np.float32(_VANISHED)
+    return weights
 
 
 def unpack_bitnet(model) -> None:

@@ -156,6 +156,7 @@ class Recorder(Vocabulary):
 
     def dequant_model(self):
         # For packed ternary weights upstream's own code fails on lazy tensors, and inverts every scale.
+        packed.unpack_sherry(self)
         packed.unpack_bitnet(self)
         before = dict(self.model_tensors)
         super().dequant_model()

@@ -96,7 +96,7 @@ def write(model: Any, plan: list[Tensor], target: Path, files: list[Path], encod
             metadata.write_header(writer, model, staging / target.name)
             writer.write_tensors_to_file(progress=False)
         if options.require_exact:
-            _check_exact(model, quantized, grouping)
+            check_exact(model, quantized, grouping)
         if quantized:
             with open(staged[0], "r+b") as f:  # what is exact is known only now
                 f.seek(offset)
@@ -107,7 +107,7 @@ def write(model: Any, plan: list[Tensor], target: Path, files: list[Path], encod
         atomic.commit(staged, files)
 
 
-def _check_exact(model: Any, quantized: list[Tensor], grouping: Grouping):
+def check_exact(model: Any, quantized: list[Tensor], grouping: Grouping):
     """Raise ConvertError if a tensor does not hold the checkpoint's values."""
     if changed := [t for t in quantized if t.changed]:
         raise ConvertError(

@@ -1,5 +1,6 @@
 """Models whose weights stay packed: PyTorch operators on TQ1_25 and its relatives, layers, and models from GGUFs.
 
+    SherryConfig   transformers' configuration of packed checkpoints, which `sherry-gguf pack` makes
     PackedLinear   a frozen torch.nn.Linear on packed weights
     load_gguf      a model with packed layers from a GGUF, and its tokenizer
     gguf_config    its configuration alone
@@ -13,10 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .gguf_model import gguf_config, load_gguf
     from .linear import PackedLinear
+    from .quantizer import SherryConfig
 
-__all__ = ["PackedLinear", "gguf_config", "load_gguf"]
+__all__ = ["PackedLinear", "SherryConfig", "gguf_config", "load_gguf"]
 
-_MODULE_OF = {"PackedLinear": "linear", "gguf_config": "gguf_model", "load_gguf": "gguf_model"}
+_MODULE_OF = {"PackedLinear": "linear", "SherryConfig": "quantizer", "gguf_config": "gguf_model", "load_gguf": "gguf_model"}
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ from sherry_gguf.blocks import BlockType
 from sherry_gguf.repacked import Matrix
 
 from . import operators
+from .decode import decode
 from .frozen import FrozenLinear
 
 
@@ -90,6 +91,15 @@ class PackedLinear(FrozenLinear):
     def blocks(self) -> np.ndarray:
         """The plain blocks, uint8 (outputs, bytes of a row)."""
         return Matrix(self.qweight.cpu().numpy(), self.out_features, self.in_features, self.kind).blocks()
+
+    def dequantized(self) -> nn.Linear:
+        """An ordinary layer with the same weights, in the dtype of this one."""
+        args = self.out_features, self.in_features
+        weight = decode(self.qweight, self.kind, *args)
+        with torch.device("meta"):
+            layer = nn.Linear(self.in_features, self.out_features, self.bias is not None)
+        layer.weight, layer.bias = nn.Parameter(weight.to(self.weight.dtype)), self.bias
+        return layer.train(self.training)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)

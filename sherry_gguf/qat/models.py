@@ -15,6 +15,9 @@ def load(s: SherryArguments):
         raise Stop("give a model to start from, --model DIR, or the config of a new one, --config DIR")
     if s.model:
         model = load_float32(s.model)  # bfloat16 loses small optimizer steps; --bf16 makes only the products bfloat16
+        if getattr(model, "is_quantized", False):
+            with stop_at_errors(s.model):
+                model = model.dequantize()
     else:
         with stop_at_errors(s.config):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(s.config), dtype=torch.float32)

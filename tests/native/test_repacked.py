@@ -204,3 +204,11 @@ def test_scales_that_are_not_finite_stay_in_their_row():
         b.reshape(70, 2, kind.bytes)[5, 1, -2:] = halves(np.nan)
         found = Matrix.from_blocks(b, kind).decode()
         assert np.isnan(found[5, kind.size :]).all() and np.isnan(found).sum() == kind.size
+
+
+@pytest.mark.parametrize("kind", [*KINDS, stq1_0.TYPE], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("rows", [1, 64, 65, 200])
+def test_blocks_are_those_before_repacking(kind, rows):
+    for width in 1, 3:
+        b = np.random.default_rng(rows).integers(0, 256, (rows, width * kind.bytes), dtype=np.uint8)
+        assert np.array_equal(Matrix.from_blocks(b, kind).blocks(), b)

@@ -66,7 +66,7 @@ def test_metavars_are_capitals_and_verbose_promises_what_there_is(verb):
     usage, _, arguments = text.partition("\n\n")
     assert not re.search(r"\[-h\]| [a-z]+$", usage), usage
     assert not re.search(r"^  [a-z]+ ", arguments.partition("positional arguments:")[2].partition("\n\n")[0], re.M), text
-    assert ("llama.cpp's log" in text) == (verb in ("convert", "verify"))
+    assert ("llama.cpp's log" in text) == (verb in ("convert", "pack", "verify"))
 
 
 def test_messages_name_the_command(tmp_path):

@@ -1,0 +1,58 @@
+"""Registers this package with others when they are imported: the types with `gguf`, packed checkpoints with transformers.
+
+So `import sherry_gguf` needs neither of them, and its place before or after theirs does not matter.
+"""
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+# A module, and what is done once it is imported: a module here is imported, and its function is called, if one is named.
+PLUGINS = {"gguf": "gguf_type:register", "transformers.quantizers.auto": "packed.quantizer"}
+
+
+def _register(name: str) -> None:
+    module, _, function = PLUGINS[name].partition(":")
+    imported = importlib.import_module(f".{module}", __package__)
+    if function:
+        getattr(imported, function)()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules of PLUGINS as the other finders do, and registers after their code has run."""
+
+    def __init__(self) -> None:
+        self._searching: set[str] = set()
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name not in PLUGINS or name in self._searching:
+            return None
+        self._searching.add(name)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            self._searching.remove(name)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            _register(name)
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Register with what is imported already, and with the others once they are. Idempotent."""
+    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        return
+    sys.meta_path.insert(0, _Finder())
+    for name in PLUGINS:
+        if name in sys.modules:
+            _register(name)
