@@ -23,8 +23,11 @@ VERBS = {
     "finetune": ("quaff.command", "fine-tune an adapter on a frozen quantized model"),
     "evaluate": ("evaluation.command", "measure perplexity and accuracy of models"),
     "bench": ("bench", "compare how fast models run"),
+    "run": ("launch", "answer a prompt or chat, with llama.cpp's tools"),
+    "serve": ("launch", "serve a model over HTTP, with llama-server"),
 }
-WITH_MAIN = ("train", "finetune", "evaluate", "bench", "gguf")  # these parse their own arguments
+# These parse their own arguments: the function of the module.
+MAINS = dict.fromkeys(("train", "finetune", "evaluate", "bench", "gguf"), "main") | {"run": "run", "serve": "serve"}
 WITH_LOG = ("convert", "pack", "verify")  # these run llama.cpp's converter
 
 
@@ -41,8 +44,8 @@ def main(argv: list[str] | None = None, prog: str | None = None) -> int:
 
 
 def _main(argv: list[str], prog: str | None) -> int:
-    if argv and argv[0] in WITH_MAIN:
-        return _module(argv[0]).main(argv[1:], prog or f"sherry-gguf {argv[0]}")
+    if argv and argv[0] in MAINS:
+        return getattr(_module(argv[0]), MAINS[argv[0]])(argv[1:], prog or f"sherry-gguf {argv[0]}")
     parser = argparse.ArgumentParser(
         prog="sherry-gguf",
         usage="%(prog)s VERB [options]",

@@ -189,6 +189,8 @@ def commands() -> dict[str, list]:
         **{name: [p] if p.suffix == ".sh" else [*python, p] for name, p in scripts.items() if name not in FOREIGN},
         **{f"sherry-gguf {verb}": [*python, "-m", "sherry_gguf.cli", verb] for verb in VERBS},
         **{f"sherry-gguf gguf {tool}": [*python, "-m", "sherry_gguf.cli", "gguf", tool] for tool in TOOLS},
+        "sherry-gguf run": [*python, "-m", "sherry_gguf.cli", "run", "model.gguf", "-p", "x"],  # both show their tool's help
+        "sherry-gguf serve": [*python, "-m", "sherry_gguf.cli", "serve", "model.gguf"],
         "convert_hf_to_gguf.py": [*python, llama_cpp.source_dir() / "convert_hf_to_gguf.py"],
         "torchrun": [*python, "-m", "torch.distributed.run"],
     }
