@@ -44,6 +44,17 @@ if [ "$(cat .venv/requirements.stamp 2>/dev/null)" != "$wanted" ]; then
   printf '%s\n' "$wanted" >.venv/requirements.stamp
 fi
 
+# llama-cpp-python from the archive that brings llama.cpp, but without building it: sherry_gguf.Llama names the libraries. Nothing goes to
+# pip's cache, which would offer it to other projects, and those need libraries.
+wanted=$(cat ggml_patch/UPSTREAM)
+if [ "$(cat .venv/llama.stamp 2>/dev/null)" != "$wanted" ]; then
+  say "installing llama-cpp-python"
+  sed -n 's/^version = /llama-cpp-python==/p; s/^sha256 = / --hash=sha256:/p' ggml_patch/UPSTREAM | tr -d '\n' >.venv/llama.txt
+  SKBUILD_WHEEL_CMAKE=false .venv/bin/python -m pip install -qq --disable-pip-version-check --no-cache-dir --no-deps -r .venv/llama.txt ||
+    die "pip failed (see above): fix that and run this again"
+  printf '%s\n' "$wanted" >.venv/llama.stamp
+fi
+
 wanted=$(find setup.py pyproject.toml sherry_gguf/_kernels_build.py ggml_patch/src -type f | LC_ALL=C sort | xargs cksum; echo "${CC-} ${CFLAGS-} ${LDFLAGS-}")
 if [ "$(cat .venv/package.stamp 2>/dev/null)" != "$wanted" ] || ! ls sherry_gguf/_kernels.*so >/dev/null 2>&1; then
   say "compiling the kernels and installing sherry-gguf"

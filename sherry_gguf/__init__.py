@@ -15,6 +15,7 @@ Models:
     inspect.inspect         describe a GGUF
     retag.retag             renumber the type of an old STQ1_0 file
     transcode.transcode     ternary tensors to another type
+    Llama                   llama-cpp-python's class on the built libraries; not among the names of `import *`
     gguf_type.register      teach the `gguf` package the types
 
 Errors:
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from .errors import ConvertError, NotBuilt, QuantizeError
     from .gguf_file import Gguf, Stored, read_gguf
     from .kernels import dequantize, quantize
+    from .llama_cpp_python import Llama as Llama
     from .stq1_0 import TYPE as STQ1_0
     from .tq1_25 import TYPE as TQ1_25
     from .tq1_25_64 import TYPE as TQ1_25_64
@@ -49,7 +51,8 @@ __all__ = [
 ]  # fmt: skip
 
 _MODULE_OF = {"Options": "convert", "ConvertError": "errors", "NotBuilt": "errors", "QuantizeError": "errors", "Gguf": "gguf_file",
-              "Stored": "gguf_file", "read_gguf": "gguf_file", "dequantize": "kernels", "quantize": "kernels"}  # fmt: skip
+              "Stored": "gguf_file", "read_gguf": "gguf_file", "dequantize": "kernels", "quantize": "kernels",
+              "Llama": "llama_cpp_python"}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

@@ -113,7 +113,7 @@ def pre(name: str) -> list[str]:
     return ["--tokenizer-pre", "gpt-2"] if small_models.MODELS[name][1] == "bpe" else []
 
 
-SLOW_FIXTURES = {"demo", "models"}  # which train or run models
+SLOW_FIXTURES = {"demo", "models", "tiny"}  # which train or run models
 
 
 def pytest_collection_modifyitems(items):
@@ -176,6 +176,30 @@ def demo(tmp_path_factory):
     result = sherry("convert", root / "hf", "--outfile", root / "demo.gguf", "--require-exact")
     assert result.returncode == 0, result.stderr
     return hf, root / "f32.gguf", root / "demo.gguf"
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random model's GGUF, with room for 4096 tokens."""
+    root = tmp_path_factory.mktemp("tiny")
+    small_models.make(root / "hf", "llama", config={"max_position_embeddings": 4096})
+    done = sherry("convert", root / "hf", "--outfile", root / "tiny.gguf", "--require-exact")
+    assert done.returncode == 0, done.stderr
+    return root / "tiny.gguf"
+
+
+@pytest.fixture(scope="session")
+def adapter(tiny):
+    """A random adapter of it, as a GGUF."""
+    import peft
+    import transformers
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny.with_name("hf"))
+    config = peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    peft.get_peft_model(model, config).save_pretrained(tiny.with_name("adapter"))
+    done = sherry("convert-adapter", tiny.with_name("adapter"))
+    assert done.returncode == 0, done.stderr
+    return tiny.with_name("adapter.gguf")
 
 
 def greedy(model, *args, prompt="def read(self):", count=16, command=None, **kwargs):

@@ -54,6 +54,16 @@ def test_read_gguf(tmp_path, kind, nbytes):
     assert f" = {kind.dequantize(packed)[0, :4].round(4)}\n" in printed and "zeros: 25%" in printed
 
 
+def test_llama(tiny, adapter):
+    said = [line.split(": ", 1) for line in run("llama.py", tiny, adapter).splitlines()]
+    told = dict(said)
+    assert "".join(eval(told["streaming"])) == eval(told["completion"].rpartition(", ")[0]) != eval(told["LoRA"])
+    assert eval(told["grammar"]) in ("yes", "no") and len(eval(told["log-probabilities"])) == 3
+    first, second = (text for name, text in said if name == "meanwhile")
+    assert told["saved state"][:8] == second[:8] != first[:8]  # then, batches of another size may round otherwise
+    assert told["embeddings"].startswith("256 numbers, ") and eval(told["chat"]) != ""
+
+
 def test_every_example_is_listed():
     listed = (EXAMPLES / "README.md").read_text("utf-8")
     programs = {p.name for p in EXAMPLES.glob("*.py")}

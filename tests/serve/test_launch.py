@@ -14,8 +14,6 @@ from conftest import ENV
 from sherry_gguf import llama_cpp
 from sherry_gguf.evaluation import tools
 
-pytest_plugins = "serve_fixtures"
-
 TOOLS = "llama-cli", "llama-completion", "llama-server"
 # A tool that says what it is, its process, its arguments, and whether the end of a pipe's reader ends it.
 FAKE = """#!/bin/sh
