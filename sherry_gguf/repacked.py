@@ -1,5 +1,6 @@
 """A repacked matrix in memory: products with many vectors on several threads, and its weights as floats."""
 
+import math
 import operator
 from collections.abc import Callable
 
@@ -12,6 +13,7 @@ from .kernels import ffi, lib
 TILE = lib.TQ1_25_TILE  # rows
 PLACES = [(row >> 3 & 1) << 5 | (row & 1) << 4 | row >> 4 << 2 | row >> 1 & 3 for row in range(TILE)]  # TQ1_25_PLACE of tile.h
 
+_A_THREADS = 8 << 20  # bytes of weights that are worth a thread, if there is one column: starting one takes as long as 1 MB or more
 _AT_A_TIME = 4 << 20  # bytes of decoded weights, where an instruction set has no kernels for repacked rows
 
 
@@ -76,6 +78,8 @@ class Matrix:
         if threads < 1:
             raise ValueError(f"{threads} threads: at least 1 is needed")
         repacked, columns = entry.gemv != ffi.NULL, len(x)
+        if repacked and columns == 1:
+            return self._multiply_one(entry, np.require(x, requirements=["C", "ALIGNED"]), threads)
         q8_0 = self._quantize(x, threads, repacked)
         if repacked:
             product, pieces = self._choose(entry, columns, threads)
@@ -86,6 +90,35 @@ class Matrix:
             bad = ~np.isfinite(x.sum(axis=1))  # Q8_0 has no NaN
         if bad.any():
             out[bad & ~np.isfinite(x).all(axis=1)] = np.nan
+        return out
+
+    def _multiply_one(self, entry, x: np.ndarray, threads: int) -> np.ndarray:
+        """`multiply` by one column, (1, n), with the least that has to happen: at this size Python takes longer than C."""
+        out = np.empty((1, self.rows), np.float32)
+        with np.errstate(invalid="ignore", over="ignore"):
+            if not math.isfinite(x.sum()) and not np.isfinite(x).all():  # Q8_0 has no NaN
+                out.fill(np.nan)
+                return out
+        isa, y = ffi.addressof(entry), np.empty(self.n // Q8_0 * Q8_0_BYTES, np.uint8)
+        to_x, to_y, to_out = ffi.from_buffer("float[]", x), ffi.from_buffer("tq1_25_q8_0[]", y), ffi.from_buffer("float[]", out)
+        if self.kind is stq1_0.TYPE:
+            ordered = np.empty_like(x)
+            lib.stq1_0_order(to_x, ffi.from_buffer("float[]", ordered), self.n)
+            to_x = ffi.from_buffer("float[]", ordered)
+        lib.tq1_25_quantize_q8_0(to_x, to_y, self.n)
+        table = ffi.from_buffer(kernels.aligned(lib.tq1_25_table_size(isa, self.n)))
+        lib.tq1_25_make_table(isa, self.n, 0, self.n, to_y, table)
+        ys, tables, outs = ffi.new("tq1_25_q8_0 *[1]", [to_y]), ffi.new("void *[1]", [table]), ffi.new("float *[1]", [to_out])
+
+        def multiply(begin: int, end: int) -> None:
+            lib.tq1_25_mul_tables(isa, self._number, self.rows, self.n, self._x, begin, end, 1, ys, tables, outs)
+
+        threads = min(threads, self.data.nbytes // _A_THREADS)
+        tiles = -(-self.rows // TILE)
+        if threads < 2:
+            multiply(0, tiles)
+        else:
+            kernels.share(_ranges(tiles, threads), lambda: multiply, threads)
         return out
 
     @staticmethod

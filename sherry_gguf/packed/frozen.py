@@ -65,7 +65,8 @@ class FrozenLinear(nn.Linear):
         shape = *x.shape[:-1], self.out_features
         if not x.numel():
             return x.new_zeros(shape)
-        y = _Product.apply(x.reshape(-1, self.in_features), self)
+        flat = x.reshape(-1, self.in_features)
+        y = _Product.apply(flat, self) if flat.requires_grad else self.product(flat)
         if self.bias is not None:
             y = y + self.bias.to(y.dtype)
         return y.reshape(shape)

@@ -6,8 +6,11 @@ a whole. On other devices each product decodes W to the dtype of the activations
 shapes, and for tensors on different devices.
 """
 
+from typing import Any
+
 import numpy as np
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from sherry_gguf import kernels, repacked, stq1_0, tq1_25, tq1_25_64
 from sherry_gguf.blocks import BlockType
@@ -33,8 +36,18 @@ def _kind(weight: torch.Tensor, kind: str, rows: int, columns: int) -> BlockType
     return KINDS[kind]
 
 
+_MATRICES: Any = WeakTensorKeyDictionary()  # what `_matrix` returned for the tensors that are alive: checks take longer than a product
+
+
 def _matrix(weight: torch.Tensor, kind: str, rows: int, columns: int) -> repacked.Matrix:
-    return repacked.Matrix(weight.detach().numpy(), rows, columns, _kind(weight, kind, rows, columns))
+    key = weight.data_ptr(), kind, rows, columns
+    known = _MATRICES.get(weight)
+    if known and known[0] == key:
+        return known[1]
+    matrix = repacked.Matrix(weight.detach().numpy(), rows, columns, _kind(weight, kind, rows, columns))
+    if matrix.data.ctypes.data == key[0]:  # no copy, which later changes would miss
+        _MATRICES[weight] = key, matrix
+    return matrix
 
 
 def _check(name: str, x: torch.Tensor, width: int) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from repacked_rows import ISAS, KINDS, Guarded, halves, random_rows
 
-from sherry_gguf import kernels, stq1_0, ternary, tq1_25
+from sherry_gguf import kernels, repacked, stq1_0, ternary, tq1_25
 from sherry_gguf.repacked import Matrix
 
 ffi, lib = kernels.ffi, kernels.lib
@@ -212,3 +212,15 @@ def test_blocks_are_those_before_repacking(kind, rows):
     for width in 1, 3:
         b = np.random.default_rng(rows).integers(0, 256, (rows, width * kind.bytes), dtype=np.uint8)
         assert np.array_equal(Matrix.from_blocks(b, kind).blocks(), b)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, stq1_0.TYPE], ids=lambda kind: kind.name)
+def test_one_column_on_several_threads(kind, monkeypatch):
+    b = np.random.default_rng(0).integers(0, 256, (330, 3 * kind.bytes), dtype=np.uint8)
+    b.reshape(-1, kind.bytes)[:, -2:] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
+    matrix, x = Matrix.from_blocks(b, kind), np.random.default_rng(1).standard_normal((1, 3 * kind.size), np.float32)
+    one = matrix.multiply(x)
+    assert np.array_equal(one, matrix.multiply(np.repeat(x, 2, 0))[:1])
+    monkeypatch.setattr(repacked, "_A_THREADS", 1)
+    for threads in 2, 7:
+        assert np.array_equal(matrix.multiply(x, threads), one)
