@@ -131,20 +131,30 @@ def prepare(work: Path, a: argparse.Namespace) -> None:
     print(f"corpus: {len(texts)} files of {a.corpus}, {len(held_out)} more held out, a tokenizer of {a.vocab} tokens", flush=True)
 
 
-def train(work: Path, a: argparse.Namespace) -> int:
-    """Run the training command, which leaves its result in work/hf; its exit status."""
-    if "OMP_NUM_THREADS" not in os.environ:  # PyTorch's default does not use what it takes for hyperthreads
+def use_all_cores() -> None:
+    """PyTorch's default leaves out what it takes for hyperthreads."""
+    if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    measured = work / "precision"  # once: a resumed run must not change it
+
+
+def faster_in_bf16(work: Path) -> bool:
+    """Whether bfloat16 products are clearly faster here: measured once and kept in `work`, since a resumed run must not change it."""
+    measured = work / "precision"
     if not measured.is_file():
         write(measured, "bfloat16" if qat.bf16_is_faster() else "float32")
-    bf16 = (measured.read_text() if a.precision == "auto" else a.precision) == "bfloat16"
+    return measured.read_text() == "bfloat16"
+
+
+def train(work: Path, a: argparse.Namespace) -> int:
+    """Run the training command, which leaves its result in work/hf; its exit status."""
+    use_all_cores()
+    faster = faster_in_bf16(work) if a.precision == "auto" else a.precision == "bfloat16"
     shutil.rmtree(work / "hf", ignore_errors=True)
     flags = {
         "model": work / "start", "train": work / "train.jsonl", "validation": work / "held_out.jsonl",
         "context": a.context, "eval_tokens": EVAL_TOKENS, "export": work / "hf", "output_dir": work / "run",
         "method": a.method, "max_steps": a.steps, "per_device_train_batch_size": a.batch, "learning_rate": a.lr, "weight_decay": 0.1,
-        "adam_beta2": 0.95, "optim": "adamw_torch_fused", "seed": a.seed, "bf16": bf16, "use_cpu": True,
+        "adam_beta2": 0.95, "optim": "adamw_torch_fused", "seed": a.seed, "bf16": faster, "use_cpu": True,
         "save_strategy": "steps", "save_steps": max(1, a.steps // 10), "report_to": "none",
     }  # fmt: skip
     return command.main([x for k, v in flags.items() for x in (f"--{k}", str(v))], PROGRAM, trained=False)
