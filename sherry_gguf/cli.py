@@ -23,6 +23,7 @@ VERBS = {
     "finetune": ("quaff.command", "fine-tune an adapter on a frozen quantized model"),
     "evaluate": ("evaluation.command", "measure perplexity and accuracy of models"),
     "bench": ("bench", "compare how fast models run"),
+    "demo": ("demo", "continue a story with a small model that comes along"),
     "run": ("launch", "answer a prompt or chat, with llama.cpp's tools"),
     "serve": ("launch", "serve a model over HTTP, with llama-server"),
 }
