@@ -1,10 +1,11 @@
 """The C kernels of ggml_patch/src on NumPy arrays. No call reads or writes outside its arrays, whatever the arguments."""
 
-import concurrent.futures
+import _thread
 import functools
 import operator
 import os
 from collections.abc import Callable, Iterable
+from queue import SimpleQueue
 
 import numpy as np
 
@@ -294,25 +295,36 @@ def _pointers(ctype: str, arrays: np.ndarray):
 
 
 def share(items: Iterable[tuple], worker: Callable[[], Callable], threads: int) -> None:
-    """Calls f(*item) for every item on `threads` threads, each with an f of its own, worker().
+    """Calls f(*item) for every item on up to `threads` threads, each with an f of its own, worker(). Raises what an f raises.
 
-    The threads end with the call, so none is left behind in a process that forks.
+    The calling thread is one of them and waits for no other to begin: on a busy machine that takes longer than the work. A thread that
+    begins late finds nothing to do and ends, so none is left behind in a process that forks.
     """
     items = list(items)
     queue = iter(items)  # threads take turns: C runs without the GIL, next() with it
+    if (helpers := min(threads, len(items)) - 1) <= 0:
+        f = worker()
+        for item in items:
+            f(*item)
+        return
+    finished: SimpleQueue[BaseException | None] = SimpleQueue()  # an entry for each item
 
     def work() -> None:
-        f = worker()
+        f = None
         for item in queue:
-            f(*item)
+            error = None
+            try:
+                f = f or worker()
+                f(*item)
+            except BaseException as e:
+                error = e
+            finished.put(error)
 
-    if (helpers := min(threads, len(items)) - 1) <= 0:
-        return work()
-    with concurrent.futures.ThreadPoolExecutor(helpers) as pool:
-        futures = [pool.submit(work) for _ in range(helpers)]
-        work()
-    for future in futures:
-        future.result()
+    for _ in range(helpers):
+        _thread.start_new_thread(work, ())  # threading.Thread.start would wait until it runs
+    work()
+    if errors := [e for e in (finished.get() for _ in items) if e]:
+        raise errors[0]
 
 
 def mul_tables(

@@ -13,7 +13,7 @@ from .kernels import ffi, lib
 TILE = lib.TQ1_25_TILE  # rows
 PLACES = [(row >> 3 & 1) << 5 | (row & 1) << 4 | row >> 4 << 2 | row >> 1 & 3 for row in range(TILE)]  # TQ1_25_PLACE of tile.h
 
-_A_THREADS = 8 << 20  # bytes of weights that are worth a thread, if there is one column: starting one takes as long as 1 MB or more
+_A_THREADS = 2 << 20  # bytes of weights that are worth a thread, if there is one column
 _AT_A_TIME = 4 << 20  # bytes of decoded weights, where an instruction set has no kernels for repacked rows
 
 
@@ -118,7 +118,7 @@ class Matrix:
         if threads < 2:
             multiply(0, tiles)
         else:
-            kernels.share(_ranges(tiles, threads), lambda: multiply, threads)
+            kernels.share(_ranges(tiles, 4 * threads), lambda: multiply, threads)
         return out
 
     @staticmethod

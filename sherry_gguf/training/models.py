@@ -24,7 +24,8 @@ def load_float32(name: str) -> Any:
         raise Stop(f"{name}: no such file or directory")  # a hub would say that this is not a name
     with stop_at_errors(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        loaded[0].float()  # MXFP4 is decoded to bfloat16
+        if any(p.dtype != torch.float32 for p in loaded[0].parameters()):  # MXFP4 is decoded to bfloat16
+            loaded[0].float()
     model, info = loaded
     if lacking := [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]:
         first = sorted(lacking)[0]
