@@ -1,9 +1,11 @@
 """`sherry-gguf pack`, and what transformers and the converter make of packed checkpoints."""
 
 import json
+import re
 import shutil
 
 import numpy as np
+import packed_models
 import pytest
 import small_models
 import torch
@@ -14,7 +16,10 @@ from safetensors.torch import load_file, save_file
 import sherry_gguf
 from sherry_gguf.errors import ConvertError
 from sherry_gguf.packed import PackedLinear, SherryConfig, layout
-from sherry_gguf.quaff import quantize_for_finetuning
+from sherry_gguf.qat import models as qat_models
+from sherry_gguf.qat.arguments import SherryArguments
+from sherry_gguf.quaff import building, quantize_for_finetuning
+from sherry_gguf.quaff.arguments import FinetuneArguments
 
 LATENT = "llama-tied"
 VANISHING = "model.layers.1.mlp.up_proj.weight"
@@ -243,3 +248,29 @@ def test_pack_refuses(work, tmp_path):
     assert "nothing to pack, transformers has no torch.nn.Linear for blk.*.attn_qkv" in error(tmp_path / "gpt2", "--out", tmp_path / "x")
     small_models.make(tmp_path / "bin", "llama-64", safe=False)
     assert "only safetensors are packed" in error(tmp_path / "bin", "--out", tmp_path / "x")
+
+
+# ---- training ----
+
+
+def test_finetune_takes_it_packed_and_train_decodes_it(work):
+    directory = str(work / "packed/llama-64")
+    arguments = FinetuneArguments(model=directory, context=64)
+    model, _ = building.load_model(arguments)
+    assert building.base_of(arguments, model) == "tq1_25" and len(packed_layers(model)) == 14
+    model, _ = qat_models.load(SherryArguments(model=directory, context=64))
+    assert not packed_layers(model) and not model.is_quantized
+    original = load(work / "llama-64")
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), original.parameters(), strict=True))
+
+
+@pytest.mark.slow
+def test_the_benchmark(tmp_path, capsys):
+    sizes = {"hidden": 256, "intermediate": 384, "layers": 2, "vocab": 512, "tokens": 2, "rounds": 1, "threads": 1, "kl-tokens": 20}
+    threads = torch.get_num_threads()
+    assert packed_models.main([f"--{name}={value}" for name, value in sizes.items()] + ["--work", str(tmp_path)]) == 0
+    torch.set_num_threads(threads)
+    shown = capsys.readouterr().out
+    assert re.search(r"packed layers: 14, 1 M weights, 1\.37\d+ bits each in memory", shown), shown
+    kl = float(re.search(r"20 random tokens: (\S+) nats", shown)[1])
+    assert 0 < kl < 1e-3
