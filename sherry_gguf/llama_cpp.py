@@ -13,14 +13,26 @@ from . import gguf_type
 from .errors import NotBuilt
 
 
+_PACKAGE = Path(__file__).resolve().parent
+INCLUDED = _PACKAGE / "_llama"  # in a wheel with the tools: bin, which holds the libraries too, and a part of llama.cpp's source
+
+
 def root() -> Path:
-    """The build directory: SHERRY_BUILD_DIR, or `build` beside the package's source."""
-    return Path(os.environ.get("SHERRY_BUILD_DIR") or Path(__file__).resolve().parent.parent / "build").resolve()
+    """The build directory: SHERRY_BUILD_DIR, or what came with the wheel, or `build` beside the package's source."""
+    if own := os.environ.get("SHERRY_BUILD_DIR"):
+        return Path(own).resolve()
+    return INCLUDED if INCLUDED.is_dir() else _PACKAGE.parent / "build"
 
 
 def _existing(path: Path) -> Path:
     if not path.exists():
-        raise NotBuilt(f"{path} is not there: run scripts/build_llama_cpp.py, or set SHERRY_BUILD_DIR to its build directory")
+        if INCLUDED in path.parents:
+            how = "the installed package lacks it. Install it again, or set SHERRY_BUILD_DIR to a build directory"
+        elif (_PACKAGE.parent / "scripts" / "build_llama_cpp.py").is_file() or os.environ.get("SHERRY_BUILD_DIR"):
+            how = "run scripts/build_llama_cpp.py, or set SHERRY_BUILD_DIR to its build directory"
+        else:
+            how = "this installation has no llama.cpp. Install a wheel that has it, or set SHERRY_BUILD_DIR to a build directory"
+        raise NotBuilt(f"{path} is not there: {how}")
     return path
 
 
@@ -39,7 +51,8 @@ def library(name: str) -> Path:
     """The path of a built shared library, such as "ggml-base". Raises NotBuilt."""
     if sys.platform == "win32":
         return _existing(root() / "bin" / f"{name}.dll")
-    return _existing(root() / "lib" / f"lib{name}.{'dylib' if sys.platform == 'darwin' else 'so'}")
+    folder = root() / ("bin" if root() == INCLUDED else "lib")
+    return _existing(folder / f"lib{name}.{'dylib' if sys.platform == 'darwin' else 'so'}")
 
 
 def run(name: str, *args: object, **kwargs) -> subprocess.CompletedProcess:

@@ -38,12 +38,14 @@ REPO = Path(__file__).resolve().parents[2]
 ALL = ["-DGGML_NATIVE=OFF", "-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON", "-DLLAMA_OPENSSL=OFF"]
 # not the build's rpath, which CMake pads with a colon, and that stands for the current directory
 ALL += ["-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN"]
+ALL.append("-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON")  # one file for each library, by the name that llama-cpp-python opens
+WAIT = "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE"
 NDK = Path(os.environ.get("ANDROID_NDK") or os.devnull).expanduser().resolve()
 UPSTREAM = (REPO / "ggml_patch" / "UPSTREAM").read_text()  # with the hash of the archive
 ARCHITECTURES = "x86_64", "aarch64", "android"
 # The CPU variants and tools that the tests run. Other variants differ from these only in compiler flags, which our kernels override.
 TESTED = {"x86_64": "x64;haswell;alderlake;skylakex;zen4", "aarch64": "armv8.0_1;armv8.2_2;armv8.6_2"}
-TESTED_TOOLS = "llama-cli,test-backend-ops"
+TESTED_TOOLS = "llama-cli,llama-completion,llama-server,llama-quantize,llama-bench,test-backend-ops"
 
 
 def cxx_of_ndk() -> Path:
@@ -70,6 +72,7 @@ def settings(arch: str) -> tuple[list[str], str]:
     if sys.platform != "linux":
         raise Stop(f"{arch} is built under Linux, and this is {platform.system()}")
     flags = [f"-DCMAKE_{kind}_LINKER_FLAGS=-Wl,--disable-new-dtags" for kind in ("EXE", "SHARED", "MODULE")]  # LD_LIBRARY_PATH comes second
+    flags.append(f'-DCMAKE_CXX_STANDARD_LIBRARIES=-Wl,--wrap={WAIT} "{REPO}/scripts/build/condition_variable.cpp"')
     if platform.machine() == arch:  # a define that builds with one ggml-cpu have: a compiler cache then serves both
         return [*flags, *(f"-DCMAKE_{language}_FLAGS=-DGGML_BACKEND_SHARED" for language in ("C", "CXX"))], ""
     if arch == "x86_64":
@@ -95,11 +98,8 @@ def pack(work: Path, arch: str, prefix: str) -> Path:
     fresh.mkdir()
     for file in sorted((work / "bin").iterdir()):
         shutil.copy(file, fresh)
-    for file in sorted((work / "lib").iterdir()):
-        asked_for = re.search(r"\(SONAME\).*\[(.*)\]", call(f"{prefix}readelf", "-d", file))
-        # backends are opened by file name, the other libraries by their SONAME
-        if file.name == asked_for[1] if asked_for and not re.match("libggml-(cpu|rpc)", file.name) else file.suffix == ".so":
-            shutil.copy(file, fresh)
+    for file in sorted((work / "lib").glob("*.so")):
+        shutil.copy(file, fresh)
     if arch == "android":
         shutil.copy(cxx_of_ndk(), fresh)
     fresh.chmod(0o755)
