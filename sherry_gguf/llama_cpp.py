@@ -12,7 +12,6 @@ import numpy as np
 from . import gguf_type
 from .errors import NotBuilt
 
-
 _PACKAGE = Path(__file__).resolve().parent
 INCLUDED = _PACKAGE / "_llama"  # in a wheel with the tools: bin, which holds the libraries too, and a part of llama.cpp's source
 
