@@ -110,3 +110,13 @@ def test_lacks_a_tool(installed, tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path,
                           env=env | {"SHERRY_BUILD_DIR": str(tmp_path)})  # fmt: skip
     assert done.stdout.strip() == str(tmp_path) and "run scripts/build_llama_cpp.py, or set SHERRY_BUILD_DIR" in done.stderr
+
+
+def test_llama(installed, demo, tmp_path):
+    """llama-cpp-python on the wheel's libraries, whose backends are files beside them."""
+    target, _ = installed
+    env = {k: v for k, v in os.environ.items() if not k.startswith("SHERRY_")} | {"PYTHONPATH": str(target), "PYTHONSAFEPATH": "1"}
+    done = subprocess.run([sys.executable, REPO / "examples" / "llama.py", demo[2]], capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    answer = re.search(r"^completion: '(.*)', 16 tokens$", done.stdout, re.M)[1].encode().decode("unicode_escape")
+    assert " ".join(answer.split()) == " ".join(greedy(demo[2]).split())
