@@ -47,10 +47,12 @@ def run(args: argparse.Namespace) -> int:
 
 def check() -> None:
     """Raises ConvertError unless the model is there and is what was packed."""
+    if not MODEL.exists():
+        raise ConvertError(f"{MODEL} is not there: this version comes without it. scripts/make_demo_model.py trains one")
     try:
         wanted = MODEL.with_suffix(".sha256").read_text(encoding="utf-8").split()[0]
         found = hashlib.sha256(MODEL.read_bytes()).hexdigest()
     except (OSError, IndexError) as e:
-        raise ConvertError(f"{MODEL} cannot be read ({e}): install the package again") from e
+        raise ConvertError(f"{MODEL} cannot be read ({e}). Install the package again") from e
     if found != wanted:
         raise ConvertError(f"{MODEL} is damaged: its SHA-256 is {found}, not {wanted}. Install the package again")
