@@ -2,6 +2,7 @@
 
 import ctypes
 import importlib
+import logging
 import os
 from importlib import metadata
 from pathlib import Path
@@ -39,7 +40,11 @@ def _load_backends(directory: Path) -> None:
     """Load ggml's backends if the build has them as files: by itself ggml looks for them beside Python. Raises NotBuilt."""
     ggml = ctypes.CDLL(str(llama_cpp.library("ggml")))
     if not ggml.ggml_backend_dev_count():
+        logger = logging.getLogger("llama-cpp-python")
+        level = logger.level
+        logger.setLevel(logging.ERROR)  # no lines on stderr for an import
         ggml.ggml_backend_load_all_from_path(os.fsencode(directory))
+        logger.setLevel(level)
         if not ggml.ggml_backend_dev_count():
             raise NotBuilt(f"{directory} has no libggml-cpu that runs on this CPU")
 

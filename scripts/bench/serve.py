@@ -71,7 +71,7 @@ def server(model: Path, parallel: int, context: int, threads: int, flags: list[s
                "-c", parallel * context, "-t", threads, *flags]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if not k.startswith("LLAMA_")}
     with subprocess.Popen(list(map(str, command)), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          errors="replace", env=environment) as process:  # fmt: skip
+                          errors="replace", env=environment, start_new_session=True) as process:  # fmt: skip
         assert process.stdout
         log = []
         try:
@@ -92,16 +92,20 @@ def server(model: Path, parallel: int, context: int, threads: int, flags: list[s
 
 
 def resident(pid: int) -> float:
-    """MiB of a process's memory."""
-    return int(re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)[1]) / 1024  # type: ignore[index]
+    """MiB of a process's memory. Raises Stop if the process has ended."""
+    if not (found := re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)):
+        raise Stop("llama-server died: it needs a model with a vocabulary")
+    return int(found[1]) / 1024
 
 
 def load(port: int, asked: list[str], parallel: int, tokens: int) -> tuple[list[Answer | None], float]:
     """The answers to these prompts, `parallel` at a time, and the seconds that all took."""
     began = time.monotonic()
-    with ThreadPoolExecutor(parallel) as pool:
-        answers = list(pool.map(lambda prompt: ask(port, prompt, tokens), asked))
-    return answers, time.monotonic() - began
+    pool = ThreadPoolExecutor(parallel)
+    try:
+        return list(pool.map(lambda prompt: ask(port, prompt, tokens), asked)), time.monotonic() - began
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # after Ctrl-C, end the server first: it answers no more
 
 
 def summary(name: str, answers: list[Answer | None], seconds: float, memory: float) -> dict:

@@ -25,7 +25,8 @@ FOREIGN = {
     "accelerate": {"--config_file"},  # one launcher of many, not installed
     "test.sh": {"--fast"},  # takes pytest's flags too, and sets everything up first
     "setup.sh": set(),  # takes none
-    **dict.fromkeys(("adb", "apt-get", "cd", "clang-format", "git", "pip", "pytest", "ruff", "mypy"), set()),
+    "pip": {"--no-cache-dir"},
+    **dict.fromkeys(("adb", "apt-get", "cd", "clang-format", "git", "pytest", "ruff", "mypy"), set()),
 }
 FLAG = re.compile(r"--[a-zA-Z][\w-]*")
 FENCE = re.compile(r"^ *```[^\n]*\n.*?^ *```$", re.M | re.S)
