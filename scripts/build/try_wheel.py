@@ -73,7 +73,7 @@ def inside(root: Path, *command: object) -> list[str]:
 
 def show(root: Path, *command: object) -> float:
     """Run a command in `root` with its output here; return how many seconds it took. Raises Stop if it fails."""
-    print(f"$ {' '.join(map(str, command))}", flush=True)
+    print(f"$ {shlex.join(map(str, command))}", flush=True)
     began = time.monotonic()
     if code := subprocess.run(inside(root, *command), stdin=subprocess.DEVNULL).returncode:
         raise Stop(f"{command[0]} failed with exit code {code}: see above")

@@ -25,7 +25,7 @@ FOREIGN = {
     "accelerate": {"--config_file"},  # one launcher of many, not installed
     "test.sh": {"--fast"},  # takes pytest's flags too, and sets everything up first
     "setup.sh": set(),  # takes none
-    "pip": {"--no-cache-dir"},
+    "pip": {"--no-index", "--find-links", "--no-cache-dir"},
     **dict.fromkeys(("adb", "apt-get", "cd", "clang-format", "git", "pytest", "ruff", "mypy"), set()),
 }
 FLAG = re.compile(r"--[a-zA-Z][\w-]*")
@@ -143,7 +143,7 @@ def unknown(name: str, text: str) -> list[str]:
         where = f"{name}:{line}"
         words = [w for w in re.split(r"[\s'\"]+", re.sub(r"^([A-Z_]+=\S+ +)+", "", command)) if w]  # what it sets may be anywhere
         program = words[0].rpartition("/")[2]
-        if "/" not in words[0] and program not in FOREIGN:
+        if "/" not in words[0] and program not in (*FOREIGN, "sherry-gguf"):  # which a wheel brings
             found.append(f"{where}: {words[0]} is not a program that the documents may name")
         if program == "sherry-gguf" and words[1] not in {*VERBS, "--help"}:
             found.append(f"{where}: sherry-gguf has no {words[1]}")
@@ -167,6 +167,7 @@ def test_programs_and_paths():
         ("```\n$ .venv/bin/sherry-gguf verify a b\nanything\n```\n", []),
         ("```text\nno-such-program\n```\n", []),
         ("1. a\n\n   ```\n   no-such-program a\n   ```\n", ["a.md:4: no-such-program is not a program that the documents may name"]),
+        ("```\nsherry-gguf verify a b\nverify a b\n```\n", ["a.md:3: verify is not a program that the documents may name"]),
         ("```\n.venv/bin/sherry-gguf evict a\n```\n", ["a.md:2: sherry-gguf has no evict"]),
         ("```\n\nbuild/bin/llama-nothing a\n```\n", ["a.md:3: build/bin/llama-nothing is not there"]),
         ("```\nCC=gcc .venv/bin/python \\\n  scripts/nothing.py\n```\n", ["a.md:2: scripts/nothing.py is not there"]),
