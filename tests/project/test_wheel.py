@@ -11,6 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import WHOLE_ARCHIVES, greedy
+from cross_arm import EMULATOR, missing
+
+from sherry_gguf import llama_cpp
 
 here = platform.machine() == "x86_64" and sys.platform == "linux"
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not here, reason="the wheel is built under x86-64 Linux only")]
@@ -29,11 +32,13 @@ def script(name, *args, env=None):
     return done.stdout
 
 
+def built(arch):
+    return Path(re.search(r"^wheel: (.*\.whl), [\d.]+ MB", script("wheel.py", arch, *([] if WHOLE_ARCHIVES else ["--tested"])), re.M)[1])
+
+
 @pytest.fixture(scope="session")
 def wheel():
-    return Path(
-        re.search(r"^wheel: (.*\.whl), [\d.]+ MB", script("wheel.py", "x86_64", *([] if WHOLE_ARCHIVES else ["--tested"])), re.M)[1]
-    )
+    return built("x86_64")
 
 
 @pytest.fixture(scope="session")
@@ -120,3 +125,23 @@ def test_llama(installed, demo, tmp_path):
     assert done.returncode == 0, done.stderr
     answer = re.search(r"^completion: '(.*)', 16 tokens$", done.stdout, re.M)[1].encode().decode("unicode_escape")
     assert " ".join(answer.split()) == " ".join(greedy(demo[2]).split())
+
+
+@pytest.mark.emulated
+@pytest.mark.skipif(bool(missing()), reason=missing() or "-")
+def test_for_arm(demo, tmp_path):
+    """The wheel for 64-bit ARM, under emulation: its kernels give the reference's blocks, and its tools the native text."""
+    arm = built("aarch64")
+    assert arm.name.endswith("-cp310-abi3-manylinux_2_34_aarch64.whl")
+    with zipfile.ZipFile(arm) as archive:
+        archive.extractall(tmp_path)
+    code = (f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import numpy as np, sherry_gguf as s; from sherry_gguf import kernels; "
+            "x = np.random.default_rng(0).standard_normal((8, 256), np.float32); assert (s.quantize(x) == s.TQ1_25.quantize(x)).all(); "
+            "print(s.__file__, kernels.available())")  # fmt: skip
+    script("arm.py")
+    done = subprocess.run([llama_cpp.root() / "arm" / "run-python", "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(tmp_path / "sherry_gguf/__init__.py"), "['i8mm',", "'dotprod',", "'neon',", "'scalar']"], done.stderr
+    tool = tmp_path / "sherry_gguf/_llama/bin/llama-cli"
+    tool.chmod(0o755)
+    command = [EMULATOR, "-cpu", "neoverse-n1", "-L", "/usr/aarch64-linux-gnu", tool]
+    assert greedy(demo[2], prompt=PROMPT, command=command) == greedy(demo[2], prompt=PROMPT)
