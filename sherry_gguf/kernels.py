@@ -1,6 +1,7 @@
 """The C kernels of ggml_patch/src on NumPy arrays. No call reads or writes outside its arrays, whatever the arguments."""
 
 import _thread
+import contextlib
 import functools
 import operator
 import os
@@ -298,16 +299,22 @@ def share(items: Iterable[tuple], worker: Callable[[], Callable], threads: int) 
     """Calls f(*item) for every item on up to `threads` threads, each with an f of its own, worker(). Raises what an f raises.
 
     The calling thread is one of them and waits for no other to begin: on a busy machine that takes longer than the work. A thread that
-    begins late finds nothing to do and ends, so none is left behind in a process that forks.
+    begins late finds nothing to do and ends. After an error, and after Ctrl-C, no further item begins. In any case no f runs any more when
+    this ends, since they write to memory of the caller.
     """
     items = list(items)
     queue = iter(items)  # threads take turns: C runs without the GIL, next() with it
     if (helpers := min(threads, len(items)) - 1) <= 0:
         f = worker()
-        for item in items:
+        for item in queue:
             f(*item)
         return
-    finished: SimpleQueue[BaseException | None] = SimpleQueue()  # an entry for each item
+    done: list[BaseException | None] = []  # an entry for each item, also for those that never begin
+    full: SimpleQueue[None] = SimpleQueue()
+
+    def stop() -> None:
+        for _ in queue:
+            done.append(None)
 
     def work() -> None:
         f = None
@@ -318,13 +325,30 @@ def share(items: Iterable[tuple], worker: Callable[[], Callable], threads: int) 
                 f(*item)
             except BaseException as e:
                 error = e
-            finished.put(error)
+                stop()
+            done.append(error)
+            if len(done) == len(items):
+                full.put(None)
 
-    for _ in range(helpers):
-        _thread.start_new_thread(work, ())  # threading.Thread.start would wait until it runs
-    work()
-    if errors := [e for e in (finished.get() for _ in items) if e]:
-        raise errors[0]
+    def finish() -> None:
+        while len(done) < len(items):
+            full.get()
+
+    with contextlib.suppress(RuntimeError):  # the system allows no more threads
+        for _ in range(helpers):
+            _thread.start_new_thread(work, ())  # threading.Thread.start would wait until it runs
+    try:
+        work()
+        finish()
+    except BaseException:
+        while True:
+            with contextlib.suppress(BaseException):  # a second Ctrl-C
+                stop()
+                finish()
+                break
+        raise
+    for error in filter(None, done):
+        raise error
 
 
 def mul_tables(

@@ -1,6 +1,8 @@
 """Repacked matrices: their weights as floats against NumPy's reference, and products on several threads."""
 
+import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -153,6 +155,60 @@ def test_threads_take_each_item_once_and_pass_on_errors(threads):
     kernels.share([], worker, threads)
     with pytest.raises(MemoryError):
         kernels.share([(1,), (2,), (3,)], lambda: refuse, threads)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_no_thread_works_on_after_ctrl_c(times):
+    """Ctrl-C arrives, once or twice, while the caller waits for another thread in the middle of its work."""
+    running, ended, helped, left = [], [], threading.Event(), [None] * times
+
+    def work(i):
+        running.append(i)
+        if threading.current_thread() is threading.main_thread():
+            helped.wait()
+        else:
+            helped.set()
+            time.sleep(0.6)
+        ended.append(i)
+
+    def interrupt(*_):
+        left.pop()
+        if left:
+            signal.setitimer(signal.ITIMER_REAL, 0.1)
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with pytest.raises(KeyboardInterrupt):
+            kernels.share([(i,) for i in range(3)], lambda: work, 2)
+        assert not left and len(running) > 1 and sorted(running) == sorted(ended)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_no_further_item_begins_after_an_error():
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        time.sleep(0.01)
+        raise ValueError(i)
+
+    with pytest.raises(ValueError):
+        kernels.share([(i,) for i in range(50)], lambda: work, 2)
+    assert 1 <= len(begun) <= 2
+
+
+def test_fewer_threads_where_the_system_allows_no_more(monkeypatch):
+    def refuse(*_):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(kernels._thread, "start_new_thread", refuse)
+    found = []
+    kernels.share([(i,) for i in range(9)], lambda: found.append, 4)
+    assert found == [*range(9)]
 
 
 # ---- arguments ----
