@@ -156,7 +156,7 @@ def convert(a: argparse.Namespace, name: str) -> int:
     call(*sherry, "convert", hf, "--outfile", part, "--require-exact", "--model-name", NAME, "--metadata", a.work / "metadata.json", *types)
     call(*sherry, "verify", part, hf, *types)
     if (size := part.stat().st_size) > LARGEST:
-        raise Stop(f"{part} has {size} bytes: at most {LARGEST}")
+        raise Stop(f"{part} is {size} bytes; the limit is {LARGEST}")
     texts = [json.loads(line)["text"] for line in (a.work / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
     write(a.work / "held_out.txt", "\n".join(texts))
     text = ["--text", a.work / "held_out.txt", "--context", CONTEXT, "--chunks", CHUNKS]

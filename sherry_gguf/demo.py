@@ -36,9 +36,9 @@ def run(args: argparse.Namespace) -> int:
     if args.path:
         print(MODEL)
         return 0
-    flags = ["-c", CONTEXT, "-n", args.tokens, "--temp", args.temp, "--repeat-penalty", 1.1, "--seed", args.seed]
+    flags = ["-c", CONTEXT, "-n", args.tokens, "--temp", args.temp, "--repeat-penalty", 1.1, "--seed", args.seed, "--context-shift"]
     if args.interactive:
-        flags += ["--context-shift", "--simple-io"]
+        flags += ["--simple-io"]
     else:
         print(args.prompt, end="", flush=True)
         flags += ["-no-cnv", "-p", args.prompt]

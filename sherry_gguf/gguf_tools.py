@@ -2,12 +2,14 @@
 
 import contextlib
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from . import atomic, gguf_type, signals
 from .errors import ConvertError
+from .gguf_file import read_gguf
 from .reader import open_gguf
 
 TOOLS = {  # name to what it does; gguf-NAME is the package's own program
@@ -35,8 +37,9 @@ def main(argv: list[str] | None = None, prog: str = "sherry-gguf gguf") -> int:
         if key := next((a for a in rest if a in LAYOUT), ""):
             print(f"{prog} {tool}: {key} says where the tensors are: with another value no program could read the file", file=sys.stderr)
             return 1
-        rest = ["" if a.lower() == "false" else a for a in rest]  # the tool takes every other text for true
     try:
+        if tool == "set-metadata":
+            rest = _with_truth(rest)
         with signals.raised(), _arguments([f"{prog} {tool}", *rest]), _guarded():
             importlib.import_module(f"gguf.scripts.gguf_{tool.replace('-', '_')}").main()
             sys.stdout.flush()
@@ -53,6 +56,19 @@ def main(argv: list[str] | None = None, prog: str = "sherry-gguf gguf") -> int:
         print(f"{prog} {tool}: interrupted", file=sys.stderr)
         return e.exit_code
     return 0
+
+
+def _with_truth(words: list[str]) -> list[str]:
+    """The arguments of set-metadata, which takes each text but "" for true. Raises ConvertError, ValueError."""
+    places = [i for i, word in enumerate(words) if not re.match("--?[a-zA-Z]", word)]
+    if len(places) != 3:
+        return words
+    file, key, value = (words[i] for i in places)
+    if read_gguf(Path(file)).types.get(key) == (gguf_type.register().GGUFValueType.BOOL,):
+        if value.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"{key} is true or false, not {value!r}")
+        words[places[2]] = value.lower() if value.lower() in ("true", "1") else ""
+    return words
 
 
 def _help(prog: str) -> str:

@@ -11,6 +11,7 @@ from . import llama_cpp
 from .errors import NotBuilt, Stop
 
 PROMPTS = {"-p", "--prompt", "-f", "--file", "-bf", "--binary-file"}
+CHAT = {"-cnv", "--conversation"}
 # For a prompt. The model's own template makes it a message; -st ends after the answer. Only the answer is printed, and errors.
 ANSWER = ("--jinja", "-st", "--no-display-prompt", "--log-verbosity", "1")
 
@@ -22,12 +23,14 @@ def run(argv: list[str], prog: str) -> int:
         "prompt is a message to it; otherwise, or with -no-cnv, a text that it continues. Without a prompt you chat."
     )
     name, first = ("llama-cli", ()) if PROMPTS.isdisjoint(argv) else ("llama-completion", ANSWER)
+    if not CHAT.isdisjoint(argv):
+        first = tuple(flag for flag in first if flag != "-st")
     return _launch(name, first, argv, prog, about, "llama-cli's, or with a prompt llama-completion's")
 
 
 def serve(argv: list[str], prog: str) -> int:
     """Serve a model with llama-server. Returns 1 after a reported error, otherwise never."""
-    about = "Serve a model over HTTP with OpenAI's interface and a page to chat, by default at http://127.0.0.1:8080."
+    about = "Serve a model over HTTP with OpenAI's interface, by default at http://127.0.0.1:8080."
     return _launch("llama-server", (), argv, prog, about, "llama-server's")
 
 
@@ -51,7 +54,7 @@ def _check(model: Path) -> None:
     if model.is_dir():
         raise Stop(f"{model} is a directory: make it a GGUF with `sherry-gguf convert {model}`")
     if not model.exists():
-        raise Stop(f"{model} is not there")
+        raise Stop(f"{model} does not exist")
     with model.open("rb") as file:
         if (begins := file.read(4)) != b"GGUF":
             raise Stop(f"{model} is not a GGUF: it begins with {begins!r}")

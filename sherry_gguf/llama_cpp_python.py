@@ -54,4 +54,6 @@ Llama = _llama()
 
 def __getattr__(name: str) -> object:
     """The package's other names, such as LlamaGrammar: they may stand in a sorted list of imports, as llama_cpp's may not."""
+    if name.startswith("__"):  # with the package's __path__, its modules would be imported a second time
+        raise AttributeError(name)
     return getattr(importlib.import_module("llama_cpp"), name)

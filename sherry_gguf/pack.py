@@ -71,7 +71,9 @@ def pack(model_dir: Path, options: Options | None = None, shard: int = 5 * 10**9
     """
     model_dir, options = Path(model_dir), options or Options()
     check_input(model_dir, options)
-    target = Path(os.path.abspath(options.outfile or f"{os.path.normpath(model_dir)}-packed"))
+    target = Path(os.path.realpath(options.outfile or f"{os.path.normpath(model_dir)}-packed"))
+    if os.path.ismount(target):
+        raise ConvertError(f"{target} is a mount point, which no finished directory can replace: name one inside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ConvertError(f"{target} already has something in it: remove it, or name another --out")
     if not target.parent.is_dir():

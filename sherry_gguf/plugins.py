@@ -7,6 +7,7 @@ import importlib
 import importlib.abc
 import importlib.util
 import sys
+import threading
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -16,6 +17,8 @@ PLUGINS = {"gguf": "gguf_type:register", "transformers.quantizers.auto": "packed
 
 
 def _register(name: str) -> None:
+    if name.startswith("transformers.") and not importlib.util.find_spec("torch"):
+        return  # then transformers has tokenizers alone
     module, _, function = PLUGINS[name].partition(":")
     imported = importlib.import_module(f".{module}", __package__)
     if function:
@@ -26,16 +29,17 @@ class _Finder(importlib.abc.MetaPathFinder):
     """Finds the modules of PLUGINS as the other finders do, and registers after their code has run."""
 
     def __init__(self) -> None:
-        self._searching: set[str] = set()
+        self._own = threading.local()  # what this thread searches: others may import the same
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name not in PLUGINS or name in self._searching:
+        searching = self._own.__dict__.setdefault("names", set())
+        if name not in PLUGINS or name in searching:
             return None
-        self._searching.add(name)
+        searching.add(name)
         try:
             spec = importlib.util.find_spec(name)
         finally:
-            self._searching.remove(name)
+            searching.remove(name)
         if spec is None or spec.loader is None:
             return spec
         run = spec.loader.exec_module

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""Load a llama-server on this machine: are all answers there, equal to those given one at a time, how fast, in how much memory?
+"""Send many requests to a llama-server; report lost or different answers, speed and memory.
 
 The requests, all different, are first sent one after the other and then several at a time, to 127.0.0.1 only. The sampling is
-greedy. Exits with 1 if an answer is lost or differs.
+greedy. Exits with 1 if an answer is lost or differs, or if the server's memory grows by more than a tenth while it answers several
+requests at a time.
 """
 
 import argparse
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,9 +94,10 @@ def server(model: Path, parallel: int, context: int, threads: int, flags: list[s
 
 def resident(pid: int) -> float:
     """MiB of a process's memory. Raises Stop if the process has ended."""
-    if not (found := re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M)):
-        raise Stop("llama-server died: it needs a model with a vocabulary")
-    return int(found[1]) / 1024
+    with suppress(OSError):
+        if found := re.search(r"^VmRSS:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text(), re.M):
+            return int(found[1]) / 1024
+    raise Stop("llama-server ended during the load")
 
 
 def load(port: int, asked: list[str], parallel: int, tokens: int) -> tuple[list[Answer | None], float]:
@@ -151,7 +153,10 @@ def main() -> int:
     print(markdown_table([*rows[0]], [[*map(str, row.values())] for row in rows]))
     equal = sum(one is not None and both is not None and one.text == both.text for one, both in zip(alone, together))
     print(f"\n{equal} of {a.requests} answers are equal")
-    return int(equal < a.requests)
+    first, last = (row["memory after, MiB"] for row in rows)
+    if grown := last > 1.1 * first:
+        print(f"memory has grown from {first} to {last} MiB")
+    return int(equal < a.requests or grown)
 
 
 if __name__ == "__main__":

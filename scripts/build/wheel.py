@@ -105,7 +105,7 @@ def build(work: Path, tools: Path, arch: str) -> Path:
         if f"{SYSTEM}_{arch}" not in wheel.name:
             raise Stop(f"{wheel.name} is not for {SYSTEM}: build it with GCC 12 on Debian 12")
         if (size := wheel.stat().st_size / 1e6) > MOST:
-            raise Stop(f"{wheel.name} has {size:.0f} MB, more than {MOST}")
+            raise Stop(f"{wheel.name} is {size:.0f} MB; the limit is {MOST} MB")
         for old in stamp, *work.glob("*.whl"):
             old.unlink(missing_ok=True)
         wheel = wheel.rename(work / wheel.name)

@@ -93,14 +93,19 @@ def test_new_metadata_that_fails_leaves_the_older_file(model, tmp_path, monkeypa
 def test_set_metadata_changes_one_value(model):
     fields, types, tensors = contents(model)
     size = model.stat().st_size
-    for key, text, value in (("llama.context_length", "99", 99), ("tokenizer.ggml.add_bos_token", "false", False)):
+    for key, text, value in (
+        ("llama.context_length", "0", 0),
+        ("tokenizer.ggml.add_bos_token", "0", False),
+        ("tokenizer.ggml.add_bos_token", "True", True),
+        ("tokenizer.ggml.add_bos_token", "false", False),
+    ):
         assert cli.main(["gguf", "set-metadata", str(model), key, text, "--force"]) == 0
         fields[key] = value
         assert contents(model) == (fields, types, tensors) and model.stat().st_size == size
 
 
 REFUSED = [*((key, "3") for key in gguf_tools.LAYOUT), ("llama.context_length", "-1"), ("llama.context_length", "x"), ("general.name", "x"),
-           ("none", "1")]  # fmt: skip
+           ("none", "1"), ("tokenizer.ggml.add_bos_token", "no")]  # fmt: skip
 
 
 @pytest.mark.parametrize("key, value", REFUSED)

@@ -66,7 +66,7 @@ def test_what_is_refused(fakes):
     for args, says, code in (
         ([], "the following arguments are required: MODEL", 2),
         (["-p", "x"], "the following arguments are required: MODEL", 2),
-        ([fakes / "none.gguf"], f"error: {fakes / 'none.gguf'} is not there\n", 1),
+        ([fakes / "none.gguf"], f"error: {fakes / 'none.gguf'} does not exist\n", 1),
         ([fakes], f"error: {fakes} is a directory: make it a GGUF with `sherry-gguf convert {fakes}`\n", 1),
         ([__file__], f'error: {__file__} is not a GGUF: it begins with b\'"""`\'\n', 1),
         ([fakes / "a model.gguf"], f"error: {fakes / 'none/bin/llama-server'} is not there: ", 1),
