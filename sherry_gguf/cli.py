@@ -73,7 +73,8 @@ def _main(argv: list[str], prog: str | None) -> int:
 
 
 def _module(verb: str):
-    return importlib.import_module(f".{VERBS[verb][0]}", __package__)
+    with signals.exit_at_once("interrupted"):  # some import PyTorch
+        return importlib.import_module(f".{VERBS[verb][0]}", __package__)
 
 
 def _run(module, args: argparse.Namespace) -> int:

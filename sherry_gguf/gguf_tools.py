@@ -9,7 +9,6 @@ from pathlib import Path
 
 from . import atomic, gguf_type, signals
 from .errors import ConvertError
-from .gguf_file import read_gguf
 from .reader import open_gguf
 
 TOOLS = {  # name to what it does; gguf-NAME is the package's own program
@@ -42,14 +41,15 @@ def main(argv: list[str] | None = None, prog: str = "sherry-gguf gguf") -> int:
             rest = _with_truth(rest)
         with signals.raised(), _arguments([f"{prog} {tool}", *rest]), _guarded():
             importlib.import_module(f"gguf.scripts.gguf_{tool.replace('-', '_')}").main()
-            sys.stdout.flush()
+            if sys.stdout:
+                sys.stdout.flush()
     except BrokenPipeError:  # the reader has gone, as with `| head`
         sys.stdout = None  # type: ignore[assignment]  # it cannot be written, not even at exit
         return 1
     except EOFError:
         print(f"\n{prog} {tool}: it asks for YES, and there is no input: pass --force", file=sys.stderr)
         return 1
-    except (ConvertError, OSError, ValueError, OverflowError, LookupError) as e:
+    except (ConvertError, OSError, ValueError, OverflowError, LookupError, AttributeError, TypeError) as e:
         print(f"{prog} {tool}: {e or type(e).__name__}", file=sys.stderr)
         return 1
     except signals.Interrupted as e:
@@ -64,7 +64,8 @@ def _with_truth(words: list[str]) -> list[str]:
     if len(places) != 3:
         return words
     file, key, value = (words[i] for i in places)
-    if read_gguf(Path(file)).types.get(key) == (gguf_type.register().GGUFValueType.BOOL,):
+    field = open_gguf(Path(file)).fields.get(key)  # of this file alone, which may be one of a split
+    if field and field.types == [gguf_type.register().GGUFValueType.BOOL]:
         if value.lower() not in ("true", "false", "1", "0"):
             raise ValueError(f"{key} is true or false, not {value!r}")
         words[places[2]] = value.lower() if value.lower() in ("true", "1") else ""
@@ -104,6 +105,7 @@ def _guarded() -> Iterator[None]:
 
         def close(self):
             super().close()
+            atomic.flushed_sha256(self.staged)
             atomic.commit([self.staged], [self.target])
 
     def init(self, path, *args, **kwargs):

@@ -22,6 +22,7 @@ def run(argv: list[str], prog: str) -> int:
         "Run a model. With a prompt (-p TEXT or -f FILE) the answer is printed, and nothing else: if the model has a chat template, the "
         "prompt is a message to it; otherwise, or with -no-cnv, a text that it continues. Without a prompt you chat."
     )
+    first: tuple[str, ...]
     name, first = ("llama-cli", ()) if PROMPTS.isdisjoint(argv) else ("llama-completion", ANSWER)
     if not CHAT.isdisjoint(argv):
         first = tuple(flag for flag in first if flag != "-st")
@@ -65,5 +66,6 @@ def _become(tool: Path, arguments: list[str]) -> NoReturn:
     for name in "SIGPIPE", "SIGXFSZ":  # Python ignores them, and a new program inherits that
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_DFL)
-    sys.stdout.flush()
+    if sys.stdout:
+        sys.stdout.flush()
     os.execv(tool, [str(tool), *arguments])

@@ -25,7 +25,9 @@ def _llama() -> type:
         raise ImportError(f"llama-cpp-python {installed} does not fit {library}: {INSTALL}", name="llama_cpp")
     os.environ["LLAMA_CPP_LIB_PATH"] = str(library.parent)  # children of this process need it too
     package = importlib.import_module("llama_cpp")
-    loaded = package.llama_cpp._lib._name
+    loaded = getattr(getattr(getattr(package, "llama_cpp", None), "_lib", None), "_name", None)
+    if not loaded:
+        raise ImportError(f"another package named llama_cpp was imported, from {getattr(package, '__file__', 'nowhere')}", name="llama_cpp")
     if not os.path.samefile(loaded, library):
         raise ImportError(
             f"llama_cpp was imported before with {loaded}, which does not know our types: import Llama from sherry_gguf first, "

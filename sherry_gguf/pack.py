@@ -71,7 +71,7 @@ def pack(model_dir: Path, options: Options | None = None, shard: int = 5 * 10**9
     """
     model_dir, options = Path(model_dir), options or Options()
     check_input(model_dir, options)
-    target = Path(os.path.realpath(options.outfile or f"{os.path.normpath(model_dir)}-packed"))
+    target = Path(os.path.realpath(options.outfile or f"{os.path.abspath(model_dir)}-packed"))
     if os.path.ismount(target):
         raise ConvertError(f"{target} is a mount point, which no finished directory can replace: name one inside it")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -92,11 +92,20 @@ def pack(model_dir: Path, options: Options | None = None, shard: int = 5 * 10**9
         model = instantiate(model_dir, options, "MOSTLY_F16")
         plan = make_plan(model, options, grouping)
         checkpoint = Checkpoint(model)
-        pieces, unpacked = _pieces(model, plan, checkpoint, files, _linear_layers(model_dir))
+        layers, shapes = _modules(model_dir)
+        pieces, unpacked = _pieces(model, plan, checkpoint, files, layers)
+        for piece in pieces:
+            original = piece.made.shape if piece.made else piece.shape
+            name = piece.name.removesuffix(layout.TENSOR) + "weight" * bool(piece.made)
+            if shapes.get(name, original) != original:
+                raise ConvertError(
+                    f"{model_dir}: {name} is {' x '.join(map(str, original))}, and {' x '.join(map(str, shapes[name]))} by config.json: "
+                    "they do not belong together"
+                )
         made = {piece.name: piece.made for piece in pieces if piece.made}
         if not made:
             raise ConvertError(f"{model_dir}: there is nothing to pack, transformers has no torch.nn.Linear for {starred(unpacked)}")
-        packed = _config(config, grouping, pieces, complete=not unpacked)
+        packed = _config(config, grouping, pieces, complete=not unpacked and not options.keep)
         with atomic.staging(target, sum(piece.nbytes for piece in pieces)) as staging:
             new = staging / "model"
             new.mkdir()
@@ -114,8 +123,8 @@ def pack(model_dir: Path, options: Options | None = None, shard: int = 5 * 10**9
     return Report([target / name for name in names], [t for p in pieces if (t := p.made or _kept(p))], notes)
 
 
-def _linear_layers(model_dir: Path) -> set[str]:
-    """The names of the model's torch.nn.Linear layers in transformers, with and without the prefix of its base model."""
+def _modules(model_dir: Path) -> tuple[set[str], dict[str, tuple[int, ...]]]:
+    """The names of transformers' torch.nn.Linear layers, and the shapes of all tensors, with and without the prefix of the base model."""
     import accelerate
     import torch
     import transformers
@@ -123,7 +132,9 @@ def _linear_layers(model_dir: Path) -> set[str]:
     with convert_errors(f"{model_dir}: transformers has no such causal language model"), accelerate.init_empty_weights():
         model: Any = transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.from_pretrained(model_dir))
     names = {name for name, layer in model.named_modules() if isinstance(layer, torch.nn.Linear)}
-    return names | {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
+    prefix = f"{model.base_model_prefix}."
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    return names | {name.removeprefix(prefix) for name in names}, {name.removeprefix(prefix): shapes[name] for name in shapes} | shapes
 
 
 def _pieces(
@@ -175,7 +186,7 @@ def _config(config: dict[str, Any], grouping: Grouping, pieces: list[_Piece], co
     """config.json of the packed checkpoint. complete: whether all ternary tensors of a GGUF are packed."""
     kinds = {p.name.removesuffix(f".{layout.TENSOR}"): p.made.kind for p in pieces if p.made and p.made.kind}
     others = [piece.name.rpartition(".")[0] for piece in pieces if not piece.made]
-    sherry = config.get("sherry_config") or {}
+    sherry = {k: v for k, v in (config.get("sherry_config") or {}).items() if k not in ("group_size", "group_sizes")}
     sherry |= {"method": "sparse_absmean", "n": ternary.KEPT, "m": ternary.GROUP, "granularity": grouping.granularity}
     if grouping.granularity == "per_group":
         sherry["group_size"] = grouping.group_size
@@ -185,7 +196,11 @@ def _config(config: dict[str, Any], grouping: Grouping, pieces: list[_Piece], co
         sherry["kept"] = sorted(grouping.kept)
     if grouping.weights:
         sherry["weights"] = "fake_quantized" if complete else grouping.weights
-    floats = {key: "float32" for key in ("dtype", "torch_dtype") if config.get(key) == "float16"}  # which packed layers do not multiply
+    named = [key for key in ("dtype", "torch_dtype") if config.get(key)]
+    half = any(piece.dtype == "F16" for piece in pieces)  # which transformers takes where config.json names none
+    floats = {
+        key: "float32" for key in named or ["dtype"] * half if config.get(key, "float16") == "float16"
+    }  # packed layers multiply no F16
     return (
         config
         | floats

@@ -8,21 +8,25 @@ import importlib.abc
 import importlib.util
 import sys
 import threading
+import warnings
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-# A module, and what is done once it is imported: a module here is imported, and its function is called, if one is named.
-PLUGINS = {"gguf": "gguf_type:register", "transformers.quantizers.auto": "packed.quantizer"}
+# A module, and the function here that is called once it is imported.
+PLUGINS = {"gguf": "gguf_type:register", "transformers.quantizers.auto": "packed.quantizer:register"}
 
 
 def _register(name: str) -> None:
     if name.startswith("transformers.") and not importlib.util.find_spec("torch"):
         return  # then transformers has tokenizers alone
     module, _, function = PLUGINS[name].partition(":")
-    imported = importlib.import_module(f".{module}", __package__)
-    if function:
-        getattr(imported, function)()
+    try:
+        imported = importlib.import_module(f".{module}", __package__)
+        if register := getattr(imported, function, None):  # else it is being imported, and registers when it is done
+            register()
+    except (ImportError, AttributeError, ValueError) as e:  # another version; most programs need no more of it
+        warnings.warn(f"sherry_gguf is not registered with {name}, which does not fit: {e}", stacklevel=2)
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -54,9 +58,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 def install() -> None:
     """Register with what is imported already, and with the others once they are. Idempotent."""
-    if any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        return
-    sys.meta_path.insert(0, _Finder())
+    ours = (_Finder.__module__, _Finder.__qualname__)  # by name: this module may have been imported before
+    if not any((type(finder).__module__, type(finder).__qualname__) == ours for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
     for name in PLUGINS:
         if name in sys.modules:
             _register(name)

@@ -16,6 +16,7 @@ import numpy as np
 from .. import gguf_type, patterns, tq1_25, tq1_25_64
 from ..blocks import BlockType
 from ..errors import ConvertError
+from ..packed import layout
 from ..report import starred
 from .checkpoint import Grouping
 from .options import Options
@@ -84,7 +85,8 @@ def _by_upstreams_names(model: Any, grouping: Grouping) -> Grouping:
 
     Raises ConvertError if group_sizes has a module whose matrix the checkpoint lacks: the one meant would get other groups than trained.
     """
-    known = {name.removesuffix(".weight"): tensor for name, tensor in model.model_tensors.items()}
+    # a packed checkpoint's blocks, which are unpacked later, have a name of their own
+    known = {name.removesuffix(".weight").removesuffix(f".{layout.TENSOR}"): tensor for name, tensor in model.model_tensors.items()}
 
     def renamed(name: str) -> str:
         return (model.filter_tensors((name, None)) or ("",))[0]

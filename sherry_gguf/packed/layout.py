@@ -42,7 +42,9 @@ class Modules:
     """The layers that `modules` names. Raises ValueError if it is not as described above."""
 
     def __init__(self, modules: Any):
-        if not isinstance(modules, dict) or not all(isinstance(names, list) for names in modules.values()):
+        if not isinstance(modules, dict) or not all(
+            isinstance(names, list) and all(isinstance(name, str) for name in names) for names in modules.values()
+        ):
             raise ValueError(f"quantization_config has modules {modules!r}, not an object of types and lists of layers")
         if unknown := modules.keys() - KINDS.keys():
             raise ValueError(f"quantization_config has layers of the type {unknown.pop()!r}; known are {', '.join(KINDS)}")

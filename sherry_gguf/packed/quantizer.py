@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -15,7 +15,6 @@ from sherry_gguf.errors import ConvertError
 from .layout import METHOD, TENSOR, Modules
 
 
-@register_quantization_config(METHOD)
 class SherryConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed checkpoint (layout.py).
 
@@ -33,7 +32,6 @@ class SherryConfig(QuantizationConfigMixin):
             raise ConvertError(f"quantization_config has {', '.join(others)}, which this version of sherry-gguf does not know: update it")
 
 
-@register_quantizer(METHOD)
 class SherryQuantizer(HfQuantizer):
     """Puts packed layers into a model and the checkpoint's blocks into these."""
 
@@ -47,8 +45,9 @@ class SherryQuantizer(HfQuantizer):
         self._modules = Modules(quantization_config.modules)
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ConvertError("packed layers cannot stay on the disk: choose another device_map, such as cpu")
+        devices = {str(d) for d in (device_map.values() if isinstance(device_map, dict) else [device_map])}
+        if nowhere := devices & {"disk", "meta"}:
+            raise ConvertError(f"packed layers cannot be on the device {nowhere.pop()}: choose another device_map, such as cpu")
 
     def _kind(self, model: Any, name: str) -> BlockType | None:
         """The checkpoint's type of a layer. A model without its head has names without the prefix."""
@@ -112,3 +111,14 @@ class SherryQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def register() -> None:
+    """Register both classes with transformers, also if older ones of the same name are registered."""
+    auto.AUTO_QUANTIZATION_CONFIG_MAPPING.pop(METHOD, None)
+    auto.AUTO_QUANTIZER_MAPPING.pop(METHOD, None)
+    auto.register_quantization_config(METHOD)(SherryConfig)
+    auto.register_quantizer(METHOD)(SherryQuantizer)
+
+
+register()

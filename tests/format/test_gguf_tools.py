@@ -141,3 +141,23 @@ def test_arguments_and_exit_codes_are_the_tools_own(capsys):
             cli.main(["gguf", *args])
         assert ended.value.code == code
     assert "usage: sherry-gguf gguf dump " in capsys.readouterr().out
+
+
+def test_without_an_output():
+    done = subprocess.run(f"{sys.executable} -m sherry_gguf gguf dump x.gguf >&-", shell=True, env=ENV, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "no such file" in done.stderr
+
+
+def test_set_metadata_of_one_file_of_a_split(tmp_path):
+    writer = gguf.GGUFWriter(tmp_path / "m-00001-of-00002.gguf", "llama")
+    for key, value in (("split.no", 0), ("split.count", 2), ("split.tensors.count", 2)):
+        writer.add_uint16(key, value)
+    writer.add_bool("tokenizer.ggml.add_bos_token", True)
+    writer.add_tensor("norm", np.zeros(3, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path = tmp_path / "m-00001-of-00002.gguf"
+    assert cli.main(["gguf", "set-metadata", str(path), "tokenizer.ggml.add_bos_token", "0", "--force"]) == 0
+    assert not gguf.GGUFReader(path).fields["tokenizer.ggml.add_bos_token"].contents()

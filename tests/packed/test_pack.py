@@ -195,13 +195,14 @@ def test_damaged_tensors(copy, tensors, cause):
     "change, cause",
     [
         ({"modules": None}, "modules None, not an object"),
+        ({"modules": {"TQ1_25": [["a"]]}}, "not an object of types and lists of layers"),
         ({"modules": {"TQ9": []}}, "type 'TQ9'; known are TQ1_25, TQ1_25_64"),
         ({"modules": {"TQ1_25": ["other"]}}, "no layer of LlamaForCausalLM is in quantization_config"),
         ({"modules": {"TQ1_25": ["model.layers.*.mlp.down_proj"]}}, "down_proj: 192 inputs are not a multiple of 128"),
         ({"modules": {"TQ1_25": ["model.norm"]}}, "model.norm, which is a LlamaRMSNorm here"),
         ({"version": 2}, "quantization_config has version, which this version of sherry-gguf does not know"),
     ],
-    ids=["none", "type", "names", "rows", "norm", "later"],
+    ids=["none", "lists", "type", "names", "rows", "norm", "later"],
 )
 def test_damaged_configurations(copy, change, cause):
     config = json.loads((copy / "config.json").read_text())
@@ -214,8 +215,10 @@ def test_damaged_configurations(copy, change, cause):
 def test_what_packed_layers_cannot(work):
     with pytest.raises(ConvertError, match="do not multiply torch.float16: pass dtype=torch.float32"):
         load(work / "packed/llama-64", dtype=torch.float16)
-    with pytest.raises(ConvertError, match="cannot stay on the disk"):
+    with pytest.raises(ConvertError, match="cannot be on the device disk"):
         load(work / "packed/llama-64", device_map={"model": "cpu", "lm_head": "disk"})
+    with pytest.raises(ConvertError, match="cannot be on the device meta"):
+        load(work / "packed/llama-64", device_map="meta")
     with pytest.raises(ConvertError, match="SherryConfig is for packed checkpoints; `sherry-gguf pack DIR`"):
         load(work / "llama-64", quantization_config=SherryConfig({"TQ1_25": []}))
 
@@ -248,6 +251,50 @@ def test_pack_refuses(work, tmp_path):
     assert "nothing to pack, transformers has no torch.nn.Linear for blk.*.attn_qkv" in error(tmp_path / "gpt2", "--out", tmp_path / "x")
     small_models.make(tmp_path / "bin", "llama-64", safe=False)
     assert "only safetensors are packed" in error(tmp_path / "bin", "--out", tmp_path / "x")
+
+
+def pack_with(source, target, config, *flags):
+    """Copy a checkpoint, change its config.json (None removes a key), pack it; what pack says, and the packed config.json."""
+    shutil.copytree(source, target)
+    changed_config = {k: v for k, v in (json.loads((target / "config.json").read_text()) | config).items() if v is not None}
+    (target / "config.json").write_text(json.dumps(changed_config))
+    done = sherry("pack", target, *flags)
+    packed = target.with_name(f"{target.name}-packed") / "config.json"
+    return done, json.loads(packed.read_text()) if packed.exists() else None
+
+
+def test_group_sizes(work, tmp_path):
+    """Of a model with several: the packed directory gives the same GGUF, and --group-size drops them."""
+    sherry_config = json.loads((work / "llama-64/config.json").read_text()).get("sherry_config", {})
+    sizes = {"model.layers.0.mlp.down_proj": 64, "model.layers.1.mlp.down_proj": 64}
+    sherry_config |= {"method": "sparse_absmean", "granularity": "per_group", "group_size": 128, "group_sizes": sizes}
+    done, config = pack_with(work / "llama-64", tmp_path / "a", {"sherry_config": sherry_config})
+    assert done.returncode == 0 and config["sherry_config"]["group_sizes"] == sizes, done.stderr
+    for directory in "a", "a-packed":
+        done = sherry("convert", tmp_path / directory, "--outfile", tmp_path / f"{directory}.gguf", "--model-name", "x")
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "a-packed.gguf").read_bytes()
+    done, config = pack_with(work / "llama-64", tmp_path / "b", {"sherry_config": sherry_config}, "--group-size", "64")
+    assert done.returncode == 0 and "group_sizes" not in config["sherry_config"], done.stderr
+
+
+def test_kept_latent_weights_stay_latent(work, tmp_path):
+    done, config = pack_with(work / LATENT, tmp_path / "a", {}, "--keep", r"blk\.0\..*")
+    assert done.returncode == 0 and config["sherry_config"].get("weights", "latent") == "latent", done.stderr
+
+
+def test_a_float16_checkpoint_that_does_not_say_so(work, tmp_path):
+    half = shutil.copytree(work / "llama-64", tmp_path / "half")
+    path = half / "model.safetensors"
+    save_file({name: t.half() for name, t in load_file(path).items()}, path, {"format": "pt"})
+    done, config = pack_with(half, tmp_path / "a", {"dtype": None, "torch_dtype": None})
+    assert done.returncode == 0 and config["dtype"] == "float32", done.stderr
+    assert load(tmp_path / "a-packed", dtype="auto").dtype == torch.float32
+
+
+def test_shapes_that_config_json_contradicts(work, tmp_path):
+    done, config = pack_with(work / "llama-64", tmp_path / "a", {"vocab_size": 4 * small_models.VOCAB})
+    assert done.returncode == 1 and not config and "they do not belong together" in done.stderr, done.stderr
 
 
 # ---- training ----

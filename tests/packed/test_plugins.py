@@ -69,3 +69,33 @@ def test_transformers_knows_packed_checkpoints():
     code = "import transformers.quantizers.auto as auto, sherry_gguf; print(auto.AUTO_QUANTIZER_MAPPING['sherry'])"
     done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
     assert done.stdout == "<class 'sherry_gguf.packed.quantizer.SherryQuantizer'>\n", done.stderr
+
+
+def test_a_package_of_another_version_can_be_imported(other, monkeypatch):
+    def refuse():
+        raise AttributeError("there is no such enum")
+
+    monkeypatch.setattr("sherry_gguf.gguf_type.register", refuse)
+    plugins.install()
+    with pytest.warns(UserWarning, match="sherry_gguf is not registered with other_package, which does not fit: there is no such enum"):
+        assert importlib.import_module("other_package").ready
+
+
+def test_a_second_import_of_this_package():
+    code = """if True:
+        import importlib, sys, sherry_gguf, transformers.quantizers.auto as auto
+        first = auto.AUTO_QUANTIZER_MAPPING["sherry"]
+        for name in [name for name in sys.modules if name.startswith("sherry_gguf")]:
+            del sys.modules[name]
+        import sherry_gguf
+        assert auto.AUTO_QUANTIZER_MAPPING["sherry"] is not first
+        assert "sherry" in importlib.reload(auto).AUTO_QUANTIZER_MAPPING
+        print(sum(type(finder).__name__ == "_Finder" for finder in sys.meta_path))"""
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
+    assert done.stdout == "1\n", done.stderr
+
+
+def test_transformers_without_pytorch():
+    code = "import sys; sys.modules['torch'] = None; import sherry_gguf, transformers.quantizers as q; print(q.__name__)"
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], env=ENV, capture_output=True, text=True)
+    assert done.stdout == "transformers.quantizers\n", done.stderr
