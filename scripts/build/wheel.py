@@ -2,8 +2,8 @@
 """Build a wheel of sherry-gguf with llama.cpp's tools and libraries in it: build/wheel/ARCH/sherry_gguf-*.whl.
 
 x86_64   for any x86-64 CPU under Linux
-aarch64  for any 64-bit ARM CPU under Linux; cross-compiled on other machines, with
-         Debian's gcc-aarch64-linux-gnu and g++-aarch64-linux-gnu
+aarch64  for any 64-bit ARM CPU under Linux; cross-compiled on other machines,
+         with Debian's gcc-aarch64-linux-gnu and g++-aarch64-linux-gnu
 
 The wheel is for Python 3.10 and newer. It holds the package with its compiled kernels, the archive of portable.py, which is built
 first if it is missing, and llama.cpp's conversion code. auditwheel adds the libraries that other machines may lack, and checks that
@@ -115,7 +115,7 @@ def build(work: Path, tools: Path, arch: str) -> Path:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
-    p.add_argument("arch", choices=TESTED, nargs="?", default=platform.machine(), help="(default: %(default)s)")
+    p.add_argument("arch", choices=TESTED, nargs="?", default=platform.machine(), help="the CPU (default: %(default)s)")
     p.add_argument("--tested", action="store_true", help="with the tools that the tests run, in build/wheel/ARCH-tested")
     a = p.parse_args()
     name = f"{a.arch}{'-tested' * a.tested}"
