@@ -140,7 +140,7 @@ def _modules(model_dir: Path) -> tuple[set[str], dict[str, tuple[int, ...]]]:
 def _pieces(
     model: Any, plan: list[Tensor], checkpoint: Checkpoint, files: dict[str, Path], layers: set[str]
 ) -> tuple[list[_Piece], list[Tensor]]:
-    """The tensors to write, and those of the plan that stay unpacked because they are no linear layer of transformers."""
+    """The tensors to write, and those of the plan that stay unpacked because transformers has no linear layer for them."""
     types = gguf_type.register().GGMLQuantizationType
     outs: dict[str, list[Tensor]] = {}
     for t in plan:
