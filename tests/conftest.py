@@ -126,6 +126,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in first)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """transformers' TrainingArguments leaves bf16 in the environment, and later trainings of the process would take it from there."""
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
 def shared(tmp_path_factory) -> Path:
     """A directory of this run, the same for each process of xdist."""
     base = tmp_path_factory.getbasetemp()

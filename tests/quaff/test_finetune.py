@@ -310,8 +310,7 @@ def test_two_processes(base, chats, tmp_path):
     assert main(flags(base, chats, tmp_path / "run", per_device_train_batch_size=2, save_steps=3, export=tmp_path / "two")) == 1
 
 
-def test_products_in_bfloat16(base, chats, tmp_path, monkeypatch):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # TrainingArguments leaves its own for later trainings of this process
+def test_products_in_bfloat16(base, chats, tmp_path):
     for kind in "int8", "tq1_25":
         assert main(flags(base, chats, tmp_path / kind, base=kind, bf16=True)) == 0
         record = json.loads((tmp_path / kind / "adapter/training.json").read_text())

@@ -214,7 +214,6 @@ def test_teacher(start, text, tmp_path, capfd):
 
 @pytest.mark.parametrize("times, warned", [(30.0, True), (1.0, False)])
 def test_bf16_that_is_slow_on_this_cpu(start, text, tmp_path, capfd, monkeypatch, times, warned):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # TrainingArguments leaves its own for later trainings of this process
     monkeypatch.setattr(running, "bf16_time", lambda: times)
     assert train_sherry.main(flags(start, text, tmp_path / "run", bf16=True)) == 0
     warning = "warning: --bf16 true: on this CPU bfloat16 products take 30 times as long as float32: leave it out\n"
