@@ -27,6 +27,20 @@ set(SHERRY_CPU_SOURCES
     arch/arm/gemm_i8mm.c)
 list(TRANSFORM SHERRY_CPU_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
 
+# The shaders that ggml-vulkan compiles by themselves, and what upstream's include.
+set(SHERRY_VULKAN_SHADERS vulkan/dequant_sherry.comp vulkan/mul_mat_vec_sherry.comp)
+set(SHERRY_VULKAN_SOURCES
+    vulkan/shaders.hpp
+    vulkan/types.glsl
+    vulkan/codes.glsl
+    vulkan/dequant_funcs.glsl
+    vulkan/dequant_funcs_cm2.glsl
+    vulkan/mul_mat_vecq.glsl
+    vulkan/mul_mm.glsl
+    vulkan/mul_mmq.glsl)
+list(TRANSFORM SHERRY_VULKAN_SHADERS PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+list(TRANSFORM SHERRY_VULKAN_SOURCES PREPEND ${CMAKE_CURRENT_LIST_DIR}/)
+
 # Refuses names that no variant has. Runs after the last variant.
 function(sherry_check_variants)
     get_property(known GLOBAL PROPERTY SHERRY_KNOWN_VARIANTS)
