@@ -223,7 +223,8 @@ def build(tools: dict[str, str], env: dict[str, str]) -> None:
         tenths = 0
         for line in ninja.stdout:
             output.write(line)
-            if done := re.match(r"\[(\d+)/(\d+)\]", line):
+            done = re.match(r"\[(\d+)/(\d+)\]", line)
+            if done and int(done[2]) * 2 > (bar.total or 0):  # far fewer steps: another ninja, which makes a program for this build
                 bar.total = int(done[2])
                 bar.update(int(done[1]) - bar.n)
                 if bar.disable and int(done[1]) * 10 // bar.total > tenths:  # no terminal: a line for each tenth

@@ -5,6 +5,11 @@
 
 #include "../ggml/types.h"
 
+#include <cstdlib>
+
+// Upstream multiplies integers only where the device does it fast. With SHERRY_VULKAN_INTEGERS set, tests do it on Mesa's lavapipe too.
+static bool sherry_vk_slow_integers() { return std::getenv("SHERRY_VULKAN_INTEGERS") != nullptr; }
+
 // Elements of a table of types.
 #define SHERRY_VK_TYPE(TYPE, name) GGML_TYPE_##TYPE,
 
