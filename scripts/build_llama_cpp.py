@@ -8,6 +8,7 @@ environment:
   LLAMA_CPP_SRC     copy this llama.cpp checkout instead of fetching the
                     pinned one; it stays unchanged
   SHERRY_BUILD_DIR  the build directory (default: build)
+  SHERRY_VULKAN     1: as --vulkan, also for scripts that call this one
 """
 
 import argparse
@@ -32,6 +33,9 @@ except ImportError as error:
     sys.exit(f"build_llama_cpp.py: {error}: run scripts/setup.sh, then .venv/bin/python scripts/build_llama_cpp.py")
 
 REPO = Path(__file__).resolve().parent.parent
+sys.path.append(str(REPO / "scripts" / "build"))
+import vulkan
+
 PATCH = REPO / "ggml_patch"
 BUILD = Path(os.environ.get("SHERRY_BUILD_DIR") or REPO / "build").resolve()
 SOURCE = BUILD / "llama.cpp"
@@ -186,7 +190,8 @@ def first_error(log: Path, count: int = 25) -> str:
     return "\n".join(lines[failed : failed + count] if failed is not None else lines[-count:])
 
 
-def configure(arguments: list[str], env: dict[str, str]) -> None:
+def configuration(arguments: list[str], env: dict[str, str]) -> tuple[list[str], str]:
+    """The command that configures the build, and what its result depends on, which the stamp keeps."""
     pin = upstream()
     command = [
         "cmake", "-G", "Ninja", "-S", str(SOURCE), "-B", str(BUILD / "cmake"), "-DCMAKE_BUILD_TYPE=Release",
@@ -195,13 +200,23 @@ def configure(arguments: list[str], env: dict[str, str]) -> None:
         f"-DLLAMA_BUILD_COMMIT={pin['commit'][:9]}", "-DLLAMA_BUILD_NUMBER=0",
         *compiler_cache(env), *arguments,
     ]  # fmt: skip
+    names = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS", "VULKAN_SDK")
+    variables = [f"{k}={v}" for k, v in sorted(env.items()) if k.startswith("CMAKE_") or k in names]
+    shaders = [compiler] if (compiler := vulkan.shader_compiler(arguments, env)) else []
+    return command, "\n".join([shutil.which("cmake", path=env["PATH"]) or "cmake", *command, *variables, *shaders])
+
+
+def is_configured(arguments: list[str], env: dict[str, str]) -> bool:
     stamp = BUILD / "cmake.stamp"
-    compilers = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "LDFLAGS")
-    variables = [f"{k}={v}" for k, v in sorted(env.items()) if k.startswith("CMAKE_") or k in compilers]
-    wanted = "\n".join([shutil.which("cmake", path=env["PATH"]) or "cmake", *command, *variables])
-    if (BUILD / "cmake" / "build.ninja").exists() and stamp.exists() and stamp.read_text() == wanted:
-        return
+    return (BUILD / "cmake" / "build.ninja").exists() and stamp.exists() and stamp.read_text() == configuration(arguments, env)[1]
+
+
+def configure(arguments: list[str], env: dict[str, str]) -> None:
     say("configuring")
+    command, wanted = configuration(arguments, env)
+    stamp = BUILD / "cmake.stamp"
+    if vulkan.shader_compiler(arguments, env) not in (stamp.read_text() if stamp.exists() else ""):
+        vulkan.forget_shaders(BUILD / "cmake")
     stamp.unlink(missing_ok=True)
     (BUILD / "cmake" / "CMakeCache.txt").unlink(missing_ok=True)
     for library in (BUILD / "cmake" / "bin").glob("libggml-*"):  # perhaps a variant that nobody wants any more
@@ -253,10 +268,11 @@ def publish(tools: dict[str, str]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
-                                     usage="%(prog)s [--tools NAME,...] [CMAKE_ARG ...]")  # fmt: skip
+                                     usage="%(prog)s [--tools NAME,...] [--vulkan] [CMAKE_ARG ...]")  # fmt: skip
     parser.add_argument("--tools", default=",".join(TOOLS), metavar="NAME,...", help="build only these tools of build/bin (default: all)")
+    parser.add_argument("--vulkan", action="store_true", help="build the Vulkan backend too, for GPUs")
     parser.add_argument("others", nargs="*", metavar="CMAKE_ARG", help="an argument for CMake, such as -DGGML_NATIVE=OFF")
-    ours = "-h", "--help", "--tools"
+    ours = "-h", "--help", "--tools", "--vulkan"
     arguments = [a for a in sys.argv[1:] if a.startswith("-") and a.partition("=")[0] not in ours]
     args = parser.parse_args([a for a in sys.argv[1:] if a not in arguments])
     if args.others:
@@ -266,6 +282,8 @@ def main() -> None:
     tools = {name: TOOLS[name] for name in args.tools.split(",")}
     if "-DGGML_BACKEND_DL=ON" in arguments:
         tools.pop("test-quantize-fns", None)  # it links to a single ggml-cpu, and this build has several
+    if args.vulkan or vulkan.from_environment():
+        arguments.insert(0, "-DGGML_VULKAN=ON")
     env = environment()
     for program in "git", "cmake", "ninja":
         if not shutil.which(program, path=env["PATH"]):
@@ -278,8 +296,11 @@ def main() -> None:
         say("waiting for another build in the same directory")
         held = lock.acquire()
     with held:
+        if to_configure := not is_configured(arguments, env):
+            vulkan.check(arguments, env)  # before anything that takes long
         patched_source()
-        configure(arguments, env)
+        if to_configure:
+            configure(arguments, env)
         build(tools, env)
         publish(tools)
     say(f"ready in {BUILD / 'bin'}")

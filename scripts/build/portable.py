@@ -7,8 +7,10 @@ aarch64  any 64-bit ARM CPU under Linux; cross-compiled on other machines, with
 android  any 64-bit ARM CPU under Android 9 or newer; ANDROID_NDK is the NDK's
          directory
 
-Each archive has a libggml-cpu for every generation of CPUs, and the tools load the best one. Arguments that begin with -D go
-to CMake: -DSHERRY_CPU_VARIANTS="haswell;zen4" builds only these two.
+Each archive has a libggml-cpu for every generation of CPUs, and the tools load the best one. It has libggml-vulkan for GPUs if
+this machine can build that, unless it is cross-compiled. SHERRY_VULKAN=1 insists on it, SHERRY_VULKAN=0 leaves it out.
+
+Arguments that begin with -D go to CMake: -DSHERRY_CPU_VARIANTS="haswell;zen4" builds only these two.
 """
 
 import argparse
@@ -26,6 +28,7 @@ from pathlib import Path
 from cross_arm import COMPILERS, PREFIX, missing
 
 try:
+    import vulkan
     from filelock import FileLock
 
     from sherry_gguf import llama_cpp
@@ -41,6 +44,7 @@ ALL += ["-DCMAKE_BUILD_WITH_INSTALL_RPATH=ON", "-DCMAKE_INSTALL_RPATH=$ORIGIN"]
 ALL.append("-DCMAKE_PLATFORM_NO_VERSIONED_SONAME=ON")  # one file for each library, by the name that llama-cpp-python opens
 WAIT = "_ZNSt18condition_variable4waitERSt11unique_lockISt5mutexE"
 NDK = Path(os.environ.get("ANDROID_NDK") or os.devnull).expanduser().resolve()
+VULKAN_HEADERS = Path("/usr/share/doc/libvulkan-dev/copyright")  # their C++ part is compiled into libggml-vulkan
 UPSTREAM = (REPO / "ggml_patch" / "UPSTREAM").read_text()  # with the hash of the archive
 ARCHITECTURES = "x86_64", "aarch64", "android"
 # The CPU variants and tools that the tests run. Other variants differ from these only in compiler flags, which our kernels override.
@@ -82,6 +86,28 @@ def settings(arch: str) -> tuple[list[str], str]:
     return [*flags, f"-DCMAKE_TOOLCHAIN_FILE={REPO / 'scripts' / 'build' / 'aarch64-linux-gnu.cmake'}"], PREFIX
 
 
+def vulkan_argument(arguments: list[str], crossed: bool) -> list[str]:
+    """CMake's argument for the Vulkan backend, unless `arguments` has one. Where the archive comes without Vulkan, prints why.
+
+    crossed: another machine than this one runs the tools. Raises Stop.
+    """
+    if vulkan.wanted(arguments) is not None:
+        return []
+    asked = vulkan.from_environment()
+    if asked is False:
+        why = "SHERRY_VULKAN=0"
+    elif asked is None and crossed:
+        why = "it is cross-compiled"
+    else:
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])  # cmake and ninja
+        parts = [] if asked else vulkan.missing(arguments, os.environ | {"PATH": path})
+        if not parts:
+            return ["-DGGML_VULKAN=ON"]
+        why = f"this machine lacks {vulkan.names(parts)}; docs/platforms.md says how to install that"
+    print(f"portable: the archive comes without Vulkan: {why}", flush=True)
+    return []
+
+
 def needs(files: list[Path], prefix: str) -> str:
     """The newest symbol versions of system libraries that these files need."""
     highest: dict[str, tuple[int, ...]] = {}
@@ -111,6 +137,8 @@ def pack(work: Path, arch: str, prefix: str) -> Path:
     licenses = {"llama.cpp": source / "LICENSE", "sherry-gguf": REPO / "LICENSE"}  # and below, those of what is built into it
     licenses |= {file.name.removeprefix("LICENSE-"): file for file in (source / "licenses").glob("LICENSE-*")}
     licenses |= {file.parent.name: file for file in (source / "vendor").rglob("LICENSE*")}
+    if list(fresh.glob("libggml-vulkan*")) and VULKAN_HEADERS.exists():
+        licenses["Vulkan-Headers"] = VULKAN_HEADERS
     for of, file in licenses.items():
         shutil.copy(file, fresh / f"LICENSE-{of}")
     print(f"portable: {len(binaries)} files; they need {needs(binaries, prefix) or 'no version of a library'}")
@@ -139,13 +167,15 @@ def main() -> None:
         if prefix:  # no compiler cache serves a cross build, so optimize only ggml
             further += [f"-DCMAKE_{language}_FLAGS_RELEASE=-O1 -DNDEBUG" for language in ("C", "CXX")]
             further.append(f"-DCMAKE_PROJECT_ggml_INCLUDE={REPO / 'scripts' / 'build' / 'optimized.cmake'}")
+    else:
+        further += vulkan_argument([*arguments, *further], bool(prefix))
     (work / "download").mkdir(parents=True, exist_ok=True)
     for archive in (llama_cpp.root() / "download").glob("*.tar.gz"):
         if not (work / "download" / archive.name).exists() and hashlib.sha256(archive.read_bytes()).hexdigest() in UPSTREAM:
             with tempfile.TemporaryDirectory(dir=work / "download") as scratch:
                 Path(shutil.copy(archive, scratch)).rename(work / "download" / archive.name)
     command = [sys.executable, REPO / "scripts" / "build_llama_cpp.py", *ALL, *arguments, *further]
-    if subprocess.run(command, env=os.environ | {"SHERRY_BUILD_DIR": str(work)}).returncode:
+    if subprocess.run(command, env=os.environ | {"SHERRY_BUILD_DIR": str(work), "SHERRY_VULKAN": ""}).returncode:
         raise Stop("llama.cpp was not built: see above")
     with FileLock(work / "lock"):
         archive = pack(work, a.arch, prefix)

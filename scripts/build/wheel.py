@@ -100,7 +100,8 @@ def build(work: Path, tools: Path, arch: str) -> Path:
         where = (
             ["--plat", f"{SYSTEM}_{arch}"] if platform.machine() == arch else ["--plat", "auto", "--ldpaths", f"/usr/{arch}-linux-gnu/lib"]
         )
-        call(sys.executable, "-m", "auditwheel", "repair", *where, "--wheel-dir", whole, wheel, env=env)
+        # Vulkan's loader comes with the GPU's driver; without it, the tools leave libggml-vulkan out
+        call(sys.executable, "-m", "auditwheel", "repair", *where, "--exclude", "libvulkan.so.1", "--wheel-dir", whole, wheel, env=env)
         (wheel,) = whole.glob("*.whl")
         if f"{SYSTEM}_{arch}" not in wheel.name:
             raise Stop(f"{wheel.name} is not for {SYSTEM}: build it with GCC 12 on Debian 12")

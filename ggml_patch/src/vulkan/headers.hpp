@@ -1,5 +1,5 @@
-// What ggml-vulkan uses and older Vulkan headers lack (1.3.239 in Debian 12). Include it right after vulkan.hpp; it does nothing with newer
-// headers. Names, members and values are the Vulkan specification's.
+// Lets ggml-vulkan compile with older Vulkan headers (1.3.239 in Debian 12). Include it right after vulkan.hpp; it does nothing with newer
+// ones. Names, members and values are the Vulkan specification's.
 #pragma once
 
 #include <vulkan/vulkan.hpp>
@@ -35,4 +35,9 @@ struct LayerSettingsCreateInfoEXT {
 
 } // namespace vk
 
+#endif
+
+// The shaders of a newer glslc are no use without these declarations.
+#ifndef VK_KHR_cooperative_matrix
+#undef GGML_VULKAN_COOPMAT_GLSLC_SUPPORT
 #endif
