@@ -143,6 +143,18 @@ def test_a_build_follows_a_change(directory):
     assert directory() == (False, True)
 
 
+@pytest.mark.parametrize("before, total, step", [(8, 40, 4), (1, 4, 1)])
+def test_progress_leaves_out_the_build_of_the_shader_generator(before, total, step, tmp_path, monkeypatch, capsys):
+    """Its two steps come after some of ours, which are few when most is up to date."""
+    monkeypatch.setattr(build_llama_cpp, "BUILD", tmp_path)
+    steps = [(0, 2), *((i, total) for i in range(1, before + 1)), (1, 2), (2, 2), *((i, total) for i in range(before + 1, total + 1))]
+    (tmp_path / "cmake").write_text("#!/bin/sh\n" + "".join(f"echo '[{done}/{of}] x'\n" for done, of in steps))
+    (tmp_path / "cmake").chmod(0o755)
+    build_llama_cpp.build({"a": "a"}, ENV | {"PATH": f"{tmp_path}{os.pathsep}{ENV['PATH']}"})
+    said = [line.split(",")[1].strip() for line in capsys.readouterr().out.splitlines()]
+    assert said == [f"{i} of {total} steps" for i in range(step, total + 1, step)]
+
+
 def test_portable_build_says_why_it_comes_without_vulkan(machine, capsys, monkeypatch):
     on = ["-DGGML_VULKAN=ON"]
     assert portable.vulkan_argument(machine(*FILES), False) == on and not capsys.readouterr().out
