@@ -88,6 +88,20 @@ def test_variants_share_nothing(x86):
 
 
 @here
+def test_tools_start_without_what_vulkan_needs(x86, tmp_path):
+    """Only the plug-in needs Vulkan's loader. Where that can't be loaded or finds no driver, the tools say nothing of it."""
+    if not (x86 / "libggml-vulkan.so").exists():
+        pytest.skip("this archive comes without Vulkan")
+    needs = {f.name for f in x86.iterdir() if not f.name.startswith("LICENSE")
+             and "libvulkan" in subprocess.run(["readelf", "-d", f], capture_output=True, text=True, check=True).stdout}  # fmt: skip
+    assert needs == {"libggml-vulkan.so"}
+    (tmp_path / "libvulkan.so.1").touch()  # not a library
+    for env in {"LD_LIBRARY_PATH": str(tmp_path)}, {"VK_DRIVER_FILES": "/nonexistent", "VK_ICD_FILENAMES": "/nonexistent"}:
+        done = subprocess.run([x86 / "llama-cli", "--list-devices"], capture_output=True, text=True, env=env)
+        assert (done.returncode, done.stdout.split(), done.stderr) == (0, ["Available", "devices:", "(none)"], ""), done
+
+
+@here
 def test_the_best_variant_is_taken(x86):
     best = max(BUILT, key=lambda variant: score(x86, variant))
     done = subprocess.run(
