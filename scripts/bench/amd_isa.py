@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 KINDS = {  # the first that matches; the others work on values that a wave's threads share
     "waits": r"s_(waitcnt|wait_|nop|clause|delay_alu|sleep|inst_prefetch|set_inst_prefetch)",
-    "vector": r"v_",
+    "vector": r"v_|\(invalid instruction\)",  # LLVM 19 does not know v_swap_b16
     "shared memory": r"ds_",
     "memory": r"(buffer|global|flat|tbuffer)_|s_(buffer_)?load",
     "scalar": r"s_",
@@ -45,7 +45,9 @@ def parse(text: str) -> Program:
         line = line.split(";")[0].strip()
         if label := re.fullmatch(r"(\w+):", line):
             current = blocks[label[1]] = []
-        elif line:
+        elif repeated := re.fullmatch(r"\(then repeated (\d+) times\)", line):
+            current += current[-1:] * int(repeated[1])
+        elif line and line != "s_code_end":  # which fills a cache line after the last instruction
             current.append(line)
     order, following = list(blocks), {}
     for block, after in zip(order, [*order[1:], None], strict=True):
@@ -101,6 +103,20 @@ def once(program: Program, blocks: Iterable[str], what: Callable[[str], str] = k
     return Counter(what(instruction) for block in blocks for instruction in program.blocks[block])
 
 
+def reading(program: Program) -> Loop:
+    """The first loop that reads memory; of loops inside one another, the innermost that has all that reads it. Raises ValueError."""
+
+    def reads(loop: Loop) -> int:
+        return once(program, loop.blocks)["memory"]
+
+    found, within, least = None, loops(program), 3  # both matrices' values and where they are
+    while chosen := next((loop for loop in within if reads(loop) >= least), None):
+        found, within, least = chosen, chosen.inner, reads(chosen)
+    if not found:
+        raise ValueError("no loop reads memory")
+    return found
+
+
 def iteration(program: Program, loop: Loop, trips: Sequence[int], what: Callable[[str], str] = kind) -> Counter:
     """The instructions of one iteration by `what`. `trips`: how often each loop inside it runs, in the program's order, outer before inner.
 
@@ -129,16 +145,16 @@ def _counted(program: Program, loop: Loop, times: dict[str, int], what: Callable
 
 
 def around(program: Program, loop: Loop) -> int:
-    """At least how many instructions run before and after an outermost loop, but for waits.
+    """At least how many instructions run before and after a loop, but for waits.
 
-    It goes the shortest way, with one iteration of each loop on the way there.
+    It goes the shortest way, with one iteration of each loop before it.
     """
     first = program.order[0]
     exits = {to for block in loop.blocks for to in program.next[block]} - loop.blocks
     before = _shortest(program, {first}, {loop.head})
     ends = {block for block, following in program.next.items() if not following}
     after = _shortest(program, exits, ends)
-    passed = [other.blocks for other in loops(program) if other.head in before[:-1]]
+    passed = [other.blocks for other in loops(program) if other.head in before[:-1] and loop.head not in other.blocks]
     counts = once(program, {*before[:-1], *after}.union(*passed))
     return counts.total() - counts["waits"]
 

@@ -49,10 +49,10 @@ class Shader:
         type: of the weights.
         size, bytes: weights and bytes of a block.
         rows: rows of a workgroup (NUM_ROWS).
-        weights: those of a thread and row in an iteration of the outermost loop.
+        weights: those of a thread and row in an iteration of the loop.
         source: its file.
         defines: as vulkan-shaders-gen.cpp compiles it, but for the type and COMMON.
-        trips: how often the loops inside the outermost one run, in order.
+        trips: how often the loops inside it run, in order.
         rows_at_once: whether an iteration multiplies all rows.
     """
 
@@ -81,9 +81,8 @@ SHADERS = [
     Shader("TQ1_25", 128, 22, 4, 32, OURS, FLOATS),
     Shader("TQ1_25_64", 64, 12, 4, 32, OURS, FLOATS),
     Shader("STQ1_0", 256, 42, 4, 32, OURS, FLOATS),
-    # a row at a time: 4096 / 64 weights of a thread. 8 threads share a block, so 8 blocks of 64 threads run twice; loops over five, five
-    # and four digits of bytes m, m + 8, ...
-    Shader("TQ1_0", 256, 54, 2, 64, "mul_mat_vec_tq1_0.comp", FLOATS, trips=(2, 4, 2, 1), rows_at_once=False),
+    # a row at a time; a thread takes every eighth of 32, of 16 and of 4 bytes
+    Shader("TQ1_0", 256, 54, 2, 32, "mul_mat_vec_tq1_0.comp", FLOATS, trips=(4, 2, 1), rows_at_once=False),
     Shader("TQ2_0", 256, 66, 2, 16, "mul_mat_vec_tq2_0.comp", FLOATS),
     Shader("Q2_K", 256, 84, 2, 16, "mul_mat_vec_q2_k.comp", FLOATS),
     Shader("Q4_0", 32, 18, 2, 4 * 8, "mul_mat_vec.comp", FLOATS),  # four iterations of the source in one
@@ -149,10 +148,7 @@ def count(shader: Shader, listing: str) -> dict:
     """Instructions for a weight, by kind, and those around the loop. Raises Stop if the loop isn't the expected one."""
     program = amd_isa.parse(listing)
     try:
-        # a second loop that reads memory is for the last rows, if they are fewer
-        loop = next((x for x in amd_isa.loops(program) if amd_isa.once(program, x.blocks)["memory"] > 2), None)
-        if not loop:
-            raise ValueError("no loop reads memory")
+        loop = amd_isa.reading(program)  # a second one is for the last rows, if they are fewer
         instructions = amd_isa.iteration(program, loop, shader.trips)
         products = amd_isa.iteration(program, loop, shader.trips, amd_isa.products)["products"]
         each = 1 if shader.activations == "f32" else 4

@@ -22,7 +22,7 @@ BB2:
 	s_cbranch_scc0 BB4
 BB3:
 	v_rcp_f32_e32 v3, v3
-	v_rcp_f32_e32 v4, v4
+	(then repeated 3 times)
 BB4:
 	buffer_load_dwordx4 v[28:31], v9, s[20:23], 0 offen
 	s_waitcnt vmcnt(0)
@@ -40,20 +40,32 @@ BB8:
 BB9:
 	buffer_store_dword v0, off, s[12:15], s0
 	s_endpgm
+	s_code_end
 """
 
 
 def test_loops_of_a_listing():
     program = amd_isa.parse(LISTING)
+    assert program.blocks["BB3"] == ["v_rcp_f32_e32 v3, v3"] * 4
     first, second = amd_isa.loops(program)
     assert (first.blocks, first.inner) == ({"BB1"}, [])
     assert second.blocks == {f"BB{i}" for i in range(4, 9)}
     assert [loop.blocks for loop in second.inner] == [{"BB5", "BB6", "BB7"}]
     assert [loop.blocks for loop in second.inner[0].inner] == [{"BB6"}]
+    assert amd_isa.reading(amd_isa.parse(LISTING.replace("BB5:", "buffer_load_ushort v1, v2, s[0:3], 0\n" * 2 + "BB5:"))) == second
     counts = amd_isa.iteration(program, second, (2, 5))
     assert counts == Counter({"memory": 1, "waits": 1, "vector": 2 * (2 + 5), "scalar": 2 * (5 + 1) + 2})
     assert amd_isa.iteration(program, second, (2, 5), amd_isa.products)["products"] == 2 * (1 + 5)
-    assert amd_isa.around(program, second) == 1 + 2 + 2 + 2  # not BB3, which a branch skips
+    assert amd_isa.around(program, second) == 1 + 2 + 2 + 2  # not BB3's four, which a branch skips
+
+
+def test_the_loop_that_reads_memory():
+    program = amd_isa.parse(LISTING)
+    with pytest.raises(ValueError, match="no loop reads memory"):
+        amd_isa.reading(program)
+    program.blocks["BB6"] += program.blocks.pop("BB4") * 3
+    program.blocks["BB4"] = ["s_nop 0"]
+    assert amd_isa.reading(program).blocks == {"BB6"}
 
 
 @pytest.mark.parametrize("trips", [(), (2,), (2, 5, 1)])
