@@ -35,7 +35,6 @@ set(SHERRY_VULKAN_SOURCES
     vulkan/codes.glsl
     vulkan/dequant_funcs.glsl
     vulkan/dequant_funcs_cm2.glsl
-    vulkan/mul_mat_vecq.glsl
     vulkan/mul_mm.glsl
     vulkan/mul_mmq.glsl)
 list(TRANSFORM SHERRY_VULKAN_SHADERS PREPEND ${CMAKE_CURRENT_LIST_DIR}/)

@@ -6,17 +6,14 @@ bool sherry_has_type(const std::string & type) { return type == "tq1_25" || type
 
 // Matrix × vector by each way to add up the threads' sums, for activations of a type or, where that is "q8_1", integers.
 static void sherry_mul_mat_vec(const std::string & type, const std::string & activations, std::map<std::string, std::string> defines) {
-    const bool integers = activations == "q8_1";
-    const std::string b_type = activations == "f16" ? "float16_t" : "float", source = integers ? "mul_mat_vecq.comp" : "mul_mat_vec_sherry.comp";
-    if (integers) {
-        defines["ACC_TYPE"] = "float";
+    if (activations == "q8_1") {
+        defines["SHERRY_INTEGERS"] = "1";
     } else {
-        defines["B_TYPE"] = b_type;
+        defines["B_TYPE"] = activations == "f16" ? "float16_t" : "float";
         defines["B_TYPEV2"] = activations == "f16" ? "f16vec2" : "vec2";
         defines["B_TYPEV4"] = activations == "f16" ? "f16vec4" : "vec4";
     }
     defines["D_TYPE"] = "float";
-    defines["SHERRY_TABLE"] = "1";
     const std::pair<std::string, std::string> reductions[] = {
         { "",                    ""                          },
         { "_subgroup",           "USE_SUBGROUP_ADD"          },
@@ -28,10 +25,10 @@ static void sherry_mul_mat_vec(const std::string & type, const std::string & act
             all[define] = "1";
         }
         const std::string rest = type + "_" + activations + "_f32" + suffix;
-        string_to_spv("mul_mat_vec_" + rest, source, all);
+        string_to_spv("mul_mat_vec_" + rest, "mul_mat_vec_sherry.comp", all);
         if (activations != "f16") { // upstream converts the activations of MUL_MAT_ID to f32
             all["MUL_MAT_ID"] = "1";
-            string_to_spv("mul_mat_vec_id_" + rest, source, all);
+            string_to_spv("mul_mat_vec_id_" + rest, "mul_mat_vec_sherry.comp", all);
         }
     }
 }

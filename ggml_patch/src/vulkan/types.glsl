@@ -16,21 +16,21 @@
 struct block_tq1_25
 {
     uint16_t qs[8];
-    uint16_t sign[2];
+    uint8_t sign[4];
     float16_t d;
 };
 
 struct block_tq1_25_64
 {
     uint16_t qs[4];
-    uint16_t sign[1];
+    uint8_t sign[2];
     float16_t d;
 };
 
 struct block_stq1_0
 {
     uint16_t qs[16];
-    uint16_t sign[4];
+    uint8_t sign[8];
     float16_t d;
 };
 
@@ -67,13 +67,14 @@ uint sherry_lane(const uint codes, const uint lane) {
 // Group g of a block, as sherry_lanes gives it. Macros, since a function would load the whole block.
 #define TQ1_25_CODE(block, g)                                                                            \
     ((((uint((block).qs[((g) >> 3) * 2 + (((g) >> 1) & 1)]) >> (((g) & 1) * 8 + ((g) & 4))) & 15u)) | \
-     (((uint((block).sign[(g) >> 4]) >> ((g) & 15)) & 1u) << 4))
+     (((uint((block).sign[(g) >> 3]) >> ((g) & 7)) & 1u) << 4))
 #define TQ1_25_LANES(block, g) sherry_lanes(TQ1_25_CODE(block, g))
 #define TQ1_25_64_LANES(block, g) TQ1_25_LANES(block, g)
 
 // Weights 4i to 4i + 3 of a block: a lane of four groups.
-#define STQ1_0_CODES(block, i) \
-    (sherry_slots(uint((block).qs[((i) >> 4) * 4 + ((i) & 3)])) | sherry_signs((uint((block).sign[(i) >> 4]) >> (((i) & 3) * 4)) & 15u))
+#define STQ1_0_CODES(block, i)                                    \
+    (sherry_slots(uint((block).qs[((i) >> 4) * 4 + ((i) & 3)])) |  \
+     sherry_signs((uint((block).sign[((i) >> 4) * 2 + (((i) >> 1) & 1)]) >> (((i) & 1) * 4)) & 15u))
 #define STQ1_0_LANES(block, i) sherry_lane(STQ1_0_CODES(block, i), ((i) >> 2) & 3)
 
 #if defined(DATA_A_TQ1_25)
@@ -96,18 +97,4 @@ uint sherry_lane(const uint codes, const uint lane) {
 // mul_mmq.comp: 32 weights in shared memory and registers.
 #define QUANT_R_MMQ 1
 #define SHERRY_CACHE struct block_a_cache { int32_t qs[8]; FLOAT_TYPE d; };
-#endif
-
-#if defined(SHERRY_TABLE)
-// Matrix × vector reads sherry_lanes from a table: 32 words lie in 32 banks of shared memory, so that no two codes collide. One read
-// takes the place of 15 operations.
-shared uint sherry_table[32];
-
-#define NEEDS_INIT_IQ_SHMEM // upstream's name: its shaders call this before anything else
-void init_iq_shmem(const uvec3 size) {
-    for (uint code = gl_LocalInvocationIndex.x; code < 32; code += size.x) {
-        sherry_table[code] = sherry_lanes(code);
-    }
-    barrier();
-}
 #endif
