@@ -1,4 +1,4 @@
-// How matrix × vector decodes the codes of a block in data_a: by a table of the 32 codes in shared memory. One read takes the place of 15
+// Products decode the codes of a block in data_a by a table of the 32 codes in shared memory. One read takes the place of 15
 // operations.
 
 #if defined(SHERRY_INTEGERS)
@@ -8,8 +8,9 @@ shared uint sherry_table[32]; // four bytes each, in 32 banks: no two codes coll
 shared uvec2 sherry_table[32];
 #endif
 
-void sherry_make_table(const uint threads) {
-    for (uint code = gl_LocalInvocationIndex.x; code < 32; code += threads) {
+#define NEEDS_INIT_IQ_SHMEM // upstream's name: its shaders call this before anything else
+void init_iq_shmem(const uvec3 size) {
+    for (uint code = gl_LocalInvocationIndex.x; code < 32; code += size.x) {
         const uint lanes = sherry_lanes(code);
 #if defined(SHERRY_INTEGERS)
         sherry_table[code] = lanes;
@@ -23,7 +24,7 @@ void sherry_make_table(const uint threads) {
 
 // Codes 8k to 8k + 7 of block ib in the bytes of two words; sherry_code knows their order.
 uvec2 sherry_codes(const uint ib, const uint k) {
-    const uint slots = pack32(u16vec2(data_a[ib].qs[2 * k], data_a[ib].qs[2 * k + 1]));
+    const uint slots = pack32(u16vec2(data_a_packed16[ib].qs[2 * k], data_a_packed16[ib].qs[2 * k + 1]));
     uint signs = uint(data_a[ib].sign[k]);
 #if defined(DATA_A_STQ1_0)
     signs |= signs << 6; // signs 2i and 2i + 1 as bits 0 and 1 of byte i

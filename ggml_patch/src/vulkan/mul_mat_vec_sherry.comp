@@ -175,7 +175,7 @@ void compute_outputs(const uint first_row, const uint num_rows) {
 }
 
 void main() {
-    sherry_make_table(gl_WorkGroupSize.x);
+    init_iq_shmem(gl_WorkGroupSize);
 
     const uint first_row = NUM_ROWS * (gl_WorkGroupID.x + gl_NumWorkGroups.x * gl_WorkGroupID.z);
     if (first_row + NUM_ROWS <= p.stride_d) { // the common case, with a constant number of rows

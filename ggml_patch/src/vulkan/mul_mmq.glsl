@@ -2,10 +2,27 @@
 // SHERRY_CACHE.
 
 #if defined(SHERRY_LANES)
-// Word iqs of 32 weights; `ib` counts groups of 32 weights.
+#define SHERRY_INTEGERS
+#include "codes.glsl"
+
+// Words iqs and iqs + 4 of 32 weights; `ib` counts groups of 32 weights.
 void block_a_to_shmem(const uint buf_ib, const uint ib, const uint iqs) {
-    const uint block = ib / (QUANT_K / 32);
-    buf_a[buf_ib].qs[iqs] = int32_t(SHERRY_LANES(data_a[block], ib % (QUANT_K / 32) * 8 + iqs));
+    const uint block = ib / (QUANT_K / 32), k = ib % (QUANT_K / 32);
+#if defined(DATA_A_STQ1_0)
+    // Two lanes of four codes: one half of their words in the table.
+    const uint codes = STQ1_0_CODES(data_a[block], (k >> 1) * 16 + iqs), shift = (k & 1) * 16;
+    uvec4 lanes;
+    [[unroll]] for (uint i = 0; i < 4; ++i) {
+        lanes[i] = bitfieldExtract(sherry_table[bitfieldExtract(codes, int(8 * i), 8)], int(shift), 16);
+    }
+    const uvec2 pairs = lanes.xy | lanes.zw << 16;
+    buf_a[buf_ib].qs[iqs] = int32_t((pairs.x & 0x00ff00ffu) | (pairs.y & 0x00ff00ffu) << 8);
+    buf_a[buf_ib].qs[iqs + 4] = int32_t(((pairs.x >> 8) & 0x00ff00ffu) | (pairs.y & 0xff00ff00u));
+#else
+    const uint slots = uint(data_a[block].qs[4 * k + iqs]), signs = uint(data_a[block].sign[k]) >> iqs;
+    buf_a[buf_ib].qs[iqs] = int32_t(sherry_table[(slots & 15u) | (signs & 1u) << 4]);
+    buf_a[buf_ib].qs[iqs + 4] = int32_t(sherry_table[slots >> 4 | (signs & 16u)]);
+#endif
     if (iqs == 0) {
         buf_a[buf_ib].d = FLOAT_TYPE(data_a[block].d);
     }
