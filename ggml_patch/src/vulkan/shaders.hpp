@@ -15,9 +15,9 @@ static void sherry_mul_mat_vec(const std::string & type, const std::string & act
     }
     defines["D_TYPE"] = "float";
     const std::pair<std::string, std::string> reductions[] = {
-        { "",                    ""                          },
-        { "_subgroup",           "USE_SUBGROUP_ADD"          },
-        { "_subgroup_no_shmem",  "USE_SUBGROUP_ADD_NO_SHMEM" },
+        { "", "" },
+        { "_subgroup", "USE_SUBGROUP_ADD" },
+        { "_subgroup_no_shmem", "USE_SUBGROUP_ADD_NO_SHMEM" },
     };
     for (const auto & [suffix, define] : reductions) {
         auto all = defines;
