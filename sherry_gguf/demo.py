@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 def check() -> None:
     """Raises ConvertError unless the model is there and is what was packed."""
     if not MODEL.exists():
-        raise ConvertError(f"{MODEL} is not there: this version comes without it. scripts/make_demo_model.py trains one")
+        raise ConvertError(f"{MODEL} is not there. Install the package again")
     try:
         wanted = MODEL.with_suffix(".sha256").read_text(encoding="utf-8").split()[0]
         found = hashlib.sha256(MODEL.read_bytes()).hexdigest()
