@@ -1,5 +1,4 @@
-// Products decode the codes of a block in data_a by a table of the 32 codes in shared memory. One read takes the place of 15
-// operations.
+// Products decode the codes of a block in data_a with a table of the 32 codes in shared memory. One read replaces about 15 operations.
 
 #if defined(SHERRY_INTEGERS)
 shared uint sherry_table[32]; // four bytes each, in 32 banks: no two codes collide

@@ -168,8 +168,9 @@ void compute_outputs(const uint first_row, const uint num_rows) {
         }
     }
     const uint ib0 = a_offset + first_row * blocks_per_row;
-    for (uint i = tid / PER_BLOCK; i < blocks_per_row; i += gl_WorkGroupSize.x / PER_BLOCK) {
-        add_block(ib0 + i, tid % PER_BLOCK, b_offset + i * QUANT_K, blocks_per_row, num_rows);
+    for (uint unit = tid; unit < blocks_per_row * PER_BLOCK; unit += gl_WorkGroupSize.x) {
+        const uint i = unit / PER_BLOCK;
+        add_block(ib0 + i, unit % PER_BLOCK, b_offset + i * QUANT_K, blocks_per_row, num_rows);
     }
     reduce_result(temp, d_offset, first_row, num_rows, tid);
 }

@@ -7,14 +7,17 @@
 
 #include <cstdlib>
 
-// Upstream multiplies integers only where the device does it fast. With SHERRY_VULKAN_INTEGERS set, tests do it on Mesa's lavapipe too.
-static bool sherry_vk_slow_integers() { return std::getenv("SHERRY_VULKAN_INTEGERS") != nullptr; }
+// Upstream multiplies integers only where the device does it fast. With SHERRY_VULKAN_INTEGERS=1, tests do it on Mesa's lavapipe too.
+static bool sherry_vk_slow_integers() {
+    const char * value = std::getenv("SHERRY_VULKAN_INTEGERS");
+    return value && *value == '1';
+}
 
 // Elements of a table of types.
 #define SHERRY_VK_TYPE(TYPE, name) GGML_TYPE_##TYPE,
 
-// Matrix × one to eight vectors: `i` is the number of vectors less one, `w` chooses the size of the workgroups. Four rows share a load of
-// the activations, as for upstream's IQ types.
+// Matrix × one to eight vectors: `i` is the number of vectors less one, `w` chooses the size of the workgroups. Four rows (eight on
+// AMD GCN) share a load of the activations, as for upstream's IQ types.
 #define SHERRY_VK_MUL_MAT_VEC_OF(TYPE, name, b)                                                                                           \
     ggml_vk_create_pipeline(device, device->pipeline_dequant_mul_mat_vec_##b##_f32[w][GGML_TYPE_##TYPE][i],                               \
                             "mul_mat_vec_" #name "_" #b "_f32", arr_dmmv_##name##_##b##_f32_len[reduc],                                   \
