@@ -8,7 +8,8 @@ environment:
   LLAMA_CPP_SRC     copy this llama.cpp checkout instead of fetching the
                     pinned one; it stays unchanged
   SHERRY_BUILD_DIR  the build directory (default: build)
-  SHERRY_VULKAN     1: as --vulkan, also for scripts that call this one
+  SHERRY_VULKAN     1: as --vulkan, also for scripts that call this one;
+                    0: without, unless --vulkan is given
 """
 
 import argparse

@@ -19,7 +19,7 @@ if (DEFINED ENV{VULKAN_SDK})
 endif()
 find_package(SPIRV-Headers CONFIG QUIET)
 set(found "")
-if (Vulkan_GLSLC_EXECUTABLE)
+if (EXISTS "${Vulkan_GLSLC_EXECUTABLE}")
     list(APPEND found glslc)
 endif()
 if (EXISTS "${Vulkan_INCLUDE_DIR}/vulkan/vulkan.hpp")
@@ -92,7 +92,7 @@ def shader_compiler(arguments: Sequence[str], env: Mapping[str, str]) -> str:
         return ""
     given = [a.partition("=")[2] for a in arguments if a.partition("=")[0].partition(":")[0] == "-DVulkan_GLSLC_EXECUTABLE"]
     places = [f"{env['VULKAN_SDK']}/bin"] if "VULKAN_SDK" in env else []
-    found = given[-1] if given else shutil.which("glslc", path=os.pathsep.join([*places, env["PATH"]]))
+    found = shutil.which(given[-1] if given else "glslc", path=os.pathsep.join([*places, env["PATH"]]))
     return f"{found} {call(found, '--version')}" if found else ""
 
 
