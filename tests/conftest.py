@@ -1,6 +1,7 @@
 """Shared by the tests: the commands, and a zoo of small models, each converted once by us and once by upstream."""
 
 import atexit
+import dataclasses
 import functools
 import itertools
 import json
@@ -113,7 +114,7 @@ def pre(name: str) -> list[str]:
     return ["--tokenizer-pre", "gpt-2"] if small_models.MODELS[name][1] == "bpe" else []
 
 
-SLOW_FIXTURES = {"demo", "models", "tiny"}  # which train or run models
+SLOW_FIXTURES = {"demo", "models", "tiny", "vulkan_build"}  # which train or run models
 
 
 def pytest_collection_modifyitems(items):
@@ -295,6 +296,53 @@ def backend_ops(command, kinds=("tq1_25", "tq1_25_64", "stq1_0"), **kwargs):
     for kind, (op, least) in itertools.product(kinds, LEAST.items()):
         assert len(re.findall(rf"^ *{op}\(.*\b{kind}\b.*OK", text, re.M)) >= least, (kind, op, text[-3000:])
     return text
+
+
+# ---- the build with Vulkan ----
+
+
+@dataclasses.dataclass
+class VulkanBuild:
+    """llama.cpp with the Vulkan backend, and its first device.
+
+    Attributes:
+        directory: has `bin` and `lib`.
+        env: the environment in which the tools find the device.
+        description: how ggml describes it.
+    """
+
+    directory: Path
+    env: dict[str, str]
+    description: str
+
+    def tool(self, name):
+        return self.directory / "bin" / name
+
+    def run(self, name, *args, code=0, env=None):
+        """The output of a tool without input, which must end with `code`."""
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        env = self.env | (env or {})
+        done = subprocess.run([self.tool(name), *map(str, args)], text=True, errors="replace", timeout=600, env=env, **pipes)
+        assert done.returncode == code, f"{name} ended with {done.returncode}:\n{done.stdout[-6000:]}"
+        return done.stdout
+
+
+@pytest.fixture(scope="session")
+def vulkan_build():
+    """The build in build/vulkan, with the device that GGML_VK_VISIBLE_DEVICES names (0: software, if there is no other). Skips if either
+    is missing; a build of other shaders than the source's is an error."""
+    directory, source = llama_cpp.root() / "vulkan", TESTS.parent / "ggml_patch" / "src"
+    if not (directory / "lib" / "libggml-vulkan.so").exists():
+        pytest.skip(f"{directory} has no build with --vulkan (docs/platforms.md, Vulkan)")
+    for file in (file for file in source.rglob("*") if file.is_file()):
+        built = directory / "llama.cpp" / "ggml" / "src" / "sherry" / file.relative_to(source)
+        assert built.exists() and built.read_bytes() == file.read_bytes(), f"{directory} is older than {file}: build it again"
+    build = VulkanBuild(directory, {"GGML_VK_VISIBLE_DEVICES": "0"} | os.environ, "")
+    found = re.search(r"^ggml_vulkan: 0 = (.*)$", build.run("test-backend-ops", "test", "-b", "Vulkan0", "-o", "NONE"), re.M)
+    if not found:
+        pytest.skip("no Vulkan device: install the GPU's driver, or mesa-vulkan-drivers, which has one that needs no GPU")
+    build.description = found[1]
+    return build
 
 
 @pytest.fixture(scope="module")
