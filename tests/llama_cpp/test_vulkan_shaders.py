@@ -39,16 +39,30 @@ class Vulkan:
         self.build, self.setting, self.worker = build, setting, None
 
     def __call__(self, *args, **kwargs):
+        try:
+            found = self.compute(*args, **kwargs)
+        except BrokenProcessPool:
+            if "llvmpipe" not in self.build.description:
+                raise
+            found = self.compute(*args, **kwargs)  # Mesa 22.3's lavapipe crashes at random, in its own code; a fault of ours would again
+        assert found is not None, "the device does not support this operation"
+        return found
+
+    def compute(self, *args, **kwargs):
         if not self.worker:
             env = self.build.env | dict.fromkeys(SETTINGS[self.setting], "1")
             self.worker = vulkan_graphs.worker(self.build.directory, env)
         try:
-            found = self.worker.submit(vulkan_graphs.compute, *args, **kwargs).result(timeout=300)
+            return self.worker.submit(vulkan_graphs.compute, *args, **kwargs).result(timeout=300)
         except BrokenProcessPool:
             self.worker = None
             raise
-        assert found is not None, "the device does not support this operation"
-        return found
+
+    def stop(self):
+        """The next operation gets a new process."""
+        if self.worker:
+            self.worker.shutdown()
+        self.worker = None
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +71,14 @@ def devices(vulkan_build):
     made = {setting: Vulkan(vulkan_build, setting) for setting in SETTINGS}
     yield made
     for vulkan in made.values():
-        if vulkan.worker:
-            vulkan.worker.shutdown()
+        vulkan.stop()
 
 
 def device(devices, build, setting):
     if setting == "q8_1" and "GL_EXT_integer_dot_product supported" not in (build.directory / "configure.log").read_text():
         pytest.skip("the glslc of this build does not know integer dot products")
+    if setting == "q8_1":
+        devices[setting].stop()  # lavapipe 22.3 crashes at random after many shapes of integer products, upstream's Q4_0 too
     return devices[setting]
 
 
