@@ -18,6 +18,9 @@ void init_iq_shmem(const uvec3 size) {
         sherry_table[code] = uvec2(packHalf2x16(v.xy), packHalf2x16(v.zw));
 #endif
     }
+#if defined(SHERRY_CLEAR)
+    SHERRY_CLEAR
+#endif
     barrier();
 }
 

@@ -3,6 +3,11 @@
 
 #if defined(SHERRY_LANES)
 #define SHERRY_INTEGERS
+// Rows that end before the tile does leave blocks unloaded. Their activations are zero; a scale that happens to be NaN must not meet them.
+#define SHERRY_CLEAR                                                                    \
+    for (uint i = gl_LocalInvocationIndex.x; i < BM * BK_STEP; i += size.x) {           \
+        buf_a[i].d = FLOAT_TYPE(0);                                                     \
+    }
 #include "codes.glsl"
 
 // Words iqs and iqs + 4 of 32 weights; `ib` counts groups of 32 weights.
