@@ -281,9 +281,9 @@ ATTENTION = (
 )
 
 
-def run_backend_ops(command, ops, which, **kwargs):
+def run_backend_ops(command, ops, which, backend="CPU", **kwargs):
     """Run test-backend-ops on the cases of these operations that match; return its output. All of them must pass."""
-    done = subprocess.run([*command, "test", "-b", "CPU", "-o", ",".join(ops), "-p", which], stdin=subprocess.DEVNULL,
+    done = subprocess.run([*command, "test", "-b", backend, "-o", ",".join(ops), "-p", which], stdin=subprocess.DEVNULL,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", **kwargs)  # fmt: skip
     passed = re.search(r"(\d+)/(\d+) tests passed", done.stdout)
     assert done.returncode == 0 and passed and passed[1] == passed[2], done.stdout[-3000:]
