@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import debian
 from cross_arm import COMPILERS, EMULATOR, missing
 
 try:
@@ -31,23 +32,6 @@ REPO = Path(__file__).resolve().parents[2]
 DEBIAN = "python3", "libpython3-dev", "libstdc++6", "libgomp1"  # the last two for llama.cpp's libraries
 
 
-def debian(root: Path, work: Path) -> None:
-    """Unpack Debian's Python for ARM and what it needs into `root`, with an apt state in `work` instead of the system's."""
-    state, cache = work / "apt", work / "apt" / "cache"
-    for directory in state / "lists" / "partial", cache / "archives" / "partial":
-        directory.mkdir(parents=True, exist_ok=True)
-    (state / "status").touch()
-    options = ["APT::Architecture=arm64", "APT::Architectures=arm64", "APT::Sandbox::User=root", "APT::Install-Recommends=false"]
-    options += [f"Dir::State={state}", f"Dir::State::status={state / 'status'}", f"Dir::Cache={cache}"]
-    apt = ["apt-get", "-qq", "-y", *(f"-o{option}" for option in options)]
-    call(*apt, "update")
-    shutil.rmtree(cache / "archives")  # it may hold other or older packages
-    (cache / "archives" / "partial").mkdir(parents=True)
-    call(*apt, "--download-only", "install", *DEBIAN)
-    for package in sorted((cache / "archives").glob("*.deb")):
-        call("dpkg", "-x", package, root)
-
-
 def python(work: Path) -> Path:
     """Get Debian's Python and the packages that the tests need, unless they are up to date; return the directory of its headers."""
     root, site = work / "root", work / "site"
@@ -60,7 +44,7 @@ def python(work: Path) -> Path:
         for directory in root, site:
             shutil.rmtree(directory, ignore_errors=True)
         print("arm: unpacking Debian's Python for ARM", flush=True)
-        debian(root, work)
+        debian.unpack(root, work, "arm64", DEBIAN)
         version = next(root.glob("usr/lib/python3.*")).name.removeprefix("python")
         platforms = [f"--platform=manylinux{tag}_aarch64" for tag in ("_2_28", "_2_17", "2014")]
         where = ["--target", site, "--only-binary=:all:", "--python-version", version, *platforms]

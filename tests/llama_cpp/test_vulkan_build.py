@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import build_llama_cpp
+import debian
 import portable
 import pytest
 import vulkan
@@ -170,3 +171,43 @@ def test_portable_build_says_why_it_comes_without_vulkan(machine, capsys, monkey
     assert not capsys.readouterr().out
     monkeypatch.setenv("SHERRY_VULKAN", "0")
     assert portable.vulkan_argument(machine(*FILES), False) == [] and "SHERRY_VULKAN=0" in capsys.readouterr().out
+
+
+# ---- another Debian's packages (scripts/build/debian.py) ----
+
+SECURITY = "Packages main bookworm-security http://mirror/debian-security/"
+OWN = "Packages main bookworm http://mirror/debian/"
+
+
+@pytest.fixture
+def apt(tmp_path, monkeypatch):
+    """Returns a function that replaces apt-get by a shell script."""
+
+    def become(script):
+        (tmp_path / "apt-get").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "apt-get").chmod(0o755)
+
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    return become
+
+
+@pytest.mark.parametrize("rows", [[SECURITY, OWN], [OWN, SECURITY], ["Sources main bookworm http://source/debian/", "odd", OWN]])
+def test_the_system_says_where_its_packages_come_from(apt, rows):
+    apt("\n".join(f"echo '{row}'" for row in rows))
+    assert debian.archive() == "http://mirror/debian/"
+
+
+@pytest.mark.parametrize("rows", [[], [SECURITY], ["Packages main stable http://elsewhere/node/"]])
+def test_a_system_without_debian_packages_is_told_so(apt, rows):
+    apt("\n".join(["true", *(f"echo '{row}'" for row in rows)]))
+    with pytest.raises(Stop, match="apt has no source of Debian's packages"):
+        debian.archive()
+
+
+def test_a_failed_download_leaves_no_shader_compiler(apt, tmp_path):
+    """The message is apt's, and the next run begins again."""
+    apt(f"[ $1 = indextargets ] && echo '{OWN}' && exit\necho 'E: no such mirror'\nexit 100")
+    done = subprocess.run([sys.executable, REPO / "scripts" / "build" / "glslc.py"], capture_output=True, text=True,
+                          env=os.environ | {"SHERRY_BUILD_DIR": str(tmp_path / "build")})  # fmt: skip
+    assert done.returncode == 1 and "E: no such mirror" in done.stderr and "run it again to continue" not in done.stderr, done.stderr
+    assert not (tmp_path / "build" / "glslc" / "glslc").exists()
