@@ -65,7 +65,7 @@ class FinetuneArguments:
     model: str = flag("model: a Hugging Face directory or name, or a GGUF in TQ1_25", "", metavar="DIR_OR_GGUF")
     tokenizer: str = flag("tokenizer, if it is not the model's", "", metavar="DIR")
     chat_template: str = flag("file with a chat template, if it is not the tokenizer's", "", metavar="FILE")
-    train: list[str] = flag("rows to train on: .jsonl, .parquet (one a row; .gz), text files (one document each) or directories", [],
+    train: list[str] = flag("rows to train on: .jsonl, .parquet (one a row; .gz, .xz), text files (one document each) or directories", [],
                             metavar="PATH")  # fmt: skip
     validation: list[str] = flag("held-out rows, given the same way; default: a share of the rows to train on", [], metavar="PATH")
     dataset: str = flag("instead of --train: name of a data set for datasets.load_dataset", "", metavar="NAME")

@@ -38,7 +38,7 @@ def begin(args: Arguments, out: Path, now: dict, read: Sequence[str]) -> Iterato
     found = resume_from(args, now)
     with contextlib.ExitStack() as stack:
         if not args.process_index:
-            check_target(out, args)
+            check_target(out, args.directory)
             args.directory.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(args.directory, "--output_dir"))
         try:
@@ -66,18 +66,21 @@ def check(args: Arguments, context: int, validation_share: float) -> None:
         raise Stop("--max_steps 0, or --num_train_epochs 0: there is nothing to train")
 
 
-def check_target(out: Path, args: Arguments) -> None:
-    """Raises Stop if the result could not be written in the end, before hours of work."""
-    mine = args.directory.resolve()
+def check_target(out: Path, directory: Path, flag: str = "--export") -> None:
+    """Raises Stop if the result could not be written in the end, before hours of work.
+
+    directory: of the run's checkpoints. flag: the one that names `out`.
+    """
+    mine = directory.resolve()
     if mine.is_relative_to(out.resolve()) or out.resolve() == mine / STAGE:
-        raise Stop(f"--export {out}: that is for checkpoints; choose another directory, or one in it")
+        raise Stop(f"{flag} {out}: that is for checkpoints; choose another directory, or one in it")
     try:
         with contextlib.suppress(InterruptedError), whole_directory(out):
             raise InterruptedError  # so that nothing appears
     except FileExistsError:
-        raise Stop(f"{out} already has something in it: choose another --export, or remove it") from None
+        raise Stop(f"{out} already has something in it: choose another {flag}, or remove it") from None
     except OSError as e:
-        raise Stop(f"--export {out}: nothing can be written there ({e.strerror})") from e
+        raise Stop(f"{flag} {out}: nothing can be written there ({e.strerror})") from e
 
 
 def show_progress(trainer: Trainer) -> None:

@@ -1,8 +1,10 @@
 """Documents from files, directories and data sets: what training commands read."""
 
+import bz2
 import dataclasses
 import gzip
 import json
+import lzma
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +16,8 @@ from sherry_gguf.errors import Stop
 
 TEXT = (".txt", ".md", ".rst", ".py")  # suffixes that a directory is searched for, besides these:
 TABLES = (".jsonl", ".json", ".parquet")
-NO_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".zst", ".xz", ".bz2", ".7z", ".tar", ".tgz", ".pt", ".safetensors", ".gguf")
+COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+NO_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".zst", ".7z", ".tar", ".tgz", ".pt", ".safetensors", ".gguf")
 
 
 class TextError(Stop):
@@ -124,7 +127,7 @@ def read(names: Sequence[str | os.PathLike], take: Take = Column()):
 
     A plain text file is one document, whatever its suffix. A table has a document in each row: `.jsonl`, `.json` (lines or one
     array of objects) and `.parquet`. Rows without text (null) are skipped. Files are UTF-8; all but Parquet may be compressed
-    (`.gz`). `datasets` caches the documents and reads a file again once it has changed.
+    (`.gz`, `.xz`, `.bz2`). `datasets` caches the documents and reads a file again once it has changed.
 
     Args:
         names: files and directories.
@@ -161,7 +164,8 @@ def read(names: Sequence[str | os.PathLike], take: Take = Column()):
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.name.lower().removesuffix(".gz")).suffix
+    name = path.name.lower()
+    return Path(name.removesuffix(next(filter(name.endswith, COMPRESSED), ""))).suffix
 
 
 def _rows(files: tuple[tuple, ...], take: Take) -> Iterator[dict[str, str]]:
@@ -187,7 +191,7 @@ def _rows(files: tuple[tuple, ...], take: Take) -> Iterator[dict[str, str]]:
 
 
 def _open(name: str):
-    return (gzip.open if name.lower().endswith(".gz") else open)(name, "rt", encoding="utf-8-sig")
+    return COMPRESSED.get(Path(name).suffix.lower(), open)(name, "rt", encoding="utf-8-sig")
 
 
 def _plain(name: str, wanted: tuple[str, ...]) -> Iterator[tuple[str, dict]]:

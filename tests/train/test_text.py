@@ -1,7 +1,9 @@
 """Text for training: every kind of file, under any name, and the errors about files without text."""
 
+import bz2
 import gzip
 import json
+import lzma
 import os
 
 import pyarrow
@@ -26,13 +28,14 @@ def test_every_kind_of_file(tmp_path):
     files = {
         "a.txt": b"\xef\xbb\xbfone\r\ntwo", "b.TXT.gz": gzip.compress("drei €".encode()), "c.jsonl": rows("four", None, "five").encode(),
         "d.JSONL.gz": gzip.compress(rows("six").encode() + b"\n"), "e.json": json.dumps([{"text": "seven"}, {"text": "eight"}]).encode(),
-        "f.json": b"\n" + rows("nine", "").encode(), "g.log": b"ten",
+        "f.json": b"\n" + rows("nine", "").encode(), "g.log": b"ten", "j.jsonl.xz": lzma.compress(rows("eleven").encode()),
+        "k.txt.BZ2": bz2.compress(b"twelve"),
     }  # fmt: skip
     for name, data in files.items():
         (tmp_path / name).write_bytes(data)
     for name, kind in ("h.parquet", pyarrow.string()), ("i.parquet", pyarrow.large_string()):
         pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array([name, None], kind), "n": [1, 2]}), tmp_path / name)
-    found = ["one\ntwo", "drei €", "four", "five", "six", "seven", "eight", "nine", "", "h.parquet", "i.parquet"]
+    found = ["one\ntwo", "drei €", "four", "five", "six", "seven", "eight", "nine", "", "h.parquet", "i.parquet", "eleven", "twelve"]
     assert read([tmp_path])["text"] == found  # a .log is not searched for
     assert read([tmp_path / "g.log", tmp_path / "a.txt"])["text"] == ["ten", "one\ntwo"]
 
@@ -65,6 +68,8 @@ def test_a_changed_file_is_read_again(tmp_path):
     ("a.jsonl", b"", "a.jsonl: there is no text in it"),
     ("a.json", b'[{"text": "x"}', "a.json: JSONDecodeError: "),
     ("a.jsonl.gz", b"no gzip", "a.jsonl.gz: BadGzipFile: "),
+    ("a.jsonl.xz", b"no xz at all", "a.jsonl.xz: LZMAError: "),
+    ("a.jsonl.bz2", b"no bzip", "a.jsonl.bz2: OSError: "),
     ("a.parquet", b"no parquet", "a.parquet: ArrowInvalid: "),
     ("a.csv", b"text\nx\n", "a.csv: .csv files are not supported: make it plain text, .jsonl or .parquet"),
     ("a.jsonl.zst", b"", "a.jsonl.zst: .zst files are not supported"),
