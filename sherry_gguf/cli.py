@@ -20,6 +20,7 @@ VERBS = {
     "quantize": ("llama_quantize", "quantize a GGUF of any model, with llama-quantize"),
     "convert-adapter": ("quaff.adapter", "convert a LoRA adapter of PEFT to a GGUF for llama.cpp"),
     "train": ("qat.command", "train a model with 3:4 sparse ternary weights"),
+    "calibrate": ("calibration.command", "make a trained model 3:4 sparse ternary, layer by layer"),
     "finetune": ("quaff.command", "fine-tune an adapter on a frozen quantized model"),
     "evaluate": ("evaluation.command", "measure perplexity and accuracy of models"),
     "bench": ("bench", "compare how fast models run"),
@@ -28,7 +29,7 @@ VERBS = {
     "serve": ("launch", "serve a model over HTTP, with llama-server"),
 }
 # These parse their own arguments: the function of the module.
-MAINS = dict.fromkeys(("train", "finetune", "evaluate", "bench", "gguf"), "main") | {"run": "run", "serve": "serve"}
+MAINS = dict.fromkeys(("train", "calibrate", "finetune", "evaluate", "bench", "gguf"), "main") | {"run": "run", "serve": "serve"}
 WITH_LOG = ("convert", "pack", "verify")  # these run llama.cpp's converter
 
 

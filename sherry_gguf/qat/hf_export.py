@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from sherry_gguf.training.files import whole_directory
 from .linear import QuantizedLayer, lossy_sizes, quantized_layers, sherry_config
 
 logger = logging.getLogger(__name__)
+
+SENTENCEPIECE = "tokenizer.model"  # some converters need it, and transformers does not save every tokenizer's
 
 
 def export(model, directory: str | os.PathLike, tokenizer=None, dtype: torch.dtype = torch.float16,
@@ -54,6 +57,9 @@ def export(model, directory: str | os.PathLike, tokenizer=None, dtype: torch.dty
         model.save_pretrained(part, state_dict=_quantized(state or model.state_dict(), layers, dtype))
         if tokenizer is not None:
             tokenizer.save_pretrained(part)
+            model_file = Path(tokenizer.name_or_path) / SENTENCEPIECE
+            if model_file.is_file() and not (part / SENTENCEPIECE).exists():
+                shutil.copyfile(model_file, part / SENTENCEPIECE)
         config = json.loads((part / "config.json").read_text(encoding="utf-8"))
         for key in {"dtype", "torch_dtype"} & config.keys():
             config[key] = str(dtype).removeprefix("torch.")

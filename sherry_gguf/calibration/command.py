@@ -1,0 +1,109 @@
+"""Calibrate a trained model: make its weights 3:4 sparse ternary without
+training it anew.
+
+One transformer layer after the other is trained to give the full-precision
+layer's outputs on your text, from the inputs that the quantized layers before
+it give. Then the whole model learns the full-precision model's probabilities,
+for --steps steps. The result is a Hugging Face directory that converts without
+loss:
+
+  sherry-gguf calibrate MODEL --text books/ --output calibrated
+  sherry-gguf convert calibrated --require-exact
+
+A layer is in memory at a time; the hidden states are on the disk, in --work.
+Ctrl-C, or anything else that ends it, loses one layer's work at most: run the
+same command again to continue.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from .. import signals
+from ..errors import Stop
+from ..programs import Help
+
+
+def main(argv: list[str] | None = None, prog: str = "sherry-gguf calibrate") -> int:
+    """Run `sherry-gguf calibrate`; returns the exit code: 1 for a problem the user can fix, 2 for wrong arguments, 128 + n after signal n.
+
+    argv: the arguments; None: those of the process. prog: the command's name in help and messages.
+    """
+    a = parse(argv, prog)
+    interrupted = f"{prog}: interrupted; run the same command again to continue"
+    with signals.exit_at_once(interrupted):  # the imports take seconds
+        # libgomp's threads spin while they wait, which slows down everything beside them. Read when PyTorch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process is started
+        from .run import run
+    try:
+        with signals.raised():
+            return run(a)
+    except (Stop, OSError, MemoryError) as e:
+        print(f"{prog}: {e or type(e).__name__}", file=sys.stderr)
+        return 1
+    except signals.Interrupted as e:
+        print(interrupted, file=sys.stderr, flush=True)
+        return e.exit_code
+
+
+def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
+    """The arguments. Exits with code 2 if they are wrong, as argparse does."""
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=Help,
+                                     usage="%(prog)s MODEL --text PATH ... --output DIR [options]")  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help="Hugging Face directory or name of a trained model")
+    add = parser.add_argument_group("text").add_argument
+    add("--text", nargs="+", required=True, metavar="PATH", help="""text to calibrate on: files (one document each; .jsonl, .parquet:
+        one per row; .gz, .xz) or directories""")  # fmt: skip
+    add("--text-column", default="text", metavar="NAME", help="column that holds the text in tables (text)")
+    add("--tokenizer", default="", metavar="DIR", help="tokenizer, if it is not the model's")
+    add("--tokens", type=_positive, default=1 << 18, metavar="N", help="tokens of the text to use (262144)")
+    add("--context", type=_positive, default=512, metavar="N", help="tokens of a sequence (512)")
+    add = parser.add_argument_group("layers").add_argument
+    add("--passes", type=_number, default=2.0, metavar="N", help="how often a layer is trained on each sequence; 0: only --start (2)")
+    add("--batch", type=_positive, default=4, metavar="N", help="sequences in a step (4)")
+    add("--rate", type=_number, default=0.02, metavar="X", help="highest learning rate, in mean magnitudes of a matrix (0.02)")
+    add("--start", choices=["feedback", "rounding"], default="feedback", help="""weights to start from: quantized with error feedback
+        (GPTQ), or as they are (feedback)""")  # fmt: skip
+    add("--group-size", type=int, choices=[64, 128], help="weights that share a scale (128 where that divides a row, 64 elsewhere)")
+    add("--keep", default="", metavar="REGEX", help="layers to keep in full precision, besides the head and routers")
+    add = parser.add_argument_group("distillation").add_argument
+    add("--steps", type=_count, default=0, metavar="N", help="steps of the whole model after its layers (0)")
+    add("--train", choices=["scales", "weights"], default="scales", help="""what trains in them: norms and scales, or all weights of the
+        layers too, which takes 16 bytes for each (scales)""")  # fmt: skip
+    add("--distill-rate", type=_number, default=0.005, metavar="X", help="highest learning rate in them, as --rate (0.005)")
+    add = parser.add_argument_group("result and machine").add_argument
+    add("--output", type=Path, required=True, metavar="DIR", help="directory for the result; must be new or empty")
+    add("--work", type=Path, metavar="DIR", help="directory for what a later run continues (--output with .work)")
+    add("--device", default="", help="cpu, cuda, ... (cuda if available)")
+    add("--bf16", choices=["auto", "true", "false"], default="auto", help="multiply in bfloat16; auto: where it is faster (auto)")
+    add("--seed", type=_count, default=0, metavar="N", help="seed of the order of the sequences (0)")
+    a = parser.parse_args(argv)
+    if a.context < 8:
+        parser.error("argument --context: use at least 8 tokens")
+    if a.tokens < 2 * a.context:
+        parser.error(f"argument --tokens: two sequences are {2 * a.context} tokens; one of them is held out")
+    a.work = a.work or a.output.with_name(a.output.name + ".work")
+    return a
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+def _count(text: str) -> int:
+    if (value := int(text)) < 0:
+        raise ValueError
+    return value
+
+
+def _number(text: str) -> float:
+    if not 0 <= (value := float(text)) < 1e6:
+        raise ValueError
+    return value
+
+
+_positive.__name__, _count.__name__, _number.__name__ = "positive number", "number", "number"  # argparse: "invalid number value"

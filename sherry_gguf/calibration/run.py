@@ -1,0 +1,286 @@
+"""One calibration, from its arguments to the exported directory."""
+
+import argparse
+import copy
+import hashlib
+import json
+import math
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+import transformers
+from tqdm import tqdm
+
+from sherry_gguf.errors import Stop
+from sherry_gguf.qat.data import pack
+from sherry_gguf.qat.hf_export import export
+from sherry_gguf.qat.linear import AUTO, QuantConfig, full_precision, prepare, quantized_layers
+from sherry_gguf.qat.trainer import bf16_is_faster
+from sherry_gguf.training import texts
+from sherry_gguf.training.files import differences, locked, undamaged, write
+from sherry_gguf.training.models import check_fit, load_tokenizer, repair_generation_config, stop_at_errors
+from sherry_gguf.training.run import check_target
+
+from . import distillation, layers, training
+from .streams import Streams
+
+SETTINGS, RECORD, DISTILLED = "settings.json", "layers.jsonl", "distilled.pt"  # in --work
+REPORT = "calibration.json"  # in --output
+HELD_OUT = 1 / 16  # of the sequences, at least one: to show what training does, which never sees them
+FREE = "output", "work", "device"  # arguments that may change when a run is continued
+
+
+def run(a: argparse.Namespace) -> int:
+    """Calibrate, distil and export; returns the exit status. Raises Stop, OSError, signals.Interrupted."""
+    transformers.utils.logging.set_verbosity_warning()
+    check_target(a.output, a.work, "--output")
+    a.work.mkdir(parents=True, exist_ok=True)
+    with locked(a.work, "--work"):
+        return Calibration(a).run()
+
+
+class Calibration:
+    """One run: what it has loaded, and where it keeps what is done."""
+
+    def __init__(self, a: argparse.Namespace):
+        self.a, self.began = a, time.monotonic()
+        self.device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.bf16 = a.bf16 == "true" or (a.bf16 == "auto" and (self.device.type != "cpu" or bf16_is_faster()))
+        self.model, self.tokenizer = load(a)
+        self.ids, bytes_per_token = tokens(a, self.tokenizer)
+        self.held_out = max(1, round(HELD_OUT * len(self.ids)))  # the last ones
+        config = self.model.config.get_text_config()
+        self.streams = Streams(a.work, *self.ids.shape, config.hidden_size)
+        self._check_settings()
+        try:
+            self.names = prepare(self.model, QuantConfig(group_size=a.group_size or AUTO), a.keep)
+        except (ValueError, re.error) as e:
+            raise Stop(f"--keep {a.keep!r}: {e}" if isinstance(e, re.error) else str(e)) from e
+        self.model.eval().requires_grad_(False)
+        print(f"text: {self.ids.numel()} tokens in sequences of {a.context}, {self.held_out} of {len(self.ids)} held out; "
+              f"{bytes_per_token:.2f} bytes a token", flush=True)  # fmt: skip
+        print(f"calibrating: {self.model.num_parameters() / 1e6:.1f} M parameters, {len(self.names)} matrices in "
+              f"{len(layers.find(self.model))} layers, {'bfloat16' if self.bf16 else 'float32'} products on {self.device}",
+              flush=True)  # fmt: skip
+
+    def _check_settings(self) -> None:
+        """Raises Stop if --work was begun with other settings or text."""
+        now = {k: v for k, v in vars(self.a).items() if k not in FREE} | {"tokens": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()}
+        now, mark = json.loads(json.dumps(now)), self.a.work / SETTINGS
+        later = {"steps", "train", "distill_rate"}  # nothing of the layers depends on them
+        if mark.exists():
+            with undamaged(mark, f"remove {self.a.work} to start over"):
+                then = json.loads(mark.read_text())
+            if (self.a.work / DISTILLED).exists():
+                later = set()
+            if other := differences(then, {k: v for k, v in now.items() if k not in later}):
+                raise Stop(f"{self.a.work} was begun with other settings ({other}): choose another --work, or remove it")
+        write(mark, json.dumps(now, indent=2) + "\n")
+
+    def run(self) -> int:
+        record = self.train_layers()
+        report: dict[str, Any] = {"settings": json.loads((self.a.work / SETTINGS).read_text()), "layers": record}
+        if self.a.steps:
+            report["distillation"] = self.distil()
+        report["seconds"] = round(time.monotonic() - self.began, 1)
+        path = export(self.model, self.a.output, self.tokenizer)
+        write(path / REPORT, json.dumps(report, indent=2) + "\n")
+        print(f"calibrated: {path}", flush=True)
+        return 0
+
+    # ---- layers ----
+
+    @torch.no_grad()
+    def train_layers(self) -> list[dict]:
+        """Train the layers that are not done yet, and load those that are; returns each one's record. Raises Stop."""
+        modules, record = layers.find(self.model), self._done()
+        if len(record) < len(modules):
+            self.model.to(self.device)
+            calls = layers.calls(self.model, self.a.context)
+            if not self.streams.exist(0) and not record:
+                self._embed()
+        for i in range(len(record)):
+            self._load(i, modules[i])
+            settle(modules[i])
+        if len(record) < len(modules):
+            for i in range(len(record), len(modules)):
+                record.append(self._layer(i, calls[i]))
+                print(_line(record[-1], len(modules)), flush=True)
+        return record
+
+    def _done(self) -> list[dict]:
+        """The records of the layers that are complete."""
+        path, found = self.a.work / RECORD, []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # cut off
+                break
+        layer = len(found)
+        if layer and not self.streams.exist(layer):
+            raise Stop(f"{self.a.work} lacks the hidden states before layer {layer}: remove it to start over")
+        if layer:
+            print(f"continuing after {layer} layers", flush=True)
+        return found
+
+    def _weights(self, i: int) -> Path:
+        return self.a.work / f"layer-{i:03}.safetensors"
+
+    def _load(self, i: int, module: torch.nn.Module) -> None:
+        with undamaged(self._weights(i), f"remove {self.a.work} to start over"):
+            module.float().load_state_dict(safetensors.torch.load_file(self._weights(i)))
+
+    def _embed(self) -> None:
+        with tqdm(total=2 * len(self.ids), desc="embedding", leave=False) as bar:
+            for kind in "full", "quantized":
+                self.streams.write(
+                    kind, 0, self.a.batch, lambda b, e: layers.embed(self.model, self.ids[b:e].to(self.device)), bar_step(bar)
+                )
+
+    def _layer(self, i: int, layer: layers.Layer) -> dict:
+        """Train a layer, write its outputs and weights; returns its record."""
+        a, began, module = self.a, time.monotonic(), layer.module
+        module.float()
+        layer = layers.Layer(module, to_float(layer.args), to_float(layer.kwargs))
+        count, trained = len(self.ids), len(self.ids) - self.held_out
+        steps = math.ceil(a.passes * trained / a.batch) if a.passes else 0
+        total = 2 * math.ceil(count / a.batch) + steps + (math.ceil(trained / a.batch) if a.start == "feedback" else 0)
+
+        def through(kind: str, b: int, e: int) -> torch.Tensor:
+            with training.precision(self.device, self.bf16):
+                return layer(self.streams.read(kind, i)[b:e].to(self.device).float())
+
+        with tqdm(total=total, desc=f"layer {i}", leave=False) as bar:
+            with full_precision(module):
+                self.streams.write("full", i + 1, a.batch, lambda b, e: through("full", b, e), bar_step(bar))
+            x, wanted = self.streams.read("quantized", i), self.streams.read("full", i + 1)
+            floor = training.typical(wanted[:trained])
+            measure = lambda: training.mean_error(layer, x[trained:], wanted[trained:], floor, a.batch, self.bf16, self.device)
+            errors = {"rounded": measure()}
+            if a.start == "feedback":
+                before = copy.deepcopy(module.state_dict())
+                batches = (x[b : b + a.batch].to(self.device).float() for b in range(0, trained, a.batch))
+                with full_precision(module), training.precision(self.device, self.bf16):
+                    training.start_from_feedback(layer, batches, bar_step(bar))
+                errors["feedback"] = measure()
+                if errors["feedback"] > errors["rounded"]:
+                    module.load_state_dict(before)
+            if steps:
+                module.requires_grad_(True)
+
+                def advance(loss: float) -> None:
+                    bar.set_postfix_str(f"error {loss:.4f}", refresh=False)
+                    bar.update()
+
+                with torch.enable_grad():
+                    training.train_layer(layer, x[:trained], wanted[:trained], floor, rate=a.rate, passes=a.passes, batch=a.batch, bf16=self.bf16,
+                                         device=self.device, seed=a.seed + i, advance=advance)  # fmt: skip
+                module.requires_grad_(False)
+                errors["trained"] = measure()
+            self.streams.write("quantized", i + 1, a.batch, lambda b, e: through("quantized", b, e), bar_step(bar))
+        part = self._weights(i).with_suffix(".part")
+        safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
+        part.rename(self._weights(i))
+        found = {"layer": i, "errors": errors, "seconds": round(time.monotonic() - began, 1)}
+        with (self.a.work / RECORD).open("a") as file:
+            file.write(json.dumps(found) + "\n")
+        self.streams.drop(i)
+        settle(module)
+        return found
+
+    # ---- distillation ----
+
+    def distil(self) -> dict:
+        """Train the whole model; returns the divergences on held-out text, before and after."""
+        a, modules = self.a, layers.find(self.model)
+        count = len(modules)
+        self.model.float()
+        if a.train == "weights":
+            for i, module in enumerate(modules):
+                self._load(i, module)
+        self.model.to(self.device)
+        used = torch.unique(self.ids).to(self.device)
+        head = layers.Head(self.model, used)
+        head.check(self.model, self.ids[:1].to(self.device))
+        teacher = copy.copy(head)
+        teacher.norm = copy.deepcopy(head.norm)
+        states, trained = self.streams.read("full", count), len(self.ids) - self.held_out
+        d = distillation.Distillation(a.steps, a.batch, a.distill_rate, a.train, self.bf16, a.seed)
+        for module in (*modules, head.norm):
+            module.requires_grad_(True)
+        measure = lambda: distillation.mean_divergence(self.model, head, teacher, self.ids[trained:], states[trained:], d)
+        before = measure()
+        with tqdm(total=a.steps, desc="distilling") as bar:
+
+            def advance(done: int, loss: float) -> None:
+                bar.set_postfix_str(f"{loss:.4f} nats", refresh=False)
+                bar.update(done - bar.n)
+
+            distillation.distil(self.model, head, teacher, self.ids[:trained], states[:trained], d, a.work / DISTILLED, advance)
+        after = measure()
+        print(f"distilled: {a.steps} steps, KL divergence from full precision {before:.4f} before, {after:.4f} nats a token after "
+              "(held out)", flush=True)  # fmt: skip
+        return {"tokens": len(used), "before": before, "after": after}
+
+
+@torch.no_grad()
+def settle(module: torch.nn.Module) -> None:
+    """Make a finished layer small: its weights as they are used, in float16, which holds them exactly."""
+    for m in quantized_layers(module).values():
+        m.weight.data = m.quantized_weight()
+    module.half()
+
+
+def bar_step(bar: tqdm):
+    return lambda: bar.update()
+
+
+def to_float(value: Any) -> Any:
+    """Floating-point tensors in a layer's arguments, such as position embeddings, as float32."""
+    if isinstance(value, torch.Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: to_float(v) for k, v in value.items()}
+    return type(value)(to_float(v) for v in value) if isinstance(value, (tuple, list)) else value
+
+
+def _line(record: dict, count: int) -> str:
+    errors = ", ".join(f"{value:.4f} {name}" for name, value in record["errors"].items())
+    return f"layer {record['layer'] + 1} of {count}: error {errors} ({record['seconds']:.0f} s)"
+
+
+def load(a: argparse.Namespace) -> tuple[Any, Any]:
+    """The model, in its own dtype, and its tokenizer. Raises Stop."""
+    with stop_at_errors(a.model):
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype="auto", output_loading_info=True)
+    model, info = loaded
+    if lacking := sorted([*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]):
+        raise Stop(f"{a.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {lacking[0]}")
+    tokenizer = load_tokenizer(name := a.tokenizer or a.model)
+    repair_generation_config(model)
+    check_fit(model, tokenizer, name, a.context, 512)
+    return model, tokenizer
+
+
+def tokens(a: argparse.Namespace, tokenizer: Any) -> tuple[torch.Tensor, float]:
+    """int64 (sequences, context) from all over the text, each with BOS first, and the text's bytes a token. Raises Stop."""
+    documents = texts.read(a.text, texts.Column(a.text_column))[a.text_column]
+    order = np.random.default_rng(a.seed).permutation(len(documents))
+    found, size, count = [], 0, 0
+    share = -(-a.tokens // len(documents))  # of each document, so that all of them are heard
+    for i in order:
+        text = documents[int(i)][: 16 * max(share, 4 * a.context)]
+        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        size, count = size + len(text.encode("utf-8", "surrogatepass")), count + len(ids)
+        found.append(np.array(ids, np.int64))
+    blocks = np.concatenate([pack(ids, a.context, tokenizer.bos_token_id) for ids in found])
+    wanted = a.tokens // a.context
+    if len(blocks) < 2:
+        raise Stop(f"the text has {count} tokens, less than two sequences of {a.context}: give more, or a smaller --context")
+    chosen = np.random.default_rng(a.seed).permutation(len(blocks))[:wanted]
+    return torch.from_numpy(blocks[chosen]), size / max(count, 1)

@@ -1,0 +1,54 @@
+"""Hidden states of all sequences before each layer, in files: the full-precision model's and the quantized model's.
+
+bfloat16, since the residual stream of some models does not fit float16. A layer's outputs go into new files, which get their names
+when they are complete, so that a run that was cut off finds the last layer's.
+"""
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+DTYPE = torch.bfloat16
+KINDS = ("full", "quantized")
+
+
+class Streams:
+    """The files in `directory` for `sequences` of `context` tokens with `hidden` numbers each."""
+
+    def __init__(self, directory: Path, sequences: int, context: int, hidden: int):
+        self.directory, self.shape = directory, (sequences, context, hidden)
+
+    def path(self, kind: str, layer: int) -> Path:
+        """What the layer of this number gets; the last layer's outputs have the number after it."""
+        return self.directory / f"{kind}-{layer:03}.states"
+
+    def exist(self, layer: int) -> bool:
+        return all(self.path(kind, layer).exists() for kind in KINDS)
+
+    def read(self, kind: str, layer: int) -> torch.Tensor:
+        """bfloat16 (sequences, context, hidden), mapped from the file."""
+        return self._map(self.path(kind, layer))
+
+    def write(self, kind: str, layer: int, batch: int, compute: Callable[[int, int], torch.Tensor], advance: Callable[[], object]) -> None:
+        """Fill a file with `compute(begin, end)`, hidden states of these sequences."""
+        target = self.path(kind, layer)
+        partial = target.with_suffix(".part")
+        partial.unlink(missing_ok=True)
+        states = self._map(partial)
+        for begin in range(0, self.shape[0], batch):
+            end = min(begin + batch, self.shape[0])
+            states[begin:end] = compute(begin, end).to(DTYPE)
+            advance()
+        partial.rename(target)
+
+    def drop(self, layer: int) -> None:
+        """Remove a layer's inputs."""
+        for kind in KINDS:
+            with contextlib.suppress(FileNotFoundError):
+                self.path(kind, layer).unlink()
+
+    def _map(self, path: Path) -> torch.Tensor:
+        size = torch.Size(self.shape).numel()
+        return torch.from_file(str(path), shared=True, size=size, dtype=DTYPE).view(self.shape)

@@ -1,0 +1,343 @@
+"""`sherry-gguf calibrate`: error feedback, layers alone, distillation, and runs that are cut off."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from conftest import sherry
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from sherry_gguf.calibration import command, distillation, feedback, layers, training
+from sherry_gguf.calibration import run as running
+from sherry_gguf.calibration.streams import Streams
+from sherry_gguf.errors import Stop
+from sherry_gguf.qat import QuantConfig, fake_quantize, full_precision, prepare, quantized_layers
+
+pytest_plugins = "training_runs"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+CONTEXT = 32
+
+
+# ---- error feedback ----
+
+
+def correlated(rng, rows, columns, tokens=512):
+    """Weights, and inputs of which each is mostly a mixture of a few others."""
+    hidden = torch.randn(tokens, columns // 8, generator=rng)
+    x = hidden @ torch.randn(columns // 8, columns, generator=rng) + 0.1 * torch.randn(tokens, columns, generator=rng)
+    return torch.randn(rows, columns, generator=rng) * 0.05, x
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_feedback_gives_blocks_with_less_error_in_the_outputs(size):
+    w, x = correlated(torch.Generator().manual_seed(0), 48, 256)
+    q = feedback.quantize(w, x.t() @ x, size)
+    groups = q.reshape(-1, 4)
+    assert ((groups == 0).sum(-1) == 1).all()
+    scales = q.reshape(-1, size).abs()
+    d = scales.amax(-1, keepdim=True)
+    assert ((scales == 0) | (scales == d)).all() and torch.equal(d, d.half().float())
+    error, rounded = ((x @ (w - other).t()).square().sum() for other in (q, fake_quantize(w, group_size=size)))
+    assert error < 0.35 * rounded
+
+
+def test_without_correlation_feedback_takes_the_nearest_code():
+    """Nothing can be made up for then, so each group is on its own."""
+    w = torch.randn(16, 128, generator=torch.Generator().manual_seed(1))
+    q = feedback.quantize(w, torch.eye(128), 128)
+    d = q.abs().amax(-1, keepdim=True)
+    lanes = w.abs().reshape(16, -1, 4)
+    smallest = lanes == lanes.amin(-1, keepdim=True)  # for one d, leaving out the smallest loses least: d² - 2d|w| + w² against w²
+    assert torch.equal(q, torch.where(smallest.reshape(16, 128), 0.0, d * w.sign()))
+
+
+def test_inputs_that_are_always_zero():
+    w, x = correlated(torch.Generator().manual_seed(2), 16, 128)
+    x[:, 5] = 0
+    q = feedback.quantize(w, x.t() @ x, 128)
+    assert q.isfinite().all() and ((x @ (w - q).t()).square().mean() < (x @ w.t()).square().mean())
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_latent_weights_give_the_quantized_ones(size):
+    w, x = correlated(torch.Generator().manual_seed(3), 40, 256)
+    q = feedback.quantize(w, x.t() @ x, size)
+    q[3] = 0  # a row of zeros
+    latent = feedback.latent(w, q, size)
+    found = fake_quantize(latent, group_size=size)
+    assert torch.equal(found.sign()[:3], q.sign()[:3]) and torch.equal(found.sign()[4:], q.sign()[4:])
+    assert torch.allclose(found, q, rtol=1e-3, atol=0)  # the mean of 96 floats may round to the neighbour in float16
+    assert latent[3].abs().max() == 0
+
+
+# ---- layers ----
+
+
+def tiny(kind, **more):
+    sizes = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=320,
+                 max_position_embeddings=256, head_dim=32) | more  # fmt: skip
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes)).eval()
+
+
+KINDS = {
+    "llama": {},
+    "qwen3": {},
+    "gemma2": {"query_pre_attn_scalar": 32, "sliding_window": 16, "final_logit_softcapping": 3.0},
+    "gemma3_text": {"query_pre_attn_scalar": 32, "sliding_window": 16, "layer_types": ["sliding_attention"] * 2 + ["full_attention"]},
+    "gpt_neox": {"num_key_value_heads": 4},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_layers_one_by_one_are_the_model(kind):
+    """Also those that differ in their masks and rotary embeddings."""
+    model = tiny(kind, **KINDS[kind])
+    ids = torch.randint(0, 320, (3, CONTEXT), generator=torch.Generator().manual_seed(1))
+    wanted = model(input_ids=ids, output_hidden_states=True).hidden_states
+    x = layers.embed(model, ids)
+    assert torch.equal(x, wanted[0])
+    for i, layer in enumerate(layers.calls(model, CONTEXT)):
+        x = layer(x)
+        if i < 2:  # the last ones of transformers are normed
+            torch.testing.assert_close(x, wanted[i + 1])
+    head = layers.Head(model, torch.tensor([3, 5, 7]))
+    head.check(model, ids[:1])
+    torch.testing.assert_close(head(head.norm(x)), model(input_ids=ids).logits[..., [3, 5, 7]])
+
+
+def test_models_whose_head_is_not_known():
+    model = tiny("llama")
+    head = layers.Head(model, torch.arange(320))
+    hook = model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
+    with pytest.raises(Stop, match="what it computes after its last layer is not known here"):
+        head.check(model, torch.zeros(1, CONTEXT, dtype=torch.int64))
+    hook.remove()
+    model.model.norm, model.model.other = None, model.model.norm
+    del model.model.norm
+    with pytest.raises(Stop, match="no norm after its last layer is known here"):
+        layers.Head(model, torch.arange(320))
+    model.config.num_hidden_layers = 7
+    with pytest.raises(Stop, match="no list of 7 transformer layers"):
+        layers.find(model)
+
+
+def test_a_layer_learns():
+    model = tiny("llama")
+    x = torch.randn(12, CONTEXT, 128, generator=torch.Generator().manual_seed(1))
+    prepare(model)
+    layer = layers.calls(model, CONTEXT)[0]
+    with torch.no_grad(), full_precision(layer.module):
+        wanted = layer(x)
+    floor, cpu = training.typical(wanted), torch.device("cpu")
+    before = training.mean_error(layer, x, wanted, floor, 4, False, cpu)
+    seen = []
+    training.train_layer(layer, x, wanted, floor, rate=0.02, passes=10, batch=4, bf16=False, device=cpu, seed=0, advance=seen.append)
+    assert len(seen) == 30 and training.mean_error(layer, x, wanted, floor, 4, False, cpu) < 0.8 * before
+
+
+def test_error_is_relative_but_for_small_states():
+    wanted = torch.tensor([[[100.0, 0.0], [1.0, 0.0], [0.1, 0.0]]])
+    assert training.typical(wanted) == 1
+    found = wanted + torch.tensor([0.0, 0.5])
+    assert float(training.error(found, wanted, 1.0)) == pytest.approx((0.25 / 1e4 + 0.25 + 0.25) / 3)
+
+
+# ---- distillation ----
+
+
+@pytest.mark.parametrize("train", ["scales", "weights"])
+def test_distillation(tmp_path, train):
+    """It brings the probabilities closer, keeps the codes if only scales train, and goes on where it was cut off."""
+    ids = torch.randint(0, 320, (8, CONTEXT), generator=torch.Generator().manual_seed(1))
+    found = {}
+    for stop in None, 3:
+        model = tiny("llama")
+        with torch.no_grad():
+            states = model.model(input_ids=ids, output_hidden_states=True).hidden_states
+            x = layers.embed(model, ids)
+            for layer in layers.calls(model, CONTEXT):
+                x = layer(x)
+        assert len(states) == 4
+        prepare(model)
+        codes = {name: m.quantized_weight().sign() for name, m in quantized_layers(model).items()}
+        head, teacher = layers.Head(model, torch.arange(320)), layers.Head(tiny("llama"), torch.arange(320))
+        d = distillation.Distillation(steps=8, batch=4, rate=0.02, train=train, bf16=False, seed=0, save_every=3)
+        before = distillation.mean_divergence(model, head, teacher, ids, x, d)
+        saved = tmp_path / f"{stop}.pt"
+
+        def advance(done, loss, stop=stop):
+            if done == stop:
+                raise KeyboardInterrupt
+
+        try:
+            distillation.distil(model, head, teacher, ids, x, d, saved, advance)
+        except KeyboardInterrupt:
+            model = tiny("llama")
+            prepare(model)
+            head = layers.Head(model, torch.arange(320))
+            distillation.distil(model, head, teacher, ids, x, d, saved, lambda *_: None)
+        assert distillation.mean_divergence(model, head, teacher, ids, x, d) < 0.9 * before
+        for name, m in quantized_layers(model).items():
+            same = torch.equal(m.quantized_weight().sign(), codes[name])
+            assert same == (train == "scales")
+        found[stop] = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for name, p in found[None].items():
+        assert torch.equal(p, found[3][name]), name
+
+
+# ---- the command ----
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_models.make(tmp_path_factory.mktemp("model") / "llama", "llama", latent=True)
+
+
+def arguments(model, text, out, *more):
+    return [str(x) for x in (model, "--text", text, "--output", out, "--tokens", 24 * CONTEXT, "--context", CONTEXT, "--passes", 2,
+                             "--steps", 4, "--device", "cpu", "--bf16", "false", *more)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibrated(model, text, tmp_path_factory):
+    """A finished run: its directory."""
+    out = tmp_path_factory.mktemp("calibrated") / "hf"
+    assert command.main(arguments(model, text, out)) == 0
+    return out
+
+
+def test_result(model, calibrated, text, tmp_path, capfd):
+    report = json.loads((calibrated / running.REPORT).read_text())
+    count = AutoConfig.from_pretrained(model).num_hidden_layers
+    assert len(report["layers"]) == count
+    for record in report["layers"]:
+        assert record["errors"]["trained"] < record["errors"]["rounded"], record
+    assert report["distillation"]["after"] < report["distillation"]["before"]
+    done = sherry("convert", calibrated, "--require-exact", "--outfile", tmp_path / "a.gguf")
+    assert done.returncode == 0, done.stderr
+    loaded = AutoModelForCausalLM.from_pretrained(calibrated, dtype=torch.float32)
+    assert not any(p.isnan().any() for p in loaded.parameters())
+    work = calibrated.with_name("hf.work")
+    assert not list(work.glob(f"full-{0:03}*")) and (work / f"full-{count:03}.states").exists()
+
+
+@pytest.mark.parametrize("point", ["embedding", "a layer's outputs", "training", "a layer's record", "distillation"])
+def test_a_run_that_was_cut_off_continues(model, calibrated, text, tmp_path, capfd, monkeypatch, point):
+    """With the same result, to the last bit."""
+    out = tmp_path / "hf"
+
+    class Cut(Exception):
+        pass
+
+    calls = {"n": 0}
+
+    def cutting(function, at):
+        def call(*args, **kwargs):
+            calls["n"] += 1
+            if calls["n"] == at:
+                raise Cut
+            return function(*args, **kwargs)
+
+        return call
+
+    with monkeypatch.context() as m:
+        if point == "embedding":
+            m.setattr(layers, "embed", cutting(layers.embed, 3))
+        elif point == "a layer's outputs":
+            m.setattr(Streams, "write", cutting(Streams.write, 5))
+        elif point == "training":
+            m.setattr(training, "train_layer", cutting(training.train_layer, 2))
+        elif point == "a layer's record":
+            m.setattr(Streams, "drop", cutting(Streams.drop, 2))
+        else:
+            m.setattr(distillation, "_save", cutting(distillation._save, 1))
+        with pytest.raises(Cut):
+            command.main(arguments(model, text, out))
+    assert not out.exists()
+    assert command.main(arguments(model, text, out)) == 0
+    said = capfd.readouterr().out
+    if point in ("training", "a layer's record", "distillation"):
+        assert re.search(r"continuing after \d layers", said)
+    for name, p in AutoModelForCausalLM.from_pretrained(calibrated).state_dict().items():
+        assert torch.equal(p, AutoModelForCausalLM.from_pretrained(out).state_dict()[name]), name
+
+
+def test_more_distillation_needs_no_new_layers(model, calibrated, text, tmp_path, capfd):
+    work = calibrated.with_name("hf.work")
+    before = (work / running.RECORD).read_text()
+    assert command.main(arguments(model, text, tmp_path / "b", "--work", work, "--steps", 9)) == 1
+    assert "was begun with other settings (steps: 4 then, 9 now)" in capfd.readouterr().err
+    (work / running.DISTILLED).rename(work / "kept")
+    assert command.main(arguments(model, text, tmp_path / "b", "--work", work, "--steps", 2)) == 0
+    assert (work / running.RECORD).read_text() == before
+    (work / running.DISTILLED).unlink()
+    (work / "kept").rename(work / running.DISTILLED)
+    (work / running.SETTINGS).write_text((work / running.SETTINGS).read_text().replace('"steps": 2', '"steps": 4'))
+
+
+@pytest.mark.parametrize("more, says", [
+    (["--rate", 0.5], r"was begun with other settings \(rate: 0.02 then, 0.5 now\)"),
+    (["--context", 64], r"was begun with other settings \(.*context: 32 then, 64 now"),
+])  # fmt: skip
+def test_other_settings_are_refused(model, calibrated, text, tmp_path, capfd, more, says):
+    work = calibrated.with_name("hf.work")
+    assert command.main(arguments(model, text, tmp_path / "b", "--work", work, *more)) == 1
+    assert re.search(says, capfd.readouterr().err)
+
+
+def test_lost_states(model, text, tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(training, "train_layer", lambda *args, **kwargs: None)
+    assert command.main(arguments(model, text, tmp_path / "hf", "--steps", 0)) == 0
+    work = tmp_path / "hf.work"
+    for path in work.glob("*.states"):
+        path.unlink()
+    assert command.main(arguments(model, text, tmp_path / "again", "--work", work, "--steps", 0)) == 1
+    assert "lacks the hidden states before layer" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("change, says", [
+    (["--output", "{full}"], "{full} already has something in it"),
+    (["--text", "{nowhere}"], "{nowhere}: no such file or directory"),
+    (["--context", "100000", "--tokens", "300000"], "positions end at"),
+    (["--keep", "."], "has no linear layer to quantize"),
+    (["--keep", "("], "--keep '(': missing )"),
+    (["--group-size", "64", "--tokens", "16"], "--tokens: two sequences are 64 tokens"),
+    (["--rate", "-1"], "argument --rate: invalid number value: '-1'"),
+    (["--rate", "nan"], "argument --rate: invalid number value: 'nan'"),
+    (["--batch", "0"], "argument --batch: invalid positive number value: '0'"),
+])  # fmt: skip
+def test_errors(model, text, tmp_path, capfd, change, says):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    names = {"full": tmp_path / "full", "nowhere": tmp_path / "nowhere"}
+    try:
+        code = command.main(arguments(model, text, tmp_path / "hf", *(str(x).format(**names) for x in change)))
+    except SystemExit as e:
+        code = e.code
+    err = capfd.readouterr().err
+    assert code == (2 if "argument" in says or "--tokens:" in says else 1) and says.format(**names) in err, err
+    assert not (tmp_path / "hf").exists() and "Traceback" not in err
+
+
+def test_too_little_text(model, tmp_path, capfd):
+    (tmp_path / "a.txt").write_text("x = 1")
+    assert command.main(arguments(model, tmp_path / "a.txt", tmp_path / "hf")) == 1
+    assert re.search(r"the text has \d+ tokens, less than two sequences of 32", capfd.readouterr().err)
+
+
+def test_tokens_come_from_every_document(model, text):
+    a = command.parse(arguments(model, text, "out"), "calibrate")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    ids, density = running.tokens(a, tokenizer)
+    assert ids.shape == (24, CONTEXT) and (ids[:, 0] == tokenizer.bos_token_id).all() and 1 < density < 9
+    again, _ = running.tokens(a, tokenizer)
+    assert torch.equal(ids, again)
+    a.seed = 1
+    assert not torch.equal(ids, running.tokens(a, tokenizer)[0])
+    assert QuantConfig().group_size == "auto" and np.unique(ids.numpy()).size > 20
