@@ -124,6 +124,8 @@ class Calibration:
         layer = len(found)
         if layer and not self.streams.exist(layer):
             raise Stop(f"{self.a.work} lacks the hidden states before layer {layer}: remove it to start over")
+        for i in range(layer):
+            self.streams.drop(i)
         if layer:
             print(f"continuing after {layer} layers", flush=True)
         return found
@@ -136,53 +138,29 @@ class Calibration:
             module.float().load_state_dict(safetensors.torch.load_file(self._weights(i)))
 
     def _embed(self) -> None:
-        with tqdm(total=2 * len(self.ids), desc="embedding", leave=False) as bar:
+        with tqdm(total=2 * math.ceil(len(self.ids) / self.a.batch), desc="embedding", leave=False) as bar:
             for kind in "full", "quantized":
-                self.streams.write(
-                    kind, 0, self.a.batch, lambda b, e: layers.embed(self.model, self.ids[b:e].to(self.device)), bar_step(bar)
-                )
+                self.streams.write(kind, 0, self.a.batch, lambda b, e: layers.embed(self.model, self.ids[b:e].to(self.device)), bar.update)
 
     def _layer(self, i: int, layer: layers.Layer) -> dict:
         """Train a layer, write its outputs and weights; returns its record."""
         a, began, module = self.a, time.monotonic(), layer.module
         module.float()
         layer = layers.Layer(module, to_float(layer.args), to_float(layer.kwargs))
-        count, trained = len(self.ids), len(self.ids) - self.held_out
-        steps = math.ceil(a.passes * trained / a.batch) if a.passes else 0
-        total = 2 * math.ceil(count / a.batch) + steps + (math.ceil(trained / a.batch) if a.start == "feedback" else 0)
+        batches = math.ceil(len(self.ids) / a.batch)
 
         def through(kind: str, b: int, e: int) -> torch.Tensor:
             with training.precision(self.device, self.bf16):
                 return layer(self.streams.read(kind, i)[b:e].to(self.device).float())
 
-        with tqdm(total=total, desc=f"layer {i}", leave=False) as bar:
+        with tqdm(total=2 * batches, desc=f"layer {i + 1}", leave=False) as bar:
             with full_precision(module):
-                self.streams.write("full", i + 1, a.batch, lambda b, e: through("full", b, e), bar_step(bar))
-            x, wanted = self.streams.read("quantized", i), self.streams.read("full", i + 1)
-            floor = training.typical(wanted[:trained])
-            measure = lambda: training.mean_error(layer, x[trained:], wanted[trained:], floor, a.batch, self.bf16, self.device)
-            errors = {"rounded": measure()}
-            if a.start == "feedback":
-                before = copy.deepcopy(module.state_dict())
-                batches = (x[b : b + a.batch].to(self.device).float() for b in range(0, trained, a.batch))
-                with full_precision(module), training.precision(self.device, self.bf16):
-                    training.start_from_feedback(layer, batches, bar_step(bar))
-                errors["feedback"] = measure()
-                if errors["feedback"] > errors["rounded"]:
-                    module.load_state_dict(before)
-            if steps:
-                module.requires_grad_(True)
-
-                def advance(loss: float) -> None:
-                    bar.set_postfix_str(f"error {loss:.4f}", refresh=False)
-                    bar.update()
-
-                with torch.enable_grad():
-                    training.train_layer(layer, x[:trained], wanted[:trained], floor, rate=a.rate, passes=a.passes, batch=a.batch, bf16=self.bf16,
-                                         device=self.device, seed=a.seed + i, advance=advance)  # fmt: skip
-                module.requires_grad_(False)
-                errors["trained"] = measure()
-            self.streams.write("quantized", i + 1, a.batch, lambda b, e: through("quantized", b, e), bar_step(bar))
+                self.streams.write("full", i + 1, a.batch, lambda b, e: through("full", b, e), bar.update)
+            task = training.Task(layer, self.streams.read("quantized", i), self.streams.read("full", i + 1), len(self.ids) - self.held_out,
+                                 a.batch, self.bf16, self.device)  # fmt: skip
+            bar.total += task.steps(a.passes) + (task.steps(1) if a.start == "feedback" else 0)
+            errors = self._train(task, a.seed + i, bar)
+            self.streams.write("quantized", i + 1, a.batch, lambda b, e: through("quantized", b, e), bar.update)
         part = self._weights(i).with_suffix(".part")
         safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
         part.rename(self._weights(i))
@@ -192,6 +170,26 @@ class Calibration:
         self.streams.drop(i)
         settle(module)
         return found
+
+    def _train(self, task: training.Task, seed: int, bar: tqdm) -> dict[str, float]:
+        """Quantize a layer; returns its held-out errors by what was done to it."""
+        a, module = self.a, task.layer.module
+        errors = {"rounded": task.held_out_error()}
+        if a.start == "feedback":
+            before = copy.deepcopy(module.state_dict())
+            task.start_from_feedback(bar.update)
+            errors["feedback"] = task.held_out_error()
+            if errors["feedback"] > errors["rounded"]:
+                module.load_state_dict(before)
+        if a.passes:
+
+            def advance(loss: float) -> None:
+                bar.set_postfix_str(f"error {loss:.4f}", refresh=False)
+                bar.update()
+
+            task.train(a.rate, a.passes, seed, advance)
+            errors["trained"] = task.held_out_error()
+        return errors
 
     # ---- distillation ----
 
@@ -234,10 +232,6 @@ def settle(module: torch.nn.Module) -> None:
     for m in quantized_layers(module).values():
         m.weight.data = m.quantized_weight()
     module.half()
-
-
-def bar_step(bar: tqdm):
-    return lambda: bar.update()
 
 
 def to_float(value: Any) -> Any:

@@ -1,14 +1,15 @@
 """Train one layer's latent weights until the quantized layer gives the full-precision layer's outputs."""
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from sherry_gguf.qat.linear import QuantizedLayer
+from sherry_gguf.qat.linear import QuantizedLayer, full_precision, quantized_layers
 
 from . import feedback
 from .layers import Layer
@@ -62,74 +63,92 @@ def precision(device: torch.device, bf16: bool) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if bf16 else contextlib.nullcontext()
 
 
-@torch.no_grad()
-def mean_error(layer: Layer, x: torch.Tensor, wanted: torch.Tensor, floor: float, batch: int, bf16: bool, device: torch.device) -> float:
-    """`error` over sequences (n, context, hidden)."""
-    total = 0.0
-    for i in range(0, len(x), batch):
-        with precision(device, bf16):
-            found = layer(x[i : i + batch].to(device).float())
-        total += float(error(found, wanted[i : i + batch].to(device), floor)) * len(x[i : i + batch])
-    return total / len(x)
+@dataclasses.dataclass
+class Task:
+    """A layer, and what it should give.
 
-
-@torch.no_grad()
-def start_from_feedback(layer: Layer, batches: Iterator[torch.Tensor], advance: Callable[[], object]) -> None:
-    """Replace the latent weights by those of `feedback.quantize`, with the layer's inputs as they are without quantization in it.
-
-    batches: inputs of the layer, float (batch, context, hidden). The layer's methods must be `full` meanwhile.
-    """
-    modules = [m for m in layer.module.modules() if isinstance(m, QuantizedLayer)]
-    moments: dict[nn.Module, torch.Tensor] = {}
-
-    def note(module, args):
-        x = args[0].reshape(-1, args[0].shape[-1]).float()
-        with torch.autocast(x.device.type, enabled=False):
-            product = x.t() @ x
-        moments[module] = moments[module] + product if module in moments else product
-
-    hooks = [m.register_forward_pre_hook(note) for m in modules]
-    try:
-        for x in batches:
-            layer(x)
-            advance()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    for m in modules:
-        if m in moments:  # an expert may have had no tokens
-            weight, size = m.rows(m.weight.data), int(m.quant.group_size)
-            found = feedback.quantize(weight, moments.pop(m), size)
-            m.weight.data = m.rows(feedback.latent(weight.float(), found, size)).contiguous()
-
-
-def train_layer(layer: Layer, x: torch.Tensor, wanted: torch.Tensor, floor: float, *, rate: float, passes: float, batch: int, bf16: bool,
-                device: torch.device, seed: int, advance: Callable[[float], object]) -> None:  # fmt: skip
-    """Train in place.
-
-    Args:
+    Attributes:
         layer: with QuantizedLayers in float32.
-        x, wanted: inputs and outputs, (n, context, hidden) in any float dtype and on any device.
-        floor: as in `error`.
-        rate: highest rate, a share of each matrix's mean magnitude.
-        passes: how often each sequence is seen, at least.
-        batch: sequences a step.
+        x, wanted: its inputs and outputs, (n, context, hidden) in any float dtype and on any device.
+        trained: how many of the n sequences train; the rest is held out.
+        batch: sequences in a step.
         bf16: multiply in bfloat16.
-        advance: called after each step with its error.
+        device: where to compute.
     """
-    random = torch.Generator().manual_seed(seed)
-    steps = max(1, math.ceil(passes * len(x) / batch))
-    optimizer = torch.optim.AdamW(parameter_groups(layer.module, rate), betas=(0.9, 0.95))
-    rates = schedule(optimizer, steps)
-    order = torch.cat([torch.randperm(len(x), generator=random) for _ in range(math.ceil(steps * batch / len(x)))])
-    for step in range(steps):
-        rows = order[step * batch : (step + 1) * batch]
-        with precision(device, bf16):
-            found = layer(x[rows].to(device).float())
-        loss = error(found, wanted[rows].to(device), floor)
+
+    layer: Layer
+    x: torch.Tensor
+    wanted: torch.Tensor
+    trained: int
+    batch: int
+    bf16: bool
+    device: torch.device
+
+    def __post_init__(self):
+        self.floor = typical(self.wanted[: self.trained])
+
+    def steps(self, passes: float) -> int:
+        """Steps that see each sequence so often, at least."""
+        return math.ceil(passes * self.trained / self.batch)
+
+    @torch.no_grad()
+    def held_out_error(self) -> float:
+        """`error` over the held-out sequences."""
+        x, wanted = self.x[self.trained :], self.wanted[self.trained :]
+        total = 0.0
+        for i in range(0, len(x), self.batch):
+            with precision(self.device, self.bf16):
+                found = self.layer(x[i : i + self.batch].to(self.device).float())
+            total += float(error(found, wanted[i : i + self.batch].to(self.device), self.floor)) * len(x[i : i + self.batch])
+        return total / len(x)
+
+    @torch.no_grad()
+    def start_from_feedback(self, advance: Callable[[], object]) -> None:
+        """Replace the latent weights by those of `feedback.quantize`, whose inputs are those of the layer without quantization in it."""
+        modules = list(quantized_layers(self.layer.module).values())
+        moments: dict[nn.Module, torch.Tensor] = {}
+
+        def note(module, args):
+            x = args[0].reshape(-1, args[0].shape[-1]).float()
+            with torch.autocast(x.device.type, enabled=False):
+                product = x.t() @ x
+            moments[module] = moments[module] + product if module in moments else product
+
+        with contextlib.ExitStack() as stack:
+            for m in modules:
+                stack.callback(m.register_forward_pre_hook(note).remove)
+            stack.enter_context(full_precision(self.layer.module))
+            stack.enter_context(precision(self.device, self.bf16))
+            for i in range(0, self.trained, self.batch):
+                self.layer(self.x[i : min(i + self.batch, self.trained)].to(self.device).float())
+                advance()
+        for m in modules:
+            if m in moments:  # an expert may have had no tokens
+                weight, size = m.rows(m.weight.data), int(m.quant.group_size)
+                found = feedback.quantize(weight, moments.pop(m), size)
+                m.weight.data = m.rows(feedback.latent(weight.float(), found, size)).contiguous()
+
+    @torch.enable_grad()
+    def train(self, rate: float, passes: float, seed: int, advance: Callable[[float], object]) -> None:
+        """Train the layer in place.
+
+        rate: the highest, a share of each matrix's mean magnitude. passes: how often each sequence is seen. seed: of their order.
+        advance: called after each step with its error.
+        """
+        self.layer.module.requires_grad_(True)
+        random, steps = torch.Generator().manual_seed(seed), self.steps(passes)
+        optimizer = torch.optim.AdamW(parameter_groups(self.layer.module, rate), betas=(0.9, 0.95))
+        rates = schedule(optimizer, steps)
+        order = torch.cat([torch.randperm(self.trained, generator=random) for _ in range(math.ceil(passes) + 1)])
+        for step in range(steps):
+            rows = order[step * self.batch : (step + 1) * self.batch]
+            with precision(self.device, self.bf16):
+                found = self.layer(self.x[rows].to(self.device).float())
+            loss = error(found, self.wanted[rows].to(self.device), self.floor)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            rates.step()
+            advance(float(loss.detach()))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        rates.step()
-        advance(float(loss.detach()))
-    optimizer.zero_grad(set_to_none=True)
+        self.layer.module.requires_grad_(False)

@@ -134,11 +134,10 @@ def test_a_layer_learns():
     layer = layers.calls(model, CONTEXT)[0]
     with torch.no_grad(), full_precision(layer.module):
         wanted = layer(x)
-    floor, cpu = training.typical(wanted), torch.device("cpu")
-    before = training.mean_error(layer, x, wanted, floor, 4, False, cpu)
-    seen = []
-    training.train_layer(layer, x, wanted, floor, rate=0.02, passes=10, batch=4, bf16=False, device=cpu, seed=0, advance=seen.append)
-    assert len(seen) == 30 and training.mean_error(layer, x, wanted, floor, 4, False, cpu) < 0.8 * before
+    task = training.Task(layer, x, wanted, trained=10, batch=4, bf16=False, device=torch.device("cpu"))
+    before, seen = task.held_out_error(), []
+    task.train(rate=0.02, passes=12, seed=0, advance=seen.append)
+    assert len(seen) == 30 and task.held_out_error() < before and sum(seen[-5:]) < 0.8 * sum(seen[:5])
 
 
 def test_error_is_relative_but_for_small_states():
@@ -252,7 +251,7 @@ def test_a_run_that_was_cut_off_continues(model, calibrated, text, tmp_path, cap
         elif point == "a layer's outputs":
             m.setattr(Streams, "write", cutting(Streams.write, 5))
         elif point == "training":
-            m.setattr(training, "train_layer", cutting(training.train_layer, 2))
+            m.setattr(training.Task, "train", cutting(training.Task.train, 2))
         elif point == "a layer's record":
             m.setattr(Streams, "drop", cutting(Streams.drop, 2))
         else:
@@ -292,7 +291,7 @@ def test_other_settings_are_refused(model, calibrated, text, tmp_path, capfd, mo
 
 
 def test_lost_states(model, text, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(training, "train_layer", lambda *args, **kwargs: None)
+    monkeypatch.setattr(training.Task, "train", lambda *args, **kwargs: None)
     assert command.main(arguments(model, text, tmp_path / "hf", "--steps", 0)) == 0
     work = tmp_path / "hf.work"
     for path in work.glob("*.states"):
