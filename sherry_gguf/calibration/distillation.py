@@ -1,6 +1,6 @@
 """Train the whole quantized model to give the full-precision model's probabilities.
 
-The full-precision model need not be there: its hidden states after the last layer are in the streams.
+Both have the same head, so the full-precision model's hidden states before it are all that is needed of that model. They are on the disk.
 """
 
 import dataclasses
@@ -64,40 +64,40 @@ class Distillation:
     save_every: int = 50
 
 
-def divergence(head: Head, teacher: Head, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def divergence(head: Head, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
     """Mean KL(full precision, quantized) in nats a token, over the head's tokens.
 
-    found: hidden states after the norm (batch, context, hidden). wanted: before the norm, of the full-precision model.
+    found, wanted: hidden states after the norm (batch, context, hidden), of the quantized and the full-precision model.
     """
     total = found.new_zeros((), dtype=torch.float32)
     found, wanted = found.flatten(0, 1), wanted.flatten(0, 1)
     for i in range(0, len(found), ROWS):
         with torch.no_grad():
-            target = teacher(teacher.norm(wanted[i : i + ROWS].float())).float().log_softmax(-1)
+            target = head(wanted[i : i + ROWS].float()).float().log_softmax(-1)
         mine = head(found[i : i + ROWS]).float().log_softmax(-1)
         total = total + F.kl_div(mine, target, reduction="sum", log_target=True)
     return total / len(found)
 
 
 @torch.no_grad()
-def mean_divergence(model: Any, head: Head, teacher: Head, ids: torch.Tensor, states: torch.Tensor, d: Distillation) -> float:
+def mean_divergence(model: Any, head: Head, ids: torch.Tensor, states: torch.Tensor, d: Distillation) -> float:
     """`divergence` over sequences of tokens (n, context) and their states (n, context, hidden)."""
     total = 0.0
     for i in range(0, len(ids), d.batch):
         with precision(model.device, d.bf16):
             found = head.hidden(ids[i : i + d.batch].to(model.device))
-            total += float(divergence(head, teacher, found, states[i : i + d.batch].to(model.device))) * len(ids[i : i + d.batch])
+            total += float(divergence(head, found, states[i : i + d.batch].to(model.device))) * len(ids[i : i + d.batch])
     return total / len(ids)
 
 
-def distil(model: Any, head: Head, teacher: Head, ids: torch.Tensor, states: torch.Tensor, d: Distillation, saved: Path,
+def distil(model: Any, head: Head, ids: torch.Tensor, states: torch.Tensor, d: Distillation, saved: Path,
            advance: Callable[[int, float], object]) -> None:  # fmt: skip
     """Train in place, continuing what `saved` holds; the file is kept up to date.
 
     Args:
         model: in float32, after `prepare`; parameters that need no gradient stay.
-        head, teacher: what comes after the last layer, of the model and of the full-precision model.
-        ids, states: tokens (n, context), and the full-precision model's hidden states before its norm, (n, context, hidden).
+        head: what comes after its last layer.
+        ids, states: tokens (n, context), and the full-precision model's hidden states after its norm, (n, context, hidden).
         saved: a file for parameters and optimizer.
         advance: called with the number of steps that are done, and the last one's divergence.
     """
@@ -129,7 +129,7 @@ def distil(model: Any, head: Head, teacher: Head, ids: torch.Tensor, states: tor
         rows = order[step * d.batch : (step + 1) * d.batch]
         with _fixed_codes(fixed), precision(model.device, d.bf16):
             found = head.hidden(ids[rows].to(model.device))
-            loss = divergence(head, teacher, found, states[rows].to(model.device))
+            loss = divergence(head, found, states[rows].to(model.device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
         nn.utils.clip_grad_norm_(trained, 1.0)

@@ -26,12 +26,14 @@ from sherry_gguf.training.files import differences, locked, undamaged, write
 from sherry_gguf.training.models import check_fit, load_tokenizer, repair_generation_config, stop_at_errors
 from sherry_gguf.training.run import check_target
 
-from . import distillation, layers, training
+from . import distillation, layers, streams, training
 from .streams import Streams
 
 SETTINGS, RECORD, DISTILLED = "settings.json", "layers.jsonl", "distilled.pt"  # in --work
 REPORT = "calibration.json"  # in --output
 HELD_OUT = 1 / 16  # of the sequences, at least one: to show what training does, which never sees them
+MOST_HELD_OUT = 64  # of the sequences for distillation
+PART = 1 << 14  # characters of a document that are taken at a time
 FREE = "output", "work", "device"  # arguments that may change when a run is continued
 
 
@@ -52,7 +54,7 @@ class Calibration:
         self.device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.bf16 = a.bf16 == "true" or (a.bf16 == "auto" and (self.device.type != "cpu" or bf16_is_faster()))
         self.model, self.tokenizer = load(a)
-        self.ids, bytes_per_token = tokens(a, self.tokenizer)
+        self.ids, bytes_per_token = tokens(a, self.tokenizer, a.tokens)
         self.held_out = max(1, round(HELD_OUT * len(self.ids)))  # the last ones
         config = self.model.config.get_text_config()
         self.streams = Streams(a.work, *self.ids.shape, config.hidden_size)
@@ -196,22 +198,24 @@ class Calibration:
     def distil(self) -> dict:
         """Train the whole model; returns the divergences on held-out text, before and after."""
         a, modules = self.a, layers.find(self.model)
-        count = len(modules)
+        ids, _ = tokens(a, self.tokenizer, a.steps * a.batch * a.context, self.ids)
+        held_out = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(ids))))  # the first ones
+        states = self._teach(ids)
         self.model.float()
         if a.train == "weights":
             for i, module in enumerate(modules):
                 self._load(i, module)
         self.model.to(self.device)
-        used = torch.unique(self.ids).to(self.device)
+        used = torch.unique(ids).to(self.device)
         head = layers.Head(self.model, used)
-        head.check(self.model, self.ids[:1].to(self.device))
-        teacher = copy.copy(head)
-        teacher.norm = copy.deepcopy(head.norm)
-        states, trained = self.streams.read("full", count), len(self.ids) - self.held_out
+        head.check(self.model, ids[:1].to(self.device))
         d = distillation.Distillation(a.steps, a.batch, a.distill_rate, a.train, self.bf16, a.seed)
         for module in (*modules, head.norm):
             module.requires_grad_(True)
-        measure = lambda: distillation.mean_divergence(self.model, head, teacher, self.ids[trained:], states[trained:], d)
+
+        def measure() -> float:
+            return distillation.mean_divergence(self.model, head, ids[:held_out], states[:held_out], d)
+
         before = measure()
         with tqdm(total=a.steps, desc="distilling") as bar:
 
@@ -219,11 +223,28 @@ class Calibration:
                 bar.set_postfix_str(f"{loss:.4f} nats", refresh=False)
                 bar.update(done - bar.n)
 
-            distillation.distil(self.model, head, teacher, self.ids[:trained], states[:trained], d, a.work / DISTILLED, advance)
+            distillation.distil(self.model, head, ids[held_out:], states[held_out:], d, a.work / DISTILLED, advance)
         after = measure()
         print(f"distilled: {a.steps} steps, KL divergence from full precision {before:.4f} before, {after:.4f} nats a token after "
               "(held out)", flush=True)  # fmt: skip
-        return {"tokens": len(used), "before": before, "after": after}
+        return {"tokens": ids[held_out:].numel(), "vocabulary": len(used), "before": before, "after": after}
+
+    @torch.no_grad()
+    def _teach(self, ids: torch.Tensor) -> torch.Tensor:
+        """The full-precision model's hidden states after its norm, bfloat16 (n, context, hidden), for tokens (n, context)."""
+        a, shape = self.a, (*ids.shape, self.streams.shape[-1])
+        path = a.work / f"teacher-{hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]}.states"
+        if not path.exists():
+            teacher, _ = load(a)
+            body = layers.body(teacher.float().to(self.device).eval())
+
+            def compute(b: int, e: int) -> torch.Tensor:
+                with training.precision(self.device, self.bf16):
+                    return body(input_ids=ids[b:e].to(self.device), use_cache=False).last_hidden_state
+
+            with tqdm(total=math.ceil(len(ids) / a.batch), desc="full precision", leave=False) as bar:
+                streams.write(path, shape, a.batch, compute, bar.update)
+        return streams.read(path, shape)
 
 
 @torch.no_grad()
@@ -261,20 +282,29 @@ def load(a: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def tokens(a: argparse.Namespace, tokenizer: Any) -> tuple[torch.Tensor, float]:
-    """int64 (sequences, context) from all over the text, each with BOS first, and the text's bytes a token. Raises Stop."""
+def tokens(a: argparse.Namespace, tokenizer: Any, wanted: int, used: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
+    """Tokens from all over the text: int64 (sequences, context), each with BOS first, and the text's bytes a token. Raises Stop.
+
+    wanted: tokens, at most. used: sequences that an earlier call returned; others are taken, if the text has half as many as wanted.
+    """
     documents = texts.read(a.text, texts.Column(a.text_column))[a.text_column]
-    order = np.random.default_rng(a.seed).permutation(len(documents))
-    found, size, count = [], 0, 0
-    share = -(-a.tokens // len(documents))  # of each document, so that all of them are heard
-    for i in order:
-        text = documents[int(i)][: 16 * max(share, 4 * a.context)]
-        ids = tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-        size, count = size + len(text.encode("utf-8", "surrogatepass")), count + len(ids)
-        found.append(np.array(ids, np.int64))
-    blocks = np.concatenate([pack(ids, a.context, tokenizer.bos_token_id) for ids in found])
-    wanted = a.tokens // a.context
+    sequences, taken = wanted // a.context, {row.numpy().tobytes() for row in used} if used is not None else set()
+    share = -(-(len(taken) + sequences) * a.context // len(documents)) + a.context  # of each document, so that all of them are heard
+    random, found, size, count = np.random.default_rng(a.seed), [], 0, 0
+    for text in documents:
+        own = 0
+        for part in random.permutation(-(-len(text) // PART)):
+            piece = text[part * PART : (part + 1) * PART]
+            ids = tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            size, own = size + len(piece.encode("utf-8", "surrogatepass")), own + len(ids)
+            found.append(pack(np.array(ids, np.int64), a.context, tokenizer.bos_token_id))
+            if own > share:
+                break
+        count += own
+    blocks = np.concatenate(found)
     if len(blocks) < 2:
         raise Stop(f"the text has {count} tokens, less than two sequences of {a.context}: give more, or a smaller --context")
-    chosen = np.random.default_rng(a.seed).permutation(len(blocks))[:wanted]
-    return torch.from_numpy(blocks[chosen]), size / max(count, 1)
+    new = [row for row in blocks if row.tobytes() not in taken]
+    pool = new if len(new) >= max(2, sequences // 2) else list(blocks)
+    chosen = random.permutation(len(pool))[: max(2, sequences)]
+    return torch.from_numpy(np.stack([pool[i] for i in chosen])), size / count

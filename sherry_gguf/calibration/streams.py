@@ -29,19 +29,11 @@ class Streams:
 
     def read(self, kind: str, layer: int) -> torch.Tensor:
         """bfloat16 (sequences, context, hidden), mapped from the file."""
-        return self._map(self.path(kind, layer))
+        return read(self.path(kind, layer), self.shape)
 
     def write(self, kind: str, layer: int, batch: int, compute: Callable[[int, int], torch.Tensor], advance: Callable[[], object]) -> None:
         """Fill a file with `compute(begin, end)`, hidden states of these sequences."""
-        target = self.path(kind, layer)
-        partial = target.with_suffix(".part")
-        partial.unlink(missing_ok=True)
-        states = self._map(partial)
-        for begin in range(0, self.shape[0], batch):
-            end = min(begin + batch, self.shape[0])
-            states[begin:end] = compute(begin, end).to(DTYPE)
-            advance()
-        partial.rename(target)
+        write(self.path(kind, layer), self.shape, batch, compute, advance)
 
     def drop(self, layer: int) -> None:
         """Remove a layer's inputs."""
@@ -49,6 +41,20 @@ class Streams:
             with contextlib.suppress(FileNotFoundError):
                 self.path(kind, layer).unlink()
 
-    def _map(self, path: Path) -> torch.Tensor:
-        size = torch.Size(self.shape).numel()
-        return torch.from_file(str(path), shared=True, size=size, dtype=DTYPE).view(self.shape)
+
+def write(path: Path, shape: tuple[int, int, int], batch: int, compute: Callable[[int, int], torch.Tensor],
+          advance: Callable[[], object]) -> None:  # fmt: skip
+    """Write `compute(begin, end)`, hidden states of these of the sequences, to a file that appears when it is complete."""
+    partial = path.with_suffix(".part")
+    partial.unlink(missing_ok=True)
+    states = read(partial, shape)
+    for begin in range(0, shape[0], batch):
+        end = min(begin + batch, shape[0])
+        states[begin:end] = compute(begin, end).to(DTYPE)
+        advance()
+    partial.rename(path)
+
+
+def read(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
+    """bfloat16 (sequences, context, hidden), mapped from a file."""
+    return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=DTYPE).view(shape)

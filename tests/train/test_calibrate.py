@@ -3,7 +3,6 @@
 import json
 import re
 
-import numpy as np
 import pytest
 import small_models
 import torch
@@ -14,7 +13,7 @@ from sherry_gguf.calibration import command, distillation, feedback, layers, tra
 from sherry_gguf.calibration import run as running
 from sherry_gguf.calibration.streams import Streams
 from sherry_gguf.errors import Stop
-from sherry_gguf.qat import QuantConfig, fake_quantize, full_precision, prepare, quantized_layers
+from sherry_gguf.qat import fake_quantize, full_precision, prepare, quantized_layers
 
 pytest_plugins = "training_runs"
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -158,16 +157,12 @@ def test_distillation(tmp_path, train):
     for stop in None, 3:
         model = tiny("llama")
         with torch.no_grad():
-            states = model.model(input_ids=ids, output_hidden_states=True).hidden_states
-            x = layers.embed(model, ids)
-            for layer in layers.calls(model, CONTEXT):
-                x = layer(x)
-        assert len(states) == 4
+            states = model.model(input_ids=ids).last_hidden_state
         prepare(model)
         codes = {name: m.quantized_weight().sign() for name, m in quantized_layers(model).items()}
-        head, teacher = layers.Head(model, torch.arange(320)), layers.Head(tiny("llama"), torch.arange(320))
+        head = layers.Head(model, torch.arange(320))
         d = distillation.Distillation(steps=8, batch=4, rate=0.02, train=train, bf16=False, seed=0, save_every=3)
-        before = distillation.mean_divergence(model, head, teacher, ids, x, d)
+        before = distillation.mean_divergence(model, head, ids, states, d)
         saved = tmp_path / f"{stop}.pt"
 
         def advance(done, loss, stop=stop):
@@ -175,13 +170,13 @@ def test_distillation(tmp_path, train):
                 raise KeyboardInterrupt
 
         try:
-            distillation.distil(model, head, teacher, ids, x, d, saved, advance)
+            distillation.distil(model, head, ids, states, d, saved, advance)
         except KeyboardInterrupt:
             model = tiny("llama")
             prepare(model)
             head = layers.Head(model, torch.arange(320))
-            distillation.distil(model, head, teacher, ids, x, d, saved, lambda *_: None)
-        assert distillation.mean_divergence(model, head, teacher, ids, x, d) < 0.9 * before
+            distillation.distil(model, head, ids, states, d, saved, lambda *_: None)
+        assert distillation.mean_divergence(model, head, ids, states, d) < 0.9 * before
         for name, m in quantized_layers(model).items():
             same = torch.equal(m.quantized_weight().sign(), codes[name])
             assert same == (train == "scales")
@@ -330,13 +325,15 @@ def test_too_little_text(model, tmp_path, capfd):
     assert re.search(r"the text has \d+ tokens, less than two sequences of 32", capfd.readouterr().err)
 
 
-def test_tokens_come_from_every_document(model, text):
+def test_tokens(model, text):
     a = command.parse(arguments(model, text, "out"), "calibrate")
     tokenizer = AutoTokenizer.from_pretrained(model)
-    ids, density = running.tokens(a, tokenizer)
+    ids, density = running.tokens(a, tokenizer, 24 * CONTEXT)
     assert ids.shape == (24, CONTEXT) and (ids[:, 0] == tokenizer.bos_token_id).all() and 1 < density < 9
-    again, _ = running.tokens(a, tokenizer)
-    assert torch.equal(ids, again)
+    assert torch.equal(ids, running.tokens(a, tokenizer, 24 * CONTEXT)[0])
+    more, _ = running.tokens(a, tokenizer, 40 * CONTEXT, ids)
+    assert more.shape == (40, CONTEXT) and not {tuple(row) for row in more.tolist()} & {tuple(row) for row in ids.tolist()}
+    everything, _ = running.tokens(a, tokenizer, 1 << 30)
+    assert len(running.tokens(a, tokenizer, 1 << 30, everything)[0]) == len(everything)  # none are left, so the same again
     a.seed = 1
-    assert not torch.equal(ids, running.tokens(a, tokenizer)[0])
-    assert QuantConfig().group_size == "auto" and np.unique(ids.numpy()).size > 20
+    assert not torch.equal(ids, running.tokens(a, tokenizer, 24 * CONTEXT)[0])
