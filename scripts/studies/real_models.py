@@ -47,7 +47,7 @@ FILES = {
     "wiki.test.raw.xz": "WikiText-2's raw test set, 1,290,590 bytes, in the archive wikitext-2-raw-v1.zip",
     "books.train.jsonl.xz": "text, a document in each line's field `text`: any English books",
 }
-MATRIX_TEXT = 600_000  # characters for the importance matrix
+MATRIX_TEXT = 200_000  # characters for the importance matrix
 ROUNDS = 3  # of the speeds, interleaved
 
 

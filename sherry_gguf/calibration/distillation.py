@@ -29,6 +29,8 @@ class Scaled(nn.Module):
         scale: float32 (out, groups).
     """
 
+    codes: torch.Tensor
+
     def __init__(self, layer: QuantizedLayer):
         super().__init__()
         weight = layer.rows(layer.quantized_weight().detach())

@@ -57,7 +57,7 @@ class Calibration:
         self.ids, bytes_per_token = tokens(a, self.tokenizer, a.tokens)
         self.held_out = max(1, round(HELD_OUT * len(self.ids)))  # the last ones
         config = self.model.config.get_text_config()
-        self.streams = Streams(a.work, *self.ids.shape, config.hidden_size)
+        self.streams = Streams(a.work, len(self.ids), a.context, config.hidden_size)
         self._check_settings()
         try:
             self.names = prepare(self.model, QuantConfig(group_size=a.group_size or AUTO), a.keep)

@@ -16,7 +16,7 @@ from sherry_gguf.errors import Stop
 
 TEXT = (".txt", ".md", ".rst", ".py")  # suffixes that a directory is searched for, besides these:
 TABLES = (".jsonl", ".json", ".parquet")
-COMPRESSED = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
+COMPRESSED: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}
 NO_TEXT = (".csv", ".tsv", ".arrow", ".zip", ".zst", ".7z", ".tar", ".tgz", ".pt", ".safetensors", ".gguf")
 
 
