@@ -12,7 +12,7 @@ from sherry_gguf.evaluation.command import PAPER
 from sherry_gguf.evaluation.tasks import EXAMPLES
 
 REPO = Path(__file__).parents[2]
-TEXT = REPO / "sherry_gguf" / "evaluation" / "models.py"  # any ordinary text of 6000 characters or more
+TEXT = REPO / "sherry_gguf" / "kernels.py"  # any ordinary text of 6000 characters or more
 DATA = Path("tests/evaluate/eval_data")  # our own documents for each of the paper's tasks, in the hub's form
 DATA_ARGS = ["--data", str(DATA)]
 DOCUMENTS = dict(zip(PAPER, (10, 6, 4, 8, 10)))
