@@ -50,8 +50,8 @@ def run(a: argparse.Namespace) -> int:
         say(f"{a.output}: {counted(found, 'result')} of an earlier run, with the same files and arguments; delete it to measure again")
     _save(a.output, report)
     samples = tokens.sample(loaded)
-    split = tokens.split_all(a, content, samples)
-    for line in tokens.report(a.models, samples, split):
+    split = tokens.split_all(a.models, content, samples)
+    for line in tokens.report(a.models, content, samples, split):
         say(line)
     for run, found in zip(runs, split):
         try:  # the other models are still worth measuring

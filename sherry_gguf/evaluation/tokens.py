@@ -1,6 +1,5 @@
 """Do the models split the inputs alike? Compared before anything is measured."""
 
-import argparse
 import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -51,10 +50,10 @@ def tokenizer(path: Path) -> Iterator[Tokenize]:
             yield split_by_llama_cpp
 
 
-def split_all(a: argparse.Namespace, content: str | None, texts: list[str]) -> list[tuple[list[int], list[list[int]]] | Stop | NotBuilt]:
-    """For each model: the text's tokens and each sample's, or why it has none."""
+def split_all(paths: list[str], content: str | None, texts: list[str]) -> list[Any]:
+    """For each model: the tokens of the text, if any, and those of each sample; or the Stop or NotBuilt that says why it has none."""
     found: list[Any] = []
-    for path in a.models:
+    for path in paths:
         try:
             with tokenizer(Path(path)) as tokenize:
                 (ids,) = tokenize([content], False) if content is not None else ([],)
@@ -64,27 +63,35 @@ def split_all(a: argparse.Namespace, content: str | None, texts: list[str]) -> l
     return found
 
 
-def report(paths: list[str], texts: list[str], split: list[Any]) -> Iterator[str]:
-    """What to say about the samples: how long a token is, and which models split them otherwise than the first."""
-    good = [(path, found[1]) for path, found in zip(paths, split) if isinstance(found, tuple)]
-    if not texts or not good:
+def report(paths: list[str], content: str | None, texts: list[str], split: list[Any]) -> Iterator[str]:
+    """What to say about the tokens: how long they are by the first model, and which models split text and samples otherwise.
+
+    The arguments and the result of `split_all`.
+    """
+    good = [(path, *found) for path, found in zip(paths, split) if isinstance(found, tuple)]
+    if not good:
         return
-    size = sum(len(t.encode()) for t in texts)
-    first, wanted = good[0]
-    alike = True
-    for path, found in good[1:]:
-        if unlike := [i for i, (x, y) in enumerate(zip(wanted, found)) if x != y]:
+    names = [path for path, _, _ in good]
+    if content is not None:
+        yield from _compared("the text", names, [content], [[ids] for _, ids, _ in good])
+    if texts:
+        yield from _compared(f"{counted(len(texts), 'sample')} of the tasks", names, texts, [found for _, _, found in good])
+
+
+def _compared(what: str, names: list[str], texts: list[str], found: list[list[list[int]]]) -> Iterator[str]:
+    wanted, alike = found[0], len(names) > 1
+    for name, other in zip(names[1:], found[1:]):
+        if unlike := [i for i, (x, y) in enumerate(zip(wanted, other)) if x != y]:
             alike = False
             i = min(unlike, key=lambda i: len(texts[i]))
-            yield (f"DIFFERENT TOKENS: {path} splits {len(unlike)} of {len(texts)} samples otherwise than {first}, such as "
-                   f"{texts[i][-60:]!r}: {describe(wanted[i], found[i])}")  # fmt: skip
-    tokens = sum(map(len, wanted))
-    everyone = f", and {counted(len(good), 'model')} split them alike" * (alike and len(good) > 1)
-    yield f"tokens: {first} has {size / tokens:.2f} bytes a token in {counted(len(texts), 'sample')} of the tasks{everyone}"
+            which = f"{len(unlike)} of {what}, such as {texts[i][-60:]!r}," if len(texts) > 1 else what
+            yield f"DIFFERENT TOKENS: {name} splits {which} otherwise than {names[0]}: {_describe(wanted[i], other[i])}"
+    rate = sum(len(t.encode()) for t in texts) / max(sum(map(len, wanted)), 1)
+    yield f"{what}: {rate:.2f} bytes a token by {names[0]}" + f"; all {len(names)} models split it alike" * alike
 
 
-def describe(wanted: list[int], found: list[int]) -> str:
+def _describe(wanted: list[int], found: list[int]) -> str:
     """Where two splits of a text differ."""
     at = next((i for i, (x, y) in enumerate(zip(wanted, found)) if x != y), min(len(wanted), len(found)))
     part = slice(at, at + 4)
-    return f"{len(wanted)} and {len(found)} tokens; from number {at + 1} on {wanted[part]} and {found[part]}"
+    return f"{len(found)} tokens, not {len(wanted)}; from number {at + 1} on {found[part]}, not {wanted[part]}"

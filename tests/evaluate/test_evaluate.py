@@ -148,13 +148,13 @@ def test_accuracy_is_that_of_the_likeliest_choice(models, tmp_path):
         assert task["acc"] == pytest.approx(sum(hits) / len(hits))
 
 
-def test_few_documents_and_many_slots(models, tmp_path):
-    args = [models["spm"][1], *DATA_ARGS, "--limit", 3]
-    reports = [report_of(tmp_path / f"{n}.json", *args, "--batch-size", n)[1] for n in (1, 6)]
-    few, many = (r["models"][0]["tasks"] for r in reports)
+def test_few_documents(models, tmp_path):
+    """Their choices score as among all documents."""
+    args = [models["spm"][1], *DATA_ARGS]
+    few, many = (report_of(tmp_path / f"{n}.json", *args, "--limit", n)[1]["models"][0]["tasks"] for n in (3, 100))
     for name in PAPER:
-        assert few[name]["documents"] == 3
-        flat = [sum(r[name]["choices"], []) for r in (few, many)]
+        assert (few[name]["documents"], many[name]["documents"]) == (3, DOCUMENTS[name])
+        flat = [sum(task[name]["choices"][:3], []) for task in (few, many)]
         assert flat[0] == pytest.approx(flat[1], abs=2e-3)  # measured: 4e-4, from sums in another order
 
 
@@ -174,9 +174,36 @@ def test_different_tokens_are_reported(models, tmp_path, capsys):
     assert re.fullmatch(r"4 of 4 requests, such as '.*'; the text has \d+ and \d+ tokens, which differ from number 0 on",
                         report["compared"][0]["tokens"])  # fmt: skip
     out, err = capsys.readouterr()
+    one, other = models["spm"][1], models["bpe"][1]
+    before = err[: err.index(f"sherry-gguf evaluate: {one}: ")]  # any measuring
+    for what in "the text", "4 of 4 samples of the tasks, such as '.*',":
+        words = rf"DIFFERENT TOKENS: {other} splits {what} otherwise than {one}: \d+ tokens, not \d+; from number 1 on \[.*\], not \[1, "
+        assert re.search(words, before)
+    assert re.search(rf"the text: \d\.\d\d bytes a token by {one}\n", before) and "alike" not in err
     first, second = (m["text"] for m in report["models"])
     assert report["compared"][0]["text"] == pytest.approx(second["nats_per_byte"] / first["nats_per_byte"] - 1)
     assert re.search(r"loss on the text \S+ % per byte; DIFFERENT TOKENS", out) and "times as many tokens" not in err
+
+
+def test_different_answers_are_listed(models, tmp_path, capsys):
+    """In the report, all of them with both models' scores; on the terminal, the first few."""
+    code, report = report_of(tmp_path / "r.json", models["spm"][0], models["bpe"][0], *DATA_ARGS)
+    compared, tasks = report["compared"][0], [m["tasks"] for m in report["models"]]
+    wanted = []
+    for name in PAPER:
+        for n, scores in enumerate(zip(*(t[name]["choices"] for t in tasks), strict=True)):
+            chosen = [s.index(max(s)) for s in scores]
+            if chosen[0] != chosen[1]:
+                wanted.append({"task": name, "document": n, "choices": chosen, "scores": list(scores)})
+    assert code == 0 and compared["differing"] == wanted and len(wanted) > 5
+    assert compared["same_choice"] == pytest.approx(1 - len(wanted) / compared["documents"])
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index(f"different answers: {len(wanted)}, of which the first 5")
+    assert lines[at + 1].split() == ["task", "document", "spm", "bpe"] and len(lines) == at + 2 + 5
+    for line, d in zip(lines[at + 2 :], wanted):
+        (x, y), (ours, theirs) = d["scores"], d["choices"]
+        shown = f"{ours}: {x[ours]:.3f} > {x[theirs]:.3f} {theirs}: {y[theirs]:.3f} > {y[ours]:.3f}"
+        assert line.split() == [d["task"], str(d["document"]), *shown.split()]
 
 
 # ---- failures ----
