@@ -168,8 +168,8 @@ class Scorer(Vocabulary):
         if longest - 1 > self._cells:
             raise CheckFailed(f"a request has {longest} tokens, and the cache holds {self._cells}")
         most = min(self._cells, max(BATCH, 2 * longest))  # attention looks at all cells in use: keep them few
-        tree, members = Tree(self._share), []
-        for i in sorted(range(len(requests)), key=lambda i: requests[i][0][:-1]):
+        tree, members = Tree(self._share), list[int]()
+        for i in sorted(range(len(requests)), key=lambda i: list(requests[i][0][:-1])):
             tokens, scored = requests[i]
             if tree.count and (tree.count == SEQUENCES or tree.nodes_with(tokens[:-1]) > most):
                 yield self._compute(tree, members)
@@ -180,6 +180,7 @@ class Scorer(Vocabulary):
             yield self._compute(tree, members)
 
     def _compute(self, tree: Tree, members: list[int]) -> list[tuple[int, float, bool]]:
+        """Run a tree of requests, whose numbers are `members`."""
         totals, greedy = dict.fromkeys(members, 0.0), dict.fromkeys(members, True)
         self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), False)
         for nodes in tree.batches(BATCH, self._outputs):
@@ -202,8 +203,13 @@ class Scorer(Vocabulary):
         counts = np.array([len(s) for s in tree.sequences[part]], np.int32)
         flat = np.array([s for sequences in tree.sequences[part] for s in sequences], np.int32)
         places = (flat.ctypes.data + 4 * (np.cumsum(counts) - counts)).astype(np.uintp)
-        arrays = {"token": np.array(tree.tokens[part], np.int32), "pos": np.array(tree.positions[part], np.int32), "n_seq_id": counts,
-                  "seq_id": places, "logits": np.array([node in tree.targets for node in nodes], np.int8)}  # fmt: skip
+        arrays: dict[str, np.ndarray] = {
+            "token": np.array(tree.tokens[part], np.int32),
+            "pos": np.array(tree.positions[part], np.int32),
+            "n_seq_id": counts,
+            "seq_id": places,  # pointers into `flat`
+            "logits": np.array([node in tree.targets for node in nodes], np.int8),
+        }
         batch = ffi.new("struct llama_batch *")
         batch.n_tokens = n
         for name, array in arrays.items():

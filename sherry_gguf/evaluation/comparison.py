@@ -138,7 +138,7 @@ def _task_rows(report: dict) -> Iterator[tuple]:
 
 def _mean(tasks: dict[str, dict], names: set[str]) -> dict[str, Any]:
     """The mean accuracy of some tasks, and its standard error: that of independent estimates."""
-    errors = [tasks[n].get("acc_stderr") for n in names]
+    errors: list[Any] = [tasks[n].get("acc_stderr") for n in names]
     mean: dict[str, Any] = {"acc": sum(tasks[n]["acc"] for n in names) / len(names)}
     if all(isinstance(e, float) for e in errors):
         mean["acc_stderr"] = sum(e**2 for e in errors) ** 0.5 / len(names)

@@ -31,8 +31,9 @@ def identity(path: Path, skip: Iterable[Path] = ()) -> list[Any]:
     if path.is_dir():
         return [found, versions]
     try:
-        programs = [_stat(llama_cpp.library(name).resolve()) for name in ("llama", "ggml-base", "ggml-cpu")]
-    except NotBuilt:  # other builds have more libraries or fewer
+        libraries = llama_cpp.library("llama").parent.iterdir()
+        programs = sorted({_stat(p.resolve()) for p in libraries if re.match(r"(lib)?(llama|ggml)\b", p.name)})
+    except NotBuilt:  # measuring will say so
         programs = []
     return [found, versions, programs]
 
