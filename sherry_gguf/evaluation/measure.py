@@ -46,23 +46,24 @@ def run(a: argparse.Namespace) -> int:
     if a.tasks and not loaded and not a.text:
         raise Stop("no task has data: nothing was measured")
     runs = [_Run(a, path, content, loaded, hashes, earlier, report) for path in a.models]
-    if found := earlier.used:
-        say(f"{a.output}: {counted(found, 'result')} of an earlier run, with the same files and arguments; delete it to measure again")
+    if earlier.used:
+        found = counted(earlier.used, "result")
+        say(f"{a.output}: {found} of an earlier run, with the same files and arguments; delete it to measure again")
     _save(a.output, report)
     samples = tokens.sample(loaded)
     split = tokens.split_all(a.models, content, samples)
     for line in tokens.report(a.models, content, samples, split):
         say(line)
-    for run, found in zip(runs, split):
+    for each, ids in zip(runs, split):
         try:  # the other models are still worth measuring
-            if not isinstance(found, tuple):
-                raise found
-            run.inputs.text = found[0]
-            run.measure()
+            if not isinstance(ids, tuple):
+                raise ids
+            each.inputs.text = ids[0]
+            each.measure()
         except (Stop, NotBuilt) as e:
-            run.result["error"] = str(e)
-            say(f"{run.path}: {e}")
-    report["compared"] = [comparison.compare(report["models"], [run.inputs for run in runs], i) for i in range(1, len(runs))]
+            each.result["error"] = str(e)
+            say(f"{each.path}: {e}")
+    report["compared"] = [comparison.compare(report["models"], [each.inputs for each in runs], i) for i in range(1, len(runs))]
     _save(a.output, report)
     for line in comparison.doubts(report["models"]):
         say(line)

@@ -80,15 +80,27 @@ class GgufLM(_Recorder, TemplateLM):
         self.scorer = scorer
         self.max_length = min(max_length, scorer.trained - 1)  # a slot reserves room for the next token
         self._serve = functools.partial(serve, path, slots, max_length, threads, *flags)
-        self._tokenize = functools.lru_cache(1 << 12)(self._tokens)  # a document's choices share a context
-
-    def _tokens(self, string: str, special: bool) -> list[int]:
-        return self.scorer.tokenize([string], special)[0]
+        self._tokens: dict[tuple[str, bool], list[int]] = {}  # by string, and whether BOS was added
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_) -> list[int]:
-        if add_special_tokens is None:
-            add_special_tokens = not has_bos_prefix(string, self.scorer.bos_text or self.scorer.eos_text)
-        return list(self._tokenize(string, add_special_tokens))
+        key = string, self._begins(string) if add_special_tokens is None else add_special_tokens
+        return list(self._tokens.get(key) or self.scorer.tokenize([string], key[1])[0])
+
+    def _begins(self, string: str) -> bool:
+        """Whether a string needs BOS."""
+        return not has_bos_prefix(string, self.scorer.bos_text or self.scorer.eos_text)
+
+    def loglikelihood(self, requests, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        # Ask for all tokens at once: a question to another process takes longer than a short string's tokens.
+        pairs = [r.args for r in requests if r.args[0]]
+        wanted = {(s, self._begins(s)) for context, more in pairs for s in (context.rstrip(), context + more)}
+        for special in True, False:
+            keys = [key for key in wanted if key[1] == special]
+            self._tokens.update(zip(keys, self.scorer.tokenize([string for string, _ in keys], special)))
+        try:
+            return super().loglikelihood(requests, disable_tqdm)
+        finally:
+            self._tokens.clear()
 
     @property
     def eot_token_id(self) -> int:
