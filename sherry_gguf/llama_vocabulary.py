@@ -30,32 +30,45 @@ class Vocabulary:
     the file.
     """
 
-    def __init__(self, gguf: str, header: str, library: str, pre: str = ""):
+    _structs: tuple[str, ...] = "llama_model_kv_override", "llama_model_params"  # of llama.h, which the functions use
+    _functions = """
+    void llama_log_set(void (*)(int, const char *, void *), void *);
+    struct llama_model_params llama_model_default_params(void);
+    struct llama_model * llama_model_load_from_file(const char *, struct llama_model_params);
+    void llama_model_free(struct llama_model *);
+    const struct llama_vocab * llama_model_get_vocab(const struct llama_model *);
+    int32_t llama_tokenize(const struct llama_vocab *, const char *, int32_t, int32_t *, int32_t, bool, bool);
+    """
+
+    def __init__(self, gguf: str, header: str, library: str, pre: str = "", weights: bool = False):
         import cffi
 
         text = Path(header).read_text("utf-8")
         self._ffi = ffi = cffi.FFI()
-        ffi.cdef(_struct(text, "llama_model_kv_override") + _struct(text, "llama_model_params") + _FUNCTIONS)
+        ffi.cdef("".join(_struct(text, name) for name in self._structs) + self._functions)
         self._lib = lib = ffi.dlopen(library)
-        log: list[str] = []
+        self._errors: list[str] = []
 
         @ffi.callback("void(int, const char *, void *)")
         def keep(level, text, _):
             if level == 4:  # GGML_LOG_LEVEL_ERROR
-                log.append(ffi.string(text).decode(errors="replace").strip())
+                self._errors.append(ffi.string(text).decode(errors="replace").strip())
 
         self._keep = keep
         lib.llama_log_set(keep, ffi.NULL)
         params = lib.llama_model_default_params()
-        params.vocab_only = True
+        params.vocab_only = not weights
         if pre:
             overrides = ffi.new("struct llama_model_kv_override[2]")  # the last has no key
             overrides[0].tag, overrides[0].key, overrides[0].val_str = 3, b"tokenizer.ggml.pre", pre.encode()
             params.kv_overrides = self._overrides = overrides
         self._model = lib.llama_model_load_from_file(os.fsencode(gguf), params)
         if self._model == ffi.NULL:
-            raise CheckFailed(f"llama.cpp refuses the vocabulary: {'; '.join(log) or 'it does not say why'}")
+            raise CheckFailed(f"llama.cpp refuses the {'model' if weights else 'vocabulary'}: {self._why()}")
         self._vocab = lib.llama_model_get_vocab(self._model)
+
+    def _why(self) -> str:
+        return "; ".join(dict.fromkeys(self._errors)) or "it does not say why"
 
     def close(self):
         self._lib.llama_model_free(self._model)
@@ -71,22 +84,13 @@ class Vocabulary:
         return list(ids[0:n])
 
 
-_FUNCTIONS = """
-void llama_log_set(void (*)(int, const char *, void *), void *);
-struct llama_model_params llama_model_default_params(void);
-struct llama_model * llama_model_load_from_file(const char *, struct llama_model_params);
-void llama_model_free(struct llama_model *);
-const struct llama_vocab * llama_model_get_vocab(const struct llama_model *);
-int32_t llama_tokenize(const struct llama_vocab *, const char *, int32_t, int32_t *, int32_t, bool, bool);
-"""
-
-
 def _struct(header: str, name: str) -> str:
-    """A structure as llama.h declares it, with int for enums and void * for other types of the header."""
-    found = re.search(rf"struct {name} \{{\n.*?\n    \}};", header, re.S)
+    """A structure as llama.h declares it, with int for enums, int32_t for ids, and void * for other types of the header."""
+    found = re.search(rf"struct {name} \{{\n.*?\n    \}}", header, re.S)
     assert found, name
     body = re.sub(r"\benum \w+", "int", re.sub(r"//.*", "", found[0]))
-    return re.sub(r"\b(?:ggml_backend_dev_t|llama_progress_callback)\b", "void *", body)
+    body = re.sub(r"\bllama_(?:token|pos|seq_id)\b", "int32_t", body)
+    return re.sub(r"\b(?:ggml_backend_dev_t|llama_progress_callback|ggml_\w+_callback)\b", "void *", body) + ";"
 
 
 def serve() -> None:

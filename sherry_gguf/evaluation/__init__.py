@@ -4,8 +4,11 @@ command     the entry point and its arguments; imports PyTorch and lm-eval only 
 measure     one run: every model on every task and the text, and the JSON report
 tasks       lm-eval's tasks, from the hub, the cache or local files
 text        the loss on a text, by llama-perplexity's protocol
-models      lm-eval's view of a model: PyTorch runs a checkpoint, llama-server a GGUF
+tokens      whether the models split the inputs alike, before anything is measured
+models      lm-eval's view of a model: PyTorch runs a checkpoint, llama.cpp a GGUF
+scoring     log-probabilities of a GGUF, from a process of its own (`llama_scorer`)
 tools       llama.cpp's programs as child processes; llama-server's HTTP interface
+resume      what an earlier run has measured
 comparison  differences between models, doubts about them, and the final table
 """
 

@@ -2,7 +2,8 @@
 
 By default: the five tasks of the Sherry paper, zero-shot, and the mean of their
 accuracies. PyTorch runs a directory through lm-eval's own class; the built
-llama-server runs a GGUF and gets the same tokens.
+llama.cpp runs a GGUF and gets the same tokens, which is checked first.
+With --output, the same command continues a run that was interrupted.
 
 Exit code: 0 if everything was measured, 1 if anything could not be, 2 for wrong
 arguments, 128 plus the signal's number when interrupted.
@@ -48,7 +49,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     """The arguments. Exits with code 2 if they are wrong, as argparse does."""
     parser = argparse.ArgumentParser(prog=prog, usage="%(prog)s [options] MODEL ...", description=__doc__, formatter_class=Help)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face directories and GGUFs; each is compared with the first")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write all results as JSON, updated after each task")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="""write all results as JSON, updated after each task; results in it
+        with the same files and arguments are not measured again""")  # fmt: skip
     add = parser.add_argument_group("tasks").add_argument
     add("--tasks", type=_names, help=f"lm-eval tasks, separated by commas (default: {','.join(PAPER)})")
     add("--data", type=Path, metavar="DIR", help="read the five tasks' data from DIR (see examples/tasks/README.md), download nothing")
@@ -56,7 +58,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         looked up in --data, else in the current directory""")  # fmt: skip
     add("--limit", type=_positive, metavar="N", help="use only the first N documents of each task")
     add("--num-fewshot", type=int, default=0, metavar="N", help="examples before each question (0)")
-    add("--batch-size", type=_positive, default=4, metavar="N", help="parallel requests: PyTorch's batch, llama-server's slots (4)")
+    add("--batch-size", type=_positive, default=4, metavar="N", help="""requests at a time in PyTorch, and in llama-server, which
+        generates a GGUF's text (4)""")  # fmt: skip
     add("--max-length", type=_positive, default=2048, metavar="N", help="""longest input in tokens, at most the model's training length
         (2048)""")  # fmt: skip
     add = parser.add_argument_group("text").add_argument

@@ -12,6 +12,7 @@ from ..report import table
 NEAR_GUESSING = 0.9
 # Good tokenizers of 32000 and more tokens differ by up to a third on ordinary text.
 SUSPICIOUS_RATIO = 1.5
+SHOWN = 5  # different answers that are printed; the report has all
 
 
 @dataclasses.dataclass
@@ -27,21 +28,24 @@ def compare(models: list[dict], inputs: list[Inputs], i: int) -> dict[str, Any]:
 
     Returns:
         "model" and "with", and if both models have the figures: "tokens", which inputs were tokenized differently, in words;
-        "same_choice", the fraction of "documents" with the same likeliest choice; "log_likelihood", the mean absolute difference
-        of the choices' log-likelihoods relative to their mean; "text", the relative difference of the losses per byte, which
-        equals that per token if the tokens are the same.
+        "same_choice", the fraction of "documents" with the same likeliest choice; "differing", the documents without: "task",
+        "document" (its number, from 0), "choices" (the first model's and the other's) and "scores" (both models' log-likelihoods of
+        all choices); "log_likelihood", the mean absolute difference of the choices' log-likelihoods relative to their mean; "text",
+        the relative difference of the losses per byte, which equals that per token if the tokens are the same.
     """
     first, other = models[0], models[i]
     out: dict[str, Any] = {"model": other["model"], "with": first["model"]}
     if notes := _token_notes(inputs[0], inputs[i]):
         out["tokens"] = "; ".join(notes)
-    pairs = [(x, y) for name in first["tasks"].keys() & other["tasks"].keys() if "choices" in first["tasks"][name]
-             for x, y in zip(first["tasks"][name]["choices"], other["tasks"][name]["choices"])]  # fmt: skip
+    pairs = [(name, n, x, y) for name in first["tasks"] if name in other["tasks"] and "choices" in first["tasks"][name]
+             for n, (x, y) in enumerate(zip(first["tasks"][name]["choices"], other["tasks"][name]["choices"]))]  # fmt: skip
     if pairs:
         likeliest = lambda x: max(range(len(x)), key=x.__getitem__)
+        out["differing"] = [{"task": name, "document": n, "choices": [likeliest(x), likeliest(y)], "scores": [x, y]}
+                            for name, n, x, y in pairs if likeliest(x) != likeliest(y)]  # fmt: skip
         out["documents"] = len(pairs)
-        out["same_choice"] = sum(likeliest(x) == likeliest(y) for x, y in pairs) / len(pairs)
-        flat = [(u, v) for x, y in pairs for u, v in zip(x, y)]
+        out["same_choice"] = 1 - len(out["differing"]) / len(pairs)
+        flat = [(u, v) for _, _, x, y in pairs for u, v in zip(x, y)]
         out["log_likelihood"] = sum(abs(u - v) for u, v in flat) / max(sum(abs(u) for u, _ in flat), 1e-30)
     if "text" in first and "text" in other:
         out["text"] = other["text"]["nats_per_byte"] / first["text"]["nats_per_byte"] - 1
@@ -96,6 +100,20 @@ def summary(report: dict) -> Iterator[str]:
             parts.append(f"DIFFERENT TOKENS: {c['tokens']}")
         if parts:
             yield f"{name[c['model']]} against {name[c['with']]}: {'; '.join(parts)}"
+        yield from _differing_rows(c.get("differing", []), name[c["with"]], name[c["model"]])
+
+
+def _differing_rows(differing: list[dict], first: str, other: str) -> Iterator[str]:
+    """The first documents with different answers: each model's choice, with its scores of this choice and of the other's."""
+    if not differing:
+        return
+    yield f"different answers: {len(differing)}" + f", of which the first {SHOWN}" * (len(differing) > SHOWN)
+    rows = []
+    for d in differing[:SHOWN]:
+        ours, theirs = d["choices"]
+        scores = (f"{x[mine]:.3f} > {x[its]:.3f}" for x, mine, its in zip(d["scores"], (ours, theirs), (theirs, ours)))
+        rows.append((d["task"], d["document"], *(f"{choice}: {text}" for choice, text in zip(d["choices"], scores))))
+    yield from table(("task", "document", first, other), rows)
 
 
 def _task_rows(report: dict) -> Iterator[tuple]:
@@ -115,7 +133,16 @@ def _task_rows(report: dict) -> Iterator[tuple]:
     if len(common) > 1:
         asked = len({*missing, *names})
         label = f"mean of {len(common)}" + f" of {asked}" * (asked > len(common))
-        yield label, "", "acc", *(f"{100 * sum(x[n] for n in common) / len(common):.2f} %" if x else "-" for x in accuracies)
+        yield label, "", "acc", *(_figure(_mean(m["tasks"], common), "acc") if x else "-" for m, x in zip(models, accuracies))
+
+
+def _mean(tasks: dict[str, dict], names: set[str]) -> dict[str, Any]:
+    """The mean accuracy of some tasks, and its standard error: that of independent estimates."""
+    errors: list[Any] = [tasks[n].get("acc_stderr") for n in names]
+    mean: dict[str, Any] = {"acc": sum(tasks[n]["acc"] for n in names) / len(names)}
+    if all(isinstance(e, float) for e in errors):
+        mean["acc_stderr"] = sum(e**2 for e in errors) ** 0.5 / len(names)
+    return mean
 
 
 def _text_rows(texts: list[dict | None]) -> Iterator[tuple]:
@@ -130,10 +157,10 @@ def _text_rows(texts: list[dict | None]) -> Iterator[tuple]:
 
 
 def _figure(found: dict, metric: str) -> str:
-    """A metric as text: accuracies in percent with their standard error."""
+    """A metric as text, with its standard error; accuracies in percent."""
     value, error = found.get(metric), found.get(f"{metric}_stderr")
     if value is None:
         return "-"
     if not metric.startswith(("acc", "exact_match")):
-        return f"{value:.4g}"
+        return f"{value:.4g}" + (f" ± {error:.2g}" if isinstance(error, float) else "")
     return f"{100 * value:.2f} %" + (f" ± {100 * error:.2f}" if isinstance(error, float) else "")

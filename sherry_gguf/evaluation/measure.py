@@ -6,7 +6,6 @@ import json
 import logging
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,8 @@ import torch
 import transformers
 
 from ..errors import NotBuilt, Stop
-from . import comparison, models, say, tasks, text
+from ..report import counted
+from . import comparison, models, resume, say, tasks, text, tokens
 
 
 def run(a: argparse.Namespace) -> int:
@@ -38,22 +38,32 @@ def run(a: argparse.Namespace) -> int:
     _check_output(a)
     content = _read(a.text) if a.text else None
     loaded, missing = tasks.load(a.tasks, a.include_path, a.num_fewshot, a.data)
+    hashes, failed = tasks.prepare(loaded, a.limit)
+    missing |= failed
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "output"}
     report: dict[str, Any] = {"settings": settings, "missing": missing, "models": [], "compared": []}
-    _save(a.output, report)  # fail now rather than after hours of work
+    earlier = resume.Earlier(a.output)
     if a.tasks and not loaded and not a.text:
         raise Stop("no task has data: nothing was measured")
-    inputs = []
-    for path in a.models:
-        result: dict[str, Any] = {"model": path, "tasks": {}}
-        report["models"].append(result)
-        inputs.append(comparison.Inputs())
-        try:
-            _measure_model(a, Path(path), content, loaded, result, inputs[-1], lambda: _save(a.output, report))
-        except (Stop, NotBuilt) as e:  # the other models are still worth measuring
-            result["error"] = str(e)
-            say(f"{path}: {e}")
-    report["compared"] = [comparison.compare(report["models"], inputs, i) for i in range(1, len(a.models))]
+    runs = [_Run(a, path, content, loaded, hashes, earlier, report) for path in a.models]
+    if earlier.used:
+        found = counted(earlier.used, "result")
+        say(f"{a.output}: {found} of an earlier run, with the same files and arguments; delete it to measure again")
+    _save(a.output, report)
+    samples = tokens.sample(loaded)
+    split = tokens.split_all(a.models, content, samples)
+    for line in tokens.report(a.models, content, samples, split):
+        say(line)
+    for each, ids in zip(runs, split):
+        try:  # the other models are still worth measuring
+            if not isinstance(ids, tuple):
+                raise ids
+            each.inputs.text = ids[0]
+            each.measure()
+        except (Stop, NotBuilt) as e:
+            each.result["error"] = str(e)
+            say(f"{each.path}: {e}")
+    report["compared"] = [comparison.compare(report["models"], [each.inputs for each in runs], i) for i in range(1, len(runs))]
     _save(a.output, report)
     for line in comparison.doubts(report["models"]):
         say(line)
@@ -62,28 +72,68 @@ def run(a: argparse.Namespace) -> int:
     return int(bool(missing) or any("error" in m for m in report["models"]))
 
 
-def _measure_model(a, path: Path, content: str | None, loaded: dict, result: dict, inputs: comparison.Inputs, save: Callable) -> None:
-    """Fill in a model's `result` and `inputs`; call `save` after the text and after each task. Raises Stop, NotBuilt."""
-    checkpoint = models.load(path, a.device, a.dtype) if path.is_dir() else None
-    if content is not None:
-        say(f"{path}: the text {a.text}")
-        loss, ids, vocabulary = text.torch_text(*checkpoint, content, a) if checkpoint else text.gguf_text(path, content, a)
-        per_token = len(content.encode()) / loss.tokens
-        result["text"] = dataclasses.asdict(loss) | {
+class _Run:
+    """What is measured of a model, and its part of the report, `result`; begins with what an earlier run has measured."""
+
+    def __init__(self, a: argparse.Namespace, path: str, content: str | None, loaded: dict[str, Any], hashes: dict[str, str],
+                 earlier: resume.Earlier, report: dict[str, Any]):  # fmt: skip
+        self.a, self.path, self.content, self.loaded, self.report = a, Path(path), content, loaded, report
+        self.inputs = comparison.Inputs()
+        self.result: dict[str, Any] = {"model": path, "tasks": {}}
+        report["models"].append(self.result)
+        model = resume.identity(self.path, [a.output, resume.answers_path(a.output)] if a.output else [])
+        settings = resume.settings(vars(a))
+        self.keys = {name: resume.digest(model, settings, hashes[name]) for name in loaded}
+        self.text_key = resume.digest(model, settings, a.context, a.chunks, content)
+        if content is not None and (known := earlier.get(path, self.text_key)):
+            self.result["text"] = known
+        for name, key in self.keys.items():
+            if known := earlier.get(path, key):
+                self._keep(name, known)
+
+    def _keep(self, name: str, found: dict[str, Any]) -> None:
+        self.result["tasks"][name] = found
+        self.inputs.requests |= dict(zip(tasks.requests(self.loaded[name]), found["tokens"]))
+
+    def measure(self) -> None:
+        """Measure what is missing; save the report after the text and after each task. Raises Stop, NotBuilt."""
+        a, path = self.a, self.path
+        wanted = [name for name in self.loaded if name not in self.result["tasks"]]
+        with_text = self.content is not None and "text" not in self.result
+        checkpoint = models.load(path, a.device, a.dtype) if path.is_dir() and (wanted or with_text) else None
+        if with_text:
+            self._text(checkpoint)
+        if wanted:
+            with models.open_lm(path, checkpoint, a) as lm:
+                for name in wanted:
+                    self._task(lm, name)
+                if lm.truncated:
+                    say(f"{path}: {lm.truncated} requests exceeded {lm.max_length} tokens and lost their beginning (--max-length)")
+        self.result["tasks"] = {name: self.result["tasks"][name] for name in self.loaded}  # in the order of --tasks
+
+    def _text(self, checkpoint: tuple[Any, Any] | None) -> None:
+        a, ids = self.a, self.inputs.text
+        say(f"{self.path}: the text {a.text}")
+        loss, vocabulary = text.torch_text(*checkpoint, ids, a) if checkpoint else text.gguf_text(self.path, ids, a)
+        assert self.content is not None
+        per_token = len(self.content.encode()) / loss.tokens
+        self.result["text"] = dataclasses.asdict(loss) | {
             "perplexity": loss.perplexity, "bytes_per_token": per_token, "nats_per_byte": loss.nats / per_token,
-            "vocabulary": vocabulary, "guessing": math.log(vocabulary)}  # fmt: skip
-        inputs.text = ids
-        save()
-    if not loaded:
-        return
-    with models.open_lm(path, checkpoint, a) as lm:
-        for name, task in loaded.items():
-            say(f"{path}: {name}")
-            result["tasks"][name] = tasks.measure(lm, name, task, a.limit)
-            inputs.requests |= lm.requests
-            save()
-        if lm.truncated:
-            say(f"{path}: {lm.truncated} requests exceeded {lm.max_length} tokens and lost their beginning (--max-length)")
+            "vocabulary": vocabulary, "guessing": math.log(vocabulary), "key": self.text_key}  # fmt: skip
+        _save(a.output, self.report)
+
+    def _task(self, lm: models.TorchLM | models.GgufLM, name: str) -> None:
+        task, key = self.loaded[name], self.keys[name]
+        lm.answers = answers = resume.Answers(self.a.output, key)
+        say(f"{self.path}: {name}" + f", {len(answers)} requests of an earlier run" * bool(len(answers)))
+        done = False
+        try:
+            found = tasks.measure(lm, name, task, self.a.limit)
+            self._keep(name, found | {"tokens": [lm.requests[request] for request in tasks.requests(task)], "key": key})
+            _save(self.a.output, self.report)
+            done = True
+        finally:
+            answers.close(done)
 
 
 def _check_model(path: Path) -> None:
@@ -95,7 +145,7 @@ def _check_model(path: Path) -> None:
 
 
 def _check_output(a: argparse.Namespace) -> None:
-    """Raise Stop if the report would overwrite an input."""
+    """Raise Stop if the report would overwrite an input, OSError if it cannot be written: now rather than after hours of work."""
     if not a.output:
         return
     if a.output.is_dir():
@@ -103,6 +153,7 @@ def _check_output(a: argparse.Namespace) -> None:
     for path in (*map(Path, a.models), *([a.text] if a.text else ())):
         if a.output.exists() and path.exists() and os.path.samefile(a.output, path):
             raise Stop(f"--output {a.output} is also an input; name another file")
+    _write(a.output, "").unlink()
 
 
 def _read(path: Path) -> str:
@@ -117,11 +168,15 @@ def _read(path: Path) -> str:
 
 def _save(path: Path | None, report: dict) -> None:
     """Replace the report's file. Raises OSError, which ends the run: results that cannot be saved are useless."""
-    if not path:
-        return
+    if path:
+        os.replace(_write(path, json.dumps(report, indent=1) + "\n"), path)
+
+
+def _write(path: Path, text: str) -> Path:
+    """Write a file beside the report, and return its path. Raises OSError."""
     part = path.with_name(path.name + ".part")
     try:
-        part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        os.replace(part, path)
+        part.write_text(text, encoding="utf-8")
     except OSError as e:
         raise OSError(f"--output {path}: {e.strerror}") from None
+    return part

@@ -18,9 +18,11 @@ from lm_eval.tasks._yaml_loader import load_yaml
 
 from ..errors import Stop
 from . import first_line, say
+from .resume import Request, digest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples" / "tasks"  # the paper's five tasks on local files
 FOLDERS = ("piqa", "arc", "hellaswag", "winogrande")  # where lm-eval defines those five; reading all folders takes seconds
+SEED = 1234  # of the examples before a question
 
 
 class _LocalFactory(TaskFactory):
@@ -153,6 +155,29 @@ def _go_offline(why: str) -> str:
     return why
 
 
+def prepare(tasks: dict[str, Any], limit: int | None) -> tuple[dict[str, str], dict[str, str]]:
+    """Build the tasks' requests on the first `limit` documents if given.
+
+    Returns a hash of each task's requests and documents, and for each task that failed, which is removed, the reason.
+    """
+    hashes, failed = {}, {}
+    for name, task in list(tasks.items()):
+        try:
+            task.set_fewshot_seed(SEED)
+            task.build_all_requests(limit=limit)
+            hashes[name] = digest(task.VERSION, task.OUTPUT_TYPE, sorted(task.aggregation()), [(i.args, i.doc) for i in task.instances])
+        except Exception as e:  # from the task's own code
+            del tasks[name]
+            failed[name] = f"{type(e).__name__}: {first_line(e)}"
+            say(f"{name}: {failed[name]}")
+    return hashes, failed
+
+
+def requests(task: Any) -> list[Request]:
+    """The requests of a prepared or measured task that have a log-likelihood."""
+    return [i.args for i in task.instances if i.request_type == "loglikelihood"]
+
+
 def measure(lm: TemplateLM, name: str, task: Any, limit: int | None) -> dict[str, Any]:
     """Run a task on a model, on the first `limit` documents if given.
 
@@ -164,7 +189,7 @@ def measure(lm: TemplateLM, name: str, task: Any, limit: int | None) -> dict[str
         Stop: the model or the task failed.
     """
     begun = time.monotonic()
-    task.set_fewshot_seed(1234)  # each model gets the same examples
+    task.set_fewshot_seed(SEED)  # each model gets the same examples
     try:
         out = evaluate(lm, {"tasks": {name: task}}, limit=limit, bootstrap_iters=1000)
     except Stop:

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 from ..errors import Stop
 from . import first_line
-from .tools import serve, tool
+from .scoring import scorer
+from .tools import tool
 
 # llama-perplexity sometimes loses its last lines: how often to run it, at least, and for how many seconds.
 TRIES, PATIENCE = 3, 30.0
@@ -82,23 +83,21 @@ def held_out_loss(model, ids: Sequence[int], context: int, bos: int | None, chun
     return Loss(total / scored, scored, count, len(ids))
 
 
-def torch_text(model, tokenizer, text: str, a: argparse.Namespace) -> tuple[Loss, list[int], int]:
-    """A checkpoint's loss on the text, the text's tokens, and the vocabulary's size. Raises Stop."""
-    ids = tokenizer.encode(text, split_special_tokens=True)  # like llama-perplexity, which reads "</s>" as plain text
+def torch_text(model, tokenizer, ids: list[int], a: argparse.Namespace) -> tuple[Loss, int]:
+    """A checkpoint's loss on the text, which has the tokens `ids`, and the vocabulary's size. Raises Stop."""
     bos = tokenizer.bos_token_id if tokenizer.encode("a")[0] == tokenizer.bos_token_id else None
     _check_context(a.context, resolve_max_length(model.config, tokenizer))
     try:
-        return held_out_loss(model, ids, a.context, bos, a.chunks), ids, model.config.get_text_config().vocab_size
+        return held_out_loss(model, ids, a.context, bos, a.chunks), model.config.get_text_config().vocab_size
     except (RuntimeError, IndexError) as e:
         raise Stop(f"PyTorch: {first_line(e)}") from e
 
 
-def gguf_text(path: Path, text: str, a: argparse.Namespace) -> tuple[Loss, list[int], int]:
+def gguf_text(path: Path, ids: list[int], a: argparse.Namespace) -> tuple[Loss, int]:
     """The same for a GGUF. Raises Stop, NotBuilt."""
-    with serve(path, 1, a.context, a.threads, "--no-repack") as server:  # only tokenizes: keep it small
-        ids = server.tokenize(text, special=True, parse=False)
-        _check_context(a.context, server.trained)
-    return perplexity(path, a.text, len(ids), a), ids, server.vocabulary
+    with scorer(path, a.context, a.threads, weights=False) as vocabulary:
+        _check_context(a.context, vocabulary.trained)
+    return perplexity(path, a.text, len(ids), a), vocabulary.vocabulary
 
 
 def perplexity(model: Path, text: Path, tokens: int, a: argparse.Namespace) -> Loss:

@@ -12,13 +12,13 @@ from sherry_gguf.evaluation.command import PAPER
 from sherry_gguf.evaluation.tasks import EXAMPLES
 
 REPO = Path(__file__).parents[2]
-TEXT = REPO / "sherry_gguf" / "evaluation" / "models.py"  # any ordinary text of 6000 characters or more
+TEXT = REPO / "sherry_gguf" / "kernels.py"  # any ordinary text of 6000 characters or more
 DATA = Path("tests/evaluate/eval_data")  # our own documents for each of the paper's tasks, in the hub's form
 DATA_ARGS = ["--data", str(DATA)]
 DOCUMENTS = dict(zip(PAPER, (10, 6, 4, 8, 10)))
 EXACT = ["-ctk", "f32", "-ctv", "f32", "-fa", "off"]  # attention in float32, like PyTorch's
 # How far a choice's log-likelihood may be from PyTorch's, in nats; the average is 80. The largest differences measured on 110
-# choices: 2e-5 with EXACT; 5e-3 with llama-server's defaults, whose attention uses fp16; 6e-2 for TQ1_25, which also rounds
+# choices: 2e-5 with EXACT; 5e-3 with llama.cpp's defaults, whose attention uses fp16; 6e-2 for TQ1_25, which also rounds
 # activations to 8 bits.
 EXACT_NATS, F32_NATS, TERNARY_NATS = 2e-4, 0.02, 0.2
 

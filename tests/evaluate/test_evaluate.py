@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -36,10 +37,10 @@ from evaluation_support import (
 
 from sherry_gguf.evaluation import command
 from sherry_gguf.evaluation.command import PAPER
-from sherry_gguf.evaluation.models import ServerLM, load, open_lm
+from sherry_gguf.evaluation.models import GgufLM, load, open_lm
+from sherry_gguf.evaluation.scoring import scorer
 from sherry_gguf.evaluation.tasks import load as load_tasks
 from sherry_gguf.evaluation.tasks import measure
-from sherry_gguf.evaluation.tools import serve
 
 pytest_plugins = "evaluation_fixtures"
 pytestmark = pytest.mark.usefixtures("offline")
@@ -50,7 +51,7 @@ SCRIPT = REPO / "scripts" / "evaluate.py"
 
 
 @pytest.mark.parametrize("kind", ["spm", "bpe"])
-def test_the_server_gives_pytorchs_numbers(models, kind):
+def test_llama_cpp_gives_pytorchs_numbers(models, kind):
     """Every kind of request, on difficult text: no context, BOS in the text, characters of several tokens, too many tokens."""
     hf, f32, _ = models[kind]
     model, tokenizer = load(hf, "cpu", "float32")
@@ -74,8 +75,8 @@ def test_the_server_gives_pytorchs_numbers(models, kind):
     with open_lm(hf, (model, tokenizer), argparse.Namespace(max_length=2048, batch_size=2)) as wanted:
         scores, totals, generated = answers(wanted)
         measured = {name: measure(wanted, name, task, None) for name, task in tasks.items()}
-    with serve(f32, 2, 2048, 1, *EXACT) as server:
-        lm = ServerLM(server, 2048)
+    with scorer(f32, 2049, 1, exact=True) as loaded:
+        lm = GgufLM(f32, loaded, 2048, 2, 1, *EXACT)
         got = answers(lm)
         again = {name: measure(lm, name, task, None) for name, task in tasks.items()}
         assert (lm.prefix_token_id, lm.eot_token_id) == (wanted.prefix_token_id, wanted.eot_token_id)
@@ -96,8 +97,8 @@ def test_what_is_greedy(models):
     model, tokenizer = load(hf, "cpu", "float32")
     prompt = tokenizer.encode("def read(self")
     answer = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False)[0, len(prompt) :].tolist()
-    with serve(f32, 1, 128, 1, *EXACT) as server:
-        lm = ServerLM(server, 128)
+    with scorer(f32, 129, 1, exact=True) as loaded:
+        lm = GgufLM(f32, loaded, 128, 1, 1)
         requests = [(None, prompt, a) for a in (answer, answer[:-1] + [answer[-1] ^ 1])]
         assert [greedy for _, greedy in lm._loglikelihood_tokens(requests, disable_tqdm=True)] == [True, False]
 
@@ -124,7 +125,8 @@ def test_tasks_side_by_side(models, tmp_path, capsys, monkeypatch):
             assert abs(x["acc"] - y["acc"]) <= sum(gap < 2 * worst for gap in gaps) / DOCUMENTS[name]
     assert [c["documents"] for c in report["compared"]] == [38, 38]
     assert all(c["same_choice"] > 0.9 and "tokens" not in c for c in report["compared"])
-    means = (f"{20 * sum(t['acc'] for t in m['tasks'].values()):.2f} %" for m in report["models"])
+    means = (f"{20 * sum(t['acc'] for t in m['tasks'].values()):.2f} % ± "
+             f"{20 * math.hypot(*(t['acc_stderr'] for t in m['tasks'].values())):.2f}" for m in report["models"])  # fmt: skip
     assert re.search(rf"^mean of 5 +acc +{' +'.join(means)}$", out, re.M)
     assert re.search(r"^winogrande +10 +acc ", out, re.M) and "against spm: the same choice in " in out
 
@@ -146,13 +148,13 @@ def test_accuracy_is_that_of_the_likeliest_choice(models, tmp_path):
         assert task["acc"] == pytest.approx(sum(hits) / len(hits))
 
 
-def test_few_documents_and_many_slots(models, tmp_path):
-    args = [models["spm"][1], *DATA_ARGS, "--limit", 3]
-    reports = [report_of(tmp_path / f"{n}.json", *args, "--batch-size", n)[1] for n in (1, 6)]
-    few, many = (r["models"][0]["tasks"] for r in reports)
+def test_few_documents(models, tmp_path):
+    """Their choices score as among all documents."""
+    args = [models["spm"][1], *DATA_ARGS]
+    few, many = (report_of(tmp_path / f"{n}.json", *args, "--limit", n)[1]["models"][0]["tasks"] for n in (3, 100))
     for name in PAPER:
-        assert few[name]["documents"] == 3
-        flat = [sum(r[name]["choices"], []) for r in (few, many)]
+        assert (few[name]["documents"], many[name]["documents"]) == (3, DOCUMENTS[name])
+        flat = [sum(task[name]["choices"][:3], []) for task in (few, many)]
         assert flat[0] == pytest.approx(flat[1], abs=2e-3)  # measured: 4e-4, from sums in another order
 
 
@@ -172,9 +174,36 @@ def test_different_tokens_are_reported(models, tmp_path, capsys):
     assert re.fullmatch(r"4 of 4 requests, such as '.*'; the text has \d+ and \d+ tokens, which differ from number 0 on",
                         report["compared"][0]["tokens"])  # fmt: skip
     out, err = capsys.readouterr()
+    one, other = models["spm"][1], models["bpe"][1]
+    before = err[: err.index(f"sherry-gguf evaluate: {one}: ")]  # any measuring
+    for what in "the text", "4 of 4 samples of the tasks, such as '.*',":
+        words = rf"DIFFERENT TOKENS: {other} splits {what} otherwise than {one}: \d+ tokens, not \d+; from number 1 on \[.*\], not \[1, "
+        assert re.search(words, before)
+    assert re.search(rf"the text: \d\.\d\d bytes a token by {one}\n", before) and "alike" not in err
     first, second = (m["text"] for m in report["models"])
     assert report["compared"][0]["text"] == pytest.approx(second["nats_per_byte"] / first["nats_per_byte"] - 1)
     assert re.search(r"loss on the text \S+ % per byte; DIFFERENT TOKENS", out) and "times as many tokens" not in err
+
+
+def test_different_answers_are_listed(models, tmp_path, capsys):
+    """In the report, all of them with both models' scores; on the terminal, the first few."""
+    code, report = report_of(tmp_path / "r.json", models["spm"][0], models["bpe"][0], *DATA_ARGS)
+    compared, tasks = report["compared"][0], [m["tasks"] for m in report["models"]]
+    wanted = []
+    for name in PAPER:
+        for n, scores in enumerate(zip(*(t[name]["choices"] for t in tasks), strict=True)):
+            chosen = [s.index(max(s)) for s in scores]
+            if chosen[0] != chosen[1]:
+                wanted.append({"task": name, "document": n, "choices": chosen, "scores": list(scores)})
+    assert code == 0 and compared["differing"] == wanted and len(wanted) > 5
+    assert compared["same_choice"] == pytest.approx(1 - len(wanted) / compared["documents"])
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index(f"different answers: {len(wanted)}, of which the first 5")
+    assert lines[at + 1].split() == ["task", "document", "spm", "bpe"] and len(lines) == at + 2 + 5
+    for line, d in zip(lines[at + 2 :], wanted):
+        (x, y), (ours, theirs) = d["scores"], d["choices"]
+        shown = f"{ours}: {x[ours]:.3f} > {x[theirs]:.3f} {theirs}: {y[theirs]:.3f} > {y[ours]:.3f}"
+        assert line.split() == [d["task"], str(d["document"]), *shown.split()]
 
 
 # ---- failures ----
@@ -225,13 +254,13 @@ def broken(path, source, how):
                                         ("cut", "data is not within the file bounds")])  # fmt: skip
 @pytest.mark.parametrize("what", ["tasks", "text"])
 def test_a_broken_gguf(models, tmp_path, capsys, how, words, what):
-    """The server's own message is shown, and the other model is still measured."""
+    """llama.cpp's own message is shown, and the other model is still measured."""
     gguf = broken(tmp_path / "broken.gguf", models["spm"][2], how)
     more = {"text": ["--text", TEXT, "--chunks", 2], "tasks": [*DATA_ARGS, "--tasks", "arc_easy", "--limit", 1]}
     code, report = report_of(tmp_path / "r.json", gguf, models["spm"][2], *more[what])
     err = capsys.readouterr().err
     assert code == 1 and "Traceback" not in err
-    assert re.search(rf"^sherry-gguf evaluate: {gguf}: llama-server cannot run it: .*{words}.*\(exit code 1\)$", err, re.M)
+    assert re.search(rf"^sherry-gguf evaluate: {gguf}: llama.cpp refuses the vocabulary: .*{words}", err, re.M)
     assert "error" in report["models"][0] and "error" not in report["models"][1]
     assert report["models"][1]["tasks"] or report["models"][1]["text"]
 
@@ -262,11 +291,11 @@ def test_latent_weights_are_reported(models, tmp_path, capsys):
 def test_llama_cpp_is_not_built(models, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("SHERRY_BUILD_DIR", str(tmp_path))
     assert run(models["spm"][2], *DATA_ARGS, "--limit", 1) == 1
-    assert f"{tmp_path}/bin/llama-server is not there: run scripts/build_llama_cpp.py" in capsys.readouterr().err
+    assert f"{tmp_path}/lib/libllama.so is not there: run scripts/build_llama_cpp.py" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_an_interruption_leaves_no_server(models, tmp_path, number, code):
+def test_an_interruption_leaves_no_process(models, tmp_path, number, code):
     """Even if the script is killed in the middle of a task."""
     documents = our_documents()["piqa"]
     rows = (d | {"goal": f"{i} {d['goal']}"} for i in range(400) for d in documents)
@@ -280,16 +309,16 @@ def test_an_interruption_leaves_no_server(models, tmp_path, number, code):
     while b"Running loglikelihood" not in err:
         err += (part := os.read(process.stderr.fileno(), 1 << 16))
         assert part, err.decode()
-    (server,) = children(process.pid)
+    (scorer,) = children(process.pid)
     process.send_signal(number)
     rest = process.communicate(timeout=30)[1].decode()
     assert process.returncode == code and "Traceback" not in rest
     assert number == signal.SIGKILL or rest.endswith("evaluate.py: interrupted\n")
     gone = (None, "Z") if number == signal.SIGKILL else (None,)  # killed, the script cannot reap it
     until = time.monotonic() + 10
-    while state(server) not in gone and time.monotonic() < until:
+    while state(scorer) not in gone and time.monotonic() < until:
         time.sleep(0.05)
-    assert state(server) in gone
+    assert state(scorer) in gone
 
 
 def test_help_and_wrong_arguments_come_at_once():

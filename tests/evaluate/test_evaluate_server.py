@@ -7,27 +7,16 @@ import pytest
 from evaluation_support import state
 
 from sherry_gguf.errors import Stop
-from sherry_gguf.evaluation.models import ServerLM
-from sherry_gguf.evaluation.tools import FLOOR, Server, Tool, serve
+from sherry_gguf.evaluation.models import in_slots
+from sherry_gguf.evaluation.tools import Tool, serve
 
 pytest_plugins = "evaluation_fixtures"
-
-
-def test_probabilities_outside_a_floats_range():
-    """llama-server's answers for a probability of 0 and for NaN."""
-    server = Server.__new__(Server)
-    for logprob in -3.4028234663852886e38, -103.9:
-        server.ask = lambda *_, value=logprob, **__: {"completion_probabilities": [{"logprob": value, "top_logprobs": [{"id": 5}]}]}
-        assert server.score(0, [1], 5) == (max(logprob, FLOOR), True)
-    server.ask = lambda *_, **__: {"completion_probabilities": [{"logprob": None, "top_logprobs": [{"id": 5}]}]}
-    with pytest.raises(Stop, match="not numbers"):
-        server.score(0, [1], 5)
 
 
 def test_the_server_is_gone_after_its_block(models):
     with serve(models["spm"][2], 1, 64, 1) as server:
         process = server.tool.process
-        assert process.poll() is None and server.tokenize("a", special=True)[0] == 1
+        assert process.poll() is None and server.ask("POST", "/tokenize", content="a")["tokens"]
         assert os.getpgid(process.pid) == process.pid != os.getpgid(0)
     assert process.returncode is not None and state(process.pid) is None
     with pytest.raises(RuntimeError), serve(models["spm"][2], 1, 64, 1) as server:
@@ -37,17 +26,16 @@ def test_the_server_is_gone_after_its_block(models):
 
 def test_a_closed_connection_is_reopened(models):
     with serve(models["spm"][2], 1, 64, 1) as server:
-        before = server.tokenize("a b c", special=True)
+        before = server.ask("POST", "/tokenize", content="a b c")
         server._http[None].sock.shutdown(2)
-        assert server.tokenize("a b c", special=True) == before
+        assert server.ask("POST", "/tokenize", content="a b c") == before
 
 
 def test_a_dead_server_is_reported(models):
     with serve(models["spm"][2], 2, 64, 1) as server:
         server.tool.process.kill()
-        lm = ServerLM(server, 64)
         with pytest.raises(Stop, match=r"llama-server does not answer \(\w+\): .*\(signal 9\)"):
-            lm._loglikelihood_tokens([(None, [1, 2], [3, 4])] * 5, disable_tqdm=True)
+            in_slots(server, 5, lambda slot, i: server.ask("POST", "/completion", prompt=[1, 2], id_slot=slot), "", quiet=True)
 
 
 @pytest.mark.parametrize(
@@ -69,5 +57,5 @@ def test_a_tools_error_message(printed, words):
 def test_a_refused_request_is_reported(models):
     with serve(models["spm"][2], 1, 64, 1) as server:
         with pytest.raises(Stop, match="llama-server refuses a request: .*exceed"):
-            server.score(0, [5] * 300, 7)
-        assert server.score(0, [5] * 3, 7)[0] < 0  # it still works
+            server.ask("POST", "/completion", prompt=[5] * 300, n_predict=1)
+        assert server.ask("POST", "/completion", prompt=[5] * 3, n_predict=1)["tokens_predicted"] == 1  # it still works

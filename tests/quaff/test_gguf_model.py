@@ -15,7 +15,7 @@ from conftest import sherry
 from sherry_gguf import gguf_type
 from sherry_gguf.convert import tokenizer_check
 from sherry_gguf.errors import ConvertError
-from sherry_gguf.evaluation.tools import BIAS, serve
+from sherry_gguf.evaluation.scoring import scorer
 from sherry_gguf.gguf_file import read_gguf
 from sherry_gguf.packed import PackedLinear, gguf_tokenizer
 from sherry_gguf.quaff import calibrate, gguf_config, load_gguf, quantize_for_finetuning
@@ -123,15 +123,12 @@ def test_llama_cpp_computes_the_same(zoo, name):
     model, _ = load_gguf(path)
     ids = some_ids(6)
     ours = logits(model, ids)[:, -1].log_softmax(-1).double()
-    with serve(path, 1, 64, 1) as server:
-        letter = [[server.tokenize("a", special=False)[-1], BIAS]]  # no report on a token that ends within a character
+    with scorer(path, 64, 1) as loaded:
         for prompt, mine in zip(ids.tolist(), ours):
-            answer = server.ask("POST", "/completion", prompt=prompt, n_predict=1, n_probs=server.vocabulary, logit_bias=letter,
-                                samplers=["top_k"], top_k=1)  # fmt: skip
-            theirs = torch.full_like(mine, -40)
-            for entry in answer["completion_probabilities"][0]["top_logprobs"]:
-                theirs[entry["id"]] = entry["logprob"]
+            scores = loaded.score([([*prompt, token], 1) for token in range(loaded.vocabulary)])
+            theirs = torch.tensor([logprob for logprob, _ in scores], dtype=torch.float64)
             assert (theirs.exp() * (theirs - mine)).sum() < 1e-4 and theirs.argmax() == mine.argmax()
+            assert [token for token, (_, greedy) in enumerate(scores) if greedy] == [theirs.argmax()]
 
 
 @pytest.mark.parametrize(

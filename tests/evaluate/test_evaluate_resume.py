@@ -1,0 +1,170 @@
+"""A report's results are used again by the same command, and only with the same files and arguments."""
+
+import json
+import os
+import shutil
+
+import pytest
+import small_models
+from evaluation_support import DATA, DATA_ARGS, DOCUMENTS, F32_NATS, TEXT, report_of, run
+
+from sherry_gguf import signals
+from sherry_gguf.evaluation import resume, tasks, text
+
+pytest_plugins = "evaluation_fixtures"
+pytestmark = pytest.mark.usefixtures("offline")
+
+TASKS = ["--tasks", "piqa,arc_easy"]
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """What is measured, as it happens: (kind of model, task or "text")."""
+    found = []
+
+    def watch(module, name, what):
+        original = getattr(module, name)
+
+        def called(*args):
+            found.append(what(*args))
+            return original(*args)
+
+        monkeypatch.setattr(module, name, called)
+
+    watch(tasks, "measure", lambda lm, name, *_: (type(lm).__name__, name))
+    watch(text, "torch_text", lambda *_: ("TorchLM", "text"))
+    watch(text, "gguf_text", lambda *_: ("GgufLM", "text"))
+    return found
+
+
+def again(measured):
+    """What was measured since the last call."""
+    found = list(measured)
+    measured.clear()
+    return found
+
+
+@pytest.fixture
+def command(models, tmp_path):
+    """Arguments on copies of a checkpoint and a GGUF: (hf, gguf, the arguments)."""
+    shutil.copytree(models["spm"][0], tmp_path / "hf")
+    shutil.copy(models["spm"][1], tmp_path / "m.gguf")
+    return tmp_path / "hf", tmp_path / "m.gguf", [tmp_path / "hf", tmp_path / "m.gguf", *DATA_ARGS, *TASKS, "--limit", 4]
+
+
+def test_results_are_used_again(command, tmp_path, measured, capsys):
+    report, (*_, args) = tmp_path / "r.json", command
+    args = [*args, "--text", TEXT, "--chunks", 2, "--context", 64]
+    code, first = report_of(report, *args)
+    assert code == 0 and len(again(measured)) == 6
+    out, err = capsys.readouterr()
+    assert "earlier run" not in err and "2 models split it alike" in err
+    code, second = report_of(report, *args)
+    assert code == 0 and again(measured) == [] and second == first
+    shown = capsys.readouterr()
+    assert shown.out == out and f"{report}: 6 results of an earlier run, with the same files and arguments; delete it" in shown.err
+    # what only changes the speed, or another order
+    code, third = report_of(report, *args, "--batch-size", 2, "--tasks", "arc_easy,piqa")
+    assert code == 0 and again(measured) == [] and list(third["models"][0]["tasks"]) == ["arc_easy", "piqa"]
+    report.unlink()
+    assert report_of(report, *args)[0] == 0 and len(again(measured)) == 6
+
+
+def test_what_has_changed_is_measured_again(command, models, tmp_path, measured):
+    report, (hf, gguf, args) = tmp_path / "r.json", command
+    torch, llama = ([(kind, name) for name in ("piqa", "arc_easy")] for kind in ("TorchLM", "GgufLM"))
+
+    def measures(*more):
+        assert report_of(report, *more)[0] == 0
+        return again(measured)
+
+    assert measures(*args) == torch + llama
+    for flags in ["--limit", 3], ["--num-fewshot", 1], ["--max-length", 100]:
+        assert measures(*args, *flags) == torch + llama and measures(*args, *flags) == []
+    assert measures(*args) == torch + llama
+    assert measures(*args, "--dtype", "bfloat16")[:2] == torch
+    assert measures(*args)[:2] == torch
+    os.utime(gguf, (1, 1))
+    assert measures(*args) == llama
+    small_models.edit_config(hf, rms_norm_eps=1e-3)
+    assert measures(*args) == torch
+    data = tmp_path / "data"
+    shutil.copytree(DATA, data)
+    path = next(data.glob("piqa.*"))
+    assert measures(*args, "--data", data) == []  # the same documents
+    path.write_text(path.read_text().replace('"label": 0', '"label": 1', 1))
+    assert measures(*args, "--data", data) == [("TorchLM", "piqa"), ("GgufLM", "piqa")]
+    assert measures(models["spm"][2], *args, "--data", data) == llama  # a further model
+
+
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("end", [signals.Interrupted(2), RuntimeError("broken")])
+def test_an_interrupted_task_continues(models, tmp_path, monkeypatch, capsys, which, end):
+    """The answers so far are kept, whether a run is interrupted or fails, and are used once."""
+    args = [models["spm"][which], *DATA_ARGS, *TASKS]
+    wanted = report_of(tmp_path / "whole.json", *args)[1]["models"][0]["tasks"]
+    report, add, added = tmp_path / "r.json", resume.Answers.add, []
+
+    def count(self, request, answer, most=30):
+        if len(added) == most:
+            raise end
+        added.append(request)
+        add(self, request, answer)
+
+    monkeypatch.setattr(resume.Answers, "add", count)
+    assert run(*args, "--output", report) == (130 if isinstance(end, signals.Interrupted) else 1)
+    answers = tmp_path / "r.json.answers"
+    assert len(answers.read_text().splitlines()) == 1 + 30 - 2 * DOCUMENTS["piqa"]
+    answers.write_text(answers.read_text() + '["cut o')
+    monkeypatch.setattr(resume.Answers, "add", lambda *args: count(*args, most=1000))
+    capsys.readouterr()
+    code, found = report_of(report, *args)
+    err = capsys.readouterr().err
+    assert code == 0 and "1 result of an earlier run" in err and ": arc_easy, 10 requests of an earlier run\n" in err
+    assert len(added) == len(set(added)) == 2 * DOCUMENTS["piqa"] + 4 * DOCUMENTS["arc_easy"] and not answers.exists()
+    for name, task in found["models"][0]["tasks"].items():
+        assert sum(task["choices"], []) == pytest.approx(sum(wanted[name]["choices"], []), abs=F32_NATS)
+        assert task["tokens"] == wanted[name]["tokens"] and task["key"] == wanted[name]["key"]
+
+
+@pytest.mark.parametrize("content", ["", "no JSON", "[]", '{"models": [{"model": 1}]}', '{"models": [{"model": "m", "tasks": {"a": {}}}]}'])
+def test_another_file_is_replaced(models, tmp_path, content):
+    (tmp_path / "r.json").write_text(content)
+    code, report = report_of(tmp_path / "r.json", models["spm"][1], *DATA_ARGS, "--tasks", "piqa", "--limit", 1)
+    assert code == 0 and report["models"][0]["tasks"]["piqa"]["documents"] == 1
+    assert os.listdir(tmp_path) == ["r.json"]
+
+
+def test_answers_of_another_task_are_dropped(tmp_path):
+    report = tmp_path / "r.json"
+    answers = resume.Answers(report, "one")
+    answers.add(("a", "b"), (-1.5, True))
+    answers.close(done=False)
+    same = resume.Answers(report, "one")
+    assert same.get(("a", "b")) == (-1.5, True) and same.get(("a", "c")) is None and same.get(None) is None and len(same) == 1
+    same.close(done=False)
+    assert len(resume.Answers(report, "two")) == 0
+    nowhere = resume.Answers(None, "one")
+    nowhere.add(("a", "b"), (-1.5, True))
+    nowhere.close(done=True)
+    assert len(nowhere) == 0 and os.listdir(tmp_path) == ["r.json.answers"]
+
+
+def test_all_files_of_a_split_count(tmp_path):
+    for name in "m-00001-of-00002.gguf", "m-00002-of-00002.gguf", "m-00001-of-00003.gguf", "other.gguf":
+        (tmp_path / name).write_text(name)
+    first = tmp_path / "m-00001-of-00002.gguf"
+    before = resume.identity(first)
+    assert [name for name, *_ in before[0]] == ["m-00001-of-00002.gguf", "m-00002-of-00002.gguf"]
+    os.utime(tmp_path / "other.gguf", (1, 1))
+    assert resume.identity(first) == before
+    os.utime(tmp_path / "m-00002-of-00002.gguf", (1, 1))
+    assert resume.identity(first) != before
+
+
+def test_a_report_in_the_checkpoint_does_not_change_it(models, tmp_path, measured):
+    shutil.copytree(models["spm"][0], tmp_path / "hf")
+    for wanted in 1, 0:
+        code, report = report_of(tmp_path / "hf" / "r.json", tmp_path / "hf", *DATA_ARGS, "--tasks", "piqa", "--limit", 2)
+        assert code == 0 and len(again(measured)) == wanted
+    assert json.loads((tmp_path / "hf" / "r.json").read_text()) == report
