@@ -13,6 +13,7 @@ is a little worse than the original, the same for every method.
 import argparse
 import json
 import lzma
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,11 @@ def check(data: Path) -> None:
         raise Stop("\n".join([f"--data {data} lacks", *missing, "and, for tasks, the files in examples/tasks/README.md"]))
 
 
+def slug(label: str) -> str:
+    """A label as part of a file's name: llama-bench takes a comma for the end of one."""
+    return re.sub("[^A-Za-z0-9_]+", "-", label)
+
+
 def prepare(model: Model, a: argparse.Namespace) -> dict[str, Path]:
     """All files of a model by label, made unless they are there. Raises Stop, NotBuilt."""
     folder = a.work / model.name
@@ -73,7 +79,7 @@ def prepare(model: Model, a: argparse.Namespace) -> dict[str, Path]:
         call(llama_cpp.tool("llama-imatrix"), "-m", files["F16"], "-f", text, "-o", part, "-c", 512, "-t", a.threads)
         part.rename(matrix)
     for label, (kind, weighed) in RUNS.items():
-        target = folder / f"{label.replace(', ', '-')}.gguf"
+        target = folder / f"{slug(label)}.gguf"
         if not target.exists():
             print(f"{model.name}: {label}", flush=True)
             part = folder / "part.gguf"
@@ -84,7 +90,7 @@ def prepare(model: Model, a: argparse.Namespace) -> dict[str, Path]:
             files[label] = target
     for named in a.calibrated:
         label, _, directory = named.partition("=")
-        source, target = Path(directory), folder / f"calibrated-{label}.gguf"
+        source, target = Path(directory), folder / f"calibrated-{slug(label)}.gguf"
         if not (source / "config.json").is_file():
             raise Stop(f"--calibrated {named}: {directory} is no Hugging Face directory")
         if not target.exists():
