@@ -31,6 +31,16 @@ class HelpWithDefaults(Help, argparse.ArgumentDefaultsHelpFormatter):
         return super()._expand_help(action).replace(f"{REPO}{os.sep}", "")
 
 
+def positive(text: str) -> int:
+    """An argument's type for argparse: 1 or more."""
+    if (value := int(text)) < 1:
+        raise ValueError
+    return value
+
+
+positive.__name__ = "positive number"  # argparse: "invalid positive number value"
+
+
 def call(*command: object, **kwargs) -> str:
     """Run a command and return its output, stdout and stderr together; `kwargs` go to `subprocess.run`.
 

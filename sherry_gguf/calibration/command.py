@@ -22,7 +22,7 @@ from pathlib import Path
 
 from .. import signals
 from ..errors import Stop
-from ..programs import Help
+from ..programs import Help, positive
 
 
 def main(argv: list[str] | None = None, prog: str = "sherry-gguf calibrate") -> int:
@@ -58,11 +58,11 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         one per row; .gz, .xz) or directories""")  # fmt: skip
     add("--text-column", default="text", metavar="NAME", help="column that holds the text in tables (text)")
     add("--tokenizer", default="", metavar="DIR", help="tokenizer, if it is not the model's")
-    add("--tokens", type=_positive, default=1 << 18, metavar="N", help="tokens of the text to use (262144)")
-    add("--context", type=_positive, default=512, metavar="N", help="tokens of a sequence (512)")
+    add("--tokens", type=positive, default=1 << 18, metavar="N", help="tokens of the text to use (262144)")
+    add("--context", type=positive, default=512, metavar="N", help="tokens of a sequence (512)")
     add = parser.add_argument_group("layers").add_argument
     add("--passes", type=_number, default=2.0, metavar="N", help="how often a layer is trained on each sequence; 0: only --start (2)")
-    add("--batch", type=_positive, default=4, metavar="N", help="sequences in a step (4)")
+    add("--batch", type=positive, default=4, metavar="N", help="sequences in a step (4)")
     add("--rate", type=_number, default=0.02, metavar="X", help="highest learning rate, in mean magnitudes of a matrix (0.02)")
     add("--start", choices=["feedback", "rounding"], default="feedback", help="""weights to start from: quantized with error feedback
         (GPTQ), or as they are (feedback)""")  # fmt: skip
@@ -88,12 +88,6 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     return a
 
 
-def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise ValueError
-    return value
-
-
 def _count(text: str) -> int:
     if (value := int(text)) < 0:
         raise ValueError
@@ -106,4 +100,4 @@ def _number(text: str) -> float:
     return value
 
 
-_positive.__name__, _count.__name__, _number.__name__ = "positive number", "number", "number"  # argparse: "invalid number value"
+_count.__name__ = _number.__name__ = "number"  # argparse: "invalid number value"

@@ -109,20 +109,19 @@ class Calibration:
         for i in range(len(record)):
             self._load(i, modules[i])
             settle(modules[i])
-        if len(record) < len(modules):
-            for i in range(len(record), len(modules)):
-                record.append(self._layer(i, calls[i]))
-                print(_line(record[-1], len(modules)), flush=True)
+        for i in range(len(record), len(modules)):
+            record.append(self._layer(i, calls[i]))
+            write(self.a.work / RECORD, "".join(json.dumps(found) + "\n" for found in record))
+            self.streams.drop(i)  # what the record has not got yet would be needed again
+            print(_line(record[-1], len(modules)), flush=True)
         return record
 
     def _done(self) -> list[dict]:
         """The records of the layers that are complete."""
         path, found = self.a.work / RECORD, []
-        for line in path.read_text().splitlines() if path.exists() else []:
-            try:
-                found.append(json.loads(line))
-            except ValueError:  # cut off
-                break
+        if path.exists():
+            with undamaged(path, f"remove {self.a.work} to start over"):
+                found = [json.loads(line) for line in path.read_text().splitlines()]
         layer = len(found)
         if layer and not self.streams.exist(layer):
             raise Stop(f"{self.a.work} lacks the hidden states before layer {layer}: remove it to start over")
@@ -166,12 +165,8 @@ class Calibration:
         part = self._weights(i).with_suffix(".part")
         safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
         part.rename(self._weights(i))
-        found = {"layer": i, "errors": errors, "seconds": round(time.monotonic() - began, 1)}
-        with (self.a.work / RECORD).open("a") as file:
-            file.write(json.dumps(found) + "\n")
-        self.streams.drop(i)
         settle(module)
-        return found
+        return {"layer": i, "errors": errors, "seconds": round(time.monotonic() - began, 1)}
 
     def _train(self, task: training.Task, seed: int, bar: tqdm) -> dict[str, float]:
         """Quantize a layer; returns its held-out errors by what was done to it."""

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from .. import evaluation, signals
 from ..errors import Stop
-from ..programs import Help
+from ..programs import Help, positive
 
 PAPER = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 
@@ -56,20 +56,20 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add("--data", type=Path, metavar="DIR", help="read the five tasks' data from DIR (see examples/tasks/README.md), download nothing")
     add("--include-path", type=Path, metavar="DIR", help="""lm-eval YAML files that override its own tasks; relative data_files are
         looked up in --data, else in the current directory""")  # fmt: skip
-    add("--limit", type=_positive, metavar="N", help="use only the first N documents of each task")
+    add("--limit", type=positive, metavar="N", help="use only the first N documents of each task")
     add("--num-fewshot", type=int, default=0, metavar="N", help="examples before each question (0)")
-    add("--batch-size", type=_positive, default=4, metavar="N", help="""requests at a time in PyTorch, and in llama-server, which
+    add("--batch-size", type=positive, default=4, metavar="N", help="""requests at a time in PyTorch, and in llama-server, which
         generates a GGUF's text (4)""")  # fmt: skip
-    add("--max-length", type=_positive, default=2048, metavar="N", help="""longest input in tokens, at most the model's training length
+    add("--max-length", type=positive, default=2048, metavar="N", help="""longest input in tokens, at most the model's training length
         (2048)""")  # fmt: skip
     add = parser.add_argument_group("text").add_argument
     add("--text", type=Path, metavar="FILE", help="""measure the loss on this text as llama-perplexity does; run only tasks that --tasks
         names""")  # fmt: skip
-    add("--context", type=_positive, default=256, metavar="N", help="tokens in a chunk of the text (256)")
-    add("--chunks", type=_positive, metavar="N", help="use only the first N chunks of the text")
+    add("--context", type=positive, default=256, metavar="N", help="tokens in a chunk of the text (256)")
+    add("--chunks", type=positive, metavar="N", help="use only the first N chunks of the text")
     add = parser.add_argument_group("machine").add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--threads", type=_positive, default=cores, metavar="N", help=f"CPU threads ({cores})")
+    add("--threads", type=positive, default=cores, metavar="N", help=f"CPU threads ({cores})")
     add("--device", help="where PyTorch runs a directory: cpu, cuda, cuda:1, ... (cuda if available)")
     add("--dtype", choices=["float32", "float16", "bfloat16", "auto"], default="float32",
         help="PyTorch's dtype for a directory; auto: the checkpoint's (float32)")  # fmt: skip
@@ -81,16 +81,6 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     if a.tasks is None:
         a.tasks = [] if a.text else list(PAPER)
     return a
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError
-    return value
-
-
-_positive.__name__ = "positive number"  # argparse: "invalid positive number value"
 
 
 def _names(text: str) -> list[str]:

@@ -107,7 +107,7 @@ def _differing_rows(differing: list[dict], first: str, other: str) -> Iterator[s
     """The first documents with different answers: each model's choice, with its scores of this choice and of the other's."""
     if not differing:
         return
-    yield f"different answers: {len(differing)}" + f", of which the first {SHOWN}" * (len(differing) > SHOWN)
+    yield f"different answers: {len(differing)}" + f"; the first {SHOWN}:" * (len(differing) > SHOWN)
     rows = []
     for d in differing[:SHOWN]:
         ours, theirs = d["choices"]

@@ -198,7 +198,7 @@ def test_different_answers_are_listed(models, tmp_path, capsys):
     assert code == 0 and compared["differing"] == wanted and len(wanted) > 5
     assert compared["same_choice"] == pytest.approx(1 - len(wanted) / compared["documents"])
     lines = capsys.readouterr().out.splitlines()
-    at = lines.index(f"different answers: {len(wanted)}, of which the first 5")
+    at = lines.index(f"different answers: {len(wanted)}; the first 5:")
     assert lines[at + 1].split() == ["task", "document", "spm", "bpe"] and len(lines) == at + 2 + 5
     for line, d in zip(lines[at + 2 :], wanted):
         (x, y), (ours, theirs) = d["scores"], d["choices"]
