@@ -221,7 +221,9 @@ def test_result(model, calibrated, text, tmp_path, capfd):
     assert not list(work.glob(f"full-{0:03}*")) and (work / f"full-{count:03}.states").exists()
 
 
-@pytest.mark.parametrize("point", ["embedding", "a layer's outputs", "training", "a layer's record", "distillation"])
+@pytest.mark.parametrize(
+    "point", ["embedding", "a layer's outputs", "training", "before a layer's record", "after a layer's record", "distillation"]
+)
 def test_a_run_that_was_cut_off_continues(model, calibrated, text, tmp_path, capfd, monkeypatch, point):
     """With the same result, to the last bit."""
     out = tmp_path / "hf"
@@ -247,7 +249,9 @@ def test_a_run_that_was_cut_off_continues(model, calibrated, text, tmp_path, cap
             m.setattr(Streams, "write", cutting(Streams.write, 5))
         elif point == "training":
             m.setattr(training.Task, "train", cutting(training.Task.train, 2))
-        elif point == "a layer's record":
+        elif point == "before a layer's record":
+            m.setattr(running, "write", cutting(running.write, 3))  # the settings, the first layer's, this one
+        elif point == "after a layer's record":
             m.setattr(Streams, "drop", cutting(Streams.drop, 2))
         else:
             m.setattr(distillation, "_save", cutting(distillation._save, 1))
@@ -256,7 +260,7 @@ def test_a_run_that_was_cut_off_continues(model, calibrated, text, tmp_path, cap
     assert not out.exists()
     assert command.main(arguments(model, text, out)) == 0
     said = capfd.readouterr().out
-    if point in ("training", "a layer's record", "distillation"):
+    if point in ("training", "before a layer's record", "after a layer's record", "distillation"):
         assert re.search(r"continuing after \d layers", said)
     for name, p in AutoModelForCausalLM.from_pretrained(calibrated).state_dict().items():
         assert torch.equal(p, AutoModelForCausalLM.from_pretrained(out).state_dict()[name]), name
