@@ -54,10 +54,12 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
                                      usage="%(prog)s MODEL --text PATH ... --output DIR [options]")  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory or name of a trained model")
     add = parser.add_argument_group("text").add_argument
-    add("--text", nargs="+", required=True, metavar="PATH", help="""text to calibrate on: files (one document each; .jsonl, .parquet:
+    add("--text", nargs="+", default=[], metavar="PATH", help="""text to calibrate on: files (one document each; .jsonl, .parquet:
         one per row; .gz, .xz) or directories""")  # fmt: skip
     add("--text-column", default="text", metavar="NAME", help="column that holds the text in tables (text)")
     add("--tokenizer", default="", metavar="DIR", help="tokenizer, if it is not the model's")
+    add("--generated", type=_share, default=0.0, metavar="SHARE", help="""share of the sequences that the model writes itself, in the
+        characters of --text; 1 needs no --text (0)""")  # fmt: skip
     add("--tokens", type=positive, default=1 << 18, metavar="N", help="tokens of the text to use (262144)")
     add("--context", type=positive, default=512, metavar="N", help="tokens of a sequence (512)")
     add = parser.add_argument_group("layers").add_argument
@@ -80,6 +82,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add("--bf16", choices=["auto", "true", "false"], default="auto", help="multiply in bfloat16; auto: where it is faster (auto)")
     add("--seed", type=_count, default=0, metavar="N", help="seed of the order of the sequences (0)")
     a = parser.parse_args(argv)
+    if not a.text and a.generated < 1:
+        parser.error("the following arguments are required: --text (or --generated 1)")
     if a.context < 8:
         parser.error("argument --context: use at least 8 tokens")
     if a.tokens < 2 * a.context:
@@ -100,4 +104,11 @@ def _number(text: str) -> float:
     return value
 
 
+def _share(text: str) -> float:
+    if not 0 <= (value := float(text)) <= 1:
+        raise ValueError
+    return value
+
+
+_share.__name__ = "share from 0 to 1"
 _count.__name__ = _number.__name__ = "number"  # argparse: "invalid number value"

@@ -10,30 +10,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 import transformers
 from tqdm import tqdm
 
 from sherry_gguf.errors import Stop
-from sherry_gguf.qat.data import pack
 from sherry_gguf.qat.hf_export import export
 from sherry_gguf.qat.linear import AUTO, QuantConfig, full_precision, prepare, quantized_layers
 from sherry_gguf.qat.trainer import bf16_is_faster
-from sherry_gguf.training import texts
 from sherry_gguf.training.files import differences, locked, undamaged, write
 from sherry_gguf.training.models import check_fit, load_tokenizer, repair_generation_config, stop_at_errors
 from sherry_gguf.training.run import check_target
 
 from . import distillation, layers, streams, training
+from .sequences import Source
 from .streams import Streams
 
 SETTINGS, RECORD, DISTILLED = "settings.json", "layers.jsonl", "distilled.pt"  # in --work
 REPORT = "calibration.json"  # in --output
 HELD_OUT = 1 / 16  # of the sequences, at least one: to show what training does, which never sees them
 MOST_HELD_OUT = 64  # of the sequences for distillation
-PART = 1 << 14  # characters of a document that are taken at a time
 FREE = "output", "work", "device"  # arguments that may change when a run is continued
 
 
@@ -54,7 +51,8 @@ class Calibration:
         self.device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.bf16 = a.bf16 == "true" or (a.bf16 == "auto" and (self.device.type != "cpu" or bf16_is_faster()))
         self.model, self.tokenizer = load(a)
-        self.ids, bytes_per_token = tokens(a, self.tokenizer, a.tokens)
+        self.source = Source(a, self.tokenizer, self._generator)
+        self.ids = self.source.take(a.tokens // a.context)
         self.held_out = max(1, round(HELD_OUT * len(self.ids)))  # the last ones
         config = self.model.config.get_text_config()
         self.streams = Streams(a.work, len(self.ids), a.context, config.hidden_size)
@@ -65,7 +63,7 @@ class Calibration:
             raise Stop(f"--keep {a.keep!r}: {e}" if isinstance(e, re.error) else str(e)) from e
         self.model.eval().requires_grad_(False)
         print(f"text: {self.ids.numel()} tokens in sequences of {a.context}, {self.held_out} of {len(self.ids)} held out; "
-              f"{bytes_per_token:.2f} bytes a token", flush=True)  # fmt: skip
+              f"{self.source}", flush=True)  # fmt: skip
         print(f"calibrating: {self.model.num_parameters() / 1e6:.1f} M parameters, {len(self.names)} matrices in "
               f"{len(layers.find(self.model))} layers, {'bfloat16' if self.bf16 else 'float32'} products on {self.device}",
               flush=True)  # fmt: skip
@@ -193,7 +191,7 @@ class Calibration:
     def distil(self) -> dict:
         """Train the whole model; returns the divergences on held-out text, before and after."""
         a, modules = self.a, layers.find(self.model)
-        ids, _ = tokens(a, self.tokenizer, a.steps * a.batch * a.context, self.ids)
+        ids = self.source.take(a.steps * a.batch, self.ids)
         held_out = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(ids))))  # the first ones
         states = self._teach(ids)
         self.model.float()
@@ -223,6 +221,11 @@ class Calibration:
         print(f"distilled: {a.steps} steps, KL divergence from full precision {before:.4f} before, {after:.4f} nats a token after "
               "(held out)", flush=True)  # fmt: skip
         return {"tokens": ids[held_out:].numel(), "vocabulary": len(used), "before": before, "after": after}
+
+    def _generator(self) -> Any:
+        """The full-precision model, as it computes fastest."""
+        model, _ = load(self.a)
+        return model.to(self.device, torch.bfloat16 if self.bf16 else torch.float32).eval()
 
     @torch.no_grad()
     def _teach(self, ids: torch.Tensor) -> torch.Tensor:
@@ -275,31 +278,3 @@ def load(a: argparse.Namespace) -> tuple[Any, Any]:
     repair_generation_config(model)
     check_fit(model, tokenizer, name, a.context, 512)
     return model, tokenizer
-
-
-def tokens(a: argparse.Namespace, tokenizer: Any, wanted: int, used: torch.Tensor | None = None) -> tuple[torch.Tensor, float]:
-    """Tokens from all over the text: int64 (sequences, context), each with BOS first, and the text's bytes a token. Raises Stop.
-
-    wanted: tokens, at most. used: sequences that an earlier call returned; others are taken, if the text has half as many as wanted.
-    """
-    documents = texts.read(a.text, texts.Column(a.text_column))[a.text_column]
-    sequences, taken = wanted // a.context, {row.numpy().tobytes() for row in used} if used is not None else set()
-    share = -(-(len(taken) + sequences) * a.context // len(documents)) + a.context  # of each document, so that all of them are heard
-    random, found, size, count = np.random.default_rng(a.seed), [], 0, 0
-    for text in documents:
-        own = 0
-        for part in random.permutation(-(-len(text) // PART)):
-            piece = text[part * PART : (part + 1) * PART]
-            ids = tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
-            size, own = size + len(piece.encode("utf-8", "surrogatepass")), own + len(ids)
-            found.append(pack(np.array(ids, np.int64), a.context, tokenizer.bos_token_id))
-            if own > share:
-                break
-        count += own
-    blocks = np.concatenate(found)
-    if len(blocks) < 2:
-        raise Stop(f"the text has {count} tokens, less than two sequences of {a.context}: give more, or a smaller --context")
-    new = [row for row in blocks if row.tobytes() not in taken]
-    pool = new if len(new) >= max(2, sequences // 2) else list(blocks)
-    chosen = random.permutation(len(pool))[: max(2, sequences)]
-    return torch.from_numpy(np.stack([pool[i] for i in chosen])), size / count

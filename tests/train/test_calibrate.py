@@ -9,7 +9,7 @@ import torch
 from conftest import sherry
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from sherry_gguf.calibration import command, distillation, feedback, layers, training
+from sherry_gguf.calibration import command, distillation, feedback, layers, sequences, training
 from sherry_gguf.calibration import run as running
 from sherry_gguf.calibration.streams import Streams
 from sherry_gguf.errors import Stop
@@ -329,15 +329,15 @@ def test_too_little_text(model, tmp_path, capfd):
     assert re.search(r"the text has \d+ tokens, less than two sequences of 32", capfd.readouterr().err)
 
 
-def test_tokens(model, text):
+def test_text_for_layers_and_distillation(model, text):
     a = command.parse(arguments(model, text, "out"), "calibrate")
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    ids, density = running.tokens(a, tokenizer, 24 * CONTEXT)
-    assert ids.shape == (24, CONTEXT) and (ids[:, 0] == tokenizer.bos_token_id).all() and 1 < density < 9
-    assert torch.equal(ids, running.tokens(a, tokenizer, 24 * CONTEXT)[0])
-    more, _ = running.tokens(a, tokenizer, 40 * CONTEXT, ids)
+    source = sequences.Source(a, AutoTokenizer.from_pretrained(model), None)
+    ids = source.take(24)
+    assert ids.shape == (24, CONTEXT) and (ids[:, 0] == source.tokenizer.bos_token_id).all() and 1 < source.bytes_per_token < 9
+    assert torch.equal(ids, source.take(24))
+    more = source.take(40, ids)
     assert more.shape == (40, CONTEXT) and not {tuple(row) for row in more.tolist()} & {tuple(row) for row in ids.tolist()}
-    everything, _ = running.tokens(a, tokenizer, 1 << 30)
-    assert len(running.tokens(a, tokenizer, 1 << 30, everything)[0]) == len(everything)  # none are left, so the same again
+    everything = source.take(1 << 20)
+    assert len(source.take(1 << 20, everything)) == len(everything)  # none are left, so the same again
     a.seed = 1
-    assert not torch.equal(ids, running.tokens(a, tokenizer, 24 * CONTEXT)[0])
+    assert not torch.equal(ids, source.take(24))

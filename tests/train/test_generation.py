@@ -1,0 +1,123 @@
+"""Text that the model writes itself, for `sherry-gguf calibrate --generated`."""
+
+import json
+
+import numpy as np
+import pytest
+import small_models
+import torch
+from test_calibrate import CONTEXT, KINDS, arguments, tiny
+from transformers import AutoTokenizer
+
+from sherry_gguf.calibration import command, generation, layers, sequences
+from sherry_gguf.calibration import run as running
+
+pytest_plugins = "training_runs"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return small_models.make(tmp_path_factory.mktemp("model") / "llama", "llama", latent=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_token_by_token_the_model_computes_what_it_computes_at_once(kind):
+    """Cache, positions, windows and our attention: the same hidden states as over the whole sequences."""
+    model = tiny(kind, **KINDS[kind])
+    before, seen = model.config._attn_implementation, []
+    hook = layers.body(model).register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
+    ids = generation.generate(model, torch.arange(320), 1, 3, CONTEXT, 0, lambda: None)
+    hook.remove()
+    assert model.config._attn_implementation == before
+    assert ids.shape == (3, CONTEXT) and ids.dtype == torch.int64 and (ids[:, 0] == 1).all()
+    with torch.no_grad():
+        wanted = layers.body(model)(input_ids=ids).last_hidden_state[:, :-1]
+    torch.testing.assert_close(torch.cat(seen, 1), wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_neox"])
+def test_tokens_are_drawn_from_the_models_probabilities(kind):
+    """Of 700 tokens, so that the last group is not full; 8192 draws of the second token after a fixed first one."""
+    model = tiny(kind, **KINDS[kind], vocab_size=800)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.div_(model(input_ids=torch.tensor([[1]])).logits.std())  # probabilities that differ
+    allowed = torch.cat([torch.arange(0, 300), torch.arange(400, 800)])
+    ids = generation.generate(model, allowed, 1, 8192, 2, 0, lambda: None)[:, 1]
+    with torch.no_grad():
+        p = model(input_ids=torch.tensor([[1]])).logits[0, 0, allowed].softmax(-1)
+    found = torch.bincount(ids, minlength=800)
+    assert found[300:400].sum() == 0
+    expected = 8192 * p.double()
+    chi2 = ((found[allowed] - expected).square() / expected).sum()
+    assert p.max() > 8 * p.min()
+    assert abs(chi2 - 699) < 5 * (2 * 699) ** 0.5  # its mean and deviation over fair draws
+    uniform = ((found[allowed] - 8192 / 700) ** 2 / (8192 / 700)).sum()
+    assert uniform > 2 * 699
+
+
+def test_another_seed_gives_other_text():
+    model = tiny("llama")
+    a, b, c = (generation.generate(model, torch.arange(320), 1, 2, 8, seed, lambda: None) for seed in (0, 0, 1))
+    assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_without_a_first_token():
+    ids = generation.generate(tiny("llama"), torch.arange(7, 320), None, 64, 3, 0, lambda: None)
+    assert ids.min() >= 7 and len(ids[:, 0].unique()) > 32
+
+
+def test_characters_of_the_text(model):
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    every = generation.candidates(tokenizer, set(), 1 << 30)
+    assert not set(tokenizer.all_special_ids) & set(every.tolist()) and len(every) > 100
+    some = generation.candidates(tokenizer, set("abc"), 1 << 30).tolist()
+    assert tokenizer.encode("cab", add_special_tokens=False)[-1] in some
+    assert 0 < len(some) < len(every) and all(set(tokenizer.decode([i])) <= set("abc \n") for i in some)
+    assert generation.candidates(tokenizer, set(), 50).max() == 49
+
+
+def test_memory_for_keys_and_values():
+    config = tiny("llama").config
+    assert generation.batch_size(config, 32) == generation.MOST
+    config.num_hidden_layers, config.num_key_value_heads, config.head_dim = 32, 8, 128
+    assert generation.batch_size(config, 512) == (2 << 30) // (32 * 8 * 128 * 2 * 2 * 512)
+
+
+def test_the_command(model, text, tmp_path, capfd):
+    """Half of the sequences, others for the distillation than for the layers; continued from its files."""
+    out = tmp_path / "hf"
+    argv = arguments(model, text, out, "--generated", 0.5)
+    assert command.main(argv) == 0
+    says = capfd.readouterr().out
+    assert f"text: {24 * CONTEXT} tokens in sequences of 32, 2 of 24 held out" in says and "; 12 written by the model" in says
+    report = json.loads((out / running.REPORT).read_text())
+    assert report["distillation"]["after"] < report["distillation"]["before"]
+    written = sorted((tmp_path / "hf.work").glob("written-*"))
+    assert [len(np.load(path)) for path in written] == [12, 8]
+
+    source = sequences.Source(command.parse(argv, "calibrate"), AutoTokenizer.from_pretrained(model), None)  # loads no model again
+    ids = source.take(24)
+    more = source.take(16, ids)
+    both = {tuple(row) for row in ids.tolist()} & {tuple(row) for row in more.tolist()}
+    assert not both and ids.shape == (24, CONTEXT) and more.shape == (16, CONTEXT) and source.written == 20
+
+
+def test_no_text(model, tmp_path, capfd):
+    argv = [
+        str(x)
+        for x in (model, "--output", tmp_path / "hf", "--tokens", 8 * CONTEXT, "--context", CONTEXT, "--passes", 1, "--device", "cpu")
+    ]
+    with pytest.raises(SystemExit):
+        command.main(argv)
+    assert "required: --text (or --generated 1)" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main([*argv, "--generated", "1.5"])
+    assert "argument --generated: invalid share from 0 to 1 value: '1.5'" in capfd.readouterr().err
+    assert command.main([*argv, "--generated", "1"]) == 0
+    assert "8 written by the model" in capfd.readouterr().out
+    (tmp_path / "hf.work" / "written-000.npy").write_bytes(b"x")
+    (tmp_path / "hf" / "config.json").unlink()
+    assert command.main([*argv, "--generated", "1", "--output", str(tmp_path / "other"), "--work", str(tmp_path / "hf.work")]) == 1
+    assert "written-000.npy" in capfd.readouterr().err
