@@ -41,19 +41,16 @@ class GrownLayer(DynamicLayer):
 
 def attention(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: torch.Tensor | None,
               scaling: float | None = None, dropout: float = 0.0, **kwargs: Any) -> tuple[torch.Tensor, None]:  # fmt: skip
-    """Attention of one new token in each sequence.
+    """Attention of one new token in each sequence: the heads that share keys count as so many tokens.
 
-    PyTorch's own, on a CPU, reads keys and values once for each head that shares them, and is 15 times slower here.
+    As separate heads, PyTorch's CPU kernel reads their keys and values again for each, which takes 7 times as long.
 
     query: (batch, heads, 1, head size). key, value: (batch, key heads, tokens, head size). Returns (batch, 1, heads, head size).
     """
     batch, heads, _, size = query.shape
-    shared, length = key.shape[1:3]
-    scores = torch.bmm(query.reshape(batch * shared, -1, size), key.reshape(-1, length, size).transpose(1, 2)).float()
-    scores = scores.mul_(size**-0.5 if scaling is None else scaling).view(batch, heads, 1, length)
-    if attention_mask is not None:
-        scores = scores.masked_fill(~attention_mask[..., :length], float("-inf"))
-    out = torch.bmm(scores.softmax(-1).to(value.dtype).view(batch * shared, -1, length), value.reshape(-1, length, size))
+    mask = None if attention_mask is None else attention_mask[..., : key.shape[2]]
+    together = query.reshape(batch, key.shape[1], -1, size)
+    out = torch.nn.functional.scaled_dot_product_attention(together, key, value, mask, scale=scaling)
     return out.reshape(batch, 1, heads, size), None
 
 

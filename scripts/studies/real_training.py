@@ -1,0 +1,136 @@
+#!/usr/bin/env python3
+"""Train a real model with every method: held-out loss and accuracies against the tokens seen.
+
+Three steps, so that the second needs neither a network nor a build, and can be another machine with a GPU:
+
+  real_training.py prepare --data DIR    text, tasks and the model's weights, in files of at most --part-size, into --work
+  real_training.py run --minutes 9       train until the time is up; again, until it says that all is done
+  real_training.py report                tables and a plot of the runs that are done; `run` ends with it
+
+Each method's learning rate is swept with seed 0, by factors of 2 until the best lies between two worse ones, on one half of the held-out
+text. Then it trains with other seeds at its best rate; the report shows these seeds' losses on the other half.
+
+--data names a directory with books.train.jsonl.xz and books.heldout.jsonl.xz (a document in each line's field `text`) and the tasks' files
+(examples/tasks/README.md).
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+# As in sherry_gguf.training.command; the processes that train inherit both.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT)]  # on a machine where nothing is installed
+
+from real_training_report import report
+from real_training_runs import METHODS, Paused, Run, all_runs, train
+from study_runs import Runs
+
+from sherry_gguf.errors import Stop
+from sherry_gguf.programs import HelpWithDefaults
+from sherry_gguf.training.files import locked
+
+PROGRAM = "real_training.py"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
+    p.add_argument("step", choices=["prepare", "run", "report"], help="what to do")
+    p.add_argument("--work", type=Path, default=ROOT / "build/real/training", help="directory for all that is kept")
+    p.add_argument("--out", type=Path, default=ROOT / "scripts/results/real-training", help="writes OUT.md, .json and .png")
+    g = p.add_argument_group("prepare")
+    g.add_argument("--data", type=Path, metavar="DIR", help="directory of the texts and tasks")
+    g.add_argument("--model", choices=["gemma", "smollm2"], default="gemma", help="the model")
+    g.add_argument("--source", type=Path, metavar="DIR", help="another Hugging Face directory instead")
+    g.add_argument("--tokens", type=int, default=1 << 24, metavar="N", help="tokens of the text, at most")
+    g.add_argument("--held-out-tokens", type=int, default=1 << 18, metavar="N", help="of the held-out text, at most")
+    g.add_argument("--tasks", default="arc_easy,arc_challenge,piqa,winogrande,hellaswag", help="tasks; empty: none")
+    g.add_argument("--limit", type=int, default=200, metavar="N", help="documents of each task")
+    g.add_argument("--part-size", type=int, default=60, metavar="MB", help="size of a file of weights, at most")
+    g = p.add_argument_group("run")
+    g.add_argument("--minutes", type=float, default=0.0, metavar="N", help="stop after so long; 0: when all is done")
+    g.add_argument("--methods", default=",".join(METHODS), help="methods to train")
+    g.add_argument("--granularity", choices=["per_group", "per_channel"], default="per_group", help="""which weights share a scale;
+        SmolLM2's rows do not fit groups""")  # fmt: skip
+    g.add_argument("--steps", type=int, default=150, metavar="N", help="steps of a run")
+    g.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in a step")
+    g.add_argument("--micro", type=int, default=4, metavar="N", help="sequences at a time")
+    g.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a sequence")
+    g.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds to report")
+    g.add_argument("--eval-blocks", type=int, default=48, metavar="N", help="held-out sequences for choices, and as many for the report")
+    g.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: all")
+    g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    g.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
+    a = p.parse_args(argv)
+    a.methods = a.methods.split(",")
+    if unknown := set(a.methods) - set(METHODS):
+        p.error(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
+    if a.step == "prepare" and not a.data:
+        p.error("the following arguments are required: --data")
+    for name in "tokens", "held_out_tokens", "limit", "part_size", "steps", "batch", "micro", "seeds", "eval_blocks":
+        if getattr(a, name) < 1:
+            p.error(f"--{name.replace('_', '-')} {getattr(a, name)}: at least 1")
+    return a
+
+
+def prepare(a: argparse.Namespace) -> None:
+    """Raises Stop, ConvertError, OSError."""
+    import real_files
+    import real_training_files as files
+
+    lacking = [name for name in files.TEXTS if not (a.data / name).is_file()]
+    if lacking:
+        raise Stop(f"--data {a.data} lacks {', '.join(lacking)}: English books, a document in each line's field `text`")
+    if (a.work / files.COMPLETE).exists():
+        raise Stop(f"{a.work} is prepared: choose another --work, or remove it, with the runs in it")
+    source = a.source or real_files.directory(real_files.MODELS[a.model], ROOT / "build/real")
+    files.prepare(source, a)
+    print(f"{a.work} is all that `run` needs: {sum(f.stat().st_size for f in a.work.rglob('*') if f.is_file()) >> 20} MiB")
+
+
+def run(a: argparse.Namespace) -> bool:
+    """Train; whether all is done. Raises Stop, OSError."""
+    import torch
+
+    from sherry_gguf.bench import cpu_name
+
+    if a.device == "auto":
+        a.device = "cuda" if torch.cuda.is_available() else "cpu"
+    a.machine = torch.cuda.get_device_name() if a.device == "cuda" else cpu_name()
+    a.deadline = time.time() + 60 * a.minutes if a.minutes else float("inf")
+    a.jobs = 1
+    with Runs(a, Run, train) as runs:
+        try:
+            all_runs(runs, a)
+        except Paused:
+            return False
+    return True
+
+
+def main(argv: list[str] | None = None) -> int:
+    a = parse(argv)
+    try:
+        a.work.mkdir(parents=True, exist_ok=True)
+        with locked(a.work, "--work"):
+            if a.step == "prepare":
+                prepare(a)
+                return 0
+            done = run(a) if a.step == "run" else True
+            report(a.work, a.out)
+        print(f"wrote {a.out}.md, .json and .png" + ("" if done else "; the time is up: run the same command again to go on"))
+        return 0
+    except (Stop, OSError, ValueError) as e:
+        print(f"{PROGRAM}: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,165 @@
+"""The runs of real_training.py: training a real model with one method, stopping in time, and measuring what came out."""
+
+import dataclasses
+import math
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from study_runs import Kept, Runs, Sweep, complete, leaders
+
+LOOKS = 8  # held-out losses in a run, evenly spread over its tokens
+WARMUP = 0.05  # share of the steps during which the learning rate rises
+MILD = (("end", 0.5), ("peak", 0.25))  # settings of Arenas
+PUBLISHED = (("end", 1.0), ("peak", 1.0))
+# what is trained: label, quantizer.METHODS, Arenas' settings, whether the full-precision model teaches
+METHODS: dict[str, tuple[str, str, tuple[tuple[str, float], ...], bool]] = {
+    "full": ("full precision", "full", (), False),
+    "absmean": ("absmean ternary", "absmean", (), False),
+    "twn": ("TWN ternary", "twn", (), False),
+    "sherry": ("Sherry without Arenas", "sherry", (), False),
+    "arenas": ("Sherry, mild Arenas", "sherry", MILD, False),
+    "arenas-published": ("Sherry, Arenas as published", "sherry", PUBLISHED, False),
+    "absmean-teacher": ("absmean ternary, with a teacher", "absmean", (), True),
+    "sherry-teacher": ("Sherry without Arenas, with a teacher", "sherry", (), True),
+    "arenas-teacher": ("Sherry, mild Arenas, with a teacher", "sherry", MILD, True),
+}
+RATES, RATES_FULL = (5e-4, 1e-3), (1e-5, 2e-5)  # where a sweep begins
+
+
+class Paused(Exception):
+    """The time is up; the next call continues."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Kept):
+    """One training run: `method` is one of METHODS."""
+
+    method: str
+    granularity: str
+    lr: float
+    seed: int
+    steps: int
+    batch: int
+    context: int
+
+    def __str__(self) -> str:
+        return f"{self.method} lr {self.lr:g} seed {self.seed}"
+
+
+def train(run: Run, a: dict) -> dict:
+    """Train one run in this process, from its checkpoint if it has one.
+
+    Returns its losses in nats a token, the accuracies, and the seconds of this call. Raises Paused when a["deadline"] is over.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
+    import real_training_files as files
+    import torch
+    import transformers
+    from transformers import AutoModelForCausalLM, PrinterCallback
+
+    from sherry_gguf import qat
+    from sherry_gguf.qat.data import Blocks, mean_loss
+
+    transformers.utils.logging.set_verbosity_error()
+    if a["threads"]:
+        torch.set_num_threads(a["threads"])
+    work = Path(a["work"])
+    figures, blocks, held_out, tasks = files.load(work, run.context)
+    held_out = held_out[: a["eval_blocks"] * 2]
+    _, method, arenas, taught = METHODS[run.method]
+    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.bfloat16 if a["bf16"] else torch.float32) if taught else None
+    qat.prepare(model, qat.QuantConfig(method, granularity=run.granularity))
+    began = time.monotonic()
+    before = mean_loss(model, held_out[1::2], a["micro"])
+    folder = work / "checkpoints" / slug(run)
+    trainer = qat.SherryTrainer(
+        model, arguments(run, a, folder), train_dataset=Blocks(blocks), eval_dataset=Blocks(held_out[1::2]), teacher=teacher,
+        arenas=qat.Arenas(**dict(arenas)) if arenas else None, callbacks=[deadline(a["deadline"])])  # fmt: skip
+    trainer.remove_callback(PrinterCallback)
+    last = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+    if trainer.state.global_step < run.steps:
+        raise Paused
+    model.eval()
+    device = next(model.parameters()).device
+    curve = [{"tokens": entry["step"] * run.batch * run.context, "loss": entry["eval_loss"]}
+             for entry in trainer.state.log_history if "eval_loss" in entry]  # fmt: skip
+    result = {
+        "run": dataclasses.asdict(run), "before": before, "choice": mean_loss(model, held_out[::2], a["micro"]),
+        "report": mean_loss(model, held_out[1::2], a["micro"]), "curve": [{"tokens": 0, "loss": before}, *curve],
+        "tasks": {name: accuracy(model, rows, a["micro"], device) for name, rows in tasks.items()} if run.seed else {},
+        "seconds": round(time.monotonic() - began, 1), "machine": a["machine"],
+    }  # fmt: skip
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def arguments(run: Run, a: dict, folder: Path) -> Any:
+    """The Trainer's arguments. They say nothing of time: a run that was paused gives the same result."""
+    from transformers import TrainingArguments
+
+    micro = math.gcd(run.batch, a["micro"])
+    cpu = a["device"] == "cpu"
+    return TrainingArguments(
+        output_dir=str(folder), max_steps=run.steps, per_device_train_batch_size=micro, gradient_accumulation_steps=run.batch // micro,
+        per_device_eval_batch_size=micro, learning_rate=run.lr, lr_scheduler_type="cosine", warmup_steps=round(run.steps * WARMUP),
+        weight_decay=0.0, adam_beta2=0.95, optim="adamw_torch_fused", bf16=a["bf16"], use_cpu=cpu, dataloader_pin_memory=not cpu,
+        seed=run.seed, data_seed=run.seed, eval_strategy="steps", eval_steps=max(1, run.steps // LOOKS), prediction_loss_only=True,
+        logging_steps=max(1, run.steps // 40), save_strategy="no", save_total_limit=1, report_to="none", disable_tqdm=True,
+        average_tokens_across_devices=False)  # fmt: skip
+
+
+def deadline(when: float) -> Any:
+    """A callback that saves a checkpoint and stops when time.time() is past `when`."""
+    from transformers import TrainerCallback
+
+    class Deadline(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if time.time() > when and state.global_step < state.max_steps:
+                control.should_save = control.should_training_stop = True
+
+    return Deadline()
+
+
+def slug(run: Run) -> str:
+    return f"{run.method}-{run.lr:g}-{run.seed}-{run.steps}x{run.batch}x{run.context}"
+
+
+def accuracy(model: Any, rows: list[dict], micro: int, device: Any) -> dict[str, float]:
+    """Share of documents whose right choice is the likeliest, with its standard error. rows: as `real_training_files.questions` gives."""
+    import torch
+
+    flat = sorted(((i, j, request, n) for i, row in enumerate(rows) for j, (request, n) in enumerate(zip(row["requests"], row["scored"]))),
+                  key=lambda item: -len(item[2]))  # fmt: skip
+    scores = [[-math.inf] * len(row["requests"]) for row in rows]
+    with torch.no_grad():
+        for begin in range(0, len(flat), micro):
+            part = flat[begin : begin + micro]
+            ids = torch.zeros(len(part), len(part[0][2]), dtype=torch.int64)
+            for k, (_, _, request, _) in enumerate(part):  # padded on the right, which a causal model's earlier tokens do not see
+                ids[k, : len(request)] = torch.tensor(request)
+            logits = model(input_ids=ids.to(device)).logits.float()
+            found = logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None].to(device))[..., 0].cpu()
+            for k, (i, j, request, n) in enumerate(part):
+                scores[i][j] = float(found[k, len(request) - 1 - n : len(request) - 1].sum())
+    right = np.array([int(np.argmax(score)) == row["gold"] for score, row in zip(scores, rows, strict=True)])
+    return {"acc": float(right.mean()), "acc_stderr": float(right.std(ddof=1) / len(right) ** 0.5)}
+
+
+def all_runs(runs: Runs, a: Any) -> None:
+    """Sweep each method's rate with seed 0, then train the leaders with the other seeds. Raises Paused."""
+    sweeps = {}
+    for name in a.methods:
+        sweeps[name] = Sweep(runs, template(name, a), RATES_FULL if name == "full" else RATES)
+        complete([sweeps[name]])
+    for seed in range(1, a.seeds + 1):  # one seed of every method before the next: a study that is cut off has complete rows
+        runs.need([dataclasses.replace(run, seed=seed) for name in a.methods for run in leaders([sweeps[name]])])
+
+
+def template(name: str, a: Any) -> Run:
+    return Run(name, a.granularity, 0.0, 0, a.steps, a.batch, a.context)
