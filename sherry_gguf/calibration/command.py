@@ -68,7 +68,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add("--rate", type=_number, default=0.02, metavar="X", help="highest learning rate, in mean magnitudes of a matrix (0.02)")
     add("--start", choices=["feedback", "rounding"], default="feedback", help="""weights to start from: quantized with error feedback
         (GPTQ), or as they are (feedback)""")  # fmt: skip
-    add("--group-size", type=int, choices=[64, 128], help="weights that share a scale (128 where that divides a row, 64 elsewhere)")
+    add("--group-size", choices=["auto", "64", "128"], default="auto", help="""weights that share a scale; auto: 128 where that divides
+        a row, 64 elsewhere (auto)""")  # fmt: skip
     add("--keep", default="", metavar="REGEX", help="layers to keep in full precision, besides the head and routers")
     add = parser.add_argument_group("distillation").add_argument
     add("--steps", type=_count, default=0, metavar="N", help="steps of the whole model after its layers (0)")
@@ -88,7 +89,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
         parser.error("argument --context: use at least 8 tokens")
     if a.tokens < 2 * a.context:
         parser.error(f"argument --tokens: two sequences are {2 * a.context} tokens; one of them is held out")
-    a.work = a.work or a.output.with_name(a.output.name + ".work")
+    a.work = a.work or (out := a.output.absolute()).with_name(out.name + ".work")
     return a
 
 

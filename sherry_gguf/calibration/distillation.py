@@ -3,26 +3,32 @@
 Both have the same head, so the full-precision model's hidden states before it are all that is needed of that model. They are on the disk.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from sherry_gguf.errors import Stop
 from sherry_gguf.qat.linear import QuantizedLayer, quantized_layers
-from sherry_gguf.training.files import undamaged
+from sherry_gguf.training.files import sync, undamaged
 
-from .layers import Head
+from .layers import Head, find
 from .training import parameter_groups, precision, schedule
 
-ROWS = 512  # tokens whose logits are computed at a time
+LOGITS = 1 << 25  # how many are computed at a time
+LIKELY = 32  # tokens that count besides those of the text: so many of the full-precision model's likeliest at each place
 
 
 class Scaled(nn.Module):
-    """A parametrization: a quantized weight whose codes are fixed, and whose scales train.
+    """A quantized weight whose codes are fixed, and whose scales train. It replaces the layer's latent weight.
 
     Attributes:
         codes: int8 (out, groups, group size) of -1, 0, +1.
@@ -37,11 +43,26 @@ class Scaled(nn.Module):
         groups = weight.reshape(len(weight), -1, int(layer.quant.group_size))
         self.layer = [layer]  # not a submodule
         self.register_buffer("codes", groups.sign().to(torch.int8), persistent=False)
-        self.scale = nn.Parameter(groups.abs().amax(-1))
+        self.scale = nn.Parameter(groups.abs().amax(-1).float())
+        layer.weight.data = layer.weight.data.new_empty(0)
+        layer.quantized_weight = lambda weight=None: self.weight()  # type: ignore[method-assign]
 
     def weight(self) -> torch.Tensor:
         layer = self.layer[0]
         return layer.rows((self.codes * self.scale.abs().unsqueeze(-1)).reshape(len(self.codes), -1))
+
+
+def fix_codes(model: Any) -> dict[str, Scaled]:
+    """Give each quantized layer a Scaled; returns them by the layers' names."""
+    return {name: Scaled(m) for name, m in quantized_layers(model).items()}
+
+
+def release(fixed: dict[str, Scaled]) -> None:
+    """Give the layers their weights back, in float16, which holds them exactly."""
+    for s in fixed.values():
+        layer = s.layer[0]
+        layer.weight.data = s.weight().detach().half().contiguous()
+        del layer.quantized_weight, s.codes
 
 
 @dataclasses.dataclass
@@ -51,7 +72,6 @@ class Distillation:
     Attributes:
         steps, batch: of `batch` sequences each.
         rate: as in `training.train_layer`.
-        train: `scales` (and norms) or `weights`, all latent weights as well.
         bf16: multiply in bfloat16.
         seed: of the order of the sequences.
         save_every: steps between two saves.
@@ -60,25 +80,41 @@ class Distillation:
     steps: int
     batch: int
     rate: float
-    train: str
     bf16: bool
     seed: int
     save_every: int = 50
 
 
-def divergence(head: Head, found: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+def divergence(head: Head, found: torch.Tensor, wanted: torch.Tensor, backward: bool = False) -> float:
     """Mean KL(full precision, quantized) in nats a token, over the head's tokens.
 
-    found, wanted: hidden states after the norm (batch, context, hidden), of the quantized and the full-precision model.
+    found, wanted: hidden states after the norm (batch, context, hidden), of the quantized and the full-precision model. backward: add
+    the gradients to what gave `found`. A part of the logits is in memory at a time.
     """
-    total = found.new_zeros((), dtype=torch.float32)
-    found, wanted = found.flatten(0, 1), wanted.flatten(0, 1)
-    for i in range(0, len(found), ROWS):
+    total, rows = 0.0, max(1, LOGITS // len(head.weight))
+    leaf, wanted = found.detach().flatten(0, 1).requires_grad_(backward), wanted.flatten(0, 1)
+    for i in range(0, len(leaf), rows):
         with torch.no_grad():
-            target = head(wanted[i : i + ROWS].float()).float().log_softmax(-1)
-        mine = head(found[i : i + ROWS]).float().log_softmax(-1)
-        total = total + F.kl_div(mine, target, reduction="sum", log_target=True)
-    return total / len(found)
+            target = head(wanted[i : i + rows].to(leaf.dtype)).float().log_softmax(-1)
+        with torch.set_grad_enabled(backward):
+            mine = head(leaf[i : i + rows]).float().log_softmax(-1)
+            loss = F.kl_div(mine, target, reduction="sum", log_target=True) / len(leaf)
+            if backward:
+                loss.backward()
+        total += float(loss.detach())
+    if leaf.grad is not None:
+        found.backward(leaf.grad.view_as(found))
+    return total
+
+
+@torch.no_grad()
+def likely(head: Head, states: torch.Tensor) -> torch.Tensor:
+    """The tokens that are among the LIKELY likeliest after any of these states (n, context, hidden): int64 (m,)."""
+    rows, found = max(1, LOGITS // len(head.weight)), []
+    for part in states.flatten(0, 1).split(rows):
+        logits = head(part.to(head.weight.device, head.weight.dtype))
+        found.append(logits.topk(min(LIKELY, logits.shape[-1]), sorted=False).indices.unique())
+    return torch.cat(found).unique()
 
 
 @torch.no_grad()
@@ -88,26 +124,28 @@ def mean_divergence(model: Any, head: Head, ids: torch.Tensor, states: torch.Ten
     for i in range(0, len(ids), d.batch):
         with precision(model.device, d.bf16):
             found = head.hidden(ids[i : i + d.batch].to(model.device))
-            total += float(divergence(head, found, states[i : i + d.batch].to(model.device))) * len(ids[i : i + d.batch])
+            total += divergence(head, found, states[i : i + d.batch].to(model.device)) * len(found)
     return total / len(ids)
 
 
-def distil(model: Any, head: Head, ids: torch.Tensor, states: torch.Tensor, d: Distillation, saved: Path,
+def distil(model: Any, head: Head, fixed: dict[str, Scaled], ids: torch.Tensor, states: torch.Tensor, d: Distillation, saved: Path,
            advance: Callable[[int, float], object]) -> None:  # fmt: skip
     """Train in place, continuing what `saved` holds; the file is kept up to date.
 
     Args:
         model: in float32, after `prepare`; parameters that need no gradient stay.
         head: what comes after its last layer.
+        fixed: of `fix_codes`, whose scales train. Each layer is then computed again for its gradients, so that only one layer's
+            weights and activations are in memory. {}: the layers' latent weights train.
         ids, states: tokens (n, context), and the full-precision model's hidden states after its norm, (n, context, hidden).
         saved: a file for parameters and optimizer.
         advance: called with the number of steps that are done, and the last one's divergence.
+
+    Raises:
+        Stop: the divergence is not a finite number, or `saved` is damaged.
     """
-    fixed: dict[str, Scaled] = {}
-    if d.train == "scales":
-        for name, m in quantized_layers(model).items():
-            fixed[name] = Scaled(m)
-            m.weight.requires_grad_(False)
+    for s in fixed.values():
+        s.layer[0].weight.requires_grad_(False)
     groups = parameter_groups(model, d.rate)
     for s in fixed.values():
         groups.append({"params": [s.scale], "lr": d.rate * float(s.scale.detach().abs().mean()), "weight_decay": 0.0})
@@ -129,40 +167,36 @@ def distil(model: Any, head: Head, ids: torch.Tensor, states: torch.Tensor, d: D
     order = torch.cat([torch.randperm(len(ids), generator=random) for _ in range(passes)])
     for step in range(done, d.steps):
         rows = order[step * d.batch : (step + 1) * d.batch]
-        with _fixed_codes(fixed), precision(model.device, d.bf16):
+        optimizer.zero_grad(set_to_none=True)
+        with _computed_again(model) if fixed else contextlib.nullcontext(), precision(model.device, d.bf16):
             found = head.hidden(ids[rows].to(model.device))
-            loss = divergence(head, found, states[rows].to(model.device))
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss = divergence(head, found, states[rows].to(model.device), backward=True)
+        if not math.isfinite(loss):
+            raise Stop(f"the divergence is {loss} in step {step + 1} of the distillation: use a smaller --distill-rate, and remove {saved}")
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         rates.step()
         if (step + 1) % d.save_every == 0 or step + 1 == d.steps:
             _save(saved, {"done": step + 1, "trained": [p.detach().cpu() for p in trained], "optimizer": optimizer.state_dict(),
                           "rates": rates.state_dict()})  # fmt: skip
-        advance(step + 1, float(loss.detach()))
-    for name, m in quantized_layers(model).items():
-        if name in fixed:
-            m.weight.data = fixed[name].weight().detach().contiguous()
-            m.weight.requires_grad_(True)
+        advance(step + 1, loss)
 
 
-class _fixed_codes:
-    """Within the block, layers multiply by their `Scaled` weights."""
-
-    def __init__(self, fixed: dict[str, Scaled]):
-        self.fixed = fixed
-
-    def __enter__(self):
-        for s in self.fixed.values():
-            s.layer[0].quantized_weight = lambda weight=None, s=s: s.weight()  # type: ignore[method-assign]
-
-    def __exit__(self, *_):
-        for s in self.fixed.values():
-            del s.layer[0].quantized_weight
+@contextlib.contextmanager
+def _computed_again(model: Any) -> Iterator[None]:
+    """Within the block, layers keep no activations but compute them again for their gradients."""
+    modules = find(model)
+    for m in modules:
+        m.forward = functools.partial(checkpoint, m.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for m in modules:
+            del m.forward
 
 
 def _save(path: Path, state: dict) -> None:
     part = path.with_suffix(".part")
     torch.save(state, part)
+    sync(part)
     part.replace(path)

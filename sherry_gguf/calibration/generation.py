@@ -65,11 +65,11 @@ def candidates(tokenizer: Any, characters: set[str], vocabulary: int) -> torch.T
     return torch.tensor(plain)
 
 
-def batch_size(config: Any, context: int) -> int:
-    """How many sequences to write at a time, so that their keys and values take at most CACHE bytes."""
+def batch_size(config: Any, context: int, itemsize: int) -> int:
+    """How many sequences to write at a time, so that their keys and values, of `itemsize` bytes each, take at most CACHE bytes."""
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return max(1, min(MOST, CACHE // (4 * config.num_hidden_layers * heads * size * context)))
+    return max(1, min(MOST, CACHE // (2 * itemsize * config.num_hidden_layers * heads * size * context)))
 
 
 @torch.inference_mode()
@@ -98,20 +98,14 @@ def generate(model: Any, allowed: torch.Tensor, bos: int | None, batch: int, con
 def _generate(model, allowed, bos, batch, context, seed, advance) -> torch.Tensor:
     random = torch.Generator(model.device).manual_seed(seed)
     allowed = allowed.to(model.device)
-    config = model.config.get_text_config()
-    cap = getattr(config, "final_logit_softcapping", None)
-    head = model.get_output_embeddings()
-    weight, bias = head.weight[allowed], None if head.bias is None else head.bias[allowed]
+    config, head = model.config.get_text_config(), layers.Head(model, allowed)
     padding = -len(allowed) % GROUP
     cache = Cache(layers=[GrownLayer(context) for _ in range(config.num_hidden_layers)])
     first = allowed[torch.randint(len(allowed), (batch, 1), generator=random, device=model.device)]
     ids = first if bos is None else torch.full_like(first, bos)
-    found, body = [ids], layers.body(model)
+    found = [ids]
     for _ in range(context - 1):
-        hidden = body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1]
-        logits = torch.nn.functional.linear(hidden, weight, bias)
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
+        logits = head(head.body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1])
         share = torch.nn.functional.pad(logits.softmax(-1, dtype=torch.float32), (0, padding)).view(batch, -1, GROUP)
         group = torch.multinomial(share.sum(-1), 1, generator=random)[:, 0]
         token = torch.multinomial(share[torch.arange(batch, device=model.device), group], 1, generator=random)

@@ -6,8 +6,11 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from sherry_gguf.errors import Stop
+
+LINEAR = (nn.Linear, Conv1D)
 
 
 class _Reached(Exception):
@@ -28,34 +31,57 @@ class Layer:
         return out[0] if isinstance(out, tuple) else out
 
 
+def name(model: Any) -> str:
+    """The dotted name of the list of the model's transformer layers. Raises Stop."""
+    count = model.config.get_text_config().num_hidden_layers
+    for path, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count and any(isinstance(m, LINEAR) for m in module[0].modules()):
+            return path
+    raise Stop(f"{type(model).__name__}: no list of {count} transformer layers found in it, so it cannot be calibrated layer by layer")
+
+
 def find(model: Any) -> nn.ModuleList:
     """The model's transformer layers. Raises Stop."""
-    count = model.config.get_text_config().num_hidden_layers
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count and any(isinstance(m, nn.Linear) for m in module[0].modules()):
-            return module
-    raise Stop(f"{type(model).__name__}: no list of {count} transformer layers found in it, so it cannot be calibrated layer by layer")
+    return model.get_submodule(name(model))
 
 
 @torch.no_grad()
 def calls(model: Any, context: int) -> list[Layer]:
-    """Each layer with its arguments for sequences of `context` tokens. Raises Stop."""
+    """Each layer with its arguments for sequences of `context` tokens. Raises Stop.
+
+    The arguments must not depend on the tokens: each layer is compared with itself in the model, on other tokens.
+    """
     found: dict[int, Layer] = {}
+    modules = find(model)
+    why = f"{type(model).__name__} does more between its {len(modules)} layers than call one after the other"
 
     def note(module, args, kwargs):
-        kwargs = {k: v for k, v in kwargs.items() if k != "hidden_states"}
-        found[id(module)] = Layer(module, args[1:], kwargs)
+        found[id(module)] = Layer(module, args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"})
 
-    modules = find(model)
+    def compare(module, args, kwargs, out):
+        if busy:
+            return
+        x, wanted = args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out
+        busy.append(True)
+        same = torch.equal(found[id(module)](x), wanted) and (not before or torch.equal(before[0], x))
+        busy.clear()
+        before[:] = [wanted]
+        if not same:
+            raise Stop(f"{why}, so it cannot be calibrated layer by layer")
+
+    busy: list[bool] = []
+    before: list[torch.Tensor] = []
+    ids = torch.arange(context, device=model.device)[None] % model.get_input_embeddings().num_embeddings
     with contextlib.ExitStack() as hooks:
         for module in modules:
             hooks.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
-        ids = torch.zeros(1, context, dtype=torch.int64, device=model.device)
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        body(model)(input_ids=ids, use_cache=False)
     if len(found) != len(modules):
-        raise Stop(
-            f"{type(model).__name__} does not call each of its {len(modules)} layers once, so it cannot be calibrated layer by layer"
-        )
+        raise Stop(f"{why}, so it cannot be calibrated layer by layer")
+    with contextlib.ExitStack() as hooks:
+        for module in modules:
+            hooks.callback(module.register_forward_hook(compare, with_kwargs=True).remove)
+        body(model)(input_ids=ids.flip(-1), use_cache=False)
     return [found[id(module)] for module in modules]
 
 
@@ -87,35 +113,41 @@ class Head:
     """What comes after the last layer: the norm, the output matrix, and a soft cap if the model has one.
 
     Only the columns of some tokens are computed: of a large vocabulary, a text uses a tenth.
-
-    Attributes:
-        tokens: int64 (n,), which tokens.
     """
 
     NORMS = ("norm", "final_layernorm", "final_layer_norm", "ln_f")
 
-    def __init__(self, model: Any, tokens: torch.Tensor):
+    def __init__(self, model: Any, tokens: torch.Tensor | None = None):
+        """tokens: int64 (n,), which tokens; None: all. Raises Stop."""
         self.body = body(model)
         norm = next((getattr(self.body, name) for name in self.NORMS if hasattr(self.body, name)), None)
         if norm is None:
-            raise Stop(f"{type(model).__name__}: no norm after its last layer is known here, so it cannot be distilled")
-        self.norm, self.output, self.tokens = norm, model.get_output_embeddings(), tokens
+            raise Stop(f"{type(model).__name__}: no norm after its last layer is known here, so --steps and --generated cannot be used")
+        output = model.get_output_embeddings()
+        self.norm = norm
+        self.weight = output.weight.detach() if tokens is None else output.weight.detach()[tokens]
+        bias = getattr(output, "bias", None)
+        self.bias = None if bias is None else bias.detach() if tokens is None else bias.detach()[tokens]
         self.cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states after the norm (..., hidden) to logits (..., n)."""
-        bias = None if self.output.bias is None else self.output.bias[self.tokens]
-        logits = nn.functional.linear(hidden, self.output.weight[self.tokens].to(hidden.dtype), bias)
+        logits = nn.functional.linear(hidden, self.weight.to(hidden.dtype), self.bias)
         return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
-
-    @torch.no_grad()
-    def check(self, model: Any, ids: torch.Tensor) -> None:
-        """Raises Stop unless this gives the model's own logits for some tokens (1, context)."""
-        mine = self(self.hidden(ids))
-        theirs = model(input_ids=ids, use_cache=False).logits[..., self.tokens]
-        if not torch.allclose(mine.float(), theirs.float(), atol=1e-2 * float(theirs.float().std()), rtol=1e-3):
-            raise Stop(f"{type(model).__name__}: what it computes after its last layer is not known here, so it cannot be distilled")
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         """Hidden states after the norm, (batch, context, hidden)."""
         return self.body(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: Any) -> None:
+    """Raises Stop unless `Head` gives the model's own logits."""
+    count = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(16, device=model.device)[None] % count
+    tokens = torch.arange(min(count, 512), device=model.device)
+    head = Head(model, tokens)
+    mine, theirs = head(head.hidden(ids)).float(), model(input_ids=ids, use_cache=False).logits[..., tokens].float()
+    if not torch.allclose(mine, theirs, atol=1e-2 * float(theirs.std()), rtol=1e-3):
+        raise Stop(f"{type(model).__name__}: what it computes after its last layer is not known here, so --steps and --generated cannot be "
+                   "used")  # fmt: skip

@@ -1,12 +1,13 @@
 """One calibration, from its arguments to the exported directory."""
 
 import argparse
+import contextlib
 import copy
 import hashlib
 import json
 import math
-import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +18,102 @@ from tqdm import tqdm
 
 from sherry_gguf.errors import Stop
 from sherry_gguf.qat.hf_export import export
-from sherry_gguf.qat.linear import AUTO, QuantConfig, full_precision, prepare, quantized_layers
+from sherry_gguf.qat.linear import full_precision
 from sherry_gguf.qat.trainer import bf16_is_faster
-from sherry_gguf.training.files import differences, locked, undamaged, write
-from sherry_gguf.training.models import check_fit, load_tokenizer, repair_generation_config, stop_at_errors
+from sherry_gguf.training.files import differences, locked, sync, undamaged, write
 from sherry_gguf.training.run import check_target
 
-from . import distillation, layers, streams, training
+from . import distillation, layers, models, streams, training
 from .sequences import Source
 from .streams import Streams
 
 SETTINGS, RECORD, DISTILLED = "settings.json", "layers.jsonl", "distilled.pt"  # in --work
 REPORT = "calibration.json"  # in --output
-HELD_OUT = 1 / 16  # of the sequences, at least one: to show what training does, which never sees them
-MOST_HELD_OUT = 64  # of the sequences for distillation
+HELD_OUT = 1 / 16  # of the sequences, at least one: to show what training does
+MOST_HELD_OUT = 16  # of the sequences for distillation
 FREE = "output", "work", "device"  # arguments that may change when a run is continued
+LATER = "steps", "train", "distill_rate"  # nothing of the layers depends on them
 
 
 def run(a: argparse.Namespace) -> int:
-    """Calibrate, distil and export; returns the exit status. Raises Stop, OSError, signals.Interrupted."""
+    """Calibrate, distil and export; returns the exit status. Raises Stop, OSError, MemoryError, signals.Interrupted."""
     transformers.utils.logging.set_verbosity_warning()
     check_target(a.output, a.work, "--output")
     a.work.mkdir(parents=True, exist_ok=True)
-    with locked(a.work, "--work"):
+    with locked(a.work, "--work"), _memory():
         return Calibration(a).run()
+
+
+@contextlib.contextmanager
+def _memory():
+    """PyTorch's errors about memory as MemoryError, about a file as OSError."""
+    try:
+        yield
+    except RuntimeError as e:
+        if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
+            raise MemoryError(f"not enough memory ({str(e).splitlines()[0]}): use a smaller --batch") from e
+        if "PytorchStreamWriter failed" in str(e):  # its name for a full disk
+            raise OSError(f"--work: {str(e).splitlines()[0]}") from e
+        raise
+    except safetensors.SafetensorError as e:
+        raise OSError(f"--work: {e}") from e
 
 
 class Calibration:
     """One run: what it has loaded, and where it keeps what is done."""
 
     def __init__(self, a: argparse.Namespace):
-        self.a, self.began = a, time.monotonic()
-        self.device = torch.device(a.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.a, self.began, self.device = a, time.monotonic(), models.device(a.device)
         self.bf16 = a.bf16 == "true" or (a.bf16 == "auto" and (self.device.type != "cpu" or bf16_is_faster()))
-        self.model, self.tokenizer = load(a)
-        self.source = Source(a, self.tokenizer, self._generator)
-        self.ids = self.source.take(a.tokens // a.context)
+        self.model, self.names = models.quantized(a)
+        self.tokenizer = models.tokenizer(a, self.model)
+        if a.steps or a.generated:
+            layers.check_head(self.model)
+        fingerprint = models.fingerprint(self.model)
+        self.source = Source(a, self.tokenizer, fingerprint)
+        self._check_settings(fingerprint, self.source.text_for_layers())
+        if self.source.lacks():
+            self._write()
+        self.ids = self.source.for_layers()
         self.held_out = max(1, round(HELD_OUT * len(self.ids)))  # the last ones
-        config = self.model.config.get_text_config()
-        self.streams = Streams(a.work, len(self.ids), a.context, config.hidden_size)
-        self._check_settings()
-        try:
-            self.names = prepare(self.model, QuantConfig(group_size=a.group_size or AUTO), a.keep)
-        except (ValueError, re.error) as e:
-            raise Stop(f"--keep {a.keep!r}: {e}" if isinstance(e, re.error) else str(e)) from e
-        self.model.eval().requires_grad_(False)
+        self.streams = Streams(a.work, len(self.ids), a.context, self.model.config.get_text_config().hidden_size)
+        text = [f"{self.source.bytes_per_token:.2f} bytes a token"] * bool(a.text)
+        text += [f"{self.source.generated[0]} written by the model"] * bool(a.generated)
         print(f"text: {self.ids.numel()} tokens in sequences of {a.context}, {self.held_out} of {len(self.ids)} held out; "
-              f"{self.source}", flush=True)  # fmt: skip
+              f"{'; '.join(text)}", flush=True)  # fmt: skip
         print(f"calibrating: {self.model.num_parameters() / 1e6:.1f} M parameters, {len(self.names)} matrices in "
               f"{len(layers.find(self.model))} layers, {'bfloat16' if self.bf16 else 'float32'} products on {self.device}",
               flush=True)  # fmt: skip
 
-    def _check_settings(self) -> None:
-        """Raises Stop if --work was begun with other settings or text."""
-        now = {k: v for k, v in vars(self.a).items() if k not in FREE} | {"tokens": hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()}
+    def _check_settings(self, fingerprint: str, text: torch.Tensor) -> None:
+        """Raises Stop if --work was begun with other settings, another model or text."""
+        now = {k: v for k, v in vars(self.a).items() if k not in FREE}
+        now |= {"weights": fingerprint, "sequences": hashlib.sha256(text.numpy().tobytes()).hexdigest()}
         now, mark = json.loads(json.dumps(now)), self.a.work / SETTINGS
-        later = {"steps", "train", "distill_rate"}  # nothing of the layers depends on them
         if mark.exists():
             with undamaged(mark, f"remove {self.a.work} to start over"):
-                then = json.loads(mark.read_text())
-            if (self.a.work / DISTILLED).exists():
-                later = set()
-            if other := differences(then, {k: v for k, v in now.items() if k not in later}):
+                then = dict(json.loads(mark.read_text()))
+            if other := differences(then, {k: v for k, v in now.items() if k not in LATER}):
                 raise Stop(f"{self.a.work} was begun with other settings ({other}): choose another --work, or remove it")
+            if (path := self.a.work / DISTILLED).exists() and (other := differences(then, now)):
+                raise Stop(f"{path} was begun with other settings ({other}): remove that file to distil the calibrated layers again")
         write(mark, json.dumps(now, indent=2) + "\n")
+
+    def _write(self) -> None:
+        """Let the model write its sequences. Only one model is in memory at a time."""
+        self.model = None
+        model = models.load(self.a)
+        self.source.write(model.to(self.device, torch.bfloat16 if self.bf16 else torch.float32))
+        del model
+        self.model, _ = models.quantized(self.a)
 
     def run(self) -> int:
         record = self.train_layers()
         report: dict[str, Any] = {"settings": json.loads((self.a.work / SETTINGS).read_text()), "layers": record}
         if self.a.steps:
             report["distillation"] = self.distil()
+        else:
+            self._load_all(settled=True)
         report["seconds"] = round(time.monotonic() - self.began, 1)
         path = export(self.model, self.a.output, self.tokenizer)
         write(path / REPORT, json.dumps(report, indent=2) + "\n")
@@ -97,16 +124,14 @@ class Calibration:
 
     @torch.no_grad()
     def train_layers(self) -> list[dict]:
-        """Train the layers that are not done yet, and load those that are; returns each one's record. Raises Stop."""
+        """Train the layers that are not done yet; returns each one's record. Raises Stop."""
         modules, record = layers.find(self.model), self._done()
-        if len(record) < len(modules):
-            self.model.to(self.device)
-            calls = layers.calls(self.model, self.a.context)
-            if not self.streams.exist(0) and not record:
-                self._embed()
-        for i in range(len(record)):
-            self._load(i, modules[i])
-            settle(modules[i])
+        if len(record) == len(modules):
+            return record
+        self.model.to(self.device)
+        calls = layers.calls(self.model, self.a.context)
+        if not self.streams.exist(0) and not record:
+            self._embed()
         for i in range(len(record), len(modules)):
             record.append(self._layer(i, calls[i]))
             write(self.a.work / RECORD, "".join(json.dumps(found) + "\n" for found in record))
@@ -132,13 +157,17 @@ class Calibration:
     def _weights(self, i: int) -> Path:
         return self.a.work / f"layer-{i:03}.safetensors"
 
-    def _load(self, i: int, module: torch.nn.Module) -> None:
-        with undamaged(self._weights(i), f"remove {self.a.work} to start over"):
-            module.float().load_state_dict(safetensors.torch.load_file(self._weights(i)))
+    def _load_all(self, settled: bool) -> None:
+        """Load the calibrated layers; settled: as they are used, small; otherwise their latent weights, in float32."""
+        for i, module in enumerate(layers.find(self.model)):
+            with undamaged(self._weights(i), f"remove {self.a.work} to start over"):
+                module.float().load_state_dict(safetensors.torch.load_file(self._weights(i)))
+            if settled:
+                models.settle(module)
 
     def _embed(self) -> None:
         with tqdm(total=2 * math.ceil(len(self.ids) / self.a.batch), desc="embedding", leave=False) as bar:
-            for kind in "full", "quantized":
+            for kind in streams.KINDS:
                 self.streams.write(kind, 0, self.a.batch, lambda b, e: layers.embed(self.model, self.ids[b:e].to(self.device)), bar.update)
 
     def _layer(self, i: int, layer: layers.Layer) -> dict:
@@ -158,56 +187,67 @@ class Calibration:
             task = training.Task(layer, self.streams.read("quantized", i), self.streams.read("full", i + 1), len(self.ids) - self.held_out,
                                  a.batch, self.bf16, self.device)  # fmt: skip
             bar.total += task.steps(a.passes) + (task.steps(1) if a.start == "feedback" else 0)
-            errors = self._train(task, a.seed + i, bar)
+            errors, kept = self._train(task, i, bar)
             self.streams.write("quantized", i + 1, a.batch, lambda b, e: through("quantized", b, e), bar.update)
         part = self._weights(i).with_suffix(".part")
         safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
+        sync(part)
         part.rename(self._weights(i))
-        settle(module)
-        return {"layer": i, "errors": errors, "seconds": round(time.monotonic() - began, 1)}
+        models.settle(module)
+        return {"layer": i, "errors": errors, "kept": kept, "seconds": round(time.monotonic() - began, 1)}
 
-    def _train(self, task: training.Task, seed: int, bar: tqdm) -> dict[str, float]:
-        """Quantize a layer; returns its held-out errors by what was done to it."""
+    def _train(self, task: training.Task, i: int, bar: tqdm) -> tuple[dict[str, float], str]:
+        """Quantize a layer; returns its held-out errors by what was done to it, and which of them is the least, which it then has."""
         a, module = self.a, task.layer.module
-        errors = {"rounded": task.held_out_error()}
+        errors: dict[str, float] = {}
+
+        def advance(loss: float) -> None:
+            bar.set_postfix_str(f"error {loss:.4f}", refresh=False)
+            bar.update()
+
+        ways: dict[str, Callable[[], None]] = {"rounded": lambda: None}
         if a.start == "feedback":
-            before = copy.deepcopy(module.state_dict())
-            task.start_from_feedback(bar.update)
-            errors["feedback"] = task.held_out_error()
-            if errors["feedback"] > errors["rounded"]:
-                module.load_state_dict(before)
+            ways["feedback"] = lambda: task.start_from_feedback(bar.update)
         if a.passes:
-
-            def advance(loss: float) -> None:
-                bar.set_postfix_str(f"error {loss:.4f}", refresh=False)
-                bar.update()
-
-            task.train(a.rate, a.passes, seed, advance)
-            errors["trained"] = task.held_out_error()
-        return errors
+            ways["trained"] = lambda: task.train(a.rate, a.passes, a.seed + i, advance)
+        best, kept = module.state_dict(), ""
+        for name, change in ways.items():
+            with contextlib.suppress(torch.linalg.LinAlgError):  # feedback on inputs that are not finite
+                change()
+            errors[name] = task.held_out_error()
+            if math.isfinite(errors[name]) and (not kept or errors[name] < errors[kept]):
+                best, kept = copy.deepcopy(module.state_dict()), name
+            else:
+                module.load_state_dict(best)
+        if not kept:
+            raise Stop(f"layer {i + 1} of {self.a.model} does not give finite numbers, even without training: is the model intact?")
+        return errors, kept
 
     # ---- distillation ----
 
     def distil(self) -> dict:
-        """Train the whole model; returns the divergences on held-out text, before and after."""
-        a, modules = self.a, layers.find(self.model)
-        ids = self.source.take(a.steps * a.batch, self.ids)
+        """Train the whole model; returns the divergences on held-out text, before and after. Raises Stop."""
+        a = self.a
+        ids = self.source.for_distillation(self.ids)
         held_out = min(MOST_HELD_OUT, max(1, round(HELD_OUT * len(ids))))  # the first ones
         states = self._teach(ids)
-        self.model.float()
-        if a.train == "weights":
-            for i, module in enumerate(modules):
-                self._load(i, module)
+        self._load_all(settled=a.train == "scales")
         self.model.to(self.device)
-        used = torch.unique(ids).to(self.device)
+        modules = layers.find(self.model)
+        fixed = distillation.fix_codes(self.model) if a.train == "scales" else {}
+        self.model.float()
+        every = layers.Head(self.model)
+        special = torch.tensor(sorted({i for i in self.tokenizer.all_special_ids if i < len(every.weight)}), dtype=torch.int64)
+        likely = distillation.likely(every, states[:held_out]).cpu()
+        used = torch.unique(torch.cat([ids.flatten(), special, likely])).to(self.device)
         head = layers.Head(self.model, used)
-        head.check(self.model, ids[:1].to(self.device))
-        d = distillation.Distillation(a.steps, a.batch, a.distill_rate, a.train, self.bf16, a.seed)
+        d = distillation.Distillation(a.steps, a.batch, a.distill_rate, self.bf16, a.seed)
         for module in (*modules, head.norm):
-            module.requires_grad_(True)
+            for p in module.parameters():
+                p.requires_grad_(a.train == "weights" or p.ndim < 2)
 
         def measure() -> float:
-            return distillation.mean_divergence(self.model, head, ids[:held_out], states[:held_out], d)
+            return distillation.mean_divergence(self.model, every, ids[:held_out], states[:held_out], d)
 
         before = measure()
         with tqdm(total=a.steps, desc="distilling") as bar:
@@ -216,16 +256,15 @@ class Calibration:
                 bar.set_postfix_str(f"{loss:.4f} nats", refresh=False)
                 bar.update(done - bar.n)
 
-            distillation.distil(self.model, head, ids[held_out:], states[held_out:], d, a.work / DISTILLED, advance)
+            distillation.distil(self.model, head, fixed, ids[held_out:], states[held_out:], d, a.work / DISTILLED, advance)
         after = measure()
+        if not after < before:
+            raise Stop(f"the distillation made it worse: KL divergence from full precision {before:.4f} before, {after:.4f} nats a token "
+                       f"after. Use a smaller --distill-rate, or --steps 0; remove {a.work / DISTILLED} first")  # fmt: skip
+        distillation.release(fixed)
         print(f"distilled: {a.steps} steps, KL divergence from full precision {before:.4f} before, {after:.4f} nats a token after "
               "(held out)", flush=True)  # fmt: skip
         return {"tokens": ids[held_out:].numel(), "vocabulary": len(used), "before": before, "after": after}
-
-    def _generator(self) -> Any:
-        """The full-precision model, as it computes fastest."""
-        model, _ = load(self.a)
-        return model.to(self.device, torch.bfloat16 if self.bf16 else torch.float32).eval()
 
     @torch.no_grad()
     def _teach(self, ids: torch.Tensor) -> torch.Tensor:
@@ -233,8 +272,10 @@ class Calibration:
         a, shape = self.a, (*ids.shape, self.streams.shape[-1])
         path = a.work / f"teacher-{hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16]}.states"
         if not path.exists():
-            teacher, _ = load(a)
-            body = layers.body(teacher.float().to(self.device).eval())
+            if (a.work / DISTILLED).exists():
+                raise Stop(f"{a.work / DISTILLED} was begun on other text: remove that file to distil the calibrated layers again")
+            self.model = None  # only one model is in memory at a time
+            body = layers.body(models.load(a).float().to(self.device))
 
             def compute(b: int, e: int) -> torch.Tensor:
                 with training.precision(self.device, self.bf16):
@@ -242,15 +283,9 @@ class Calibration:
 
             with tqdm(total=math.ceil(len(ids) / a.batch), desc="full precision", leave=False) as bar:
                 streams.write(path, shape, a.batch, compute, bar.update)
+            del body
+            self.model, _ = models.quantized(a)
         return streams.read(path, shape)
-
-
-@torch.no_grad()
-def settle(module: torch.nn.Module) -> None:
-    """Make a finished layer small: its weights as they are used, in float16, which holds them exactly."""
-    for m in quantized_layers(module).values():
-        m.weight.data = m.quantized_weight()
-    module.half()
 
 
 def to_float(value: Any) -> Any:
@@ -264,17 +299,5 @@ def to_float(value: Any) -> Any:
 
 def _line(record: dict, count: int) -> str:
     errors = ", ".join(f"{value:.4f} {name}" for name, value in record["errors"].items())
-    return f"layer {record['layer'] + 1} of {count}: error {errors} ({record['seconds']:.0f} s)"
-
-
-def load(a: argparse.Namespace) -> tuple[Any, Any]:
-    """The model, in its own dtype, and its tokenizer. Raises Stop."""
-    with stop_at_errors(a.model):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype="auto", output_loading_info=True)
-    model, info = loaded
-    if lacking := sorted([*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]):
-        raise Stop(f"{a.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {lacking[0]}")
-    tokenizer = load_tokenizer(name := a.tokenizer or a.model)
-    repair_generation_config(model)
-    check_fit(model, tokenizer, name, a.context, 512)
-    return model, tokenizer
+    instead = f"; kept {record['kept']}" if record["kept"] != list(record["errors"])[-1] else ""
+    return f"layer {record['layer'] + 1} of {count}: error {errors}{instead} ({record['seconds']:.0f} s)"

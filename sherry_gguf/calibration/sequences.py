@@ -1,7 +1,8 @@
 """The sequences of tokens to calibrate on: from the user's text, and written by the model itself."""
 
 import argparse
-from collections.abc import Callable
+import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,11 @@ from sherry_gguf.errors import Stop
 from sherry_gguf.qat.data import pack
 from sherry_gguf.training import texts
 from sherry_gguf.training.files import undamaged
+from sherry_gguf.training.models import warn
 
 from . import generation
 
-PART = 1 << 14  # characters of a document that are taken at a time
+PART = 1 << 14  # characters of a document that are taken at a time, or more for a long context
 
 
 class Source:
@@ -25,86 +27,103 @@ class Source:
     Attributes:
         a: the command's arguments.
         bytes_per_token: of the text that was read.
-        written: how many sequences the model wrote.
+        documents: the text.
+        generated: how many sequences of the model's own writing the layers and the distillation get.
     """
 
-    def __init__(self, a: argparse.Namespace, tokenizer: Any, load: Callable[[], Any]):
-        """load: gives the full-precision model, to generate with."""
-        self.a, self.tokenizer, self.load = a, tokenizer, load
-        self.bytes_per_token, self.written = 0.0, 0
-        self.writer: Writer | None = None
+    def __init__(self, a: argparse.Namespace, tokenizer: Any, model: str):
+        """model: what identifies the model that writes."""
+        self.a, self.tokenizer = a, tokenizer
+        self.bytes_per_token = 0.0
         self.documents = texts.read(a.text, texts.Column(a.text_column))[a.text_column] if a.text else []
+        if a.text and not any(self.documents):
+            raise Stop(f"--text: there is no text in {', '.join(a.text)}")
+        self.counts = max(2, a.tokens // a.context), max(2, a.steps * a.batch) if a.steps else 0
+        self.generated = tuple(round(a.generated * count) for count in self.counts)
+        self.characters = set().union(*self.documents) if a.generated else set()
+        said = [model, a.context, a.seed, "".join(sorted(self.characters)), tokenizer.bos_token_id]
+        self.key = hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
-    def __str__(self) -> str:
-        parts = [f"{self.bytes_per_token:.2f} bytes a token"] if self.a.text else []
-        return "; ".join([*parts, f"{self.written} written by the model"] if self.written else parts)
+    def for_layers(self) -> torch.Tensor:
+        """int64 (sequences, context), each with BOS first; fewer than asked for if the text is short. Raises Stop."""
+        return self._mixed(self.text_for_layers(), 0, self.generated[0])
 
-    def take(self, count: int, used: torch.Tensor | None = None) -> torch.Tensor:
-        """int64 (sequences, context), each with BOS first: `count`, or fewer if the text is short. Raises Stop.
+    def text_for_layers(self) -> torch.Tensor:
+        """Those of them that are from the text."""
+        return self._from_text(self.counts[0] - self.generated[0], None)
 
-        used: what an earlier call returned; others are taken, if the text has half as many as wanted.
-        """
-        own, before = round(self.a.generated * count), self.written
-        parts = [self._from_text(count - own, used)] if count > own else []
-        if own:
-            parts.append(self._generated(before + own)[before:])
-            self.written += own
-        ids = torch.cat(parts)
+    def for_distillation(self, used: torch.Tensor) -> torch.Tensor:
+        """Others than those of the layers, `used`, if the text has half as many as wanted. Raises Stop."""
+        text = self._from_text(self.counts[1] - self.generated[1], used)
+        return self._mixed(text, self.generated[0], self.generated[1])
+
+    def _mixed(self, text: torch.Tensor, begin: int, count: int) -> torch.Tensor:
+        ids = torch.cat([text, self.written()[begin : begin + count]]) if count else text
         return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.a.seed))]
 
     def _from_text(self, sequences: int, used: torch.Tensor | None) -> torch.Tensor:
-        """From all over the text."""
+        """From all over the text. What remains of the parts, less than a sequence each, is joined."""
         a, tokenizer = self.a, self.tokenizer
+        if not sequences:
+            return torch.empty(0, a.context, dtype=torch.int64)
         taken = {row.numpy().tobytes() for row in used} if used is not None else set()
         share = -(-(len(taken) + sequences) * a.context // len(self.documents)) + a.context  # of each document: all of them are heard
-        random, found, size, count = np.random.default_rng(a.seed), [], 0, 0
+        size_of_part = max(PART, 16 * a.context)
+        whole = a.context - (tokenizer.bos_token_id is not None)
+        random, found, rest, size, count = np.random.default_rng(a.seed), [], [], 0, 0
         for text in self.documents:
             own = 0
-            for part in random.permutation(-(-len(text) // PART)):
-                piece = text[part * PART : (part + 1) * PART]
-                ids = tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+            for part in random.permutation(-(-len(text) // size_of_part)):
+                piece = text[part * size_of_part : (part + 1) * size_of_part]
+                ids = np.array(tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"], np.int64)
                 size, own = size + len(piece.encode("utf-8", "surrogatepass")), own + len(ids)
-                found.append(pack(np.array(ids, np.int64), a.context, tokenizer.bos_token_id))
+                found.append(pack(ids, a.context, tokenizer.bos_token_id))
+                rest.append(ids[len(ids) // whole * whole :])
                 if own > share:
                     break
             count += own
-        blocks = np.concatenate(found)
+        blocks = np.concatenate([*found, pack(np.concatenate(rest), a.context, tokenizer.bos_token_id)])
         if len(blocks) < 2:
             raise Stop(f"the text has {count} tokens, less than two sequences of {a.context}: give more, or a smaller --context")
         self.bytes_per_token = size / count
         new = [row for row in blocks if row.tobytes() not in taken]
         pool = new if len(new) >= max(2, sequences // 2) else list(blocks)
+        if len(pool) > len(new):
+            warn("the text is short: the distillation reads what the layers were trained on")
         chosen = random.permutation(len(pool))[: max(2, sequences)]
         return torch.from_numpy(np.stack([pool[i] for i in chosen]))
 
-    def _generated(self, sequences: int) -> torch.Tensor:
-        """The first sequences that the model writes. Those that it has written are in --work, a file for each batch."""
-        found: list[np.ndarray] = []
-        with tqdm(desc="writing", unit="token", unit_scale=True, leave=False) as bar:
-            while (count := sum(map(len, found))) < sequences:
-                path = self.a.work / f"written-{len(found):03}.npy"
-                if not path.exists():
-                    self.writer = self.writer or Writer(self.load(), self.tokenizer, set().union(*self.documents))
-                    bar.total = bar.total or (sequences - count) * (self.a.context - 1)
-                    _save(path, self.writer.write(sequences - count, self.a.context, self.a.seed + len(found), bar.update))
-                with undamaged(path, f"remove {self.a.work} to start over"):
-                    found.append(np.load(path))
-        self.writer = None
-        return torch.from_numpy(np.concatenate(found)[:sequences].astype(np.int64))
+    # ---- the model's own writing: files in --work, one for each batch ----
 
+    def lacks(self) -> int:
+        """How many sequences are still to be written."""
+        return max(0, sum(self.generated) - len(self.written()))
 
-class Writer:
-    """The full-precision model, and which tokens it may write: those made of `characters`, or all if there are none."""
+    def written(self) -> torch.Tensor:
+        """What has been written, int64 (sequences, context). Raises Stop."""
+        found = [np.empty((0, self.a.context), np.int32)]
+        while (path := self._path(len(found) - 1)).exists():
+            with undamaged(path, "remove it, and it is written again"):
+                found.append(np.load(path).reshape(-1, self.a.context))
+        return torch.from_numpy(np.concatenate(found).astype(np.int64))
 
-    def __init__(self, model: Any, tokenizer: Any, characters: set[str]):
-        self.model, self.bos, self.config = model, tokenizer.bos_token_id, model.config.get_text_config()
-        self.allowed = generation.candidates(tokenizer, characters, self.config.vocab_size)
+    def write(self, model: Any) -> None:
+        """Let the full-precision model write what is lacking."""
+        a, config, bos = self.a, model.config.get_text_config(), self.tokenizer.bos_token_id
+        allowed = generation.candidates(self.tokenizer, self.characters, config.vocab_size)
+        most = generation.batch_size(config, a.context, model.dtype.itemsize)
+        number = 0
+        while self._path(number).exists():
+            number += 1
+        with tqdm(desc="writing", total=self.lacks() * (a.context - 1), unit="token", unit_scale=True, leave=False) as bar:
+            while lacking := self.lacks():
+                n = min(most, lacking)
+                ids = generation.generate(model, allowed, bos, n, a.context, a.seed + number, functools.partial(bar.update, n))
+                _save(self._path(number), ids.numpy().astype(np.int32))
+                number += 1
 
-    def write(self, most: int, context: int, seed: int, advance: Callable[[int], object]) -> np.ndarray:
-        """As many sequences as fit the memory, `most` at most: int32 (sequences, context)."""
-        batch = min(most, generation.batch_size(self.config, context))
-        ids = generation.generate(self.model, self.allowed, self.bos, batch, context, seed, lambda: advance(batch))
-        return ids.numpy().astype(np.int32)
+    def _path(self, number: int) -> Path:
+        return self.a.work / f"written-{self.key}-{number:03}.npy"
 
 
 def _save(path: Path, ids: np.ndarray) -> None:

@@ -5,10 +5,14 @@ when they are complete, so that a run that was cut off finds the last layer's.
 """
 
 import contextlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from sherry_gguf.errors import Stop
+from sherry_gguf.training.files import sync
 
 DTYPE = torch.bfloat16
 KINDS = ("full", "quantized")
@@ -44,17 +48,29 @@ class Streams:
 
 def write(path: Path, shape: tuple[int, int, int], batch: int, compute: Callable[[int, int], torch.Tensor],
           advance: Callable[[], object]) -> None:  # fmt: skip
-    """Write `compute(begin, end)`, hidden states of these of the sequences, to a file that appears when it is complete."""
+    """Write `compute(begin, end)`, hidden states of these of the sequences, to a file that appears when it is complete and on the disk.
+
+    Raises OSError, also if the disk is too full.
+    """
     partial = path.with_suffix(".part")
-    partial.unlink(missing_ok=True)
+    size = torch.Size(shape).numel() * DTYPE.itemsize
+    with open(partial, "wb") as file:
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk would end the process when the states are mapped
+        except OSError as e:
+            raise OSError(e.errno, f"{e.strerror}, {size >> 20} MiB are needed", str(path)) from None
     states = read(partial, shape)
     for begin in range(0, shape[0], batch):
         end = min(begin + batch, shape[0])
         states[begin:end] = compute(begin, end).to(DTYPE)
         advance()
+    sync(partial)
     partial.rename(path)
 
 
 def read(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-    """bfloat16 (sequences, context, hidden), mapped from a file."""
-    return torch.from_file(str(path), shared=True, size=torch.Size(shape).numel(), dtype=DTYPE).view(shape)
+    """bfloat16 (sequences, context, hidden), mapped from a file. Raises Stop if it has another size."""
+    n = torch.Size(shape).numel()
+    if (size := path.stat().st_size) != n * DTYPE.itemsize:  # mapping it would append zeros
+        raise Stop(f"{path} is damaged: it has {size} bytes, not {n * DTYPE.itemsize}. Remove {path.parent} to start over")
+    return torch.from_file(str(path), shared=True, size=n, dtype=DTYPE).view(shape)

@@ -28,7 +28,11 @@ def undamaged(path: Path, remedy: str) -> Iterator[None]:
     """Raise any error that a file of an earlier run causes as Stop, with the `remedy`."""
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as e:
+        if "allocate memory" in str(e):  # PyTorch's allocator
+            raise MemoryError(str(e)) from e
         raise Stop(f"{path} is damaged ({type(e).__name__}: {e}): {remedy}") from e
 
 
@@ -41,7 +45,7 @@ def write(path: Path, data: bytes | str) -> None:
     """Write a file, text as UTF-8. After an error or a crash it holds what it held before."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(data.encode() if isinstance(data, str) else data)
-    _sync(part)
+    sync(part)
     os.replace(part, path)
 
 
@@ -70,7 +74,7 @@ def whole_directory(directory: str | os.PathLike) -> Iterator[Path]:
     try:
         yield part
         for path in *part.iterdir(), part:
-            _sync(path)
+            sync(path)
             # mkdtemp and safetensors make them private
             path.chmod((0o777 if path.is_dir() else 0o666) & ~umask())
         if not there:
@@ -87,7 +91,7 @@ def whole_directory(directory: str | os.PathLike) -> Iterator[Path]:
         raise
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file or directory to the disk, which a rename may otherwise reach before the data."""
     fd = os.open(path, os.O_RDONLY)
     try:

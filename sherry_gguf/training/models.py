@@ -18,10 +18,15 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def check_name(name: str) -> None:
+    """Raises Stop if a name can only be that of a directory, which does not exist: a hub would say that this is not a name."""
+    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or Path(name).suffix or name.count("/") > 1):
+        raise Stop(f"{name}: no such file or directory")
+
+
 def load_float32(name: str) -> Any:
     """A causal language model in float32. Raises Stop, also if the checkpoint lacks some of its tensors."""
-    if not Path(name).exists() and (Path(name).is_absolute() or name.startswith(".") or Path(name).suffix or name.count("/") > 1):
-        raise Stop(f"{name}: no such file or directory")  # a hub would say that this is not a name
+    check_name(name)
     with stop_at_errors(name):
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
         if any(p.dtype != torch.float32 for p in loaded[0].parameters()):  # MXFP4 is decoded to bfloat16

@@ -73,7 +73,7 @@ def check_target(out: Path, directory: Path, flag: str = "--export") -> None:
     """
     mine = directory.resolve()
     if mine.is_relative_to(out.resolve()) or out.resolve() == mine / STAGE:
-        raise Stop(f"{flag} {out}: that is for checkpoints; choose another directory, or one in it")
+        raise Stop(f"{flag} {out}: the run keeps its own files there; choose another directory, or one in it")
     try:
         with contextlib.suppress(InterruptedError), whole_directory(out):
             raise InterruptedError  # so that nothing appears
@@ -155,7 +155,7 @@ def bf16_time() -> float:
     """Time of a bfloat16 product on this CPU, which may emulate it, divided by that of a float32 product."""
     times = {}
     for dtype in (torch.float32, torch.bfloat16):
-        x, w = torch.ones(1024, 256, dtype=dtype), torch.ones(256, 768, dtype=dtype)
+        x, w = torch.ones(512, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
         runs = []
         for _ in range(5):
             began = time.perf_counter()

@@ -106,21 +106,20 @@ def test_layers_one_by_one_are_the_model(kind):
         if i < 2:  # the last ones of transformers are normed
             torch.testing.assert_close(x, wanted[i + 1])
     head = layers.Head(model, torch.tensor([3, 5, 7]))
-    head.check(model, ids[:1])
+    layers.check_head(model)
     torch.testing.assert_close(head(head.norm(x)), model(input_ids=ids).logits[..., [3, 5, 7]])
 
 
 def test_models_whose_head_is_not_known():
     model = tiny("llama")
-    head = layers.Head(model, torch.arange(320))
     hook = model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
     with pytest.raises(Stop, match="what it computes after its last layer is not known here"):
-        head.check(model, torch.zeros(1, CONTEXT, dtype=torch.int64))
+        layers.check_head(model)
     hook.remove()
     model.model.norm, model.model.other = None, model.model.norm
     del model.model.norm
     with pytest.raises(Stop, match="no norm after its last layer is known here"):
-        layers.Head(model, torch.arange(320))
+        layers.Head(model)
     model.config.num_hidden_layers = 7
     with pytest.raises(Stop, match="no list of 7 transformer layers"):
         layers.find(model)
@@ -153,15 +152,20 @@ def test_error_is_relative_but_for_small_states():
 def test_distillation(tmp_path, train):
     """It brings the probabilities closer, keeps the codes if only scales train, and goes on where it was cut off."""
     ids = torch.randint(0, 320, (8, CONTEXT), generator=torch.Generator().manual_seed(1))
-    found = {}
-    for stop in None, 3:
+    full = tiny("llama")
+    with torch.no_grad():
+        states = full.model(input_ids=ids).last_hidden_state
+    d = distillation.Distillation(steps=8, batch=4, rate=0.02, bf16=False, seed=0, save_every=3)
+
+    def start():
         model = tiny("llama")
-        with torch.no_grad():
-            states = model.model(input_ids=ids).last_hidden_state
         prepare(model)
         codes = {name: m.quantized_weight().sign() for name, m in quantized_layers(model).items()}
-        head = layers.Head(model, torch.arange(320))
-        d = distillation.Distillation(steps=8, batch=4, rate=0.02, train=train, bf16=False, seed=0, save_every=3)
+        return model, layers.Head(model), distillation.fix_codes(model) if train == "scales" else {}, codes
+
+    found = {}
+    for stop in None, 3:
+        model, head, fixed, codes = start()
         before = distillation.mean_divergence(model, head, ids, states, d)
         saved = tmp_path / f"{stop}.pt"
 
@@ -170,19 +174,45 @@ def test_distillation(tmp_path, train):
                 raise KeyboardInterrupt
 
         try:
-            distillation.distil(model, head, ids, states, d, saved, advance)
+            distillation.distil(model, head, fixed, ids, states, d, saved, advance)
         except KeyboardInterrupt:
-            model = tiny("llama")
-            prepare(model)
-            head = layers.Head(model, torch.arange(320))
-            distillation.distil(model, head, ids, states, d, saved, lambda *_: None)
-        assert distillation.mean_divergence(model, head, ids, states, d) < 0.9 * before
+            model, head, fixed, _ = start()
+            distillation.distil(model, head, fixed, ids, states, d, saved, lambda *_: None)
+        after = distillation.mean_divergence(model, head, ids, states, d)
+        assert after < 0.9 * before
+        distillation.release(fixed)
+        model.float()
+        assert distillation.mean_divergence(model, head, ids, states, d) == pytest.approx(after, rel=1e-2)  # scales went through float16
         for name, m in quantized_layers(model).items():
             same = torch.equal(m.quantized_weight().sign(), codes[name])
             assert same == (train == "scales")
         found[stop] = {name: p.detach().clone() for name, p in model.named_parameters()}
     for name, p in found[None].items():
         assert torch.equal(p, found[3][name]), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_divergence_in_parts(kind, monkeypatch):
+    """The same value and gradients as PyTorch's own at once; in parts of three tokens."""
+    model = tiny(kind, **KINDS[kind])
+    head = layers.Head(model)
+    random = torch.Generator().manual_seed(0)
+    found, wanted = (torch.randn(2, 5, 128, generator=random) for _ in range(2))
+    found.requires_grad_(True)
+    whole = torch.nn.functional.kl_div(head(found).log_softmax(-1), head(wanted).log_softmax(-1), log_target=True, reduction="sum") / 10
+    gradient = torch.autograd.grad(whole, found)[0]
+    monkeypatch.setattr(distillation, "LOGITS", 3 * 320)
+    assert distillation.divergence(head, found * 1, wanted, backward=True) == pytest.approx(float(whole.detach()), rel=1e-5)
+    torch.testing.assert_close(found.grad, gradient, rtol=1e-4, atol=1e-7)
+
+
+def test_likely_tokens(monkeypatch):
+    head = layers.Head(tiny("llama"))
+    states = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(distillation, "LIKELY", 2)
+    monkeypatch.setattr(distillation, "LOGITS", 3 * 320)
+    wanted = {int(i) for x in states.reshape(-1, 128) for i in head(x).argsort()[-2:]}
+    assert set(distillation.likely(head, states).tolist()) == wanted
 
 
 # ---- the command ----
@@ -270,7 +300,8 @@ def test_more_distillation_needs_no_new_layers(model, calibrated, text, tmp_path
     work = calibrated.with_name("hf.work")
     before = (work / running.RECORD).read_text()
     assert command.main(arguments(model, text, tmp_path / "b", "--work", work, "--steps", 9)) == 1
-    assert "was begun with other settings (steps: 4 then, 9 now)" in capfd.readouterr().err
+    says = capfd.readouterr().err
+    assert "distilled.pt was begun with other settings (steps: 4 then, 9 now): remove that file" in says
     (work / running.DISTILLED).rename(work / "kept")
     assert command.main(arguments(model, text, tmp_path / "b", "--work", work, "--steps", 2)) == 0
     assert (work / running.RECORD).read_text() == before
@@ -308,6 +339,9 @@ def test_lost_states(model, text, tmp_path, capfd, monkeypatch):
     (["--group-size", "64", "--tokens", "16"], "--tokens: two sequences are 64 tokens"),
     (["--rate", "-1"], "argument --rate: invalid number value: '-1'"),
     (["--rate", "nan"], "argument --rate: invalid number value: 'nan'"),
+    (["--device", "foo"], "--device foo: "),
+    (["--device", "cuda"], "--device cuda: "),
+    (["--output", "."], "already has something in it"),
     (["--batch", "0"], "argument --batch: invalid positive number value: '0'"),
 ])  # fmt: skip
 def test_errors(model, text, tmp_path, capfd, change, says):
@@ -330,14 +364,31 @@ def test_too_little_text(model, tmp_path, capfd):
 
 
 def test_text_for_layers_and_distillation(model, text):
-    a = command.parse(arguments(model, text, "out"), "calibrate")
-    source = sequences.Source(a, AutoTokenizer.from_pretrained(model), None)
-    ids = source.take(24)
-    assert ids.shape == (24, CONTEXT) and (ids[:, 0] == source.tokenizer.bos_token_id).all() and 1 < source.bytes_per_token < 9
-    assert torch.equal(ids, source.take(24))
-    more = source.take(40, ids)
+    def source(*more):
+        a = command.parse(arguments(model, text, "out", *more), "calibrate")
+        return sequences.Source(a, AutoTokenizer.from_pretrained(model), "")
+
+    some = source("--steps", 10)
+    ids = some.for_layers()
+    assert ids.shape == (24, CONTEXT) and (ids[:, 0] == some.tokenizer.bos_token_id).all() and 1 < some.bytes_per_token < 9
+    assert torch.equal(ids, source().for_layers())
+    more = some.for_distillation(ids)
     assert more.shape == (40, CONTEXT) and not {tuple(row) for row in more.tolist()} & {tuple(row) for row in ids.tolist()}
-    everything = source.take(1 << 20)
-    assert len(source.take(1 << 20, everything)) == len(everything)  # none are left, so the same again
-    a.seed = 1
-    assert not torch.equal(ids, source.take(24))
+    assert not torch.equal(ids, source("--seed", 1).for_layers())
+
+
+def test_all_of_a_short_text(model, text, capfd):
+    a = command.parse(arguments(model, text, "out", "--tokens", 1 << 25), "calibrate")
+    source = sequences.Source(a, AutoTokenizer.from_pretrained(model), "")
+    everything = source.for_layers()
+    assert len(source.for_distillation(everything)) == 16 and "reads what the layers were trained on" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("context", [32, 2048])
+def test_documents_shorter_than_a_sequence(model, tmp_path, context):
+    """They are joined, as are the parts of a document."""
+    (tmp_path / "a.jsonl").write_text('{"text": "The sea was calm."}\n' * 2000)
+    a = command.parse(arguments(model, tmp_path / "a.jsonl", "out", "--context", context, "--tokens", 4 * context), "calibrate")
+    source = sequences.Source(a, AutoTokenizer.from_pretrained(model), "")
+    ids = source.for_layers()
+    assert ids.shape == (4, context) and re.search("calm\\. ?The sea was", source.tokenizer.decode(ids[0]))

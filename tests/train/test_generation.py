@@ -80,9 +80,9 @@ def test_characters_of_the_text(model):
 
 def test_memory_for_keys_and_values():
     config = tiny("llama").config
-    assert generation.batch_size(config, 32) == generation.MOST
+    assert generation.batch_size(config, 32, 2) == generation.MOST
     config.num_hidden_layers, config.num_key_value_heads, config.head_dim = 32, 8, 128
-    assert generation.batch_size(config, 512) == (2 << 30) // (32 * 8 * 128 * 2 * 2 * 512)
+    assert generation.batch_size(config, 512, 4) == (2 << 30) // (32 * 8 * 128 * 2 * 4 * 512)
 
 
 def test_the_command(model, text, tmp_path, capfd):
@@ -95,13 +95,19 @@ def test_the_command(model, text, tmp_path, capfd):
     report = json.loads((out / running.REPORT).read_text())
     assert report["distillation"]["after"] < report["distillation"]["before"]
     written = sorted((tmp_path / "hf.work").glob("written-*"))
-    assert [len(np.load(path)) for path in written] == [12, 8]
+    assert [len(np.load(path)) for path in written] == [20]
 
-    source = sequences.Source(command.parse(argv, "calibrate"), AutoTokenizer.from_pretrained(model), None)  # loads no model again
-    ids = source.take(24)
-    more = source.take(16, ids)
+    source = sequences.Source(command.parse(argv, "calibrate"), AutoTokenizer.from_pretrained(model), report["settings"]["weights"])
+    assert source.lacks() == 0
+    ids = source.for_layers()
+    more = source.for_distillation(ids)
     both = {tuple(row) for row in ids.tolist()} & {tuple(row) for row in more.tolist()}
-    assert not both and ids.shape == (24, CONTEXT) and more.shape == (16, CONTEXT) and source.written == 20
+    assert not both and ids.shape == (24, CONTEXT) and more.shape == (16, CONTEXT)
+    for change in {"seed": 1}, {"context": 64}, {"text": []}:  # what another run wrote is not taken
+        a = command.parse(argv, "calibrate")
+        vars(a).update(change)
+        assert sequences.Source(a, source.tokenizer, report["settings"]["weights"]).lacks() == 20
+    assert sequences.Source(command.parse(argv, "calibrate"), source.tokenizer, "another model").lacks() == 20
 
 
 def test_no_text(model, tmp_path, capfd):
@@ -117,7 +123,7 @@ def test_no_text(model, tmp_path, capfd):
     assert "argument --generated: invalid share from 0 to 1 value: '1.5'" in capfd.readouterr().err
     assert command.main([*argv, "--generated", "1"]) == 0
     assert "8 written by the model" in capfd.readouterr().out
-    (tmp_path / "hf.work" / "written-000.npy").write_bytes(b"x")
+    next((tmp_path / "hf.work").glob("written-*")).write_bytes(b"x")
     (tmp_path / "hf" / "config.json").unlink()
     assert command.main([*argv, "--generated", "1", "--output", str(tmp_path / "other"), "--work", str(tmp_path / "hf.work")]) == 1
-    assert "written-000.npy" in capfd.readouterr().err
+    assert "-000.npy is damaged" in capfd.readouterr().err
