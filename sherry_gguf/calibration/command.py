@@ -64,7 +64,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add("--context", type=positive, default=512, metavar="N", help="tokens of a sequence (512)")
     add = parser.add_argument_group("layers").add_argument
     add("--passes", type=_number, default=2.0, metavar="N", help="how often a layer is trained on each sequence; 0: only --start (2)")
-    add("--batch", type=positive, default=4, metavar="N", help="sequences in a step (4)")
+    add("--batch", type=positive, default=4, metavar="N", help="sequences in one of their steps (4)")
     add("--rate", type=_number, default=0.02, metavar="X", help="highest learning rate, in mean magnitudes of a matrix (0.02)")
     add("--start", choices=["feedback", "rounding"], default="feedback", help="""weights to start from: quantized with error feedback
         (GPTQ), or as they are (feedback)""")  # fmt: skip
@@ -75,7 +75,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add("--steps", type=_count, default=0, metavar="N", help="steps of the whole model after its layers (0)")
     add("--train", choices=["scales", "weights"], default="scales", help="""what trains in them: norms and scales, or all weights of the
         layers too, which takes 16 bytes for each (scales)""")  # fmt: skip
-    add("--distill-rate", type=_number, default=0.005, metavar="X", help="highest learning rate in them, as --rate (0.005)")
+    add("--distill-batch", type=positive, default=2, metavar="N", help="sequences in one of them (2)")
+    add("--distill-rate", type=_number, default=0.01, metavar="X", help="highest learning rate in them, as --rate (0.01)")
     add = parser.add_argument_group("result and machine").add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="directory for the result; must be new or empty")
     add("--work", type=Path, metavar="DIR", help="directory for what a later run continues (--output with .work)")

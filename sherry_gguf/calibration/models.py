@@ -47,7 +47,9 @@ def quantized(a: argparse.Namespace) -> tuple[Any, list[str]]:
         if p.ndim == 3 and 1 not in p.shape:
             raise Stop(f"{type(model).__name__}: {name}.{key} holds the matrices of several experts, which calibrate cannot train")
     try:
-        names = prepare(model, QuantConfig(group_size=AUTO if a.group_size == AUTO else int(a.group_size)), a.keep, rf"^{re.escape(name)}\.")
+        names = prepare(
+            model, QuantConfig(group_size=AUTO if a.group_size == AUTO else int(a.group_size)), a.keep, rf"^{re.escape(name)}\."
+        )
     except (ValueError, re.error) as e:
         raise Stop(f"--keep {a.keep!r}: {e}" if isinstance(e, re.error) else str(e).replace("--group_size", "--group-size")) from e
     return model.requires_grad_(False), names

@@ -32,7 +32,7 @@ REPORT = "calibration.json"  # in --output
 HELD_OUT = 1 / 16  # of the sequences, at least one: to show what training does
 MOST_HELD_OUT = 16  # of the sequences for distillation
 FREE = "output", "work", "device"  # arguments that may change when a run is continued
-LATER = "steps", "train", "distill_rate"  # nothing of the layers depends on them
+LATER = "steps", "train", "distill_rate", "distill_batch"  # nothing of the layers depends on them
 
 
 def run(a: argparse.Namespace) -> int:
@@ -51,7 +51,7 @@ def _memory():
         yield
     except RuntimeError as e:
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
-            raise MemoryError(f"not enough memory ({str(e).splitlines()[0]}): use a smaller --batch") from e
+            raise MemoryError(f"not enough memory ({str(e).splitlines()[0]}): use a smaller --batch or --distill-batch") from e
         if "PytorchStreamWriter failed" in str(e):  # its name for a full disk
             raise OSError(f"--work: {str(e).splitlines()[0]}") from e
         raise
@@ -241,7 +241,7 @@ class Calibration:
         likely = distillation.likely(every, states[:held_out]).cpu()
         used = torch.unique(torch.cat([ids.flatten(), special, likely])).to(self.device)
         head = layers.Head(self.model, used)
-        d = distillation.Distillation(a.steps, a.batch, a.distill_rate, self.bf16, a.seed)
+        d = distillation.Distillation(a.steps, a.distill_batch, a.distill_rate, self.bf16, a.seed)
         for module in (*modules, head.norm):
             for p in module.parameters():
                 p.requires_grad_(a.train == "weights" or p.ndim < 2)

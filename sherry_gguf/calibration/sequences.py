@@ -38,7 +38,7 @@ class Source:
         self.documents = texts.read(a.text, texts.Column(a.text_column))[a.text_column] if a.text else []
         if a.text and not any(self.documents):
             raise Stop(f"--text: there is no text in {', '.join(a.text)}")
-        self.counts = max(2, a.tokens // a.context), max(2, a.steps * a.batch) if a.steps else 0
+        self.counts = max(2, a.tokens // a.context), max(2, a.steps * a.distill_batch) if a.steps else 0
         self.generated = tuple(round(a.generated * count) for count in self.counts)
         self.characters = set().union(*self.documents) if a.generated else set()
         said = [model, a.context, a.seed, "".join(sorted(self.characters)), tokenizer.bos_token_id]

@@ -225,7 +225,7 @@ def model(tmp_path_factory):
 
 def arguments(model, text, out, *more):
     return [str(x) for x in (model, "--text", text, "--output", out, "--tokens", 24 * CONTEXT, "--context", CONTEXT, "--passes", 2,
-                             "--steps", 4, "--device", "cpu", "--bf16", "false", *more)]  # fmt: skip
+                             "--steps", 4, "--distill-batch", 4, "--device", "cpu", "--bf16", "false", *more)]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -196,5 +196,5 @@ def test_a_full_disk(model, text, tmp_path):
 
 def test_one_sequence_for_the_distillation(model, tmp_path, capfd):
     argv = [str(x) for x in (model, "--output", tmp_path / "hf", "--generated", 1, "--tokens", 4 * CONTEXT, "--context", CONTEXT,
-                             "--passes", 0, "--steps", 1, "--batch", 1, "--device", "cpu")]  # fmt: skip
+                             "--passes", 0, "--steps", 1, "--distill-batch", 1, "--device", "cpu")]  # fmt: skip
     assert command.main(argv) == 0, capfd.readouterr().err
