@@ -42,8 +42,8 @@ def other(kind, model, folder, **more):
 
 
 @pytest.mark.parametrize("name, more", [
-    ("mixtral", ["--train", "weights"]), ("gpt2", []), ("smollm2", ["--group-size", "64"]), ("llama", ["--keep", "mlp", "--steps", 0]), ("gemma2", []),
-    ("llama", ["--start", "rounding", "--bf16", "true"]),
+    ("mixtral", ["--train", "weights"]), ("gpt2", []), ("smollm2", ["--group-size", "64"]), ("gemma2", []),
+    ("llama", ["--keep", "mlp", "--steps", 0]), ("llama", ["--start", "rounding", "--bf16", "true"]),
 ])  # fmt: skip
 def test_other_models(name, more, text, tmp_path, capfd):
     """Experts; Conv1D; tied embeddings and groups of 64; layers that are kept; bfloat16. The result converts exactly."""
