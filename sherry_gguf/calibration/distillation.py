@@ -24,6 +24,7 @@ from .layers import Head, find
 from .training import parameter_groups, precision, schedule
 
 LOGITS = 1 << 25  # how many are computed at a time
+MOST = 1 << 15  # tokens of the text that count: the frequent ones, nearly all of it. Half of the others occur once or twice
 LIKELY = 32  # tokens that count besides those of the text: so many of the full-precision model's likeliest at each place
 
 
@@ -117,6 +118,12 @@ def likely(head: Head, states: torch.Tensor) -> torch.Tensor:
     return torch.cat(found).unique()
 
 
+def vocabulary(ids: torch.Tensor, *others: torch.Tensor) -> torch.Tensor:
+    """The MOST most frequent tokens of the text, and others: int64 (n,), sorted."""
+    found, counts = torch.unique(ids, return_counts=True)
+    return torch.cat([found[counts.argsort(descending=True, stable=True)[:MOST]], *others]).unique()
+
+
 @torch.no_grad()
 def mean_divergence(model: Any, head: Head, ids: torch.Tensor, states: torch.Tensor, d: Distillation) -> float:
     """`divergence` over sequences of tokens (n, context) and their states (n, context, hidden)."""
@@ -149,7 +156,7 @@ def distil(model: Any, head: Head, fixed: dict[str, Scaled], ids: torch.Tensor, 
     groups = parameter_groups(model, d.rate)
     for s in fixed.values():
         groups.append({"params": [s.scale], "lr": d.rate * float(s.scale.detach().abs().mean()), "weight_decay": 0.0})
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
     rates = schedule(optimizer, d.steps)
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     done = 0

@@ -237,10 +237,9 @@ class Calibration:
         fixed = distillation.fix_codes(self.model) if a.train == "scales" else {}
         self.model.float()
         every = layers.Head(self.model)
-        special = torch.tensor(sorted({i for i in self.tokenizer.all_special_ids if i < len(every.weight)}), dtype=torch.int64)
-        likely = distillation.likely(every, states[:held_out]).cpu()
-        used = torch.unique(torch.cat([ids.flatten(), special, likely])).to(self.device)
-        head = layers.Head(self.model, used)
+        special = [i for i in self.tokenizer.all_special_ids if i < len(every.weight)]
+        used = distillation.vocabulary(ids, torch.tensor(special, dtype=torch.int64), distillation.likely(every, states[:held_out]).cpu())
+        head = layers.Head(self.model, used.to(self.device))
         d = distillation.Distillation(a.steps, a.distill_batch, a.distill_rate, self.bf16, a.seed)
         for module in (*modules, head.norm):
             for p in module.parameters():

@@ -137,7 +137,7 @@ class Task:
         """
         self.layer.module.requires_grad_(True)
         random, steps = torch.Generator().manual_seed(seed), self.steps(passes)
-        optimizer = torch.optim.AdamW(parameter_groups(self.layer.module, rate), betas=(0.9, 0.95))
+        optimizer = torch.optim.AdamW(parameter_groups(self.layer.module, rate), betas=(0.9, 0.95), fused=True)
         rates = schedule(optimizer, steps)
         order = torch.cat([torch.randperm(self.trained, generator=random) for _ in range(math.ceil(passes) + 1)])
         for step in range(steps):

@@ -206,6 +206,12 @@ def test_divergence_in_parts(kind, monkeypatch):
     torch.testing.assert_close(found.grad, gradient, rtol=1e-4, atol=1e-7)
 
 
+def test_the_vocabulary_of_a_text(monkeypatch):
+    monkeypatch.setattr(distillation, "MOST", 2)
+    found = distillation.vocabulary(torch.tensor([[5, 5, 9], [7, 7, 7]]), torch.tensor([1]), torch.tensor([7, 300]))
+    assert found.tolist() == [1, 5, 7, 300]
+
+
 def test_likely_tokens(monkeypatch):
     head = layers.Head(tiny("llama"))
     states = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0))

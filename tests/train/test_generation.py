@@ -106,7 +106,8 @@ def test_the_command(model, text, tmp_path, capfd):
     for change in {"seed": 1}, {"context": 64}, {"text": []}:  # what another run wrote is not taken
         a = command.parse(argv, "calibrate")
         vars(a).update(change)
-        assert sequences.Source(a, source.tokenizer, report["settings"]["weights"]).lacks() == 20
+        another = sequences.Source(a, source.tokenizer, report["settings"]["weights"])
+        assert another.lacks() == sum(another.generated) > 0
     assert sequences.Source(command.parse(argv, "calibrate"), source.tokenizer, "another model").lacks() == 20
 
 
