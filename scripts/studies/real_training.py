@@ -3,9 +3,11 @@
 
 Three steps, so that the second needs neither a network nor a build, and can be another machine with a GPU:
 
-  real_training.py prepare --data DIR    text, tasks and the model's weights, in files of at most --part-size, into --work
-  real_training.py run --minutes 9       train until the time is up; again, until it says that all is done
-  real_training.py report                tables and a plot of the runs that are done; `run` ends with it
+  real_training.py prepare --data DIR   text, tasks and weights, into --work
+  real_training.py run --minutes 9      train until the time is up; call again
+  real_training.py report               tables and a plot of what is done
+
+The weights are in files of at most --part-size. `run` says when all is done, and reports too.
 
 Each method's learning rate is swept with seed 0, by factors of 2 until the best lies between two worse ones, on one half of the held-out
 text. Then it trains with other seeds at its best rate; the report shows these seeds' losses on the other half.
@@ -54,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--part-size", type=int, default=60, metavar="MB", help="size of a file of weights, at most")
     g = p.add_argument_group("run")
     g.add_argument("--minutes", type=float, default=0.0, metavar="N", help="stop after so long; 0: when all is done")
-    g.add_argument("--methods", default=",".join(METHODS), help="methods to train")
+    g.add_argument("--methods", default="", metavar="A,B", help=f"methods to train, of {', '.join(METHODS)}; empty: all")
     g.add_argument("--granularity", choices=["per_group", "per_channel"], default="per_group", help="""which weights share a scale;
         SmolLM2's rows do not fit groups""")  # fmt: skip
     g.add_argument("--steps", type=int, default=150, metavar="N", help="steps of a run")
@@ -67,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     g.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
     a = p.parse_args(argv)
-    a.methods = a.methods.split(",")
+    a.methods = [name for name in a.methods.split(",") if name] or list(METHODS)
     if unknown := set(a.methods) - set(METHODS):
         p.error(f"--methods {', '.join(sorted(unknown))}: choose from {', '.join(METHODS)}")
     if a.step == "prepare" and not a.data:
