@@ -7,7 +7,9 @@ Three steps, so that the second needs neither a network nor a build, and can be 
   real_training.py run --minutes 9      train until the time is up; call again
   real_training.py report               tables and a plot of what is done
 
-The weights are in files of at most --part-size. `run` says when all is done, and reports too.
+`prepare` also copies all that `run` needs into --work/parts, in files of at most
+--part-size. `run` puts them together again. It says when all is done, and
+reports too.
 
 Each method's learning rate is swept with seed 0, by factors of 2 until the best lies between two worse ones, on one half of the held-out
 text. Then it trains with other seeds at its best rate; the report shows these seeds' losses on the other half.
@@ -17,7 +19,10 @@ text. Then it trains with other seeds at its best rate; the report shows these s
 """
 
 import argparse
+import json
 import os
+import platform
+import signal
 import sys
 import time
 from pathlib import Path
@@ -35,7 +40,7 @@ from study_runs import Runs
 
 from sherry_gguf.errors import Stop
 from sherry_gguf.programs import HelpWithDefaults
-from sherry_gguf.training.files import locked
+from sherry_gguf.training.files import differences, locked, undamaged, write
 
 PROGRAM = "real_training.py"
 
@@ -49,22 +54,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--data", type=Path, metavar="DIR", help="directory of the texts and tasks")
     g.add_argument("--model", choices=["gemma", "smollm2"], default="gemma", help="the model")
     g.add_argument("--source", type=Path, metavar="DIR", help="another Hugging Face directory instead")
-    g.add_argument("--tokens", type=int, default=1 << 24, metavar="N", help="tokens of the text, at most")
+    g.add_argument("--tokens", type=int, default=1 << 22, metavar="N", help="tokens of the text, at most")
     g.add_argument("--held-out-tokens", type=int, default=1 << 18, metavar="N", help="of the held-out text, at most")
     g.add_argument("--tasks", default="arc_easy,arc_challenge,piqa,winogrande,hellaswag", help="tasks; empty: none")
     g.add_argument("--limit", type=int, default=200, metavar="N", help="documents of each task")
-    g.add_argument("--part-size", type=int, default=60, metavar="MB", help="size of a file of weights, at most")
+    g.add_argument("--part-size", type=int, default=40, metavar="MB", help="size of a part, at most")
     g = p.add_argument_group("run")
     g.add_argument("--minutes", type=float, default=0.0, metavar="N", help="stop after so long; 0: when all is done")
     g.add_argument("--methods", default="", metavar="A,B", help=f"methods to train, of {', '.join(METHODS)}; empty: all")
-    g.add_argument("--granularity", choices=["per_group", "per_channel"], default="per_group", help="""which weights share a scale;
-        SmolLM2's rows do not fit groups""")  # fmt: skip
+    g.add_argument("--granularity", choices=["per_group", "per_channel"], default="per_group", help="which weights share a scale")
     g.add_argument("--steps", type=int, default=150, metavar="N", help="steps of a run")
     g.add_argument("--batch", type=int, default=4, metavar="N", help="sequences in a step")
     g.add_argument("--micro", type=int, default=4, metavar="N", help="sequences at a time")
     g.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a sequence")
     g.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds to report")
     g.add_argument("--eval-blocks", type=int, default=48, metavar="N", help="held-out sequences for choices, and as many for the report")
+    g.add_argument("--task-looks", type=int, default=0, metavar="N", help="""how often a reported run looks at the tasks, besides its
+        start; 0: only at its end""")  # fmt: skip
     g.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: all")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     g.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
@@ -92,20 +98,29 @@ def prepare(a: argparse.Namespace) -> None:
         raise Stop(f"{a.work} is prepared: choose another --work, or remove it, with the runs in it")
     source = a.source or real_files.directory(real_files.MODELS[a.model], ROOT / "build/real")
     files.prepare(source, a)
-    print(f"{a.work} is all that `run` needs: {sum(f.stat().st_size for f in a.work.rglob('*') if f.is_file()) >> 20} MiB")
+    parts = list((a.work / files.PARTS).glob("*.part"))
+    print(f"{a.work / files.PARTS} is all that `run` needs elsewhere: {len(parts)} parts, {sum(f.stat().st_size for f in parts) >> 20} MiB")
 
 
 def run(a: argparse.Namespace) -> bool:
     """Train; whether all is done. Raises Stop, OSError."""
+    import real_training_files as files
     import torch
 
-    from sherry_gguf.bench import cpu_name
-
+    files.load(a.work, a.context)
     if a.device == "auto":
         a.device = "cuda" if torch.cuda.is_available() else "cpu"
     a.machine = torch.cuda.get_device_name() if a.device == "cuda" else cpu_name()
     a.deadline = time.time() + 60 * a.minutes if a.minutes else float("inf")
     a.jobs = 1
+    settings = {name: getattr(a, name) for name in ("bf16", "micro", "eval_blocks", "task_looks")}
+    mark = a.work / "settings.json"
+    if mark.exists():
+        with undamaged(mark, f"remove it, and {a.work / 'runs.jsonl'}"):
+            other = differences(json.loads(mark.read_text()), settings)
+        if other:
+            raise Stop(f"{a.work} was begun with other settings ({other}): choose another --work")
+    write(mark, json.dumps(settings) + "\n")
     with Runs(a, Run, train) as runs:
         try:
             all_runs(runs, a)
@@ -114,8 +129,19 @@ def run(a: argparse.Namespace) -> bool:
     return True
 
 
+def cpu_name() -> str:
+    """Imported late: what names a CPU needs the package's libraries, which a machine that only trains may lack."""
+    try:
+        from sherry_gguf.bench import cpu_name as named
+
+        return named()
+    except ImportError:
+        return platform.processor() or platform.machine()
+
+
 def main(argv: list[str] | None = None) -> int:
     a = parse(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the worker too
     try:
         a.work.mkdir(parents=True, exist_ok=True)
         with locked(a.work, "--work"):
@@ -123,8 +149,11 @@ def main(argv: list[str] | None = None) -> int:
                 prepare(a)
                 return 0
             done = run(a) if a.step == "run" else True
-            report(a.work, a.out)
-        print(f"wrote {a.out}.md, .json and .png" + ("" if done else "; the time is up: run the same command again to go on"))
+            reported = report(a.work, a.out)
+        if not reported and done:
+            raise Stop(f"no run is complete in {a.work}")
+        says = [f"wrote {a.out}.md, .json and .png"] * reported + ["the time is up: run the same command again to go on"] * (not done)
+        print("; ".join(says))
         return 0
     except (Stop, OSError, ValueError) as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)

@@ -5,9 +5,11 @@ The vocabulary is cut down to the tokens that the text and the tasks use. In a s
 """
 
 import argparse
+import hashlib
 import json
 import lzma
 import shutil
+import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,12 @@ import torch
 from tqdm import tqdm
 
 from sherry_gguf.errors import Stop
-from sherry_gguf.evaluation import tasks as lm_tasks
 from sherry_gguf.qat.data import pack
 from sherry_gguf.training.files import undamaged
 
 TASKS = ("arc_easy", "arc_challenge", "piqa", "winogrande", "hellaswag")
 TEXTS = ("books.train.jsonl.xz", "books.heldout.jsonl.xz")
-COMPLETE = "prepared.json"
+COMPLETE, PARTS, SUMS = "prepared.json", "parts", "SHA256SUMS"  # in --work
 PIECE = 1 << 16  # characters that are split into tokens at a time
 
 
@@ -41,7 +42,7 @@ def prepare(source: Path, a: argparse.Namespace) -> None:
     used = np.unique(np.concatenate([train, held_out, special, *everything]))
     number = np.full(used.max() + 1, -1)
     number[used] = np.arange(len(used))
-    np.savez(a.work / "tokens.npz", train=number[train].astype(np.int32), held_out=number[held_out].astype(np.int32), used=used)
+    np.savez_compressed(a.work / "tokens.npz", train=number[train].astype(np.int32), held_out=number[held_out].astype(np.int32), used=used)
     for task in tasks.values():
         for row in task:
             row["requests"] = [number[request].tolist() for request in row["requests"]]
@@ -50,11 +51,53 @@ def prepare(source: Path, a: argparse.Namespace) -> None:
     model = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float16)
     with_tokens(model, torch.from_numpy(used), {int(old): int(number[old]) for old in special})
     shutil.rmtree(a.work / "model", ignore_errors=True)
-    model.save_pretrained(a.work / "model", max_shard_size=f"{a.part_size}MB")
+    model.save_pretrained(a.work / "model")
     figures = {"model": a.model, "vocabulary": len(used), "train": len(train), "held_out": len(held_out),
                "bos": None if tokenizer.bos_token_id is None else int(number[tokenizer.bos_token_id]),
                "tasks": {name: len(task) for name, task in tasks.items()}, "parameters": model.num_parameters()}  # fmt: skip
-    (a.work / COMPLETE).write_text(json.dumps(figures, indent=1) + "\n")
+    (a.work / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
+    split_up(a.work, a.part_size << 20)
+    (a.work / "figures.json").rename(a.work / COMPLETE)
+
+
+def split_up(work: Path, size: int) -> None:
+    """Copy what `run` needs into work/parts: files of `size` bytes at most, and their hashes."""
+    parts, archive = work / PARTS, work / "archive.part"
+    shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir()
+    with tarfile.open(archive, "w") as tar:
+        for name in ("figures.json", "tokens.npz", "tasks.json", "model"):
+            tar.add(work / name, COMPLETE if name == "figures.json" else name)
+    sums = []
+    with archive.open("rb") as file:
+        while data := file.read(size):
+            name = f"{len(sums):03}.part"
+            (parts / name).write_bytes(data)
+            sums.append(f"{hashlib.sha256(data).hexdigest()}  {name}\n")
+    archive.unlink()
+    (parts / SUMS).write_text("".join(sums))  # last: with it they are complete
+
+
+def join(work: Path) -> None:
+    """Put the directory together from its parts, if only these are there. Raises Stop if one is missing or damaged."""
+    if (work / COMPLETE).exists() or not (work / PARTS / SUMS).exists():
+        return
+    archive, fresh = work / "archive.part", work / "fresh"
+    with archive.open("wb") as out:
+        for line in (work / PARTS / SUMS).read_text().splitlines():
+            digest, name = line.split()
+            path = work / PARTS / name
+            if not path.exists() or hashlib.sha256(data := path.read_bytes()).hexdigest() != digest:
+                raise Stop(f"{path} is missing or damaged: copy it again")
+            out.write(data)
+    shutil.rmtree(fresh, ignore_errors=True)
+    with tarfile.open(archive) as tar:
+        tar.extractall(fresh, filter="data")
+    archive.unlink()
+    shutil.rmtree(work / "model", ignore_errors=True)
+    for path in sorted(fresh.iterdir(), key=lambda path: path.name == COMPLETE):  # last
+        path.replace(work / path.name)
+    fresh.rmdir()
 
 
 def texts(path: Path) -> Iterator[str]:
@@ -87,6 +130,8 @@ def questions(tokenizer: Any, name: str, a: argparse.Namespace) -> list[dict]:
     Each has "requests", for each choice the tokens of context and continuation, "scored", how many of them are the continuation, and
     "gold", the right choice.
     """
+    from sherry_gguf.evaluation import tasks as lm_tasks  # not on a machine that only trains
+
     loaded, missing = lm_tasks.load([name], None, 0, a.data)
     _, failed = lm_tasks.prepare(loaded, a.limit)
     if why := {**missing, **failed}.get(name):
@@ -132,9 +177,10 @@ def with_tokens(model: Any, used: torch.Tensor, special: dict[int, int]) -> None
 
 def load(work: Path, context: int, seed: int = 0) -> tuple[dict, np.ndarray, np.ndarray, dict]:
     """The figures of `prepare`, blocks to train on and held-out ones, shuffled (n, context), and the tasks. Raises Stop."""
+    join(work)
     mark = work / COMPLETE
     if not mark.is_file():
-        raise Stop(f"{work} is not prepared: run `real_training.py prepare` first, or copy a prepared directory there")
+        raise Stop(f"{work} is not prepared: run `real_training.py prepare` first, or copy the folder {PARTS} of a prepared one there")
     with undamaged(mark, "prepare it again"), np.load(work / "tokens.npz") as z:
         figures = json.loads(mark.read_text())
         blocks = [pack(z[name], context, figures["bos"]) for name in ("train", "held_out")]

@@ -1,15 +1,19 @@
 """The runs of real_training.py: training a real model with one method, stopping in time, and measuring what came out."""
 
 import dataclasses
+import json
 import math
 import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from study_runs import Kept, Runs, Sweep, complete, leaders
+
+from sherry_gguf.training.files import write
 
 LOOKS = 8  # held-out losses in a run, evenly spread over its tokens
 WARMUP = 0.05  # share of the steps during which the learning rate rises
@@ -24,8 +28,10 @@ METHODS: dict[str, tuple[str, str, tuple[tuple[str, float], ...], bool]] = {
     "arenas": ("Sherry, mild Arenas", "sherry", MILD, False),
     "arenas-published": ("Sherry, Arenas as published", "sherry", PUBLISHED, False),
     "absmean-teacher": ("absmean ternary, with a teacher", "absmean", (), True),
+    "twn-teacher": ("TWN ternary, with a teacher", "twn", (), True),
     "sherry-teacher": ("Sherry without Arenas, with a teacher", "sherry", (), True),
     "arenas-teacher": ("Sherry, mild Arenas, with a teacher", "sherry", MILD, True),
+    "arenas-published-teacher": ("Sherry, Arenas as published, with a teacher", "sherry", PUBLISHED, True),
 }
 RATES, RATES_FULL = (5e-4, 1e-3), (1e-5, 2e-5)  # where a sweep begins
 
@@ -53,50 +59,94 @@ class Run(Kept):
 def train(run: Run, a: dict) -> dict:
     """Train one run in this process, from its checkpoint if it has one.
 
-    Returns its losses in nats a token, the accuracies, and the seconds of this call. Raises Paused when a["deadline"] is over.
+    Returns its losses in nats a token, the accuracies, and the seconds of all calls. Raises Paused when a["deadline"] is over.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
+    began = time.monotonic()
+    if time.time() > a["deadline"]:
+        raise Paused
     import real_training_files as files
+    import safetensors.torch
     import torch
     import transformers
     from transformers import AutoModelForCausalLM, PrinterCallback
 
     from sherry_gguf import qat
     from sherry_gguf.qat.data import Blocks, mean_loss
+    from sherry_gguf.training.resume import last_checkpoint
 
     transformers.utils.logging.set_verbosity_error()
     if a["threads"]:
         torch.set_num_threads(a["threads"])
     work = Path(a["work"])
-    figures, blocks, held_out, tasks = files.load(work, run.context)
+    _, blocks, held_out, tasks = files.load(work, run.context)
     held_out = held_out[: a["eval_blocks"] * 2]
     _, method, arenas, taught = METHODS[run.method]
-    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).to(a["device"])
     teacher = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.bfloat16 if a["bf16"] else torch.float32) if taught else None
     qat.prepare(model, qat.QuantConfig(method, granularity=run.granularity))
-    began = time.monotonic()
-    before = mean_loss(model, held_out[1::2], a["micro"])
     folder = work / "checkpoints" / slug(run)
+    notes = Notes(folder / "notes.json", began)
+    if "before" not in notes.kept:
+        notes.keep(before=mean_loss(model, held_out[1::2], a["micro"]))
+
+    def look(step: int) -> None:
+        """Accuracies, for the seeds that are reported."""
+        if run.seed and str(step) not in (found := notes.kept.get("tasks", {})):
+            model.eval()
+            notes.keep(tasks=found | {str(step): {name: accuracy(model, rows, a["micro"] * 4) for name, rows in tasks.items()}})
+
+    looks = {run.steps * i // a["task_looks"] for i in range(a["task_looks"] + 1)} if a["task_looks"] else {run.steps}
     trainer = qat.SherryTrainer(
         model, arguments(run, a, folder), train_dataset=Blocks(blocks), eval_dataset=Blocks(held_out[1::2]), teacher=teacher,
-        arenas=qat.Arenas(**dict(arenas)) if arenas else None, callbacks=[deadline(a["deadline"])])  # fmt: skip
+        arenas=qat.Arenas(**dict(arenas)) if arenas else None, callbacks=[deadline(a["deadline"], looks, look)])  # fmt: skip
     trainer.remove_callback(PrinterCallback)
-    last = transformers.trainer_utils.get_last_checkpoint(folder) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
-    if trainer.state.global_step < run.steps:
+    checkpoint = last_checkpoint(folder)
+    if 0 in looks and checkpoint is None:
+        look(0)
+    if checkpoint and checkpoint.name == f"checkpoint-{run.steps}":  # only measuring is left; the Trainer would take one more step
+        safetensors.torch.load_model(model, checkpoint / "model.safetensors")
+        state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    else:
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        finally:
+            notes.keep()
+        state = trainer.state
+    if state.global_step < run.steps or time.time() > a["deadline"]:
         raise Paused
     model.eval()
-    device = next(model.parameters()).device
-    curve = [{"tokens": entry["step"] * run.batch * run.context, "loss": entry["eval_loss"]}
-             for entry in trainer.state.log_history if "eval_loss" in entry]  # fmt: skip
+    look(run.steps)
+    report = mean_loss(model, held_out[1::2], a["micro"])
+    curve = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    curve = {0: notes.kept["before"]} | curve | {run.steps: report}
+    tokens = run.batch * run.context
     result = {
-        "run": dataclasses.asdict(run), "before": before, "choice": mean_loss(model, held_out[::2], a["micro"]),
-        "report": mean_loss(model, held_out[1::2], a["micro"]), "curve": [{"tokens": 0, "loss": before}, *curve],
-        "tasks": {name: accuracy(model, rows, a["micro"], device) for name, rows in tasks.items()} if run.seed else {},
-        "seconds": round(time.monotonic() - began, 1), "machine": a["machine"],
+        "run": dataclasses.asdict(run), "before": notes.kept["before"], "choice": mean_loss(model, held_out[::2], a["micro"]),
+        "report": report, "curve": [{"tokens": step * tokens, "loss": loss} for step, loss in sorted(curve.items())],
+        "tasks": [{"tokens": int(step) * tokens, **found} for step, found in notes.kept.get("tasks", {}).items()],
+        "seconds": round(notes.keep()["seconds"], 1), "machine": a["machine"],
     }  # fmt: skip
     shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+class Notes:
+    """What a run has measured, and the seconds that it took, over all its calls: a file."""
+
+    def __init__(self, path: Path, began: float):
+        self.path, self.last, self.kept = path, began, {"seconds": 0.0}
+        if path.exists():
+            self.kept |= json.loads(path.read_text())
+
+    def keep(self, **more: object) -> dict:
+        """Add these; returns everything."""
+        now = time.monotonic()
+        self.kept |= {"seconds": self.kept["seconds"] + now - self.last, **more}
+        self.last = now
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write(self.path, json.dumps(self.kept))
+        return self.kept
 
 
 def arguments(run: Run, a: dict, folder: Path) -> Any:
@@ -114,29 +164,38 @@ def arguments(run: Run, a: dict, folder: Path) -> Any:
         average_tokens_across_devices=False)  # fmt: skip
 
 
-def deadline(when: float) -> Any:
-    """A callback that saves a checkpoint and stops when time.time() is past `when`."""
+def deadline(when: float, looks: set[int], look: Callable[[int], None]) -> Any:
+    """A callback that saves a checkpoint and stops when time.time() is past `when`; it saves after the last step too.
+
+    At the steps in `looks` it calls `look` with the step, in evaluation mode.
+    """
     from transformers import TrainerCallback
 
     class Deadline(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs):
-            if time.time() > when and state.global_step < state.max_steps:
-                control.should_save = control.should_training_stop = True
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step in looks and state.global_step < state.max_steps:
+                look(state.global_step)
+                model.train()
+            late = time.time() > when
+            if late or state.global_step == state.max_steps:
+                control.should_save = True
+                control.should_training_stop |= late
 
     return Deadline()
 
 
 def slug(run: Run) -> str:
-    return f"{run.method}-{run.lr:g}-{run.seed}-{run.steps}x{run.batch}x{run.context}"
+    return f"{run.method}-{run.granularity}-{run.lr:g}-{run.seed}-{run.steps}x{run.batch}x{run.context}"
 
 
-def accuracy(model: Any, rows: list[dict], micro: int, device: Any) -> dict[str, float]:
+def accuracy(model: Any, rows: list[dict], micro: int) -> dict[str, float]:
     """Share of documents whose right choice is the likeliest, with its standard error. rows: as `real_training_files.questions` gives."""
     import torch
 
     flat = sorted(((i, j, request, n) for i, row in enumerate(rows) for j, (request, n) in enumerate(zip(row["requests"], row["scored"]))),
                   key=lambda item: -len(item[2]))  # fmt: skip
     scores = [[-math.inf] * len(row["requests"]) for row in rows]
+    device = next(model.parameters()).device
     with torch.no_grad():
         for begin in range(0, len(flat), micro):
             part = flat[begin : begin + micro]

@@ -59,7 +59,7 @@ def fix_codes(model: Any) -> dict[str, Scaled]:
 
 
 def release(fixed: dict[str, Scaled]) -> None:
-    """Give the layers their weights back, in float16, which holds them exactly."""
+    """Give the layers their weights back, in float16, as they are exported."""
     for s in fixed.values():
         layer = s.layer[0]
         layer.weight.data = s.weight().detach().half().contiguous()
@@ -162,7 +162,7 @@ def distil(model: Any, head: Head, fixed: dict[str, Scaled], ids: torch.Tensor, 
     done = 0
     if saved.exists():
         with undamaged(saved, "remove it to distil from the calibrated layers again"):
-            state = torch.load(saved, weights_only=True)
+            state = torch.load(saved, map_location="cpu", weights_only=True)
             for p, value in zip(trained, state["trained"], strict=True):
                 p.data.copy_(value)
             optimizer.load_state_dict(state["optimizer"])

@@ -64,7 +64,7 @@ class Calibration:
 
     def __init__(self, a: argparse.Namespace):
         self.a, self.began, self.device = a, time.monotonic(), models.device(a.device)
-        self.bf16 = a.bf16 == "true" or (a.bf16 == "auto" and (self.device.type != "cpu" or bf16_is_faster()))
+        self.bf16 = self._bf16()
         self.model, self.names = models.quantized(a)
         self.tokenizer = models.tokenizer(a, self.model)
         if a.steps or a.generated:
@@ -85,10 +85,18 @@ class Calibration:
               f"{len(layers.find(self.model))} layers, {'bfloat16' if self.bf16 else 'float32'} products on {self.device}",
               flush=True)  # fmt: skip
 
+    def _bf16(self) -> bool:
+        """Whether to multiply in bfloat16; what was measured once stays."""
+        if self.a.bf16 != "auto":
+            return self.a.bf16 == "true"
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):  # `_check_settings` says what is wrong
+            return bool(json.loads((self.a.work / SETTINGS).read_text())["bf16"])
+        return self.device.type != "cpu" or bf16_is_faster()
+
     def _check_settings(self, fingerprint: str, text: torch.Tensor) -> None:
         """Raises Stop if --work was begun with other settings, another model or text."""
         now = {k: v for k, v in vars(self.a).items() if k not in FREE}
-        now |= {"weights": fingerprint, "sequences": hashlib.sha256(text.numpy().tobytes()).hexdigest()}
+        now |= {"bf16": self.bf16, "weights": fingerprint, "sequences": hashlib.sha256(text.numpy().tobytes()).hexdigest()}
         now, mark = json.loads(json.dumps(now)), self.a.work / SETTINGS
         if mark.exists():
             with undamaged(mark, f"remove {self.a.work} to start over"):
@@ -129,7 +137,8 @@ class Calibration:
         if len(record) == len(modules):
             return record
         self.model.to(self.device)
-        calls = layers.calls(self.model, self.a.context)
+        with full_precision(self.model):
+            calls = layers.calls(self.model, self.a.context)
         if not self.streams.exist(0) and not record:
             self._embed()
         for i in range(len(record), len(modules)):
@@ -238,7 +247,9 @@ class Calibration:
         self.model.float()
         every = layers.Head(self.model)
         special = [i for i in self.tokenizer.all_special_ids if i < len(every.weight)]
-        used = distillation.vocabulary(ids, torch.tensor(special, dtype=torch.int64), distillation.likely(every, states[:held_out]).cpu())
+        used = distillation.vocabulary(
+            ids, torch.tensor(special, dtype=torch.int64), distillation.likely(every, states[-MOST_HELD_OUT:]).cpu()
+        )
         head = layers.Head(self.model, used.to(self.device))
         d = distillation.Distillation(a.steps, a.distill_batch, a.distill_rate, self.bf16, a.seed)
         for module in (*modules, head.norm):
@@ -256,11 +267,12 @@ class Calibration:
                 bar.update(done - bar.n)
 
             distillation.distil(self.model, head, fixed, ids[held_out:], states[held_out:], d, a.work / DISTILLED, advance)
+        distillation.release(fixed)
+        self.model.float()
         after = measure()
         if not after < before:
             raise Stop(f"the distillation made it worse: KL divergence from full precision {before:.4f} before, {after:.4f} nats a token "
                        f"after. Use a smaller --distill-rate, or --steps 0; remove {a.work / DISTILLED} first")  # fmt: skip
-        distillation.release(fixed)
         print(f"distilled: {a.steps} steps, KL divergence from full precision {before:.4f} before, {after:.4f} nats a token after "
               "(held out)", flush=True)  # fmt: skip
         return {"tokens": ids[held_out:].numel(), "vocabulary": len(used), "before": before, "after": after}

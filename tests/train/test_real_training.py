@@ -3,7 +3,9 @@
 import json
 import lzma
 import random
-import time
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +48,8 @@ def data(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def prepared(source, data, tmp_path_factory) -> Path:
     work = tmp_path_factory.mktemp("prepared") / "work"
-    argv = ["prepare", "--source", source, "--data", data, "--work", work, "--tokens", 4000, "--held-out-tokens", 600, "--limit", 4]
+    argv = ["prepare", "--source", source, "--data", data, "--work", work, "--tokens", 4000, "--held-out-tokens", 600, "--limit", 4,
+            "--part-size", 1]  # fmt: skip
     assert real_training.main([str(x) for x in argv]) == 0
     return work
 
@@ -100,60 +103,120 @@ def test_accuracy(prepared):
     best = [int(np.argmax([score(r, n) for r, n in zip(row["requests"], row["scored"], strict=True)])) for row in rows]
     for right in range(5):
         rows = [row | {"gold": b if i < right else -1} for i, (row, b) in enumerate(zip(rows, best, strict=True))]
-        found = real_runs.accuracy(model, rows, 3, "cpu")
+        found = real_runs.accuracy(model, rows, 3)
         assert found["acc"] == right / 4
     assert found["acc_stderr"] == 0
 
 
-def test_a_paused_study_gives_the_same_result(prepared, tmp_path, capfd):
-    """Each call trains a step or two and saves a checkpoint."""
-    import shutil
+def plain(a, **more) -> dict:
+    """Arguments as a run's process gets them."""
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()} | {"device": "cpu", "machine": "here"} | more
 
+
+def test_a_paused_study_gives_the_same_result(prepared, tmp_path, capfd):
+    """Each call trains one step and saves a checkpoint; another one measures."""
     whole, paused = tmp_path / "whole", tmp_path / "paused"
     for work in whole, paused:
         shutil.copytree(prepared, work)
-    assert real_training.main(arguments(whole)) == 0
-    says = capfd.readouterr().out
-    assert "the time is up" not in says
-    original, calls = real_runs.deadline, []
-    run = real_runs.template("sherry", real_training.parse(arguments(paused)))
-    a = vars(real_training.parse(arguments(paused))) | {"device": "cpu", "machine": "here"}
+    assert real_training.main(arguments(whole, "--task-looks", 2)) == 0
+    assert "the time is up" not in capfd.readouterr().out
     done = json.loads((whole / "runs.jsonl").read_text().splitlines()[-1])
-    run = real_runs.Run(**done["run"])
-    while len(calls) < 20:
-        calls.append(time.time())
+    run, calls = real_runs.Run(**done["run"]), 0
+    a = real_training.parse(arguments(paused, "--task-looks", 2))
+    with pytest.raises(real_runs.Paused):
+        real_runs.train(run, plain(a, deadline=0.0))
+    assert not (paused / "checkpoints").exists()
+    while calls < 20:
+        calls += 1
         try:
-            result = real_runs.train(run, {k: str(v) if isinstance(v, Path) else v for k, v in a.items()} | {"deadline": time.time()})
+            # past as soon as the first step is done; in the last call the steps are done and the measuring is left
+            last = (paused / "checkpoints" / real_runs.slug(run) / "checkpoint-8").exists()
+            result = real_runs.train(run, plain(a, deadline=float("inf") if last else Once()))
             break
         except real_runs.Paused:
             continue
-    assert original is real_runs.deadline and len(calls) == 8
+    assert calls == 9
     assert {k: v for k, v in result.items() if k not in ("seconds", "machine")} == {
         k: v for k, v in done.items() if k not in ("seconds", "machine")
     }
+    assert [look["tokens"] for look in result["tasks"]] == [0, 4 * 64, 8 * 64]
     assert not (paused / "checkpoints" / real_runs.slug(run)).exists()
 
 
-def test_the_report(prepared, tmp_path, capfd):
-    import shutil
+class Once(float):
+    """A time that is not over when it is first asked for, and over from then on."""
 
+    def __new__(cls):
+        made = super().__new__(cls, 0.0)
+        made.asked = False
+        return made
+
+    def __lt__(self, now):
+        self.asked, before = True, self.asked
+        return before
+
+
+def test_the_report(prepared, tmp_path, capfd):
     work = tmp_path / "work"
     shutil.copytree(prepared, work)
-    assert real_training.main(arguments(work, "--minutes", 1e-6)) == 1  # nothing is complete
+    assert real_training.main(["report", "--work", str(work)]) == 1
     assert "no run is complete" in capfd.readouterr().err
+    assert real_training.main(arguments(work, "--minutes", 1e-6)) == 0
+    assert capfd.readouterr().out.endswith("the time is up: run the same command again to go on\n")
     assert real_training.main(arguments(work)) == 0
-    results = [json.loads(line) for line in (work / "runs.jsonl").read_text().splitlines()]
+    text = (work / "runs.jsonl").read_text()
+    results = [json.loads(line) for line in text.splitlines()]
     assert {r["run"]["seed"] for r in results} == {0, 1}
     table = (work / "out.md").read_text()
-    assert "| absmean ternary |" in table and "| Sherry without Arenas |" in table and "rates only" not in table
+    assert "| absmean ternary |" in table and "| Sherry without Arenas |" in table and "rates only" not in table and "piqa" in table
     sherry = next(r for r in results if r["run"]["method"] == "sherry" and r["run"]["seed"] == 1)
     assert f"{sherry['report']:.4f}" in table and f"{sherry['before']:.3f}" in table
     assert [look["tokens"] for look in sherry["curve"]] == [n * 2 * 32 for n in range(9)]
+    assert sherry["curve"][-1]["loss"] == sherry["report"] and sherry["curve"][0]["loss"] == sherry["before"]
     assert (work / "out.png").stat().st_size > 5000
-    for file in (work / "runs.jsonl").read_text(), (work / "out.json").read_text():
-        assert '"piqa"' in file
     only = [r for r in results if not r["run"]["seed"]]
     assert "rates only" in reporting.table(only, next(iter(reporting.by_shape(only))), reporting.best(only))
+
+    (work / "runs.jsonl").write_text(text + text[:50])  # cut off while it was written
+    longer = text.replace('"steps": 8', '"steps": 16').replace('"tokens": ', '"tokens": 2')
+    (work / "runs.jsonl").write_text(text + longer + text[:50])
+    assert real_training.main(["report", "--work", str(work), "--out", str(work / "both")]) == 0
+    assert "16 steps" in (work / "both.md").read_text() and "8 steps" in (work / "both.md").read_text()
+    assert real_training.main(arguments(work, "--micro", 1)) == 1
+    assert "was begun with other settings (micro: 2 then, 1 now)" in capfd.readouterr().err
+
+
+def test_parts(prepared, tmp_path, capfd):
+    """They are all that another machine needs, and a damaged one is named."""
+    parts = sorted((prepared / files.PARTS).glob("*.part"))
+    assert len(parts) > 1 and max(p.stat().st_size for p in parts) == 1 << 20
+    work = tmp_path / "work"
+    work.mkdir()
+    shutil.copytree(prepared / files.PARTS, work / files.PARTS)
+    second = work / files.PARTS / parts[1].name
+    data = second.read_bytes()
+    second.write_bytes(data[:-1])
+    assert real_training.main(arguments(work)) == 1
+    assert f"{second} is missing or damaged: copy it again" in capfd.readouterr().err
+    second.write_bytes(data)
+    files.load(work, 32)
+    for path in prepared.rglob("*"):
+        if path.is_file() and path.name != "lock":
+            assert (work / path.relative_to(prepared)).read_bytes() == path.read_bytes(), path
+
+
+def test_a_machine_that_only_trains(prepared, tmp_path):
+    """It has neither lm_eval nor datasets, cffi or gguf."""
+    work = tmp_path / "work"
+    shutil.copytree(prepared, work)
+    code = ("import sys; sys.modules.update(dict.fromkeys(['lm_eval', 'datasets', 'cffi', 'gguf', 'sentencepiece']))\n"
+            f"sys.path[:0] = [{str(Path(real_training.__file__).parent)!r}]\n"
+            "import real_training; sys.exit(real_training.main(sys.argv[1:]))")  # fmt: skip
+    script = tmp_path / "study.py"
+    script.write_text(f"if __name__ == '__main__':\n    {code.replace(chr(10), chr(10) + '    ')}\n")
+    done = subprocess.run([sys.executable, script, *arguments(work, "--methods", "sherry-teacher", "--minutes", 0.001)],
+                          capture_output=True, text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0 and "the time is up" in done.stdout, done.stderr
 
 
 def test_errors(prepared, source, data, tmp_path, capfd):
