@@ -137,7 +137,7 @@ class Calibration:
         if len(record) == len(modules):
             return record
         self.model.to(self.device)
-        with full_precision(self.model):
+        with full_precision(self.model), training.precision(self.device, self.bf16):
             calls = layers.calls(self.model, self.a.context)
         if not self.streams.exist(0) and not record:
             self._embed()
