@@ -117,18 +117,24 @@ def train(run: Run, a: dict) -> dict:
         raise Paused
     model.eval()
     look(run.steps)
+    result = outcome(run, a, model, held_out, notes, state.log_history)
+    shutil.rmtree(folder, ignore_errors=True)
+    return result
+
+
+def outcome(run: Run, a: dict, model: Any, held_out: np.ndarray, notes: "Notes", log: list[dict]) -> dict:
+    """The result of a run whose steps are done."""
+    from sherry_gguf.qat.data import mean_loss
+
     report = mean_loss(model, held_out[1::2], a["micro"])
-    curve = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-    curve = {0: notes.kept["before"]} | curve | {run.steps: report}
+    curve = {0: notes.kept["before"]} | {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry} | {run.steps: report}
     tokens = run.batch * run.context
-    result = {
+    return {
         "run": dataclasses.asdict(run), "before": notes.kept["before"], "choice": mean_loss(model, held_out[::2], a["micro"]),
         "report": report, "curve": [{"tokens": step * tokens, "loss": loss} for step, loss in sorted(curve.items())],
         "tasks": [{"tokens": int(step) * tokens, **found} for step, found in notes.kept.get("tasks", {}).items()],
         "seconds": round(notes.keep()["seconds"], 1), "machine": a["machine"],
     }  # fmt: skip
-    shutil.rmtree(folder, ignore_errors=True)
-    return result
 
 
 class Notes:
