@@ -178,8 +178,8 @@ def plot(results: dict, path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     best = min(row["text"]["perplexity"] for row in results["rows"])
     edge, placed = best * WORST, []
-    axes.set(yscale="log", ylim=(best * 0.8, edge * 1.3), xlabel="tokens a second, generating",
-             ylabel="perplexity on WikiText-2 (triangles: beyond the scale)", title=f"{results['model']}, {results['speeds']['machine']}")  # fmt: skip
+    axes.set(yscale="log", ylim=(best * 0.8, edge * 1.3), title=f"{results['model']}, {results['speeds']['machine']}",
+             xlabel="tokens a second, generating", ylabel="perplexity on WikiText-2 (triangles: beyond the scale)")  # fmt: skip
     points = [(sorted(results["speeds"]["rounds"][row["label"]]["tg32"])[ROUNDS // 2], row) for row in results["rows"]]
     axes.set_xlim(min(speed for speed, _ in points) * 0.9, max(speed for speed, _ in points) * 1.15)
     axes.grid(alpha=0.3, which="both")

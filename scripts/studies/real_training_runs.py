@@ -69,24 +69,18 @@ def train(run: Run, a: dict) -> dict:
     import safetensors.torch
     import torch
     import transformers
-    from transformers import AutoModelForCausalLM, PrinterCallback
+    from transformers import PrinterCallback
 
     from sherry_gguf import qat
     from sherry_gguf.qat.data import Blocks, mean_loss
     from sherry_gguf.training.resume import last_checkpoint
 
     transformers.utils.logging.set_verbosity_error()
-    if a["threads"]:
-        torch.set_num_threads(a["threads"])
-    work = Path(a["work"])
-    _, blocks, held_out, tasks = files.load(work, run.context)
+    torch.set_num_threads(a["threads"] or torch.get_num_threads())
+    _, blocks, held_out, tasks = files.load(work := Path(a["work"]), run.context)
     held_out = held_out[: a["eval_blocks"] * 2]
-    _, method, arenas, taught = METHODS[run.method]
-    model = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.float32).to(a["device"])
-    teacher = AutoModelForCausalLM.from_pretrained(work / "model", dtype=torch.bfloat16 if a["bf16"] else torch.float32) if taught else None
-    qat.prepare(model, qat.QuantConfig(method, granularity=run.granularity))
-    folder = work / "checkpoints" / slug(run)
-    notes = Notes(folder / "notes.json", began)
+    model, teacher = load_models(run, a)
+    notes = Notes((folder := work / "checkpoints" / slug(run)) / "notes.json", began)
     if "before" not in notes.kept:
         notes.keep(before=mean_loss(model, held_out[1::2], a["micro"]))
 
@@ -97,6 +91,7 @@ def train(run: Run, a: dict) -> dict:
             notes.keep(tasks=found | {str(step): {name: accuracy(model, rows, a["micro"] * 4) for name, rows in tasks.items()}})
 
     looks = {run.steps * i // a["task_looks"] for i in range(a["task_looks"] + 1)} if a["task_looks"] else {run.steps}
+    arenas = METHODS[run.method][2]
     trainer = qat.SherryTrainer(
         model, arguments(run, a, folder), train_dataset=Blocks(blocks), eval_dataset=Blocks(held_out[1::2]), teacher=teacher,
         arenas=qat.Arenas(**dict(arenas)) if arenas else None, callbacks=[deadline(a["deadline"], looks, look)])  # fmt: skip
@@ -120,6 +115,22 @@ def train(run: Run, a: dict) -> dict:
     result = outcome(run, a, model, held_out, notes, state.log_history)
     shutil.rmtree(folder, ignore_errors=True)
     return result
+
+
+def load_models(run: Run, a: dict) -> tuple[Any, Any]:
+    """The model, prepared for its method, and its teacher or None."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from sherry_gguf import qat
+
+    _, method, _, taught = METHODS[run.method]
+    path = Path(a["work"]) / "model"
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    teacher = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16 if a["bf16"] else torch.float32) if taught else None
+    model.to(a["device"])
+    qat.prepare(model, qat.QuantConfig(method, granularity=run.granularity))
+    return model, teacher
 
 
 def outcome(run: Run, a: dict, model: Any, held_out: np.ndarray, notes: "Notes", log: list[dict]) -> dict:

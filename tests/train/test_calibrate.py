@@ -346,7 +346,7 @@ def test_lost_states(model, text, tmp_path, capfd, monkeypatch):
     (["--rate", "-1"], "argument --rate: invalid number value: '-1'"),
     (["--rate", "nan"], "argument --rate: invalid number value: 'nan'"),
     (["--device", "foo"], "--device foo: "),
-    (["--device", "cuda"], "--device cuda: "),
+    (["--device", "cuda:99"], "--device cuda:99: "),
     (["--output", "."], "already has something in it"),
     (["--batch", "0"], "argument --batch: invalid positive number value: '0'"),
 ])  # fmt: skip
