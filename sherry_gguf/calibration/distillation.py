@@ -58,8 +58,14 @@ def fix_codes(model: Any) -> dict[str, Scaled]:
     return {name: Scaled(m) for name, m in quantized_layers(model).items()}
 
 
+def round_scales(fixed: dict[str, Scaled]) -> None:
+    """Make the scales numbers of float16, which is what is exported."""
+    for s in fixed.values():
+        s.scale.data = s.scale.data.half().float()
+
+
 def release(fixed: dict[str, Scaled]) -> None:
-    """Give the layers their weights back, in float16, as they are exported."""
+    """Give the layers their weights back, in float16."""
     for s in fixed.values():
         layer = s.layer[0]
         layer.weight.data = s.weight().detach().half().contiguous()

@@ -267,12 +267,12 @@ class Calibration:
                 bar.update(done - bar.n)
 
             distillation.distil(self.model, head, fixed, ids[held_out:], states[held_out:], d, a.work / DISTILLED, advance)
-        distillation.release(fixed)
-        self.model.float()
+        distillation.round_scales(fixed)
         after = measure()
         if not after < before:
             raise Stop(f"the distillation made it worse: KL divergence from full precision {before:.4f} before, {after:.4f} nats a token "
                        f"after. Use a smaller --distill-rate, or --steps 0; remove {a.work / DISTILLED} first")  # fmt: skip
+        distillation.release(fixed)
         print(f"distilled: {a.steps} steps, KL divergence from full precision {before:.4f} before, {after:.4f} nats a token after "
               "(held out)", flush=True)  # fmt: skip
         return {"tokens": ids[held_out:].numel(), "vocabulary": len(used), "before": before, "after": after}
