@@ -20,7 +20,7 @@ def device(name: str) -> torch.device:
     try:
         found = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as e:  # AssertionError: PyTorch without CUDA
+    except (RuntimeError, AssertionError) as e:  # AssertionError: PyTorch without CUDA
         raise Stop(f"--device {name}: {str(e).splitlines()[0]}") from e
     return found
 
