@@ -139,6 +139,14 @@ def shared(tmp_path_factory) -> Path:
     return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
 
+@pytest.fixture(autouse=True)
+def _as_verbose_as_before():
+    """Commands that a test runs in this process make transformers quiet, and a later test looks for what it prints."""
+    yield
+    if transformers := sys.modules.get("transformers"):
+        transformers.utils.logging.set_verbosity_warning()
+
+
 @pytest.fixture(scope="session")
 def zoo(request, tmp_path_factory):
     """A directory with NAME/, NAME.f32.gguf by upstream and NAME.gguf by us, for each model of small_models (of FAST without slow tests).

@@ -78,7 +78,7 @@ def test_unusable_export_directories(start, text, tmp_path, capfd, monkeypatch):
     """Each is reported before training, and existing files stay."""
     run = tmp_path / "runs/run"
     (tmp_path / "file").write_text("precious")
-    for export, says in ((run, "that is for checkpoints"), (run.parent, "that is for checkpoints"), (run / "exporting", "that is for"),
+    for export, says in ((run, "keeps its own files"), (run.parent, "keeps its own files"), (run / "exporting", "keeps its own files"),
                          (tmp_path / "file", "already has something in it"), (tmp_path / "file/hf", "nothing can be written there"),
                          ("/proc/hf", "nothing can be written there")):  # fmt: skip
         for _ in range(2):
