@@ -75,7 +75,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add("--steps", type=_count, default=0, metavar="N", help="steps of the whole model after its layers (0)")
     add("--train", choices=["scales", "weights"], default="scales", help="""what trains in them: norms and scales, or all weights of the
         layers too, which takes 16 bytes for each (scales)""")  # fmt: skip
-    add("--distill-batch", type=positive, default=2, metavar="N", help="sequences in one of them (2)")
+    add("--distill-batch", type=positive, default=1, metavar="N", help="sequences in one of them (1)")
     add("--distill-rate", type=_number, default=0.01, metavar="X", help="highest learning rate in them, as --rate (0.01)")
     add = parser.add_argument_group("result and machine").add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="directory for the result; must be new or empty")
