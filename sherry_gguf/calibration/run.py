@@ -193,7 +193,7 @@ class Calibration:
         with tqdm(total=2 * batches, desc=f"layer {i + 1}", leave=False) as bar:
             with full_precision(module):
                 self.streams.write("full", i + 1, a.batch, lambda b, e: through("full", b, e), bar.update)
-            task = training.Task(layer, self.streams.read("quantized", i), self.streams.read("full", i + 1), len(self.ids) - self.held_out,
+            task = training.Task(layer, self.inputs(i), self.streams.read("full", i + 1), len(self.ids) - self.held_out,
                                  a.batch, self.bf16, self.device)  # fmt: skip
             bar.total += task.steps(a.passes) + (task.steps(1) if a.start == "feedback" else 0)
             errors, kept = self._train(task, i, bar)
@@ -204,6 +204,10 @@ class Calibration:
         part.rename(self._weights(i))
         models.settle(module)
         return {"layer": i, "errors": errors, "kept": kept, "seconds": round(time.monotonic() - began, 1)}
+
+    def inputs(self, i: int) -> torch.Tensor:
+        """What layer i is trained on: what the quantized layers before it give."""
+        return self.streams.read("quantized", i)
 
     def _train(self, task: training.Task, i: int, bar: tqdm) -> tuple[dict[str, float], str]:
         """Quantize a layer; returns its held-out errors by what was done to it, and which of them is the least, which it then has."""

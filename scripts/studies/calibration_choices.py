@@ -1,0 +1,292 @@
+#!/usr/bin/env python3
+"""Measure what each choice in `sherry-gguf calibrate` brings: every variant differs from the base in one of them.
+
+A variant calibrates the layers in its own way, or distils the base's layers in its own way. Each is then measured on --text: perplexity
+by llama-perplexity's protocol. What is done is kept in --work, and a run continues where another stopped.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in sherry_gguf.calibration.command
+
+ROOT = Path(__file__).resolve().parents[2]
+
+from quality_report import grid
+from real_training_runs import MILD, PUBLISHED
+from study_runs import Kept, Runs, compare, suffixed
+
+from sherry_gguf.bench import cpu_name
+from sherry_gguf.errors import Stop
+from sherry_gguf.programs import HelpWithDefaults, call
+from sherry_gguf.training.files import write
+
+BASE = "base"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """How a calibration differs from the base.
+
+    Attributes:
+        label: for people.
+        flags: of `sherry-gguf calibrate`; those of sizes are multiples of the base's, as in `--steps ×2`.
+        own: calibrate the layers again; otherwise distil those of the base.
+        change: what no flag changes, as `changed` knows it.
+    """
+
+    label: str
+    flags: tuple[str, ...] = ()
+    own: bool = True
+    change: str = ""
+
+
+VARIANTS = {
+    BASE: Variant("base"),
+    "rounding": Variant("zeros by magnitude, not trained", ("--start", "rounding", "--passes", "0")),
+    "feedback": Variant("zeros by error (feedback), not trained", ("--passes", "0")),
+    "from-rounding": Variant("zeros by magnitude, trained", ("--start", "rounding")),
+    "any-order": Variant("layers from full-precision inputs, in any order", change="any-order"),
+    "rate-half": Variant("layers, half the rate", ("--rate", "0.01")),
+    "rate-twice": Variant("layers, twice the rate", ("--rate", "0.04")),
+    "tokens": Variant("layers, 4 times the tokens", ("--tokens", "×4")),
+    "passes": Variant("layers, two passes", ("--passes", "2")),
+    "generated": Variant("half of the text generated", ("--generated", "0.5")),
+    "layers-mild": Variant("layers with mild Arenas", change="layers-mild"),
+    "layers-published": Variant("layers with Arenas as published", change="layers-published"),
+    "scales": Variant("distillation of scales and norms", ("--train", "scales"), own=False),
+    "batch-2": Variant("distillation, 2 sequences a step", ("--distill-batch", "2", "--steps", "×0.5"), own=False),
+    "distill-half": Variant("distillation, half the rate", ("--distill-rate", "0.005"), own=False),
+    "distill-twice": Variant("distillation, twice the rate", ("--distill-rate", "0.02"), own=False),
+    "distill-mild": Variant("distillation with mild Arenas", own=False, change="distill-mild"),
+    "distill-published": Variant("distillation with Arenas as published", own=False, change="distill-published"),
+    "steps-2": Variant("distillation, twice the tokens", ("--steps", "×2"), own=False),
+    "steps-4": Variant("distillation, 4 times the tokens", ("--steps", "×4"), own=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Run(Kept):
+    """One variant at the sizes of the study."""
+
+    variant: str
+    tokens: int
+    steps: int
+    context: int
+
+    def __str__(self) -> str:
+        return VARIANTS[self.variant].label
+
+
+def flags(run: Run) -> list[str]:
+    """The run's flags, with its sizes in them."""
+    sizes = {"--tokens": run.tokens, "--steps": run.steps}
+    found = ["--tokens", str(run.tokens), "--passes", "1", "--batch", "2", "--steps", str(run.steps), "--train", "weights",
+             "--context", str(run.context)]  # fmt: skip
+    for name, value in zip(VARIANTS[run.variant].flags[::2], VARIANTS[run.variant].flags[1::2]):
+        found += [name, str(round(float(value[1:]) * sizes[name])) if value.startswith("×") else value]
+    return found
+
+
+@contextlib.contextmanager
+def changed(change: str) -> Iterator[None]:
+    """Within the block, calibration does what no flag asks for."""
+    from sherry_gguf.calibration import distillation, training
+    from sherry_gguf.calibration.run import Calibration
+
+    if not change:
+        yield
+        return
+    where, _, how = change.partition("-")
+    owner: Any
+    owner, name = {"any": (Calibration, "inputs"), "layers": (training.Task, "train"), "distill": (distillation, "distil")}[where]
+    before = getattr(owner, name)
+    if where == "any":
+        setattr(owner, name, lambda self, i: self.streams.read("full", i))
+    else:
+        setattr(owner, name, layers_with(before, how) if where == "layers" else distil_with(before, how))
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+def residual(module: Any, how: str, steps: int):
+    """A function of the steps that are done, which sets λ of Arenas for the next one."""
+    from sherry_gguf.qat.arenas import Arenas
+    from sherry_gguf.qat.linear import set_residual
+
+    arenas = Arenas(**dict({"mild": MILD, "published": PUBLISHED}[how]))
+    module.train()  # λ is used in training alone
+
+    def move(done: int) -> None:
+        set_residual(module, arenas.at(done, steps) if done < steps else 0.0, arenas.rescale)
+        if done >= steps:
+            module.eval()
+
+    move(0)
+    return move
+
+
+def layers_with(train: Any, how: str) -> Any:
+    """`training.Task.train` with Arenas."""
+
+    def changed_train(task, rate, passes, seed, advance):
+        move, done = residual(task.layer.module, how, task.steps(passes)), iter(range(1, task.steps(passes) + 1))
+
+        def step(loss: float) -> None:
+            move(next(done))
+            advance(loss)
+
+        train(task, rate, passes, seed, step)
+
+    return changed_train
+
+
+def distil_with(distil: Any, how: str) -> Any:
+    """`distillation.distil` with Arenas."""
+
+    def changed_distil(model, head, fixed, ids, states, d, saved, advance):
+        move = residual(model, how, d.steps)
+
+        def step(done: int, loss: float) -> None:
+            move(done)
+            advance(done, loss)
+
+        distil(model, head, fixed, ids, states, d, saved, step)
+
+    return changed_distil
+
+
+def train(run: Run, a: dict) -> dict:
+    """Calibrate and measure one variant in this process.
+
+    Returns its report; `choice` is the loss on --evaluate in nats a token, infinite if the distillation gave nothing better. Raises Stop.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
+    from sherry_gguf.calibration import command
+    from sherry_gguf.calibration.run import DISTILLED, REPORT
+    from sherry_gguf.calibration.run import run as calibrate
+
+    began, v, work = time.monotonic(), VARIANTS[run.variant], Path(a["work"])
+    output = work / f"{run.variant}.hf"
+    layers = work / f"{run.variant if v.own else BASE}.layers"
+    shutil.rmtree(output, ignore_errors=True)
+    (layers / DISTILLED).unlink(missing_ok=True)  # another variant's, or one that was cut off
+    arguments = [a["model"], "--text", *a["texts"], "--output", str(output), "--work", str(layers), "--bf16", a["bf16"],
+                 "--device", a["device"]]  # fmt: skip
+    result = {"run": dataclasses.asdict(run), "machine": a["machine"]}
+    try:
+        with changed(v.change):
+            calibrate(command.parse([*arguments, *flags(run)], "calibrate"))
+    except Stop as e:
+        if run.variant == BASE or not (layers / DISTILLED).exists():
+            raise
+        return result | {"choice": math.inf, "failed": str(e), "seconds": round(time.monotonic() - began, 1)}
+    finally:
+        if run.variant != BASE and v.own:
+            shutil.rmtree(layers, ignore_errors=True)
+    found = json.loads((output / REPORT).read_text())
+    seconds, measured = time.monotonic() - began, work / f"{run.variant}.json"
+    call(sys.executable, ROOT / "scripts/evaluate.py", output, "--text", a["evaluate"], "--context", run.context, "--chunks", a["chunks"],
+         "--output", measured)  # fmt: skip
+    text = json.loads(measured.read_text())["models"][0]["text"]
+    shutil.rmtree(output)
+    last = found["layers"][-1]
+    return result | {"choice": text["nats"], "perplexity": text["perplexity"], "scored": text["scored"],
+                     "error": last["errors"][last["kept"]], "distillation": found["distillation"], "layers": found["layers"],
+                     "seconds": round(seconds, 1)}  # fmt: skip
+
+
+def study(a: argparse.Namespace) -> None:
+    """Run the variants that are not done, and report."""
+    runs_of = {name: Run(name, a.tokens, a.steps, a.context) for name in VARIANTS if name in a.variants}
+    a.jobs, a.machine = 1, cpu_name()
+    with Runs(a, Run, train) as runs:
+        runs.need(list(runs_of.values()))
+        report(a, [runs[run] for run in runs_of.values()])
+
+
+def report(a: argparse.Namespace, results: list[dict]) -> None:
+    """Write out.md, .json and .png."""
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    write(suffixed(a.out, ".json"), json.dumps(results, indent=1) + "\n")
+    write(suffixed(a.out, ".md"), table(results) + "\n")
+    plot(results, suffixed(a.out, ".png"))
+
+
+def table(results: list[dict]) -> str:
+    """The results in Markdown."""
+    run, scored = results[0]["run"], results[0]["scored"]
+    about = (f"Base: layers on {run['tokens']} tokens in one pass, then {run['steps']} steps of a sequence of {run['context']} tokens. The "
+             "error of the last layer's output, relative, and the KL divergence from full precision before and after the distillation, in "
+             f"nats a token, are on held-out text; loss (nats a token) and perplexity are of {scored} other tokens. "
+             f"{results[0]['machine']}.")  # fmt: skip
+    rows = []
+    for r in results:
+        measured = ["–", "–", "worse", "–", "–"]
+        if "failed" not in r:
+            d = r["distillation"]
+            measured = [f"{r['error']:.4f}", f"{d['before']:.3f}", f"{d['after']:.3f}", f"{r['choice']:.3f}", f"{r['perplexity']:.0f}"]
+        rows.append([VARIANTS[r["run"]["variant"]].label, *measured, f"{r['seconds'] / 60:.1f}"])
+    return f"{about}\n\n{grid(['variant', 'error', 'KL before', 'KL after', 'loss', 'perplexity', 'minutes'], rows)}"
+
+
+def plot(results: list[dict], path: Path) -> None:
+    """A bar for each variant: how much its loss differs from the base's."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    base = results[0]["choice"]
+    others = [r for r in results[:0:-1] if "failed" not in r]
+    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.28 * len(others)), layout="constrained")
+    differences = [r["choice"] - base for r in others]
+    colors = ["tab:red" if d > 0 else "tab:green" for d in differences]
+    axes.barh([VARIANTS[r["run"]["variant"]].label for r in others], differences, color=colors)
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set(xlabel=f"nats a token more than the base, which has {base:.2f}; less is better")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
+    p.add_argument("model", metavar="MODEL", help="Hugging Face directory of a trained model")
+    p.add_argument("--text", nargs="+", required=True, dest="texts", metavar="PATH", help="text to calibrate on, as for calibrate")
+    p.add_argument("--evaluate", type=Path, required=True, metavar="FILE", help="text to measure on, as for evaluate --text")
+    p.add_argument("--work", type=Path, default=ROOT / "build/real/calibration", metavar="DIR", help="directory for all that is kept")
+    p.add_argument("--out", type=Path, default=ROOT / "scripts/results/calibration", metavar="PATH", help="writes PATH.md, .json and .png")
+    p.add_argument("--variants", default="", metavar="A,B", help=f"besides {BASE}, of {', '.join(VARIANTS)}; empty: all")
+    p.add_argument("--tokens", type=int, default=1 << 15, metavar="N", help="tokens for the base's layers")
+    p.add_argument("--steps", type=int, default=96, metavar="N", help="steps of the base's distillation")
+    p.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a sequence, and of a chunk to measure on")
+    p.add_argument("--chunks", type=int, default=32, metavar="N", help="chunks to measure on")
+    p.add_argument("--device", default="cpu", help="where to compute")
+    p.add_argument("--bf16", choices=["auto", "true", "false"], default="auto", help="multiply in bfloat16; auto: where it is faster")
+    a = p.parse_args(argv)
+    a.variants = {BASE, *([name for name in a.variants.split(",") if name] or VARIANTS)}
+    if unknown := a.variants - set(VARIANTS):
+        p.error(f"--variants {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
+    for name in "tokens", "steps", "context", "chunks":
+        if getattr(a, name) < 1:
+            p.error(f"--{name} {getattr(a, name)}: at least 1")
+    a.model = str(Path(a.model).resolve())
+    return compare("calibration_choices.py", a, study)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""scripts/studies/calibration_choices.py at a tiny size: what its variants change, and what is kept."""
+
+import json
+
+import calibration_choices as study
+import pytest
+import small_models
+import torch
+from transformers import AutoModelForCausalLM
+
+from sherry_gguf.calibration import distillation, layers, training
+from sherry_gguf.calibration.run import Calibration
+from sherry_gguf.qat import prepare, quantized_layers
+from sherry_gguf.qat.arenas import Arenas
+
+pytest_plugins = "training_runs"
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+
+
+def arguments(model, text, work, *more):
+    return [str(x) for x in (model, "--text", text, "--evaluate", text / "00.txt", "--work", work, "--out", work / "out", "--tokens", 512,
+                             "--steps", 6, "--context", 32, "--chunks", 2, "--bf16", "false", *more)]  # fmt: skip
+
+
+def test_study(text, tmp_path, capfd):
+    model = small_models.make(tmp_path / "llama", "llama", latent=True)
+    work = tmp_path / "work"
+    assert study.main(arguments(model, text, work, "--variants", "rounding,steps-2")) == 0
+    results = {r["run"]["variant"]: r for r in map(json.loads, (work / "runs.jsonl").read_text().splitlines())}
+    assert list(results) == ["base", "rounding", "steps-2"]
+    assert list(results["rounding"]["layers"][0]["errors"]) == ["rounded"]
+    assert results["base"]["error"] < results["rounding"]["error"]
+    assert results["steps-2"]["error"] == results["base"]["error"]  # the same layers
+    assert results["steps-2"]["distillation"]["tokens"] > results["base"]["distillation"]["tokens"]
+    table = (work / "out.md").read_text()
+    assert f"| base | {results['base']['error']:.4f} |" in table and table.count("\n| ") == 4
+    assert (work / "out.png").stat().st_size > 5000
+    assert not list(work.glob("*.hf")) and [p.name for p in work.glob("*.layers")] == ["base.layers"]
+
+    capfd.readouterr()
+    assert study.main(arguments(model, text, work, "--variants", "rounding,distill-mild")) == 0  # only what is new
+    assert "1 of 1: distillation with mild Arenas" in capfd.readouterr().out
+    with pytest.raises(SystemExit):
+        study.main(arguments(model, text, work, "--variants", "best"))
+    assert "--variants best: choose from base, rounding" in capfd.readouterr().err
+
+
+def test_a_variant_that_fails():
+    run = {"tokens": 1, "steps": 1, "context": 8}
+    base = {"run": run | {"variant": "base"}, "scored": 9, "machine": "CPU", "error": 1, "choice": 1, "perplexity": 3,
+            "distillation": {"before": 1, "after": 1}, "seconds": 60}  # fmt: skip
+    failed = {"run": run | {"variant": "distill-mild"}, "choice": float("inf"), "failed": "made it worse", "seconds": 60}
+    assert "| distillation with mild Arenas | – | – | worse |" in study.table([base, failed])
+
+
+@pytest.mark.parametrize("how", ["mild", "published"])
+def test_arenas(how, tmp_path):
+    """λ follows its schedule in the steps, and is 0 afterwards."""
+    settings = dict({"mild": study.MILD, "published": study.PUBLISHED}[how])
+    model = AutoModelForCausalLM.from_pretrained(small_models.make(tmp_path / "llama", "llama", latent=True), dtype=torch.float32)
+    prepare(model)
+    layer = next(iter(quantized_layers(model).values()))
+    seen = []
+
+    def steps(task, rate, passes, seed, advance):
+        for _ in range(task.steps(passes)):
+            seen.append((layer.training, layer.residual))
+            advance(0.0)
+
+    task = training.Task(layers.Layer(model, (), {}), torch.ones(8, 1, 1), torch.ones(8, 1, 1), 8, 1, False, torch.device("cpu"))
+    study.layers_with(steps, how)(task, 0.1, 1, 0, lambda loss: None)
+    assert seen == [(True, Arenas(**settings).at(i, 8)) for i in range(8)] and max(seen)[1] > 0
+    assert layer.residual == 0 and not layer.training
+
+
+def test_changes_end():
+    owners = {"any-order": (Calibration, "inputs"), "layers-mild": (training.Task, "train"), "distill-published": (distillation, "distil")}
+    assert {v.change for v in study.VARIANTS.values()} >= set(owners)
+    for change, (owner, name) in owners.items():
+        before = getattr(owner, name)
+        with study.changed(change):
+            assert getattr(owner, name) is not before
+        assert getattr(owner, name) is before
+
+
+def test_any_order():
+    """The layers are then trained on what the full-precision model gives."""
+
+    class Streams:
+        def read(self, kind, i):
+            return kind, i
+
+    calibration = Calibration.__new__(Calibration)
+    calibration.streams = Streams()
+    assert calibration.inputs(3) == ("quantized", 3)
+    with study.changed("any-order"):
+        assert calibration.inputs(3) == ("full", 3)
+
+
+def test_sizes():
+    run = study.Run("tokens", tokens=100, steps=10, context=32)
+    found = study.flags(run)
+    assert found[-2:] == ["--tokens", "400"] and found[found.index("--steps") + 1] == "10"
+    assert study.flags(study.Run("batch-2", 100, 10, 32))[-2:] == ["--steps", "5"]
