@@ -83,3 +83,25 @@ def run(main: Callable[[], int | None], hint: str = "") -> NoReturn:
     except signals.Interrupted as ending:
         print(f"{name}: interrupted{hint}", file=sys.stderr)
         sys.exit(ending.exit_code)
+
+
+def run_with_torch(prog: str, load: Callable[[], Callable[[argparse.Namespace], int]], a: argparse.Namespace, hint: str = "") -> int:
+    """Run a command that needs PyTorch; returns its exit code: 1 for Stop, OSError and MemoryError, 128 + n after signal n, with `hint`.
+
+    load: imports what the command needs, and returns what runs it.
+    """
+    interrupted = f"{prog}: interrupted{hint}"
+    with signals.exit_at_once(interrupted):  # the imports take seconds
+        # PyTorch's threads wait for each other by spinning, which slows down everything beside them. Read when PyTorch is loaded.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process is started
+        command = load()
+    try:
+        with signals.raised():
+            return command(a)
+    except (Stop, OSError, MemoryError) as e:  # OSError includes NotBuilt
+        print(f"{prog}: {e or type(e).__name__}", file=sys.stderr)
+        return 1
+    except signals.Interrupted as e:
+        print(interrupted, file=sys.stderr, flush=True)
+        return e.exit_code

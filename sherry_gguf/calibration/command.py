@@ -16,13 +16,9 @@ same command again to continue.
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
-from .. import signals
-from ..errors import Stop
-from ..programs import Help, positive
+from ..programs import Help, positive, run_with_torch
 
 
 def main(argv: list[str] | None = None, prog: str = "sherry-gguf calibrate") -> int:
@@ -30,22 +26,13 @@ def main(argv: list[str] | None = None, prog: str = "sherry-gguf calibrate") -> 
 
     argv: the arguments; None: those of the process. prog: the command's name in help and messages.
     """
-    a = parse(argv, prog)
-    interrupted = f"{prog}: interrupted; run the same command again to continue"
-    with signals.exit_at_once(interrupted):  # the imports take seconds
-        # libgomp's threads spin while they wait, which slows down everything beside them. Read when PyTorch is loaded.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process is started
+
+    def load():
         from .run import run
-    try:
-        with signals.raised():
-            return run(a)
-    except (Stop, OSError, MemoryError) as e:
-        print(f"{prog}: {e or type(e).__name__}", file=sys.stderr)
-        return 1
-    except signals.Interrupted as e:
-        print(interrupted, file=sys.stderr, flush=True)
-        return e.exit_code
+
+        return run
+
+    return run_with_torch(prog, load, parse(argv, prog), "; run the same command again to continue")
 
 
 def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:

@@ -11,12 +11,10 @@ arguments, 128 plus the signal's number when interrupted.
 
 import argparse
 import os
-import sys
 from pathlib import Path
 
-from .. import evaluation, signals
-from ..errors import Stop
-from ..programs import Help, positive
+from .. import evaluation
+from ..programs import Help, positive, run_with_torch
 
 PAPER = ("piqa", "arc_easy", "arc_challenge", "hellaswag", "winogrande")
 
@@ -26,23 +24,14 @@ def main(argv: list[str] | None = None, prog: str = "evaluate.py") -> int:
 
     argv: the arguments; None: those of the process. prog: the command's name in help and messages.
     """
-    a = parse(argv, prog)
-    evaluation.prog = prog
-    interrupted = f"{prog}: interrupted"
-    with signals.exit_at_once(interrupted):  # the imports take seconds
-        # PyTorch's threads wait for each other by spinning, which slows down everything beside them. Read when PyTorch is loaded.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it warns when a process is started
+
+    def load():
         from . import measure
-    try:
-        with signals.raised():
-            return measure.run(a)
-    except (Stop, OSError, MemoryError) as e:  # OSError includes NotBuilt
-        print(f"{prog}: {e or type(e).__name__}", file=sys.stderr)
-        return 1
-    except signals.Interrupted as e:
-        print(interrupted, file=sys.stderr, flush=True)
-        return e.exit_code
+
+        return measure.run
+
+    evaluation.prog = prog
+    return run_with_torch(prog, load, parse(argv, prog))
 
 
 def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
