@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Measure what each choice in `sherry-gguf calibrate` brings: every variant differs from the base in one of them.
 
-A variant calibrates the layers in its own way, or distils the base's layers in its own way. Each is then measured on --text: perplexity
-by llama-perplexity's protocol. What is done is kept in --work, and a run continues where another stopped.
+A variant calibrates the layers in its own way, or distils the base's layers in its own way. Each is then measured on --evaluate:
+perplexity by llama-perplexity's protocol. The base is not what calibrate does by default: it has --passes 1, --batch 2 and --train weights.
+Finished variants are kept in --work; the same command continues.
 """
 
 import argparse

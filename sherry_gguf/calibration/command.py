@@ -3,16 +3,17 @@ training it anew.
 
 One transformer layer after the other is trained to give the full-precision
 layer's outputs on your text, from the inputs that the quantized layers before
-it give. Then the whole model learns the full-precision model's probabilities,
-for --steps steps. The result is a Hugging Face directory that converts without
-loss:
+it give. With --steps, the whole model then learns the full-precision model's
+probabilities; without, the result is much worse. The result is a Hugging Face
+directory that converts without loss:
 
-  sherry-gguf calibrate MODEL --text books/ --output calibrated
+  sherry-gguf calibrate MODEL --text books/ --output calibrated --steps 1000
   sherry-gguf convert calibrated --require-exact
 
-A layer is in memory at a time; the hidden states are on the disk, in --work.
-Ctrl-C, or anything else that ends it, loses one layer's work at most: run the
-same command again to continue.
+One layer at a time is in float32, and with --steps the whole model is. Hidden
+states are on the disk, in --work. After Ctrl-C or a crash, run the same command
+again. It repeats at most the layer, the batch of generated text, the pass of
+the full-precision model or the 50 steps that it was in.
 """
 
 import argparse
@@ -41,29 +42,31 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
                                      usage="%(prog)s MODEL --text PATH ... --output DIR [options]")  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help="Hugging Face directory or name of a trained model")
     add = parser.add_argument_group("text").add_argument
-    add("--text", nargs="+", default=[], metavar="PATH", help="""text to calibrate on: files (one document each; .jsonl, .parquet:
-        one per row; .gz, .xz) or directories""")  # fmt: skip
+    add("--text", nargs="+", default=[], metavar="PATH", help="""text to calibrate on: files (one document each; .json,
+        .jsonl, .parquet: one per row; also .gz, .xz, .bz2) or directories""")  # fmt: skip
     add("--text-column", default="text", metavar="NAME", help="column that holds the text in tables (text)")
     add("--tokenizer", default="", metavar="DIR", help="tokenizer, if it is not the model's")
-    add("--generated", type=_share, default=0.0, metavar="SHARE", help="""share of the sequences that the model writes itself, in the
-        characters of --text; 1 needs no --text (0)""")  # fmt: skip
-    add("--tokens", type=positive, default=1 << 18, metavar="N", help="tokens of the text to use (262144)")
+    add("--generated", type=_share, default=0.0, metavar="SHARE", help="""share of the sequences that the model writes itself, using
+        only characters that occur in --text; 1 needs no --text (0)""")  # fmt: skip
+    add("--tokens", type=positive, default=1 << 18, metavar="N", help="""tokens to train the layers on, generated ones included;
+        --steps reads more text (262144)""")  # fmt: skip
     add("--context", type=positive, default=512, metavar="N", help="tokens of a sequence (512)")
     add = parser.add_argument_group("layers").add_argument
-    add("--passes", type=_number, default=2.0, metavar="N", help="how often a layer is trained on each sequence; 0: only --start (2)")
-    add("--batch", type=positive, default=4, metavar="N", help="sequences in one of their steps (4)")
-    add("--rate", type=_number, default=0.02, metavar="X", help="highest learning rate, in mean magnitudes of a matrix (0.02)")
-    add("--start", choices=["feedback", "rounding"], default="feedback", help="""weights to start from: quantized with error feedback
-        (GPTQ), or as they are (feedback)""")  # fmt: skip
+    add("--passes", type=_number, default=2.0, metavar="N", help="passes over the text for each layer; 0: only --start (2)")
+    add("--batch", type=positive, default=4, metavar="N", help="sequences in a training step of a layer (4)")
+    add("--rate", type=_number, default=0.02, metavar="X", help="""highest learning rate, as a fraction of each matrix's
+        mean magnitude (0.02)""")  # fmt: skip
+    add("--start", choices=["feedback", "rounding"], default="feedback", help="""weights to start training from: quantized with error
+        feedback (GPTQ), or the model's own (feedback)""")  # fmt: skip
     add("--group-size", choices=["auto", "64", "128"], default="auto", help="""weights that share a scale; auto: 128 where that divides
         a row, 64 elsewhere (auto)""")  # fmt: skip
-    add("--keep", default="", metavar="REGEX", help="layers to keep in full precision, besides the head and routers")
+    add("--keep", default="", metavar="REGEX", help="matrices to keep in full precision, besides the head and routers")
     add = parser.add_argument_group("distillation").add_argument
-    add("--steps", type=_count, default=0, metavar="N", help="steps of the whole model after its layers (0)")
-    add("--train", choices=["scales", "weights"], default="scales", help="""what trains in them: norms and scales, or all weights of the
-        layers too, which takes 16 bytes for each (scales)""")  # fmt: skip
-    add("--distill-batch", type=positive, default=1, metavar="N", help="sequences in one of them (1)")
-    add("--distill-rate", type=_number, default=0.01, metavar="X", help="highest learning rate in them, as --rate (0.01)")
+    add("--steps", type=_count, default=0, metavar="N", help="steps of distillation, of the whole model; 0: none (0)")
+    add("--train", choices=["scales", "weights"], default="scales", help="""what the distillation trains: norms and scales, or all
+        weights of the layers too, at 16 bytes of memory each (scales)""")  # fmt: skip
+    add("--distill-batch", type=positive, default=1, metavar="N", help="sequences in a step of the distillation (1)")
+    add("--distill-rate", type=_number, default=0.01, metavar="X", help="highest learning rate of the distillation, as --rate (0.01)")
     add = parser.add_argument_group("result and machine").add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="directory for the result; must be new or empty")
     add("--work", type=Path, metavar="DIR", help="directory for what a later run continues (--output with .work)")

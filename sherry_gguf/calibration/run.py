@@ -51,7 +51,8 @@ def _memory():
         yield
     except RuntimeError as e:
         if isinstance(e, torch.OutOfMemoryError) or "allocate memory" in str(e):
-            raise MemoryError(f"not enough memory ({str(e).splitlines()[0]}): use a smaller --batch or --distill-batch") from e
+            raise MemoryError(f"not enough memory ({str(e).splitlines()[0]}): for the layers, start again with a smaller --batch and "
+                              "another --work; for the distillation, use --train scales or a smaller --distill-batch") from e  # fmt: skip
         if "PytorchStreamWriter failed" in str(e):  # its name for a full disk
             raise OSError(f"--work: {str(e).splitlines()[0]}") from e
         raise

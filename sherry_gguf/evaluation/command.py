@@ -54,7 +54,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add = parser.add_argument_group("text").add_argument
     add("--text", type=Path, metavar="FILE", help="""measure the loss on this text as llama-perplexity does; run only tasks that --tasks
         names""")  # fmt: skip
-    add("--context", type=positive, default=256, metavar="N", help="tokens in a chunk of the text (256)")
+    add("--context", type=positive, default=256, metavar="N", help="tokens in a chunk of the text (256; llama-perplexity has 512)")
     add("--chunks", type=positive, metavar="N", help="use only the first N chunks of the text")
     add = parser.add_argument_group("machine").add_argument
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

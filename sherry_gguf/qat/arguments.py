@@ -51,8 +51,8 @@ class SherryArguments:
     model: str = flag("model to start from: a Hugging Face directory or name", "", metavar="DIR")
     config: str = flag("config of a new model: a directory with config.json, or a name", "", metavar="DIR")
     tokenizer: str = flag("tokenizer, if it is not the model's", "", metavar="DIR")
-    train: list[str] = flag("text to train on: files (one document each; .jsonl, .parquet: one per row; .gz, .xz) or directories", [],
-                            metavar="PATH")  # fmt: skip
+    train: list[str] = flag("""text to train on: files (one document each; .json, .jsonl, .parquet: one per row; also .gz, .xz, .bz2) or
+        directories""", [], metavar="PATH")  # fmt: skip
     validation: list[str] = flag("held-out text, given the same way; default: a share of the training documents", [],
                                  metavar="PATH")  # fmt: skip
     dataset: str = flag("instead of --train: name of a data set for datasets.load_dataset", "", metavar="NAME")

@@ -65,8 +65,8 @@ class FinetuneArguments:
     model: str = flag("model: a Hugging Face directory or name, or a GGUF in TQ1_25", "", metavar="DIR_OR_GGUF")
     tokenizer: str = flag("tokenizer, if it is not the model's", "", metavar="DIR")
     chat_template: str = flag("file with a chat template, if it is not the tokenizer's", "", metavar="FILE")
-    train: list[str] = flag("rows to train on: .jsonl, .parquet (one a row; .gz, .xz), text files (one document each) or directories", [],
-                            metavar="PATH")  # fmt: skip
+    train: list[str] = flag("""rows to train on: .json, .jsonl, .parquet (one a row), text files (one document each), also .gz, .xz,
+        .bz2, or directories""", [], metavar="PATH")  # fmt: skip
     validation: list[str] = flag("held-out rows, given the same way; default: a share of the rows to train on", [], metavar="PATH")
     dataset: str = flag("instead of --train: name of a data set for datasets.load_dataset", "", metavar="NAME")
     dataset_config: str = flag("configuration of the data set", "", metavar="NAME")
@@ -90,7 +90,7 @@ class FinetuneArguments:
     budgets: list[str] = flag("other shares for layers with such names", [], metavar="REGEX=SHARE", parse=share_by_name)
     adapter: str = flag("what trains", "lora", choices=["lora", "ia3", "prompt", "p-tuning"])
     rank: int = flag("LoRA: rank", 16, metavar="R")
-    alpha: int = flag("LoRA: α, which scales it by α / R", 16, metavar="α")
+    alpha: int = flag("LoRA: α; the adapter's output is multiplied by α / R", 16, metavar="α")
     dropout: float = flag("LoRA: dropout of its inputs", 0.1, metavar="SHARE")
     target: str = flag("regular expression: layers with an adapter; default: all (LoRA), those that PEFT knows (IA3)", "", metavar="REGEX")
     virtual_tokens: int = flag("prompt tuning and p-tuning: length of the prompt that trains", 20, metavar="N")
