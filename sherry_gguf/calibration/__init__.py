@@ -2,6 +2,9 @@
 
 command      the entry point and its arguments; imports PyTorch only after they have been checked
 run          one calibration: text, layers, distillation, export; resumes
+models       loads the model and its tokenizer, and refuses those that cannot be calibrated
+sequences    the sequences of tokens to calibrate on
+generation   lets the model write text
 layers       a model's transformer layers, and how to call one without the others
 streams      the layers' inputs and outputs for all tokens, on the disk
 feedback     quantization with error feedback, which a layer may start from

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from sherry_gguf.errors import Stop
 from sherry_gguf.qat.linear import QuantizedLayer, quantized_layers
-from sherry_gguf.training.files import sync, undamaged
+from sherry_gguf.training.files import replacing, undamaged
 
 from .layers import Head, find
 from .training import parameter_groups, precision, schedule
@@ -78,7 +78,7 @@ class Distillation:
 
     Attributes:
         steps, batch: of `batch` sequences each.
-        rate: as in `training.train_layer`.
+        rate: as in `training.Task.train`.
         bf16: multiply in bfloat16.
         seed: of the order of the sequences.
         save_every: steps between two saves.
@@ -213,7 +213,5 @@ def _computed_again(model: Any) -> Iterator[None]:
 
 
 def _save(path: Path, state: dict) -> None:
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    sync(part)
-    part.replace(path)
+    with replacing(path) as part:
+        torch.save(state, part)

@@ -6,11 +6,11 @@ import re
 from typing import Any
 
 import torch
-import transformers
 
 from sherry_gguf.errors import Stop
 from sherry_gguf.qat.linear import AUTO, QuantConfig, prepare, quantized_layers
-from sherry_gguf.training.models import check_fit, check_name, load_tokenizer, repair_generation_config, stop_at_errors
+from sherry_gguf.training.models import check_fit, load_tokenizer, repair_generation_config
+from sherry_gguf.training.models import load as load_checkpoint
 
 from . import layers
 
@@ -27,12 +27,7 @@ def device(name: str) -> torch.device:
 
 def load(a: argparse.Namespace) -> Any:
     """The model in its own dtype, for evaluation. Raises Stop."""
-    check_name(a.model)
-    with stop_at_errors(a.model):
-        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(a.model, dtype="auto", output_loading_info=True)
-    model, info = loaded
-    if lacking := sorted([*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]):
-        raise Stop(f"{a.model} lacks {len(lacking)} of the model's tensors, or has them in other shapes, the first {lacking[0]}")
+    model = load_checkpoint(a.model, "auto")
     if (getattr(model.config, "sherry_config", None) or {}).get("weights") == "latent":
         raise Stop(f"{a.model} holds latent weights of a training with Sherry: they are calibrated already. Export them, or convert them")
     repair_generation_config(model)
@@ -64,7 +59,7 @@ def tokenizer(a: argparse.Namespace, model: Any) -> Any:
 
 @torch.no_grad()
 def settle(module: torch.nn.Module) -> None:
-    """Make a finished layer small: its weights as they are used, in float16, which holds them exactly."""
+    """Make a finished layer small: in float16, the quantized weights as they are used, which it holds exactly."""
     for m in quantized_layers(module).values():
         m.weight.data = m.quantized_weight()
     module.half()

@@ -20,7 +20,7 @@ from sherry_gguf.errors import Stop
 from sherry_gguf.qat.hf_export import export
 from sherry_gguf.qat.linear import full_precision
 from sherry_gguf.qat.trainer import bf16_is_faster
-from sherry_gguf.training.files import differences, locked, sync, undamaged, write
+from sherry_gguf.training.files import differences, locked, replacing, undamaged, write
 from sherry_gguf.training.run import check_target
 
 from . import distillation, layers, models, streams, training
@@ -39,6 +39,10 @@ def run(a: argparse.Namespace) -> int:
     """Calibrate, distil and export; returns the exit status. Raises Stop, OSError, MemoryError, signals.Interrupted."""
     transformers.utils.logging.set_verbosity_warning()
     check_target(a.output, a.work, "--output")
+    for folder in filter(Path.is_dir, map(Path, a.text)):
+        for flag, path in ("--output", a.output), ("--work", a.work):
+            if path.resolve().is_relative_to(folder.resolve()):
+                raise Stop(f"{flag} {path} is in {folder}, which is read as text: choose another place")
     a.work.mkdir(parents=True, exist_ok=True)
     with locked(a.work, "--work"), _memory():
         return Calibration(a).run()
@@ -70,9 +74,12 @@ class Calibration:
         self.tokenizer = models.tokenizer(a, self.model)
         if a.steps or a.generated:
             layers.check_head(self.model)
+        if a.generated and getattr(self.model, "_is_stateful", False):
+            raise Stop(f"{type(self.model).__name__} keeps a state besides keys and values, so it cannot write text here: leave out "
+                       "--generated")  # fmt: skip
         fingerprint = models.fingerprint(self.model)
         self.source = Source(a, self.tokenizer, fingerprint)
-        self._check_settings(fingerprint, self.source.text_for_layers())
+        self._check_settings(fingerprint, self.source.text_for_layers)
         if self.source.lacks():
             self._write()
         self.ids = self.source.for_layers()
@@ -134,7 +141,8 @@ class Calibration:
     @torch.no_grad()
     def train_layers(self) -> list[dict]:
         """Train the layers that are not done yet; returns each one's record. Raises Stop."""
-        modules, record = layers.find(self.model), self._done()
+        modules = layers.find(self.model)
+        record = self._done(len(modules))
         if len(record) == len(modules):
             return record
         self.model.to(self.device)
@@ -147,18 +155,19 @@ class Calibration:
             write(self.a.work / RECORD, "".join(json.dumps(found) + "\n" for found in record))
             self.streams.drop(i)  # what the record has not got yet would be needed again
             print(_line(record[-1], len(modules)), flush=True)
+        self.streams.drop(len(modules))
         return record
 
-    def _done(self) -> list[dict]:
-        """The records of the layers that are complete."""
+    def _done(self, count: int) -> list[dict]:
+        """The records of the layers, of `count`, that are complete."""
         path, found = self.a.work / RECORD, []
         if path.exists():
             with undamaged(path, f"remove {self.a.work} to start over"):
                 found = [json.loads(line) for line in path.read_text().splitlines()]
         layer = len(found)
-        if layer and not self.streams.exist(layer):
-            raise Stop(f"{self.a.work} lacks the hidden states before layer {layer}: remove it to start over")
-        for i in range(layer):
+        if 0 < layer < count and not self.streams.exist(layer):
+            raise Stop(f"{self.a.work} lacks the hidden states before layer {layer + 1}: remove it to start over")
+        for i in range(layer + (layer == count)):
             self.streams.drop(i)
         if layer:
             print(f"continuing after {layer} layers", flush=True)
@@ -199,10 +208,8 @@ class Calibration:
             bar.total += task.steps(a.passes) + (task.steps(1) if a.start == "feedback" else 0)
             errors, kept = self._train(task, i, bar)
             self.streams.write("quantized", i + 1, a.batch, lambda b, e: through("quantized", b, e), bar.update)
-        part = self._weights(i).with_suffix(".part")
-        safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
-        sync(part)
-        part.rename(self._weights(i))
+        with replacing(self._weights(i)) as part:
+            safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
         models.settle(module)
         return {"layer": i, "errors": errors, "kept": kept, "seconds": round(time.monotonic() - began, 1)}
 
@@ -258,8 +265,7 @@ class Calibration:
         head = layers.Head(self.model, used.to(self.device))
         d = distillation.Distillation(a.steps, a.distill_batch, a.distill_rate, self.bf16, a.seed)
         for module in (*modules, head.norm):
-            for p in module.parameters():
-                p.requires_grad_(a.train == "weights" or p.ndim < 2)
+            training.let_train(module, matrices=a.train == "weights")
 
         def measure() -> float:
             return distillation.mean_divergence(self.model, every, ids[:held_out], states[:held_out], d)

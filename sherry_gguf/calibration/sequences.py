@@ -13,11 +13,12 @@ from tqdm import tqdm
 from sherry_gguf.errors import Stop
 from sherry_gguf.qat.data import pack
 from sherry_gguf.training import texts
-from sherry_gguf.training.files import undamaged
+from sherry_gguf.training.files import replacing, undamaged
 from sherry_gguf.training.models import warn
 
 from . import generation
 
+ENOUGH = 4  # times the tokens that are wanted: so many of a large text are looked at
 PART = 1 << 14  # characters of a document that are taken at a time, or more for a long context
 
 
@@ -40,39 +41,49 @@ class Source:
             raise Stop(f"--text: there is no text in {', '.join(a.text)}")
         self.counts = max(2, a.tokens // a.context), max(2, a.steps * a.distill_batch) if a.steps else 0
         self.generated = tuple(round(a.generated * count) for count in self.counts)
-        self.characters = set().union(*self.documents) if a.generated else set()
+        self.characters: set[str] = set()
+        for text in self.documents if a.generated else []:
+            self.characters.update(text)
         said = [model, a.context, a.seed, "".join(sorted(self.characters)), tokenizer.bos_token_id]
         self.key = hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     def for_layers(self) -> torch.Tensor:
         """int64 (sequences, context), each with BOS first; fewer than asked for if the text is short. Raises Stop."""
-        return self._mixed(self.text_for_layers(), 0, self.generated[0])
+        return self._mixed(self.text_for_layers, 0, self.generated[0])
 
+    @functools.cached_property
     def text_for_layers(self) -> torch.Tensor:
-        """Those of them that are from the text."""
-        return self._from_text(self.counts[0] - self.generated[0], None)
+        """Those of them that are from the text. Raises Stop."""
+        return self._from_text(self.counts[0] - self.generated[0], set())
 
     def for_distillation(self, used: torch.Tensor) -> torch.Tensor:
-        """Others than those of the layers, `used`, if the text has half as many as wanted. Raises Stop."""
-        text = self._from_text(self.counts[1] - self.generated[1], used)
-        return self._mixed(text, self.generated[0], self.generated[1])
+        """Others than those of the layers, `used`, if the text has half as many as wanted; these come first. Raises Stop."""
+        taken = _rows(used)
+        ids = self._mixed(self._from_text(self.counts[1] - self.generated[1], taken), self.generated[0], self.generated[1])
+        new = torch.tensor([row.numpy().tobytes() not in taken for row in ids])
+        return torch.cat([ids[new], ids[~new]])
 
     def _mixed(self, text: torch.Tensor, begin: int, count: int) -> torch.Tensor:
         ids = torch.cat([text, self.written()[begin : begin + count]]) if count else text
         return ids[torch.randperm(len(ids), generator=torch.Generator().manual_seed(self.a.seed))]
 
-    def _from_text(self, sequences: int, used: torch.Tensor | None) -> torch.Tensor:
-        """From all over the text. What remains of the parts, less than a sequence each, is joined."""
+    def _from_text(self, sequences: int, taken: set[bytes]) -> torch.Tensor:
+        """From all over the text, others than `taken` as far as there are. What remains of the parts, less than a sequence each, is joined.
+
+        With another number of sequences it visits the same parts in the same order, so that those that are taken are found again.
+        """
         a, tokenizer = self.a, self.tokenizer
         if not sequences:
             return torch.empty(0, a.context, dtype=torch.int64)
-        taken = {row.numpy().tobytes() for row in used} if used is not None else set()
-        share = -(-(len(taken) + sequences) * a.context // len(self.documents)) + a.context  # of each document: all of them are heard
+        wanted = (len(taken) + sequences) * a.context
+        share = -(-wanted // len(self.documents)) + a.context  # of each document: all of them are heard
         size_of_part = max(PART, 16 * a.context)
         whole = a.context - (tokenizer.bos_token_id is not None)
         random, found, rest, size, count = np.random.default_rng(a.seed), [], [], 0, 0
-        for text in self.documents:
-            own = 0
+        for document in random.permutation(len(self.documents)):
+            if count > ENOUGH * wanted:
+                break
+            text, own = self.documents[int(document)], 0
             for part in random.permutation(-(-len(text) // size_of_part)):
                 piece = text[part * size_of_part : (part + 1) * size_of_part]
                 ids = np.array(tokenizer(piece, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"], np.int64)
@@ -87,11 +98,11 @@ class Source:
             raise Stop(f"the text has {count} tokens, less than two sequences of {a.context}: give more, or a smaller --context")
         self.bytes_per_token = size / count
         new = [row for row in blocks if row.tobytes() not in taken]
-        pool = new if len(new) >= max(2, sequences // 2) else list(blocks)
-        if len(pool) > len(new):
+        pool = [new[i] for i in random.permutation(len(new))]
+        if len(new) < max(2, sequences // 2):
             warn("the text is short: the distillation reads what the layers were trained on")
-        chosen = random.permutation(len(pool))[: max(2, sequences)]
-        return torch.from_numpy(np.stack([pool[i] for i in chosen]))
+            pool += [row for row in random.permutation(blocks) if row.tobytes() in taken]
+        return torch.from_numpy(np.stack(pool[: max(2, sequences)]))
 
     # ---- the model's own writing: files in --work, one for each batch ----
 
@@ -126,8 +137,10 @@ class Source:
         return self.a.work / f"written-{self.key}-{number:03}.npy"
 
 
+def _rows(ids: torch.Tensor) -> set[bytes]:
+    return {row.numpy().tobytes() for row in ids}
+
+
 def _save(path: Path, ids: np.ndarray) -> None:
-    part = path.with_suffix(".part")
-    with open(part, "wb") as file:  # np.save would change the name
+    with replacing(path) as part, open(part, "wb") as file:  # np.save would change the name
         np.save(file, ids)
-    part.replace(path)

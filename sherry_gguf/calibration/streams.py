@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from sherry_gguf.errors import Stop
-from sherry_gguf.training.files import sync
+from sherry_gguf.training.files import replacing
 
 DTYPE = torch.bfloat16
 KINDS = ("full", "quantized")
@@ -52,20 +52,18 @@ def write(path: Path, shape: tuple[int, int, int], batch: int, compute: Callable
 
     Raises OSError, also if the disk is too full.
     """
-    partial = path.with_suffix(".part")
     size = torch.Size(shape).numel() * DTYPE.itemsize
-    with open(partial, "wb") as file:
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk would end the process when the states are mapped
-        except OSError as e:
-            raise OSError(e.errno, f"{e.strerror}, {size >> 20} MiB are needed", str(path)) from None
-    states = read(partial, shape)
-    for begin in range(0, shape[0], batch):
-        end = min(begin + batch, shape[0])
-        states[begin:end] = compute(begin, end).to(DTYPE)
-        advance()
-    sync(partial)
-    partial.rename(path)
+    with replacing(path) as partial:
+        with open(partial, "wb") as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk would end the process when the states are mapped
+            except OSError as e:
+                raise OSError(e.errno, f"{e.strerror}, {size >> 20} MiB are needed", str(path)) from None
+        states = read(partial, shape)
+        for begin in range(0, shape[0], batch):
+            end = min(begin + batch, shape[0])
+            states[begin:end] = compute(begin, end).to(DTYPE)
+            advance()
 
 
 def read(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:

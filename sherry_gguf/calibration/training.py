@@ -19,6 +19,13 @@ WARMUP = 0.05  # share of the steps
 LAST = 0.05  # share of the rate that is left in the end
 
 
+def let_train(module: nn.Module, matrices: bool = True) -> None:
+    """Let a layer's vectors train, such as norms and biases, and the matrices that are quantized. A router's and those to keep do not."""
+    quantized = {id(m.weight) for m in module.modules() if isinstance(m, QuantizedLayer)}
+    for p in module.parameters():
+        p.requires_grad_(p.ndim < 2 or (matrices and id(p) in quantized))
+
+
 def parameter_groups(module: nn.Module, rate: float) -> list[dict[str, Any]]:
     """Groups for AdamW. Each parameter's rate is a share of its mean magnitude: what matters is how soon signs and zeros change."""
     quantized = {id(m.weight) for m in module.modules() if isinstance(m, QuantizedLayer)}
@@ -107,8 +114,14 @@ class Task:
         """Replace the latent weights by those of `feedback.quantize`, whose inputs are those of the layer without quantization in it."""
         modules = list(quantized_layers(self.layer.module).values())
         moments: dict[nn.Module, torch.Tensor] = {}
+        owners: dict[nn.Module, nn.Module] = {}  # modules with the same inputs, such as q, k and v, share the moments of one
+        seen: list[tuple[torch.Tensor, nn.Module]] = []  # in this forward pass
 
         def note(module, args):
+            owner = owners.setdefault(module, next((other for x, other in seen if x is args[0]), module))
+            if owner is not module:
+                return
+            seen.append((args[0], module))
             x = args[0].reshape(-1, args[0].shape[-1]).float()
             with torch.autocast(x.device.type, enabled=False):
                 product = x.t() @ x
@@ -120,12 +133,13 @@ class Task:
             stack.enter_context(full_precision(self.layer.module))
             stack.enter_context(precision(self.device, self.bf16))
             for i in range(0, self.trained, self.batch):
+                seen.clear()
                 self.layer(self.x[i : min(i + self.batch, self.trained)].to(self.device).float())
                 advance()
         for m in modules:
-            if m in moments:  # an expert may have had no tokens
+            if m in owners:  # an expert may have had no tokens
                 weight, size = m.rows(m.weight.data), int(m.quant.group_size)
-                found = feedback.quantize(weight, moments.pop(m), size)
+                found = feedback.quantize(weight, moments[owners[m]], size)
                 m.weight.data = m.rows(feedback.latent(weight.float(), found, size)).contiguous()
 
     @torch.enable_grad()
@@ -135,7 +149,7 @@ class Task:
         rate: the highest, a share of each matrix's mean magnitude. passes: how often each sequence is seen. seed: of their order.
         advance: called after each step with its error.
         """
-        self.layer.module.requires_grad_(True)
+        let_train(self.layer.module)
         random, steps = torch.Generator().manual_seed(seed), self.steps(passes)
         optimizer = torch.optim.AdamW(parameter_groups(self.layer.module, rate), betas=(0.9, 0.95), fused=True)
         rates = schedule(optimizer, steps)

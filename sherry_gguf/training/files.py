@@ -41,12 +41,19 @@ def differences(then: dict, now: dict) -> str:
     return ", ".join(f"{k}: {then.get(k)} then, {v} now" for k, v in now.items() if then.get(k) != v)
 
 
-def write(path: Path, data: bytes | str) -> None:
-    """Write a file, text as UTF-8. After an error or a crash it holds what it held before."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield the name of a file to write, which replaces `path` at the end. After an error or a crash `path` holds what it held before."""
     part = path.with_name(path.name + ".part")
-    part.write_bytes(data.encode() if isinstance(data, str) else data)
+    yield part
     sync(part)
     os.replace(part, path)
+
+
+def write(path: Path, data: bytes | str) -> None:
+    """Write a file, text as UTF-8. After an error or a crash it holds what it held before."""
+    with replacing(path) as part:
+        part.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 @contextlib.contextmanager

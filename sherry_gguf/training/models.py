@@ -26,11 +26,15 @@ def check_name(name: str) -> None:
 
 def load_float32(name: str) -> Any:
     """A causal language model in float32. Raises Stop, also if the checkpoint lacks some of its tensors."""
+    model = load(name, torch.float32)
+    return model.float() if any(p.dtype != torch.float32 for p in model.parameters()) else model  # MXFP4 is decoded to bfloat16
+
+
+def load(name: str, dtype: torch.dtype | str) -> Any:
+    """A causal language model; dtype: as for `from_pretrained`. Raises Stop, also if the checkpoint lacks some of its tensors."""
     check_name(name)
     with stop_at_errors(name):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, output_loading_info=True)
-        if any(p.dtype != torch.float32 for p in loaded[0].parameters()):  # MXFP4 is decoded to bfloat16
-            loaded[0].float()
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
     model, info = loaded
     if lacking := [*info["missing_keys"], *(str(m[0]) for m in info["mismatched_keys"])]:
         first = sorted(lacking)[0]

@@ -125,6 +125,26 @@ def test_models_whose_head_is_not_known():
         layers.find(model)
 
 
+def test_matrices_with_the_same_inputs_share_their_moments(monkeypatch):
+    """Feedback gives what it gives with moments of each matrix's own."""
+    model = tiny("llama")
+    prepare(model)
+    layer = layers.calls(model, CONTEXT)[0]
+    x = torch.randn(6, CONTEXT, 128, generator=torch.Generator().manual_seed(0))
+    inputs = {name: [] for name in quantized_layers(layer.module)}
+    for name, m in quantized_layers(layer.module).items():
+        m.register_forward_pre_hook(lambda module, args, name=name: inputs[name].append(args[0].detach().reshape(-1, args[0].shape[-1])))
+    with torch.no_grad(), full_precision(layer.module):
+        wanted = layer(x)
+    moments = {name: torch.cat(found).t() @ torch.cat(found) for name, found in inputs.items()}
+    found, quantize = [], feedback.quantize
+    monkeypatch.setattr(feedback, "quantize", lambda weight, moments, size: found.append(moments) or quantize(weight, moments, size))
+    training.Task(layer, x, wanted, 6, 2, False, torch.device("cpu")).start_from_feedback(lambda: None)
+    assert len(found) == len(moments) == 7 and len({id(m) for m in found}) == 4
+    for mine, theirs in zip(found, moments.values(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)  # added in another order
+
+
 def test_a_layer_learns():
     model = tiny("llama")
     x = torch.randn(12, CONTEXT, 128, generator=torch.Generator().manual_seed(1))
@@ -255,7 +275,7 @@ def test_result(model, calibrated, text, tmp_path, capfd):
     loaded = AutoModelForCausalLM.from_pretrained(calibrated, dtype=torch.float32)
     assert not any(p.isnan().any() for p in loaded.parameters())
     work = calibrated.with_name("hf.work")
-    assert not list(work.glob(f"full-{0:03}*")) and (work / f"full-{count:03}.states").exists()
+    assert not [p for p in work.glob("*.states") if not p.name.startswith("teacher-")]  # nothing needs the layers' any more
 
 
 @pytest.mark.parametrize(
@@ -327,16 +347,6 @@ def test_other_settings_are_refused(model, calibrated, text, tmp_path, capfd, mo
     assert re.search(says, capfd.readouterr().err)
 
 
-def test_lost_states(model, text, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(training.Task, "train", lambda *args, **kwargs: None)
-    assert command.main(arguments(model, text, tmp_path / "hf", "--steps", 0)) == 0
-    work = tmp_path / "hf.work"
-    for path in work.glob("*.states"):
-        path.unlink()
-    assert command.main(arguments(model, text, tmp_path / "again", "--work", work, "--steps", 0)) == 1
-    assert "lacks the hidden states before layer" in capfd.readouterr().err
-
-
 @pytest.mark.parametrize("change, says", [
     (["--output", "{full}"], "{full} already has something in it"),
     (["--text", "{nowhere}"], "{nowhere}: no such file or directory"),
@@ -380,8 +390,12 @@ def test_text_for_layers_and_distillation(model, text):
     assert ids.shape == (24, CONTEXT) and (ids[:, 0] == some.tokenizer.bos_token_id).all() and 1 < some.bytes_per_token < 9
     assert torch.equal(ids, source().for_layers())
     more = some.for_distillation(ids)
-    assert more.shape == (40, CONTEXT) and not {tuple(row) for row in more.tolist()} & {tuple(row) for row in ids.tolist()}
+    assert more.shape == (40, CONTEXT) and not as_set(more) & as_set(ids)
     assert not torch.equal(ids, source("--seed", 1).for_layers())
+
+
+def as_set(ids):
+    return {tuple(row) for row in ids.tolist()}
 
 
 def test_all_of_a_short_text(model, text, capfd):
@@ -389,6 +403,31 @@ def test_all_of_a_short_text(model, text, capfd):
     source = sequences.Source(a, AutoTokenizer.from_pretrained(model), "")
     everything = source.for_layers()
     assert len(source.for_distillation(everything)) == 16 and "reads what the layers were trained on" in capfd.readouterr().err
+    found = source.for_distillation(everything[3:])
+    new = as_set(everything[:3]) - as_set(everything[3:])
+    assert len(found) == 16 and as_set(found[: len(new)]) == new  # the first ones are held out
+
+
+def test_of_many_documents_only_some_are_read(model, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"The sea was calm {i} times."}) + "\n" for i in range(3000)))
+    a = command.parse(arguments(model, tmp_path / "a.jsonl", "out", "--steps", 10), "calibrate")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    read = []
+
+    class Counting:
+        bos_token_id = tokenizer.bos_token_id
+
+        def __call__(self, piece, **more):
+            read.append(piece)
+            return tokenizer(piece, **more)
+
+    source = sequences.Source(a, Counting(), "")
+    ids = source.for_layers()
+    assert len(ids) == 24 and len(read) < 1000
+    assert sum(int(re.search(r"(\d+) times", piece)[1]) > 1500 for piece in read) > len(read) / 4  # from all over the text
+    first = list(read)
+    read.clear()
+    assert not as_set(source.for_distillation(ids)) & as_set(ids) and read[: len(first)] == first and len(read) < 2000
 
 
 @pytest.mark.parametrize("context", [32, 2048])

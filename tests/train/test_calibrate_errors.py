@@ -42,7 +42,7 @@ def other(kind, model, folder, **more):
 
 
 @pytest.mark.parametrize("name, more", [
-    ("mixtral", ["--train", "weights"]), ("gpt2", []), ("smollm2", ["--group-size", "64"]), ("gemma2", []),
+    ("mixtral", ["--train", "weights"]), ("gpt2", ["--steps", 16]), ("smollm2", ["--group-size", "64"]), ("gemma2", []),
     ("llama", ["--keep", "mlp", "--steps", 0]), ("llama", ["--start", "rounding", "--bf16", "true"]),
 ])  # fmt: skip
 def test_other_models(name, more, text, tmp_path, capfd):
@@ -60,10 +60,11 @@ def test_other_models(name, more, text, tmp_path, capfd):
         assert len(after.model.layers[0].mlp.up_proj.weight.unique()) > 1000
 
 
-def test_scales_leave_other_matrices_alone(text, tmp_path):
+@pytest.mark.parametrize("train", ["scales", "weights"])
+def test_other_matrices_are_left_alone(text, tmp_path, train):
     """Routers, and layers that are kept."""
     source = small_models.make(tmp_path / "moe", "mixtral", latent=True)
-    assert command.main(arguments(source, text, tmp_path / "hf", "--passes", 0, "--keep", "o_proj")) == 0
+    assert command.main(arguments(source, text, tmp_path / "hf", "--keep", "o_proj", "--train", train, "--distill-rate", 0.002)) == 0
     before, after = (AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).state_dict() for path in (source, tmp_path / "hf"))
     for name, p in before.items():
         if "gate.weight" in name or "o_proj" in name:
@@ -88,6 +89,9 @@ def test_models_that_cannot_be_calibrated(model, text, tmp_path, capfd):
     assert "cannot be used" in says(scaled, "--steps", 0, "--generated", 0.5)
     experts = other("gpt_oss", model, tmp_path / "oss", num_local_experts=2, num_experts_per_tok=1)
     assert re.search(r"GptOssForCausalLM: model.layers.0.mlp.experts.\w+ holds the matrices of several experts", says(experts))
+    states = other("falcon_h1", model, tmp_path / "h1", mamba_d_ssm=64, mamba_n_heads=4, mamba_d_head=16, mamba_d_state=16,
+                   mamba_chunk_size=16)  # fmt: skip
+    assert "FalconH1ForCausalLM keeps a state besides keys and values, so it cannot write text here" in says(states, "--generated", 0.5)
     err = says(small_models.make(tmp_path / "s", "smollm2", latent=True), "--group-size", 128)
     assert "--group-size auto" in err and "--group-size 64" in err and "--group_size" not in err
 
@@ -141,6 +145,14 @@ def half(model, text, tmp_path, monkeypatch):
     return argv, tmp_path / "hf.work"
 
 
+def test_lost_states(half, capfd):
+    argv, work = half
+    for path in work.glob("*.states"):
+        path.unlink()
+    assert command.main(argv) == 1
+    assert "lacks the hidden states before layer 2" in capfd.readouterr().err
+
+
 def test_states_that_were_cut_off(half, capfd):
     argv, work = half
     path = work / "quantized-001.states"
@@ -174,6 +186,16 @@ def test_another_model_in_the_same_place(model, text, tmp_path, capfd):
 def test_a_wrong_flag_leaves_nothing_behind(model, text, tmp_path):
     assert command.main(arguments(model, text, tmp_path / "hf", "--keep", "(")) == 1
     assert command.main(arguments(model, text, tmp_path / "hf", "--steps", 0, "--passes", 0)) == 0
+
+
+@pytest.mark.parametrize("flag", ["--output", "--work"])
+def test_results_in_the_text(model, text, tmp_path, capfd, flag):
+    """The next run would read them."""
+    shutil.copytree(text, tmp_path / "text")
+    more = ["--work", tmp_path / "text" / "work"] if flag == "--work" else ["--work", tmp_path / "work"]
+    out = tmp_path / "hf" if flag == "--work" else tmp_path / "text" / "hf"
+    assert command.main(arguments(model, tmp_path / "text", out, *more)) == 1
+    assert re.search(rf"{flag} .* is in {tmp_path / 'text'}, which is read as text", capfd.readouterr().err)
 
 
 def test_empty_text(model, tmp_path, capfd):
