@@ -35,16 +35,31 @@ def quantize(weight: torch.Tensor, moments: torch.Tensor, group_size: int) -> to
         error = torch.empty(len(rest), group_size, device=weight.device)
         for i in range(begin, end, GROUP):
             four = slice(i, i + GROUP)
-            # The error e of four columns is t·U, where t is the error of each after those before it have made up for theirs. The code
-            # with the smallest |t|² for t = (w - d·p)·U⁻¹:
-            inverse = torch.linalg.inv(factor[four, four])
-            w, p = rest[:, four] @ inverse, patterns @ inverse  # (out, 4), (32, 4)
-            best = (d * p.square().sum(-1) - 2 * w @ p.t()).argmin(-1)  # |t|² = |w|² + d·(d·|p|² - 2·w·p), and d >= 0
-            result[:, four], chosen = d * patterns[best], w - d * p[best]
+            codes, chosen = choose(rest[:, four], factor[four, four], patterns, d)
+            result[:, four] = d * patterns[codes]
             rest[:, i + GROUP : end] -= chosen @ factor[four, i + GROUP : end]
             error[:, i - begin : i - begin + GROUP] = chosen
         rest[:, end:] -= error @ factor[begin:end, end:]
     return result
+
+
+def choose(weight: torch.Tensor, factor: torch.Tensor, patterns: torch.Tensor, d: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The best pattern for four columns of each row.
+
+    Args:
+        weight: (out, 4), with the errors of the columns before.
+        factor: (4, 4), U: the columns' part of the Cholesky factor.
+        patterns: (n, 4), to choose from.
+        d: (out, 1), the scales, at least 0.
+
+    Returns:
+        The patterns' indices, int64 (out,), and t (out, 4): the error e of the columns is t·U, where t is the error of each after
+        those before it have made up for theirs. The best pattern has the smallest |t|².
+    """
+    inverse = torch.linalg.inv(factor)
+    w, p = weight @ inverse, patterns @ inverse  # t = w - d·p
+    best = (d * p.square().sum(-1) - 2 * w @ p.t()).argmin(-1)  # |t|² = |w|² + d·(d·|p|² - 2·w·p)
+    return best, w - d * p[best]
 
 
 def _factor(moments: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
