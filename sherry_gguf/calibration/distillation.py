@@ -28,6 +28,10 @@ MOST = 1 << 15  # tokens of the text that count: the frequent ones, nearly all o
 LIKELY = 32  # tokens that count besides those of the text: so many of the full-precision model's likeliest at each place
 
 
+class Diverged(Stop):
+    """The distillation made the model worse, or its divergence is not a finite number."""
+
+
 class Scaled(nn.Module):
     """A quantized weight whose codes are fixed, and whose scales train. It replaces the layer's latent weight.
 
@@ -155,7 +159,8 @@ def distil(model: Any, head: Head, fixed: dict[str, Scaled], ids: torch.Tensor, 
         advance: called with the number of steps that are done, and the last one's divergence.
 
     Raises:
-        Stop: the divergence is not a finite number, or `saved` is damaged.
+        Diverged: the divergence is not a finite number.
+        Stop: `saved` is damaged.
     """
     for s in fixed.values():
         s.layer[0].weight.requires_grad_(False)
@@ -189,7 +194,8 @@ def distil(model: Any, head: Head, fixed: dict[str, Scaled], ids: torch.Tensor, 
             found = head.hidden(ids[rows].to(model.device))
             loss = divergence(head, found, states[rows].to(model.device), backward=True)
         if not math.isfinite(loss):
-            raise Stop(f"the divergence is {loss} in step {step + 1} of the distillation: use a smaller --distill-rate, and remove {saved}")
+            raise Diverged(f"the divergence is {loss} in step {step + 1} of the distillation: use a smaller --distill-rate, and "
+                           f"remove {saved}")  # fmt: skip
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         rates.step()

@@ -281,8 +281,9 @@ class Calibration:
         distillation.round_scales(fixed)
         after = measure()
         if not after < before:
-            raise Stop(f"the distillation made it worse: KL divergence from full precision {before:.4f} before, {after:.4f} nats a token "
-                       f"after. Use a smaller --distill-rate, or --steps 0; remove {a.work / DISTILLED} first")  # fmt: skip
+            raise distillation.Diverged(f"the distillation made it worse: KL divergence from full precision {before:.4f} before, "
+                                        f"{after:.4f} nats a token after. Use a smaller --distill-rate, or --steps 0; remove "
+                                        f"{a.work / DISTILLED} first")  # fmt: skip
         distillation.release(fixed)
         print(f"distilled: {a.steps} steps, KL divergence from full precision {before:.4f} before, {after:.4f} nats a token after "
               "(held out)", flush=True)  # fmt: skip
