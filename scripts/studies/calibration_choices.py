@@ -126,15 +126,15 @@ def changed(change: str) -> Iterator[None]:
 def residual(module: Any, how: str, steps: int):
     """A function of the steps that are done, which sets λ of Arenas for the next one."""
     from sherry_gguf.qat.arenas import Arenas
-    from sherry_gguf.qat.linear import set_residual
+    from sherry_gguf.qat.linear import quantized_layers, set_residual
 
-    arenas = Arenas(**dict({"mild": MILD, "published": PUBLISHED}[how]))
-    module.train()  # λ is used in training alone
+    settings: dict[str, Any] = dict({"mild": MILD, "published": PUBLISHED}[how])
+    arenas = Arenas(**settings)
 
     def move(done: int) -> None:
         set_residual(module, arenas.at(done, steps) if done < steps else 0.0, arenas.rescale)
-        if done >= steps:
-            module.eval()
+        for m in quantized_layers(module).values():
+            m.training = done < steps  # λ is used in training alone. The other modules stay as they are: there may be dropout
 
     move(0)
     return move

@@ -60,11 +60,13 @@ def test_arenas(how, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(small_models.make(tmp_path / "llama", "llama", latent=True), dtype=torch.float32)
     prepare(model)
     layer = next(iter(quantized_layers(model).values()))
+    model.eval().dropout = dropout = torch.nn.Dropout().eval()
     seen = []
 
     def steps(task, rate, passes, seed, advance):
         for _ in range(task.steps(passes)):
             seen.append((layer.training, layer.residual))
+            assert not dropout.training and not model.training
             advance(0.0)
 
     task = training.Task(layers.Layer(model, (), {}), torch.ones(8, 1, 1), torch.ones(8, 1, 1), 8, 1, False, torch.device("cpu"))
