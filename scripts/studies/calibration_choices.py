@@ -3,12 +3,13 @@
 
 A variant calibrates the layers in its own way, or distils the base's layers in its own way. Each is then measured on --evaluate:
 perplexity by llama-perplexity's protocol. The base is not what calibrate does by default: it has --passes 1, --batch 2 and --train weights.
-Finished variants are kept in --work; the same command continues.
+Finished variants are kept in --work; the same command continues. A --work is for one model, one text and one way to measure.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in sherry_gguf.calibration.command
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in sherry_gguf.programs.run_with_torch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,9 +32,11 @@ from study_runs import Kept, Runs, compare, suffixed
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
 from sherry_gguf.programs import HelpWithDefaults, call
-from sherry_gguf.training.files import write
+from sherry_gguf.training.files import differences, undamaged, write
 
 BASE = "base"
+SETTINGS = "settings.json"  # in --work
+WEIGHTS = "*.safetensors"  # of a model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,8 +213,45 @@ def train(run: Run, a: dict) -> dict:
                      "seconds": round(seconds, 1)}  # fmt: skip
 
 
+def identity(*names: str | Path, pattern: str = "*") -> str:
+    """What tells files, and those of the pattern in directories, from others. It does not read them: that would take long."""
+    paths, stats = [Path(name).resolve() for name in names], []
+    for path in paths:
+        for file in sorted(p for p in path.rglob(pattern) if p.is_file()) if path.is_dir() else [path]:
+            s = file.stat()
+            stats.append((str(file), s.st_size, s.st_mtime_ns))
+    return f"{', '.join(map(str, paths))} (files {hashlib.sha256(repr(stats).encode()).hexdigest()[:12]})"
+
+
+def check_settings(a: argparse.Namespace) -> None:
+    """Keep in --work what all runs depend on. If a.bf16 is `auto`, it becomes what the first call found.
+
+    Raises Stop if --work was begun with other settings, and OSError if a text is not there.
+    """
+    from sherry_gguf.qat.trainer import bf16_is_faster
+
+    if not any(Path(a.model).glob(WEIGHTS)):
+        raise Stop(f"{a.model} has no {WEIGHTS}")
+    now = {"model": identity(a.model, pattern=WEIGHTS), "text": identity(*a.texts), "evaluate": identity(a.evaluate),
+           "chunks": a.chunks, "device": a.device, "bf16": a.bf16}  # fmt: skip
+    mark, then = a.work / SETTINGS, {}
+    if mark.exists():
+        with undamaged(mark, f"remove {a.work} to start over"):
+            then = dict(json.loads(mark.read_text()))
+            if a.bf16 == "auto":
+                now["bf16"] = then["bf16"]
+        if other := differences(then, now):
+            raise Stop(f"{a.work} was begun with other settings ({other}): choose another --work")
+    elif a.bf16 == "auto":
+        # as calibrate decides it, but once for all variants: it is a measurement, which may come out differently
+        now["bf16"] = str(a.device.partition(":")[0] != "cpu" or bf16_is_faster()).lower()
+    a.bf16 = now["bf16"]
+    write(mark, json.dumps(now, indent=1) + "\n")
+
+
 def study(a: argparse.Namespace) -> None:
-    """Run the variants that are not done, and report."""
+    """Run the variants that are not done, and report. Raises Stop, OSError."""
+    check_settings(a)
     runs_of = {name: Run(name, a.tokens, a.steps, a.context) for name in VARIANTS if name in a.variants}
     a.jobs, a.machine = 1, cpu_name()
     with Runs(a, Run, train) as runs:

@@ -1,6 +1,8 @@
 """scripts/studies/calibration_choices.py at a tiny size: what its variants change, and what is kept."""
 
+import argparse
 import json
+import os
 
 import calibration_choices as study
 import pytest
@@ -10,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from sherry_gguf.calibration import distillation, layers, training
 from sherry_gguf.calibration.run import Calibration
-from sherry_gguf.qat import prepare, quantized_layers
+from sherry_gguf.errors import Stop
+from sherry_gguf.qat import prepare, quantized_layers, trainer
 from sherry_gguf.qat.arenas import Arenas
 
 pytest_plugins = "training_runs"
@@ -40,6 +43,8 @@ def test_study(text, tmp_path, capfd):
     capfd.readouterr()
     assert study.main(arguments(model, text, work, "--variants", "rounding,distill-mild")) == 0  # only what is new
     assert "1 of 1: distillation with mild Arenas" in capfd.readouterr().out
+    assert study.main(arguments(model, text, work, "--variants", "rounding", "--chunks", 3)) == 1
+    assert f"{work} was begun with other settings (chunks: 2 then, 3 now): choose another --work" in capfd.readouterr().err
     with pytest.raises(SystemExit):
         study.main(arguments(model, text, work, "--variants", "best"))
     assert "--variants best: choose from base, rounding" in capfd.readouterr().err
@@ -51,6 +56,43 @@ def test_a_variant_that_fails():
             "distillation": {"before": 1, "after": 1}, "seconds": 60}  # fmt: skip
     failed = {"run": run | {"variant": "distill-mild"}, "choice": float("inf"), "failed": "made it worse", "seconds": 60}
     assert "| distillation with mild Arenas | – | – | worse |" in study.table([base, failed])
+
+
+def test_settings(tmp_path, monkeypatch):
+    """A --work is for one model, one text and one way to measure."""
+    for name in "a/model.safetensors", "b/model.safetensors", "text/one.txt", "other.txt":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    began = dict(model=str(tmp_path / "a"), texts=[str(tmp_path / "text")], evaluate=tmp_path / "other.txt", chunks=2, device="cpu",
+                 bf16="auto", work=tmp_path)  # fmt: skip
+
+    def check(**other):
+        study.check_settings(a := argparse.Namespace(**began | other))
+        return a.bf16
+
+    with pytest.raises(Stop, match=r"text has no \*.safetensors"):
+        check(model=str(tmp_path / "text"))
+    with pytest.raises(FileNotFoundError):
+        check(texts=[str(tmp_path / "none")])
+    assert not (tmp_path / study.SETTINGS).exists()
+    monkeypatch.setattr(trainer, "bf16_is_faster", lambda: True)
+    assert check() == "true"
+    monkeypatch.setattr(trainer, "bf16_is_faster", lambda: False)
+    assert check() == check(bf16="true") == "true"
+    for name, value in dict(model=str(tmp_path / "b"), texts=[str(tmp_path / "other.txt")], evaluate=tmp_path / "text/one.txt", chunks=3,
+                            device="cuda", bf16="false").items():  # fmt: skip
+        with pytest.raises(Stop, match=rf"was begun with other settings \({name.replace('texts', 'text')}: [^,]* then, [^,]* now\)"):
+            check(**{name: value})
+    for name, file in {"model": "a/model.safetensors", "text": "text/one.txt", "evaluate": "other.txt"}.items():
+        before = (tmp_path / file).stat()
+        os.utime(tmp_path / file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
+        with pytest.raises(Stop, match=rf"other settings \({name}: "):
+            check()
+        os.utime(tmp_path / file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    check()
+    (tmp_path / study.SETTINGS).write_text("{}")
+    with pytest.raises(Stop, match="settings.json is damaged"):
+        check()
 
 
 @pytest.mark.parametrize("how", ["mild", "published"])
