@@ -176,10 +176,12 @@ def distil_with(distil: Any, how: str) -> Any:
 def train(run: Run, a: dict) -> dict:
     """Calibrate and measure one variant in this process.
 
-    Returns its report; `choice` is the loss on --evaluate in nats a token, infinite if the distillation gave nothing better. Raises Stop.
+    Returns its report; `choice` is the loss on --evaluate in nats a token, infinite if the distillation diverged.
+    Raises Stop, also if the base's distillation diverged.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
     from sherry_gguf.calibration import command
+    from sherry_gguf.calibration.distillation import Diverged
     from sherry_gguf.calibration.run import DISTILLED, REPORT
     from sherry_gguf.calibration.run import run as calibrate
 
@@ -194,8 +196,8 @@ def train(run: Run, a: dict) -> dict:
     try:
         with changed(v.change):
             calibrate(command.parse([*arguments, *flags(run)], "calibrate"))
-    except Stop as e:
-        if run.variant == BASE or not (layers / DISTILLED).exists():
+    except Diverged as e:
+        if run.variant == BASE:
             raise
         return result | {"choice": math.inf, "failed": str(e), "seconds": round(time.monotonic() - began, 1)}
     finally:

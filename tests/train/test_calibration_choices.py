@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import signal
 
 import calibration_choices as study
 import pytest
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sherry_gguf.calibration import distillation, layers, training
-from sherry_gguf.calibration.run import Calibration
+from sherry_gguf.calibration.run import DISTILLED, Calibration
 from sherry_gguf.errors import Stop
 from sherry_gguf.qat import prepare, quantized_layers, trainer
 from sherry_gguf.qat.arenas import Arenas
@@ -56,6 +57,24 @@ def test_a_variant_that_fails():
             "distillation": {"before": 1, "after": 1}, "seconds": 60}  # fmt: skip
     failed = {"run": run | {"variant": "distill-mild"}, "choice": float("inf"), "failed": "made it worse", "seconds": 60}
     assert "| distillation with mild Arenas | – | – | worse |" in study.table([base, failed])
+
+
+def test_a_distillation_that_diverges(text, tmp_path, monkeypatch):
+    """Before and after its first save. A variant's is a result; the base's ends the study."""
+    model = small_models.make(tmp_path / "llama", "llama", latent=True)
+    a = {"model": str(model), "texts": [str(text)], "work": str(tmp_path), "bf16": "false", "device": "cpu", "machine": "CPU"}
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # `train` has a process of its own otherwise
+
+    def trained(variant, rate):
+        monkeypatch.setitem(study.VARIANTS, variant, study.Variant("", ("--passes", "0", "--distill-rate", rate), own=False))
+        return study.train(study.Run(variant, tokens=512, steps=40, context=32), a)
+
+    for rate, why, saved in ("9e5", "the divergence is nan in step", False), ("100", "the distillation made it worse", True):
+        found = trained("distill-twice", rate)
+        assert found["choice"] == float("inf") and found["failed"].startswith(why)
+        assert (tmp_path / "base.layers" / DISTILLED).exists() == saved
+    with pytest.raises(distillation.Diverged):
+        trained("base", "9e5")
 
 
 def test_settings(tmp_path, monkeypatch):
