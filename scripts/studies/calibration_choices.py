@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what each choice in `sherry-gguf calibrate` brings: every variant differs from the base in one of them.
+"""Measure what each choice in `sherry-gguf calibrate` brings: every variant differs from a base in what its name says.
 
 A variant calibrates the layers in its own way, or distils the base's layers in its own way. Each is then measured on --evaluate:
 perplexity by llama-perplexity's protocol. The base is not what calibrate does by default: it has --passes 1, --batch 2 and --train weights.
@@ -32,6 +32,7 @@ from study_runs import Kept, Runs, compare, suffixed
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
 from sherry_gguf.programs import HelpWithDefaults, call
+from sherry_gguf.ternary import GROUP
 from sherry_gguf.training.files import differences, undamaged, write
 
 BASE = "base"
@@ -58,9 +59,12 @@ class Variant:
 
 VARIANTS = {
     BASE: Variant("base"),
-    "rounding": Variant("zeros by magnitude, not trained", ("--start", "rounding", "--passes", "0")),
-    "feedback": Variant("zeros by error (feedback), not trained", ("--passes", "0")),
-    "from-rounding": Variant("zeros by magnitude, trained", ("--start", "rounding")),
+    "seed": Variant("base, another seed", ("--seed", "1")),
+    "rounding": Variant("rounding, not trained", ("--start", "rounding", "--passes", "0")),
+    "feedback": Variant("error feedback, not trained", ("--passes", "0")),
+    "from-rounding": Variant("from rounding, trained", ("--start", "rounding")),
+    "zeros-magnitude": Variant("error feedback with zeros by magnitude, not trained", ("--passes", "0"), change="zeros-magnitude"),
+    "from-zeros-magnitude": Variant("from error feedback with zeros by magnitude, trained", change="zeros-magnitude"),
     "any-order": Variant("layers from full-precision inputs, in any order", change="any-order"),
     "rate-half": Variant("layers, half the rate", ("--rate", "0.01")),
     "rate-twice": Variant("layers, twice the rate", ("--rate", "0.04")),
@@ -106,7 +110,7 @@ def flags(run: Run) -> list[str]:
 @contextlib.contextmanager
 def changed(change: str) -> Iterator[None]:
     """Within the block, calibration does what no flag asks for."""
-    from sherry_gguf.calibration import distillation, training
+    from sherry_gguf.calibration import distillation, feedback, training
     from sherry_gguf.calibration.run import Calibration
 
     if not change:
@@ -114,16 +118,39 @@ def changed(change: str) -> Iterator[None]:
         return
     where, _, how = change.partition("-")
     owner: Any
-    owner, name = {"any": (Calibration, "inputs"), "layers": (training.Task, "train"), "distill": (distillation, "distil")}[where]
+    owner, name, replaced = {
+        "any": (Calibration, "inputs", full_inputs),
+        "zeros": (feedback, "choose", choose_by),
+        "layers": (training.Task, "train", layers_with),
+        "distill": (distillation, "distil", distil_with),
+    }[where]
     before = getattr(owner, name)
-    if where == "any":
-        setattr(owner, name, lambda self, i: self.streams.read("full", i))
-    else:
-        setattr(owner, name, layers_with(before, how) if where == "layers" else distil_with(before, how))
+    setattr(owner, name, replaced(before, how))
     try:
         yield
     finally:
         setattr(owner, name, before)
+
+
+def full_inputs(inputs: Any, how: str) -> Any:
+    """`Calibration.inputs` from the full-precision model: no layer then needs another one's weights."""
+    return lambda calibration, i: calibration.streams.read("full", i)
+
+
+def choose_by(choose: Any, how: str) -> Any:
+    """`feedback.choose` with the zero at the smallest magnitude, so that only the signs are chosen by their error."""
+    import torch
+
+    def changed_choose(weight, factor, patterns, d):
+        smallest = weight.abs().argmin(-1)
+        codes, errors = torch.empty_like(smallest), torch.empty_like(weight)
+        for lane in range(GROUP):
+            rows, fitting = smallest == lane, (patterns[:, lane] == 0).nonzero().squeeze(-1)
+            found, errors[rows] = choose(weight[rows], factor, patterns[fitting], d[rows])
+            codes[rows] = fitting[found]
+        return codes, errors
+
+    return changed_choose
 
 
 def residual(module: Any, how: str, steps: int):
@@ -324,9 +351,9 @@ def main(argv: list[str] | None = None) -> int:
     a.variants = {BASE, *([name for name in a.variants.split(",") if name] or VARIANTS)}
     if unknown := a.variants - set(VARIANTS):
         p.error(f"--variants {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
-    for name in "tokens", "steps", "context", "chunks":
-        if getattr(a, name) < 1:
-            p.error(f"--{name} {getattr(a, name)}: at least 1")
+    for name, least in {"tokens": 1, "steps": 2, "context": 1, "chunks": 1}.items():  # a variant has half of the steps
+        if getattr(a, name) < least:
+            p.error(f"--{name} {getattr(a, name)}: at least {least}")
     a.model = str(Path(a.model).resolve())
     return compare("calibration_choices.py", a, study)
 

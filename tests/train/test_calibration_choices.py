@@ -11,7 +11,7 @@ import small_models
 import torch
 from transformers import AutoModelForCausalLM
 
-from sherry_gguf.calibration import distillation, layers, training
+from sherry_gguf.calibration import distillation, feedback, layers, training
 from sherry_gguf.calibration.run import DISTILLED, Calibration
 from sherry_gguf.errors import Stop
 from sherry_gguf.qat import prepare, quantized_layers, trainer
@@ -47,8 +47,11 @@ def test_study(text, tmp_path, capfd):
     assert study.main(arguments(model, text, work, "--variants", "rounding", "--chunks", 3)) == 1
     assert f"{work} was begun with other settings (chunks: 2 then, 3 now): choose another --work" in capfd.readouterr().err
     with pytest.raises(SystemExit):
+        study.main(arguments(model, text, work, "--steps", 1))
+    assert "--steps 1: at least 2" in capfd.readouterr().err  # of which batch-2 has half
+    with pytest.raises(SystemExit):
         study.main(arguments(model, text, work, "--variants", "best"))
-    assert "--variants best: choose from base, rounding" in capfd.readouterr().err
+    assert "--variants best: choose from base, seed, rounding" in capfd.readouterr().err
 
 
 def test_a_variant_that_fails():
@@ -114,6 +117,40 @@ def test_settings(tmp_path, monkeypatch):
         check()
 
 
+def test_zeros_by_magnitude(monkeypatch):
+    """Error feedback otherwise chooses some zeros elsewhere. The first four columns are chosen before any feedback."""
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(512, 32, generator=random) @ torch.randn(32, 256, generator=random) + 0.1 * torch.randn(512, 256, generator=random)
+    w = torch.randn(48, 256, generator=random) * 0.05
+
+    def quantized():
+        """The weights, and for each group whether its zero was at the smallest magnitude at that time."""
+        found, choose = [], feedback.choose
+
+        def spy(weight, factor, patterns, d):
+            codes, errors = choose(weight, factor, patterns, d)
+            at = weight.gather(-1, (patterns[codes] == 0).int().argmax(-1, keepdim=True))
+            assert torch.allclose(errors @ factor, weight - d * patterns[codes], atol=1e-4)
+            found.append(at[:, 0].abs() == weight.abs().amin(-1))
+            return codes, errors
+
+        with monkeypatch.context() as m:
+            m.setattr(feedback, "choose", spy)
+            q = feedback.quantize(w, x.t() @ x, 128)
+        return q, torch.stack(found, 1)
+
+    normal, at_smallest = quantized()
+    assert at_smallest.shape == (48, 64) and not at_smallest.all()
+    with study.changed("zeros-magnitude"):
+        changed, at_smallest = quantized()
+    assert at_smallest.all()
+    first = w[:, :4].abs()
+    assert torch.equal(changed[:, :4] == 0, first == first.amin(-1, keepdim=True))
+    assert not torch.equal(normal[:, :4] == 0, first == first.amin(-1, keepdim=True))
+    error, more = ((x @ (w - q).t()).square().sum() for q in (normal, changed))
+    assert error < more
+
+
 @pytest.mark.parametrize("how", ["mild", "published"])
 def test_arenas(how, tmp_path):
     """λ follows its schedule in the steps, and is 0 afterwards."""
@@ -137,7 +174,8 @@ def test_arenas(how, tmp_path):
 
 
 def test_changes_end():
-    owners = {"any-order": (Calibration, "inputs"), "layers-mild": (training.Task, "train"), "distill-published": (distillation, "distil")}
+    owners = {"any-order": (Calibration, "inputs"), "zeros-magnitude": (feedback, "choose"), "layers-mild": (training.Task, "train"),
+              "distill-published": (distillation, "distil")}  # fmt: skip
     assert {v.change for v in study.VARIANTS.values()} >= set(owners)
     for change, (owner, name) in owners.items():
         before = getattr(owner, name)
