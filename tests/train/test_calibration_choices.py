@@ -37,7 +37,9 @@ def test_study(text, tmp_path, capfd):
     assert results["steps-2"]["error"] == results["base"]["error"]  # the same layers
     assert results["steps-2"]["distillation"]["tokens"] > results["base"]["distillation"]["tokens"]
     table = (work / "out.md").read_text()
-    assert f"| base | {results['base']['error']:.4f} |" in table and table.count("\n| ") == 4
+    base = results["base"]
+    assert f"| base | {base['choice']:.3f} | – | {base['perplexity']:.0f} |" in table and table.count("\n| ") == 4
+    assert f"{results['rounding']['choice'] - base['choice']:+.3f} |" in table and "another seed" not in table
     assert (work / "out.png").stat().st_size > 5000
     assert not list(work.glob("*.hf")) and [p.name for p in work.glob("*.layers")] == ["base.layers"]
 
@@ -54,12 +56,17 @@ def test_study(text, tmp_path, capfd):
     assert "--variants best: choose from base, seed, rounding" in capfd.readouterr().err
 
 
-def test_a_variant_that_fails():
-    run = {"tokens": 1, "steps": 1, "context": 8}
-    base = {"run": run | {"variant": "base"}, "scored": 9, "machine": "CPU", "error": 1, "choice": 1, "perplexity": 3,
-            "distillation": {"before": 1, "after": 1}, "seconds": 60}  # fmt: skip
+def test_table():
+    run = {"tokens": 1, "steps": 2, "context": 8}
+    base = {"run": run | {"variant": "base"}, "scored": 9, "machine": "CPU", "choice": 1, "perplexity": 3, "seconds": 60}
+    seed = base | {"run": run | {"variant": "seed"}, "choice": 0.9}
     failed = {"run": run | {"variant": "distill-mild"}, "choice": float("inf"), "failed": "made it worse", "seconds": 60}
-    assert "| distillation with mild Arenas | – | – | worse |" in study.table([base, failed])
+    table = study.table([base, seed, failed])
+    assert '"base, another seed" shows how large a difference chance makes' in table
+    assert "| base, another seed | 0.900 | -0.100 | 3 | 1.0 |" in table
+    assert "| distillation with mild Arenas | diverged | – | – | 1.0 |" in table
+    assert all(v.own != v.label.startswith("distillation") for v in study.VARIANTS.values())  # as the table says
+    assert list(study.VARIANTS)[:2] == ["base", "seed"]
 
 
 def test_a_distillation_that_diverges(text, tmp_path, monkeypatch):
