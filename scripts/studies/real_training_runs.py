@@ -88,7 +88,8 @@ def train(run: Run, a: dict) -> dict:
         """Accuracies, for the seeds that are reported."""
         if run.seed and str(step) not in (found := notes.kept.get("tasks", {})):
             model.eval()
-            notes.keep(tasks=found | {str(step): {name: accuracy(model, rows, a["micro"] * 4) for name, rows in tasks.items()}})
+            new = {name: accuracy(model, rows, a["micro"] * run.context) for name, rows in tasks.items()}
+            notes.keep(tasks=found | {str(step): new})
 
     looks = {run.steps * i // a["task_looks"] for i in range(a["task_looks"] + 1)} if a["task_looks"] else {run.steps}
     arenas = METHODS[run.method][2]
@@ -205,17 +206,22 @@ def slug(run: Run) -> str:
     return f"{run.method}-{run.granularity}-{run.lr:g}-{run.seed}-{run.steps}x{run.batch}x{run.context}"
 
 
-def accuracy(model: Any, rows: list[dict], micro: int) -> dict[str, float]:
-    """Share of documents whose right choice is the likeliest, with its standard error. rows: as `real_training_files.questions` gives."""
+def accuracy(model: Any, rows: list[dict], tokens: int) -> dict[str, float]:
+    """Share of documents whose right choice is the likeliest, with its standard error.
+
+    rows: as `real_training_files.questions` gives. tokens: at a time; every pass quantizes all weights, so small ones are slow.
+    """
     import torch
 
     flat = sorted(((i, j, request, n) for i, row in enumerate(rows) for j, (request, n) in enumerate(zip(row["requests"], row["scored"]))),
                   key=lambda item: -len(item[2]))  # fmt: skip
+    parts: list[list[tuple]] = []
+    while rest := flat[sum(map(len, parts)) :]:
+        parts.append(rest[: max(1, tokens // len(rest[0][2]))])
     scores = [[-math.inf] * len(row["requests"]) for row in rows]
     device = next(model.parameters()).device
     with torch.no_grad():
-        for begin in range(0, len(flat), micro):
-            part = flat[begin : begin + micro]
+        for part in parts:
             ids = torch.zeros(len(part), len(part[0][2]), dtype=torch.int64)
             for k, (_, _, request, _) in enumerate(part):  # padded on the right, which a causal model's earlier tokens do not see
                 ids[k, : len(request)] = torch.tensor(request)

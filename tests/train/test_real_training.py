@@ -103,7 +103,7 @@ def test_accuracy(prepared):
     best = [int(np.argmax([score(r, n) for r, n in zip(row["requests"], row["scored"], strict=True)])) for row in rows]
     for right in range(5):
         rows = [row | {"gold": b if i < right else -1} for i, (row, b) in enumerate(zip(rows, best, strict=True))]
-        found = real_runs.accuracy(model, rows, 3)
+        found = real_runs.accuracy(model, rows, 90)
         assert found["acc"] == right / 4
     assert found["acc_stderr"] == 0
 
