@@ -72,7 +72,7 @@ def train(run: Run, a: dict) -> dict:
     from transformers import PrinterCallback
 
     from sherry_gguf import qat
-    from sherry_gguf.qat.data import Blocks, mean_loss
+    from sherry_gguf.qat.data import Blocks
     from sherry_gguf.training.resume import last_checkpoint
 
     transformers.utils.logging.set_verbosity_error()
@@ -82,14 +82,13 @@ def train(run: Run, a: dict) -> dict:
     model, teacher = load_models(run, a)
     notes = Notes((folder := work / "checkpoints" / slug(run)) / "notes.json", began)
     if "before" not in notes.kept:
-        notes.keep(before=mean_loss(model, held_out[1::2], a["micro"]))
+        notes.keep(before=loss(model, held_out[1::2], a))
 
     def look(step: int) -> None:
         """Accuracies, for the seeds that are reported."""
         if run.seed and str(step) not in (found := notes.kept.get("tasks", {})):
             model.eval()
-            new = {name: accuracy(model, rows, a["micro"] * run.context) for name, rows in tasks.items()}
-            notes.keep(tasks=found | {str(step): new})
+            notes.keep(tasks=found | {str(step): task_accuracies(model, tasks, a["micro"] * run.context, a)})
 
     looks = {run.steps * i // a["task_looks"] for i in range(a["task_looks"] + 1)} if a["task_looks"] else {run.steps}
     arenas = METHODS[run.method][2]
@@ -134,15 +133,37 @@ def load_models(run: Run, a: dict) -> tuple[Any, Any]:
     return model, teacher
 
 
-def outcome(run: Run, a: dict, model: Any, held_out: np.ndarray, notes: "Notes", log: list[dict]) -> dict:
-    """The result of a run whose steps are done."""
+def precision(a: dict) -> Any:
+    """The context of every measurement, the same as in the Trainer's evaluations: bfloat16 products, or float32 without a["bf16"].
+
+    The Trainer leaves its own context on a model that it has trained in this call, and on no other.
+    """
+    import torch
+
+    return torch.autocast(a["device"], torch.bfloat16, enabled=a["bf16"])
+
+
+def loss(model: Any, blocks: np.ndarray, a: dict) -> float:
+    """Mean loss in nats a token over blocks (m, context)."""
     from sherry_gguf.qat.data import mean_loss
 
-    report = mean_loss(model, held_out[1::2], a["micro"])
+    with precision(a):
+        return mean_loss(model, blocks, a["micro"])
+
+
+def task_accuracies(model: Any, tasks: dict[str, list[dict]], tokens: int, a: dict) -> dict[str, dict[str, float]]:
+    """Each task's `accuracy`."""
+    with precision(a):
+        return {name: accuracy(model, rows, tokens) for name, rows in tasks.items()}
+
+
+def outcome(run: Run, a: dict, model: Any, held_out: np.ndarray, notes: "Notes", log: list[dict]) -> dict:
+    """The result of a run whose steps are done."""
+    report = loss(model, held_out[1::2], a)
     curve = {0: notes.kept["before"]} | {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry} | {run.steps: report}
     tokens = run.batch * run.context
     return {
-        "run": dataclasses.asdict(run), "before": notes.kept["before"], "choice": mean_loss(model, held_out[::2], a["micro"]),
+        "run": dataclasses.asdict(run), "before": notes.kept["before"], "choice": loss(model, held_out[::2], a),
         "report": report, "curve": [{"tokens": step * tokens, "loss": loss} for step, loss in sorted(curve.items())],
         "tasks": [{"tokens": int(step) * tokens, **found} for step, found in notes.kept.get("tasks", {}).items()],
         "seconds": round(notes.keep()["seconds"], 1), "machine": a["machine"],

@@ -15,16 +15,18 @@ import real_training_files as files
 import real_training_report as reporting
 import real_training_runs as real_runs
 import small_models
+import study_runs
 import torch
 from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sherry_gguf.errors import Stop
 from sherry_gguf.evaluation import tasks as lm_tasks
+from sherry_gguf.qat import data as qat_data
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 QUESTIONS = Path(__file__).parents[1] / "evaluate/eval_data"
-SIZES = ("--context", "32", "--steps", "8", "--batch", "2", "--micro", "2", "--eval-blocks", "2", "--device", "cpu", "--float32")
+SIZES = ("--context", "32", "--steps", "8", "--batch", "2", "--micro", "2", "--eval-blocks", "2", "--task-looks", "0", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
@@ -54,8 +56,10 @@ def prepared(source, data, tmp_path_factory) -> Path:
     return work
 
 
-def arguments(work: Path, *more: object) -> list[str]:
-    return [str(x) for x in ("run", "--work", work, "--out", work / "out", *SIZES, "--methods", "absmean,sherry", "--seeds", 1, *more)]
+def arguments(work: Path, *more: object, precision: str = "float32") -> list[str]:
+    flags = {"float32": ("--float32",), "bfloat16": ()}[precision]
+    return [str(x) for x in ("run", "--work", work, "--out", work / "out", *SIZES, *flags, "--methods", "absmean,sherry", "--seeds", 1,
+                             *more)]  # fmt: skip
 
 
 @torch.no_grad()
@@ -113,16 +117,23 @@ def plain(a, **more) -> dict:
     return {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()} | {"device": "cpu", "machine": "here"} | more
 
 
-def test_a_paused_study_gives_the_same_result(prepared, tmp_path, capfd):
-    """Each call trains one step and saves a checkpoint; another one measures."""
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_paused_study_gives_the_same_result(prepared, tmp_path, capfd, precision, monkeypatch):
+    """Each call trains one step and saves a checkpoint; another one measures, in the same precision."""
+    monkeypatch.setattr(real_runs, "RATES", (1e-3,))  # one run of each seed
+    monkeypatch.setattr(study_runs, "EXTEND", 0)
+    autocast = []
+    for module, name in (qat_data, "mean_loss"), (real_runs, "accuracy"):
+        monkeypatch.setattr(module, name, watched(getattr(module, name), autocast))
+    more = ("--steps", 4, "--task-looks", 2, "--methods", "sherry")
     whole, paused = tmp_path / "whole", tmp_path / "paused"
     for work in whole, paused:
         shutil.copytree(prepared, work)
-    assert real_training.main(arguments(whole, "--task-looks", 2)) == 0
+    assert real_training.main(arguments(whole, *more, precision=precision)) == 0
     assert "the time is up" not in capfd.readouterr().out
     done = json.loads((whole / "runs.jsonl").read_text().splitlines()[-1])
     run, calls = real_runs.Run(**done["run"]), 0
-    a = real_training.parse(arguments(paused, "--task-looks", 2))
+    a = real_training.parse(arguments(paused, *more, precision=precision))
     with pytest.raises(real_runs.Paused):
         real_runs.train(run, plain(a, deadline=0.0))
     assert not (paused / "checkpoints").exists()
@@ -130,17 +141,28 @@ def test_a_paused_study_gives_the_same_result(prepared, tmp_path, capfd):
         calls += 1
         try:
             # past as soon as the first step is done; in the last call the steps are done and the measuring is left
-            last = (paused / "checkpoints" / real_runs.slug(run) / "checkpoint-8").exists()
+            last = (paused / "checkpoints" / real_runs.slug(run) / "checkpoint-4").exists()
             result = real_runs.train(run, plain(a, deadline=float("inf") if last else Once()))
             break
         except real_runs.Paused:
             continue
-    assert calls == 9
+    assert calls == 5
     assert {k: v for k, v in result.items() if k not in ("seconds", "machine")} == {
         k: v for k, v in done.items() if k not in ("seconds", "machine")
     }
-    assert [look["tokens"] for look in result["tasks"]] == [0, 4 * 64, 8 * 64]
+    assert [look["tokens"] for look in result["tasks"]] == [0, 2 * 64, 4 * 64]
     assert not (paused / "checkpoints" / real_runs.slug(run)).exists()
+    assert autocast == [precision == "bfloat16"] * (3 + 3 * len(files.TASKS))  # before, choice, report; three looks
+
+
+def watched(measure, autocast: list[bool]):
+    """`measure`, which notes whether it is called within autocast."""
+
+    def noted(*args):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return measure(*args)
+
+    return noted
 
 
 class Once(float):
