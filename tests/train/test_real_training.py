@@ -229,16 +229,21 @@ def test_parts(prepared, tmp_path, capfd):
 
 def test_a_machine_that_only_trains(prepared, tmp_path):
     """It has neither lm_eval nor datasets, cffi or gguf."""
-    work = tmp_path / "work"
+    work, script = tmp_path / "work", tmp_path / "study.py"
     shutil.copytree(prepared, work)
-    code = ("import sys; sys.modules.update(dict.fromkeys(['lm_eval', 'datasets', 'cffi', 'gguf', 'sentencepiece']))\n"
-            f"sys.path[:0] = [{str(Path(real_training.__file__).parent)!r}]\n"
-            "import real_training; sys.exit(real_training.main(sys.argv[1:]))")  # fmt: skip
-    script = tmp_path / "study.py"
-    script.write_text(f"if __name__ == '__main__':\n    {code.replace(chr(10), chr(10) + '    ')}\n")
-    done = subprocess.run([sys.executable, script, *arguments(work, "--methods", "sherry-teacher", "--minutes", 0.001)],
+    script.write_text(  # at module level, for the process that trains; one rate, for one run of each seed
+        "import sys\n"
+        "sys.modules.update(dict.fromkeys(['lm_eval', 'datasets', 'cffi', 'gguf', 'sentencepiece']))\n"
+        f"sys.path[:0] = [{str(Path(real_training.__file__).parent)!r}]\n"
+        "import real_training, real_training_runs, study_runs\n"
+        "real_training_runs.RATES, study_runs.EXTEND = (1e-3,), 0\n"
+        "if __name__ == '__main__':\n"
+        "    sys.exit(real_training.main(sys.argv[1:]))\n"
+    )
+    done = subprocess.run([sys.executable, script, *arguments(work, "--methods", "sherry-teacher", "--steps", 1)],
                           capture_output=True, text=True, timeout=300)  # fmt: skip
-    assert done.returncode == 0 and "the time is up" in done.stdout, done.stderr
+    assert done.returncode == 0 and "wrote " in done.stdout, done.stderr
+    assert len((work / "runs.jsonl").read_text().splitlines()) == 2
 
 
 def test_errors(prepared, source, data, tmp_path, capfd):
