@@ -107,16 +107,16 @@ def run(a: argparse.Namespace) -> bool:
     import real_training_files as files
     import torch
 
-    files.load(a.work, a.context)
+    figures = files.load(a.work, a.context)[0]
     if a.device == "auto":
         a.device = "cuda" if torch.cuda.is_available() else "cpu"
     a.machine = torch.cuda.get_device_name() if a.device == "cuda" else cpu_name()
     a.deadline = time.time() + 60 * a.minutes if a.minutes else float("inf")
     a.jobs = 1
-    settings = {name: getattr(a, name) for name in ("bf16", "micro", "eval_blocks", "task_looks")}
+    settings = {name: getattr(a, name) for name in ("bf16", "micro", "eval_blocks", "task_looks")} | {"data": figures["data"]}
     mark = a.work / "settings.json"
     if mark.exists():
-        with undamaged(mark, f"remove it, and {a.work / 'runs.jsonl'}"):
+        with undamaged(mark, f"remove it, {a.work / 'runs.jsonl'} and checkpoints"):
             other = differences(json.loads(mark.read_text()), settings)
         if other:
             raise Stop(f"{a.work} was begun with other settings ({other}): choose another --work")

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from sherry_gguf.errors import Stop
 from sherry_gguf.qat.data import pack
-from sherry_gguf.training.files import undamaged
+from sherry_gguf.training.files import undamaged, write
 
 TASKS = ("arc_easy", "arc_challenge", "piqa", "winogrande", "hellaswag")
 TEXTS = ("books.train.jsonl.xz", "books.heldout.jsonl.xz")
@@ -57,7 +57,7 @@ def prepare(source: Path, a: argparse.Namespace) -> None:
                "tasks": {name: len(task) for name, task in tasks.items()}, "parameters": model.num_parameters()}  # fmt: skip
     (a.work / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
     split_up(a.work, a.part_size << 20)
-    (a.work / "figures.json").rename(a.work / COMPLETE)
+    finish(a.work, a.work / "figures.json")
 
 
 def split_up(work: Path, size: int) -> None:
@@ -78,9 +78,29 @@ def split_up(work: Path, size: int) -> None:
     (parts / SUMS).write_text("".join(sums))  # last: with it they are complete
 
 
+def finish(work: Path, figures: Path) -> None:
+    """Write prepared.json: the figures, and "data", which tells data sets apart. `figures`, a file, is removed."""
+    write(work / COMPLETE, json.dumps(json.loads(figures.read_text()) | {"data": parts_digest(work)}, indent=1) + "\n")
+    figures.unlink()
+
+
+def parts_digest(work: Path) -> str:
+    """The beginning of the digest of the parts' list, which holds their digests."""
+    return hashlib.sha256((work / PARTS / SUMS).read_bytes()).hexdigest()[:16]
+
+
 def join(work: Path) -> None:
-    """Put the directory together from its parts, if only these are there. Raises Stop if one is missing or damaged."""
-    if (work / COMPLETE).exists() or not (work / PARTS / SUMS).exists():
+    """Put the directory together from its parts, if only these are there.
+
+    Raises Stop if a part is missing or damaged, or if the directory was made of others.
+    """
+    if not (work / PARTS / SUMS).exists():
+        return
+    if (mark := work / COMPLETE).exists():
+        with undamaged(mark, "prepare it again"):
+            data = json.loads(mark.read_text())["data"]
+        if data != parts_digest(work):
+            raise Stop(f"{work} was made of other parts than {work / PARTS} holds now: move these to a new --work")
         return
     archive, fresh = work / "archive.part", work / "fresh"
     with archive.open("wb") as out:
@@ -95,8 +115,10 @@ def join(work: Path) -> None:
         tar.extractall(fresh, filter="data")
     archive.unlink()
     shutil.rmtree(work / "model", ignore_errors=True)
-    for path in sorted(fresh.iterdir(), key=lambda path: path.name == COMPLETE):  # last
-        path.replace(work / path.name)
+    for path in fresh.iterdir():
+        if path.name != COMPLETE:
+            path.replace(work / path.name)
+    finish(work, fresh / COMPLETE)  # last
     fresh.rmdir()
 
 

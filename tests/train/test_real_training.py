@@ -227,6 +227,25 @@ def test_parts(prepared, tmp_path, capfd):
             assert (work / path.relative_to(prepared)).read_bytes() == path.read_bytes(), path
 
 
+def test_other_data(prepared, tmp_path, capfd):
+    """Parts of another preparation, copied over older ones, and runs on both in one directory."""
+    work = tmp_path / "work"
+    shutil.copytree(prepared, work)
+    assert real_training.main(arguments(work, "--minutes", 1e-6)) == 0
+    sums, mark = work / files.PARTS / files.SUMS, work / files.COMPLETE
+    lines = sums.read_text()
+    sums.write_text(lines.replace(lines[0], "0" if lines[0] != "0" else "1"))
+    assert real_training.main(arguments(work)) == 1
+    said = f"{work} was made of other parts than {work / files.PARTS} holds now: move these to a new --work"
+    assert said in capfd.readouterr().err
+    sums.write_text(lines)
+    then = json.loads(mark.read_text())
+    mark.write_text(json.dumps(then | {"data": "other"}))
+    sums.unlink()  # without parts, data is taken as it is
+    assert real_training.main(arguments(work)) == 1
+    assert f"was begun with other settings (data: {then['data']} then, other now)" in capfd.readouterr().err
+
+
 def test_a_machine_that_only_trains(prepared, tmp_path):
     """It has neither lm_eval nor datasets, cffi or gguf."""
     work, script = tmp_path / "work", tmp_path / "study.py"
