@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import lzma
+import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -52,7 +53,8 @@ def prepare(source: Path, a: argparse.Namespace) -> None:
     with_tokens(model, torch.from_numpy(used), {int(old): int(number[old]) for old in special})
     shutil.rmtree(a.work / "model", ignore_errors=True)
     model.save_pretrained(a.work / "model")
-    figures = {"model": a.model, "vocabulary": len(used), "train": len(train), "held_out": len(held_out),
+    name = os.path.basename(os.path.abspath(a.source)) if a.source else a.model
+    figures = {"model": name, "vocabulary": len(used), "train": len(train), "held_out": len(held_out),
                "bos": None if tokenizer.bos_token_id is None else int(number[tokenizer.bos_token_id]),
                "tasks": {name: len(task) for name, task in tasks.items()}, "parameters": model.num_parameters()}  # fmt: skip
     (a.work / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")

@@ -190,6 +190,7 @@ def test_the_report(prepared, tmp_path, capfd):
     results = [json.loads(line) for line in text.splitlines()]
     assert {r["run"]["seed"] for r in results} == {0, 1}
     table = (work / "out.md").read_text()
+    assert table.startswith("llama, trained from")
     assert "| absmean ternary |" in table and "| Sherry without Arenas |" in table and "rates only" not in table and "piqa" in table
     sherry = next(r for r in results if r["run"]["method"] == "sherry" and r["run"]["seed"] == 1)
     assert f"{sherry['report']:.4f}" in table and f"{sherry['before']:.3f}" in table
