@@ -69,8 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a sequence")
     g.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds to report")
     g.add_argument("--eval-blocks", type=int, default=48, metavar="N", help="held-out sequences for choices, and as many for the report")
-    g.add_argument("--task-looks", type=int, default=0, metavar="N", help="""how often a reported run looks at the tasks, besides its
-        start; 0: only at its end""")  # fmt: skip
+    g.add_argument("--task-looks", type=int, default=4, metavar="N", help="""how often a reported run looks at the tasks, besides its
+        start; 0: only at its end. 4 costs 5 looks: by default each reads 114,000 tokens, while a run trains on 154,000""")  # fmt: skip
     g.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads; 0: all")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     g.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")

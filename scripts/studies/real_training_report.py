@@ -4,6 +4,7 @@ import contextlib
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from quality_report import grid, paired
@@ -105,34 +106,71 @@ def accuracies(found: list[dict]) -> str:
 
 
 def plot(shown: dict[tuple, dict[str, list[dict]]], path: Path) -> None:
-    """A line for each method and length: its held-out losses. Dotted: a straight line through the ends of runs of several lengths."""
+    """A column for each kind of training: held-out losses and, below if a run looked at the tasks on its way, accuracies."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     kinds = sorted({(granularity, batch, context) for granularity, _, batch, context in shown})
-    figure, axes = plt.subplots(1, len(kinds), figsize=(9 * len(kinds), 5.5), squeeze=False, layout="constrained")
-    colors = dict(zip(METHODS, plt.get_cmap("tab20").colors))
-    for (granularity, batch, context), axis in zip(kinds, axes[0]):
-        ends: dict[str, list[tuple[float, float]]] = {}
-        for _, methods in sorted(item for item in shown.items() if (item[0][0], *item[0][2:]) == (granularity, batch, context)):
-            for method, rows in methods.items():
-                losses = np.array([[look["loss"] for look in row["curve"] if look["tokens"]] for row in rows])
-                tokens = np.array([look["tokens"] / 1e6 for look in rows[0]["curve"] if look["tokens"]])
-                label = METHODS[method][0] if method not in ends else None
-                axis.plot(tokens, losses.mean(0), color=colors[method], label=label)
-                axis.fill_between(tokens, losses.min(0), losses.max(0), color=colors[method], alpha=0.2, lw=0)
-                ends.setdefault(method, []).append((tokens[-1], losses.mean(0)[-1]))
-        several = {method: np.array(found).T for method, found in ends.items() if len(found) > 1}
-        for method, (tokens, losses) in several.items():
-            slope, offset = np.polyfit(np.log(tokens), losses, 1)
-            further = np.array([tokens[-1], tokens[-1] * FURTHER])
-            axis.plot(further, slope * np.log(further) + offset, ":", color=colors[method], lw=1)
-        dotted = " (dotted: extrapolated from the ends of shorter and longer runs)" * bool(several)
-        axis.set(xscale="log", xlabel=f"tokens seen, millions{dotted}", ylabel="held-out loss, nats a token",
-                 title=f"{granularity.replace('_', ' ')}, steps of {batch} x {context}")  # fmt: skip
-        axis.grid(alpha=0.3, which="both")
-        axis.legend(fontsize=8)
+    looked = any(len(looks(row)) > 1 for methods in shown.values() for rows in methods.values() for row in rows)
+    height = 1 + looked
+    figure, axes = plt.subplots(height, len(kinds), figsize=(9 * len(kinds), 5.5 * height), squeeze=False, layout="constrained")
+    colors = dict(zip(METHODS, matplotlib.color_sequences["tab20"]))
+    for (granularity, batch, context), column in zip(kinds, axes.T):
+        lengths = [shown[shape] for shape in sorted(shown) if (shape[0], *shape[2:]) == (granularity, batch, context)]
+        plot_losses(column[0], lengths, colors)
+        column[0].set_title(f"{granularity.replace('_', ' ')}, steps of {batch} x {context}")
+        if looked:
+            plot_accuracies(column[1], lengths, colors)
     figure.savefig(path, dpi=80)
     plt.close(figure)
+
+
+def plot_losses(axis: Any, lengths: list[dict[str, list[dict]]], colors: dict) -> None:
+    """A line for each method and length: its held-out losses. Dotted: a straight line through the ends of runs of several lengths."""
+    ends: dict[str, list[tuple[float, float]]] = {}
+    for methods in lengths:
+        for method, rows in methods.items():
+            losses = np.array([[look["loss"] for look in row["curve"] if look["tokens"]] for row in rows])
+            tokens = np.array([look["tokens"] / 1e6 for look in rows[0]["curve"] if look["tokens"]])
+            band(axis, tokens, losses, colors[method], METHODS[method][0] if method not in ends else None)
+            ends.setdefault(method, []).append((tokens[-1], losses.mean(0)[-1]))
+    several = {method: np.array(found).T for method, found in ends.items() if len(found) > 1}
+    for method, (tokens, losses) in several.items():
+        slope, offset = np.polyfit(np.log(tokens), losses, 1)
+        further = np.array([tokens[-1], tokens[-1] * FURTHER])
+        axis.plot(further, slope * np.log(further) + offset, ":", color=colors[method], lw=1)
+    dotted = " (dotted: extrapolated from the ends of shorter and longer runs)" * bool(several)
+    axis.set(xscale="log", xlabel=f"tokens seen, millions{dotted}", ylabel="held-out loss, nats a token")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend(fontsize=8)
+
+
+def plot_accuracies(axis: Any, lengths: list[dict[str, list[dict]]], colors: dict) -> None:
+    """A line for each method and length: its mean accuracy over the tasks, from before its first step on."""
+    drawn: set[str] = set()
+    for methods in lengths:
+        for method, rows in methods.items():
+            if found := [seen for row in rows if len(seen := looks(row)) > 1]:
+                points = np.array(found)  # (seeds, looks, 2)
+                band(axis, points[0, :, 0], points[:, :, 1], colors[method], METHODS[method][0] if method not in drawn else None)
+                drawn.add(method)
+    if not drawn:
+        axis.set_axis_off()
+        return
+    axis.set(xlabel="tokens seen, millions", ylabel="accuracy in percent, mean over the tasks")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def looks(row: dict) -> list[tuple[float, float]]:
+    """A run's looks at the tasks: millions of tokens seen, and the mean accuracy over the tasks in percent."""
+    accuracy = [[found["acc"] for name, found in look.items() if name != "tokens"] for look in row["tasks"]]
+    return [(look["tokens"] / 1e6, 100 * statistics.mean(found)) for look, found in zip(row["tasks"], accuracy) if found]
+
+
+def band(axis: Any, x: np.ndarray, ys: np.ndarray, color: Any, label: str | None) -> None:
+    """A line of the mean over seeds, ys (seeds, n), and the range between them."""
+    axis.plot(x, ys.mean(0), color=color, label=label)
+    axis.fill_between(x, ys.min(0), ys.max(0), color=color, alpha=0.2, lw=0)

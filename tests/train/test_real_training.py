@@ -18,6 +18,8 @@ import small_models
 import study_runs
 import torch
 from lm_eval.models.huggingface import HFLM
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from sherry_gguf.errors import Stop
@@ -179,13 +181,13 @@ class Once(float):
 
 
 def test_the_report(prepared, tmp_path, capfd):
-    work = tmp_path / "work"
+    work, looks = tmp_path / "work", ("--task-looks", 2)
     shutil.copytree(prepared, work)
     assert real_training.main(["report", "--work", str(work)]) == 1
     assert "no run is complete" in capfd.readouterr().err
-    assert real_training.main(arguments(work, "--minutes", 1e-6)) == 0
+    assert real_training.main(arguments(work, *looks, "--minutes", 1e-6)) == 0
     assert capfd.readouterr().out.endswith("the time is up: run the same command again to go on\n")
-    assert real_training.main(arguments(work)) == 0
+    assert real_training.main(arguments(work, *looks)) == 0
     text = (work / "runs.jsonl").read_text()
     results = [json.loads(line) for line in text.splitlines()]
     assert {r["run"]["seed"] for r in results} == {0, 1}
@@ -196,7 +198,7 @@ def test_the_report(prepared, tmp_path, capfd):
     assert f"{sherry['report']:.4f}" in table and f"{sherry['before']:.3f}" in table
     assert [look["tokens"] for look in sherry["curve"]] == [n * 2 * 32 for n in range(9)]
     assert sherry["curve"][-1]["loss"] == sherry["report"] and sherry["curve"][0]["loss"] == sherry["before"]
-    assert (work / "out.png").stat().st_size > 5000
+    assert imread(work / "out.png").shape[:2] == (880, 720)  # losses, and accuracies below
     only = [r for r in results if not r["run"]["seed"]]
     assert "rates only" in reporting.table(only, next(iter(reporting.by_shape(only))), reporting.best(only))
 
@@ -205,8 +207,30 @@ def test_the_report(prepared, tmp_path, capfd):
     (work / "runs.jsonl").write_text(text + longer + text[:50])
     assert real_training.main(["report", "--work", str(work), "--out", str(work / "both")]) == 0
     assert "16 steps" in (work / "both.md").read_text() and "8 steps" in (work / "both.md").read_text()
-    assert real_training.main(arguments(work, "--micro", 1)) == 1
+    assert real_training.main(arguments(work, *looks, "--micro", 1)) == 1
     assert "was begun with other settings (micro: 2 then, 1 now)" in capfd.readouterr().err
+
+
+def result(method: str, seed: int, steps: int, *percents: float) -> dict:
+    """One run's, with these accuracies before, halfway and at the end, or at the end only."""
+    found = [{"tokens": int(1e6) * steps * i // 2, "x": {"acc": p / 100 - 0.1}, "y": {"acc": p / 100 + 0.1}}
+             for i, p in zip((0, 1, 2)[-len(percents) :], percents)] if percents else []  # fmt: skip
+    return {"run": {"method": method, "seed": seed, "lr": 1e-3, "steps": steps, "granularity": "per_group", "batch": 1, "context": 32},
+            "choice": 1.0, "curve": [{"tokens": 1, "loss": 1.0}], "tasks": found}  # fmt: skip
+
+
+def test_accuracies_against_tokens(tmp_path):
+    rows = [result("twn", 1, 2, 20, 30, 40), result("twn", 2, 2, 40, 50, 80), result("twn", 1, 4, 20, 40, 60),
+            result("full", 0, 2), result("sherry", 1, 2, 70)]  # fmt: skip
+    shown = {shape: reporting.best(found) for shape, found in reporting.by_shape(rows).items()}
+    axis = Figure().subplots()
+    reporting.plot_accuracies(axis, list(shown.values()), dict.fromkeys(real_runs.METHODS, "red"))
+    lines = [np.array(line.get_xydata()).round(6).tolist() for line in axis.lines]
+    assert lines == [[[0, 30], [1, 40], [2, 60]], [[0, 20], [2, 40], [4, 60]]]  # means over tasks and seeds
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["TWN ternary"]
+    for rows, height in ([result("sherry", 1, 2, 70)], 440), ([result("sherry", 1, 2, 70), result("twn", 1, 2, 0, 0, 0)], 880):
+        reporting.plot({("per_group", 2, 1, 32): reporting.best(rows)}, tmp_path / "x.png")
+        assert imread(tmp_path / "x.png").shape[0] == height
 
 
 def test_parts(prepared, tmp_path, capfd):
