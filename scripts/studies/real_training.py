@@ -27,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-# As in sherry_gguf.training.command; the processes that train inherit both.
+# As in sherry_gguf.programs.run_with_torch; the processes that train inherit both.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -44,7 +44,10 @@ def by_shape(results: list[dict]) -> dict[tuple, list[dict]]:
 
 
 def best(rows: list[dict]) -> dict[str, list[dict]]:
-    """For each method its results at the best rate, which seed 0 chose: the other seeds', or that one's while there are none."""
+    """For each method its results at one rate: seed 0's in the sweep while there are no others, then the reported seeds'.
+
+    These may have trained at several leading rates: of the rates with the most seeds, the one with the lowest mean loss for choices.
+    """
     found = {}
     for method in METHODS:
         mine = [row for row in rows if row["run"]["method"] == method]

@@ -202,9 +202,8 @@ def test_the_report(prepared, tmp_path, capfd):
     only = [r for r in results if not r["run"]["seed"]]
     assert "rates only" in reporting.table(only, next(iter(reporting.by_shape(only))), reporting.best(only))
 
-    (work / "runs.jsonl").write_text(text + text[:50])  # cut off while it was written
     longer = text.replace('"steps": 8', '"steps": 16').replace('"tokens": ', '"tokens": 2')
-    (work / "runs.jsonl").write_text(text + longer + text[:50])
+    (work / "runs.jsonl").write_text(text + longer + text[:50])  # cut off while it was written
     assert real_training.main(["report", "--work", str(work), "--out", str(work / "both")]) == 0
     assert "16 steps" in (work / "both.md").read_text() and "8 steps" in (work / "both.md").read_text()
     assert real_training.main(arguments(work, *looks, "--micro", 1)) == 1
