@@ -70,7 +70,7 @@ def split_up(work: Path, size: int) -> None:
     with tarfile.open(archive, "w") as tar:
         for name in ("figures.json", "tokens.npz", "tasks.json", "model"):
             tar.add(work / name, COMPLETE if name == "figures.json" else name)
-    sums = []
+    sums: list[str] = []
     with archive.open("rb") as file:
         while data := file.read(size):
             name = f"{len(sums):03}.part"

@@ -91,10 +91,10 @@ def train(run: Run, a: dict) -> dict:
             notes.keep(tasks=found | {str(step): task_accuracies(model, tasks, a["micro"] * run.context, a)})
 
     looks = {run.steps * i // a["task_looks"] for i in range(a["task_looks"] + 1)} if a["task_looks"] else {run.steps}
-    arenas = METHODS[run.method][2]
+    arenas: dict[str, Any] = dict(METHODS[run.method][2])
     trainer = qat.SherryTrainer(
         model, arguments(run, a, folder), train_dataset=Blocks(blocks), eval_dataset=Blocks(held_out[1::2]), teacher=teacher,
-        arenas=qat.Arenas(**dict(arenas)) if arenas else None, callbacks=[deadline(a["deadline"], looks, look)])  # fmt: skip
+        arenas=qat.Arenas(**arenas) if arenas else None, callbacks=[deadline(a["deadline"], looks, look)])  # fmt: skip
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_checkpoint(folder)
     if 0 in looks and checkpoint is None:
@@ -174,7 +174,8 @@ class Notes:
     """What a run has measured, and the seconds that it took, over all its calls: a file."""
 
     def __init__(self, path: Path, began: float):
-        self.path, self.last, self.kept = path, began, {"seconds": 0.0}
+        self.path, self.last = path, began
+        self.kept: dict[str, Any] = {"seconds": 0.0}
         if path.exists():
             self.kept |= json.loads(path.read_text())
 
