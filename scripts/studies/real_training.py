@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--methods", default="", metavar="A,B", help=f"methods to train, of {', '.join(METHODS)}; empty: all")
     g.add_argument("--granularity", choices=["per_group", "per_channel"], default="per_group", help="which weights share a scale")
     g.add_argument("--steps", type=int, default=300, metavar="N", help="steps of a run")
-    g.add_argument("--batch", type=int, default=1, metavar="N", help="sequences in a step; few learn more from the same tokens")
+    g.add_argument("--batch", type=int, default=1, metavar="N", help="sequences in a step; few learn more from the same text")
     g.add_argument("--micro", type=int, default=1, metavar="N", help="sequences at a time; with more, a GPU is faster")
     g.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a sequence")
     g.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds to report")
