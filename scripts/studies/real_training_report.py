@@ -88,8 +88,8 @@ def table(results: list[dict], shape: tuple, methods: dict[str, list[dict]]) -> 
     text = (f"**{steps * batch * context / 1e6:.2f} M tokens** ({steps} steps of {batch} x {context}), "
             f"{'groups of 128 or 64' if granularity == 'per_group' else 'a scale for each row'}; {machines}, {minutes:.0f} minutes for all "
             "runs.")  # fmt: skip
-    if "sherry" in methods:
-        text += f" Sherry's loss before the first step: {methods['sherry'][0]['before']:.3f}."
+    for before in [row["before"] for row in methods.get("sherry", []) if row["before"] is not None][:1]:
+        text += f" Sherry's loss before the first step: {before:.3f}."
     head = ["method", "learning rate", "held-out loss", "seeds", "against absmean, same seed", "against Sherry", *names]
     return f"{text}\n\n{grid(head, lines)}"
 

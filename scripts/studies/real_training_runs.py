@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from study_runs import Kept, Runs, Sweep, complete, leaders
+from study_runs import Kept, Paused, Runs, Sweep, complete, leaders
 
 from sherry_gguf.training.files import write
 
-LOOKS = 8  # held-out losses in a run, evenly spread over its tokens
+LOOKS = 8  # held-out losses in a reported run, evenly spread over its tokens
+LOOK_TOKENS = 4096  # at a time while measuring; every pass quantizes all weights, so with fewer it is slower
 WARMUP = 0.05  # share of the steps during which the learning rate rises
 MILD = (("end", 0.5), ("peak", 0.25))  # settings of Arenas
 PUBLISHED = (("end", 1.0), ("peak", 1.0))
@@ -34,10 +35,6 @@ METHODS: dict[str, tuple[str, str, tuple[tuple[str, float], ...], bool]] = {
     "arenas-published-teacher": ("Sherry, Arenas as published, with a teacher", "sherry", PUBLISHED, True),
 }
 RATES, RATES_FULL = (5e-4, 1e-3), (1e-5, 2e-5)  # where a sweep begins
-
-
-class Paused(Exception):
-    """The time is up; the next call continues."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +56,8 @@ class Run(Kept):
 def train(run: Run, a: dict) -> dict:
     """Train one run in this process, from its checkpoint if it has one.
 
-    Returns its losses in nats a token, the accuracies, and the seconds of all calls. Raises Paused when a["deadline"] is over.
+    Returns its losses in nats a token and the seconds of all calls; for a seed that is reported, losses and accuracies on its way too.
+    Raises Paused when a["deadline"] is over.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process decides
     began = time.monotonic()
@@ -76,19 +74,28 @@ def train(run: Run, a: dict) -> dict:
     from sherry_gguf.training.resume import last_checkpoint
 
     transformers.utils.logging.set_verbosity_error()
-    torch.set_num_threads(a["threads"] or torch.get_num_threads())
+    torch.set_num_threads(a["threads"])
     _, blocks, held_out, tasks = files.load(work := Path(a["work"]), run.context)
     held_out = held_out[: a["eval_blocks"] * 2]
     model, teacher = load_models(run, a)
     notes = Notes((folder := work / "checkpoints" / slug(run)) / "notes.json", began)
-    if "before" not in notes.kept:
+    if run.seed and "before" not in notes.kept:
         notes.keep(before=loss(model, held_out[1::2], a))
 
     def look(step: int) -> None:
-        """Accuracies, for the seeds that are reported."""
-        if run.seed and str(step) not in (found := notes.kept.get("tasks", {})):
+        """Accuracies, for the seeds that are reported. Before the first step they are the same for all seeds."""
+        if not run.seed or str(step) in (found := notes.kept.get("tasks", {})):
+            return
+        start = folder.parent / f"start-{run.method}-{run.granularity}.json"
+        if step == 0 and start.exists():
+            accuracies = json.loads(start.read_text())
+        else:
             model.eval()
-            notes.keep(tasks=found | {str(step): task_accuracies(model, tasks, a["micro"] * run.context, a)})
+            accuracies = task_accuracies(model, tasks, a)
+        if step == 0:
+            start.parent.mkdir(parents=True, exist_ok=True)
+            write(start, json.dumps(accuracies))
+        notes.keep(tasks=found | {str(step): accuracies})
 
     looks = {run.steps * i // a["task_looks"] for i in range(a["task_looks"] + 1)} if a["task_looks"] else {run.steps}
     arenas: dict[str, Any] = dict(METHODS[run.method][2])
@@ -148,22 +155,23 @@ def loss(model: Any, blocks: np.ndarray, a: dict) -> float:
     from sherry_gguf.qat.data import mean_loss
 
     with precision(a):
-        return mean_loss(model, blocks, a["micro"])
+        return mean_loss(model, blocks, max(1, LOOK_TOKENS // blocks.shape[1]))
 
 
-def task_accuracies(model: Any, tasks: dict[str, list[dict]], tokens: int, a: dict) -> dict[str, dict[str, float]]:
+def task_accuracies(model: Any, tasks: dict[str, list[dict]], a: dict) -> dict[str, dict[str, float]]:
     """Each task's `accuracy`."""
     with precision(a):
-        return {name: accuracy(model, rows, tokens) for name, rows in tasks.items()}
+        return {name: accuracy(model, rows, LOOK_TOKENS) for name, rows in tasks.items()}
 
 
 def outcome(run: Run, a: dict, model: Any, held_out: np.ndarray, notes: "Notes", log: list[dict]) -> dict:
     """The result of a run whose steps are done."""
     report = loss(model, held_out[1::2], a)
-    curve = {0: notes.kept["before"]} | {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry} | {run.steps: report}
+    before = {0: notes.kept["before"]} if run.seed else {}
+    curve = before | {entry["step"]: entry["eval_loss"] for entry in log if "eval_loss" in entry} | {run.steps: report}
     tokens = run.batch * run.context
     return {
-        "run": dataclasses.asdict(run), "before": notes.kept["before"], "choice": loss(model, held_out[::2], a),
+        "run": dataclasses.asdict(run), "before": notes.kept.get("before"), "choice": loss(model, held_out[::2], a),
         "report": report, "curve": [{"tokens": step * tokens, "loss": loss} for step, loss in sorted(curve.items())],
         "tasks": [{"tokens": int(step) * tokens, **found} for step, found in notes.kept.get("tasks", {}).items()],
         "seconds": round(notes.keep()["seconds"], 1), "machine": a["machine"],
@@ -197,11 +205,11 @@ def arguments(run: Run, a: dict, folder: Path) -> Any:
     cpu = a["device"] == "cpu"
     return TrainingArguments(
         output_dir=str(folder), max_steps=run.steps, per_device_train_batch_size=micro, gradient_accumulation_steps=run.batch // micro,
-        per_device_eval_batch_size=micro, learning_rate=run.lr, lr_scheduler_type="cosine", warmup_steps=round(run.steps * WARMUP),
-        weight_decay=0.0, adam_beta2=0.95, optim="adamw_torch_fused", bf16=a["bf16"], use_cpu=cpu, dataloader_pin_memory=not cpu,
-        seed=run.seed, data_seed=run.seed, eval_strategy="steps", eval_steps=max(1, run.steps // LOOKS), prediction_loss_only=True,
-        logging_steps=max(1, run.steps // 40), save_strategy="no", save_total_limit=1, report_to="none", disable_tqdm=True,
-        average_tokens_across_devices=False)  # fmt: skip
+        per_device_eval_batch_size=max(1, LOOK_TOKENS // run.context), learning_rate=run.lr, lr_scheduler_type="cosine",
+        warmup_steps=round(run.steps * WARMUP), weight_decay=0.0, adam_beta2=0.95, optim="adamw_torch_fused", bf16=a["bf16"], use_cpu=cpu,
+        dataloader_pin_memory=not cpu, seed=run.seed, data_seed=run.seed, eval_strategy="steps" if run.seed else "no",
+        eval_steps=max(1, run.steps // LOOKS), prediction_loss_only=True, logging_steps=max(1, run.steps // 40), save_strategy="no",
+        save_total_limit=1, report_to="none", disable_tqdm=True, average_tokens_across_devices=False)  # fmt: skip
 
 
 def deadline(when: float, looks: set[int], look: Callable[[int], None]) -> Any:
@@ -231,7 +239,7 @@ def slug(run: Run) -> str:
 def accuracy(model: Any, rows: list[dict], tokens: int) -> dict[str, float]:
     """Share of documents whose right choice is the likeliest, with its standard error.
 
-    rows: as `real_training_files.questions` gives. tokens: at a time; every pass quantizes all weights, so small ones are slow.
+    rows: as `real_training_files.questions` gives. tokens: at a time.
     """
     import torch
 
@@ -257,10 +265,8 @@ def accuracy(model: Any, rows: list[dict], tokens: int) -> dict[str, float]:
 
 def all_runs(runs: Runs, a: Any) -> None:
     """Sweep each method's rate with seed 0, then train the leaders with the other seeds. Raises Paused."""
-    sweeps = {}
-    for name in a.methods:
-        sweeps[name] = Sweep(runs, template(name, a), RATES_FULL if name == "full" else RATES)
-        complete([sweeps[name]])
+    sweeps = {name: Sweep(runs, template(name, a), RATES_FULL if name == "full" else RATES) for name in a.methods}
+    complete(list(sweeps.values()))
     for seed in range(1, a.seeds + 1):  # one seed of every method before the next: a study that is cut off has complete rows
         runs.need([dataclasses.replace(run, seed=seed) for name in a.methods for run in leaders([sweeps[name]])])
 

@@ -19,6 +19,10 @@ EXTEND = 3  # extend a sweep at most this many times on either side
 TIE, LEADERS = 3e-3, 2  # the seed alone may explain a smaller difference; at most this many such choices get all seeds
 
 
+class Paused(Exception):
+    """The time is up; the next call continues."""
+
+
 class Kept:
     """A base for dataclasses that describe a run: everything its result depends on, except the sizes that --work was begun with."""
 
@@ -75,16 +79,23 @@ class Runs:
         return run.key() in self.done
 
     def need(self, runs: list) -> None:
-        """Train the runs that are not done yet, `jobs` at a time."""
+        """Train the runs that are not done yet, `jobs` at a time. Raises Paused, if one was, when none trains any more."""
         wanted = [run for run in dict.fromkeys(runs) if run not in self]
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.a).items()}
         futures = {self.pool.submit(self.train, run, settings): run for run in wanted}
+        paused = None
         for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
-            result = future.result()
+            try:
+                result = future.result()
+            except Paused as e:
+                paused = e
+                continue
             self.done[futures[future].key()] = result
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(result) + "\n")
             print(f"  {n} of {len(wanted)}: {futures[future]}: {result['choice']:.4f}, {result['seconds']:.0f} s", flush=True)
+        if paused:
+            raise paused
 
 
 def ordered(loss: float) -> float:

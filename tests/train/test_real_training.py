@@ -1,11 +1,14 @@
 """scripts/studies/real_training.py at a tiny size: what it carries, pauses, and what it reports."""
 
+import argparse
+import dataclasses
 import json
 import lzma
 import random
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -116,7 +119,7 @@ def test_accuracy(prepared):
 
 def plain(a, **more) -> dict:
     """Arguments as a run's process gets them."""
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()} | {"device": "cpu", "machine": "here"} | more
+    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items()} | {"device": "cpu", "machine": "here", "threads": 1} | more
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -155,6 +158,34 @@ def test_a_paused_study_gives_the_same_result(prepared, tmp_path, capfd, precisi
     assert [look["tokens"] for look in result["tasks"]] == [0, 2 * 64, 4 * 64]
     assert not (paused / "checkpoints" / real_runs.slug(run)).exists()
     assert autocast == [precision == "bfloat16"] * (3 + 3 * len(files.TASKS))  # before, choice, report; three looks
+
+
+def test_the_start_is_measured_once(prepared, tmp_path, monkeypatch):
+    """Every seed starts from the same weights."""
+    shutil.copytree(prepared, tmp_path / "work")
+    a = real_training.parse(arguments(tmp_path / "work", "--task-looks", 1, "--steps", 2))
+    measured: list[bool] = []
+    monkeypatch.setattr(real_runs, "task_accuracies", watched(real_runs.task_accuracies, measured))
+    run = real_runs.Run("sherry", "per_group", 1e-3, 1, 2, 2, 32)
+    first, second = (real_runs.train(dataclasses.replace(run, seed=seed), plain(a, deadline=float("inf"))) for seed in (1, 2))
+    assert first["tasks"][0] == second["tasks"][0] and first["tasks"][0]["tokens"] == 0 and len(first["tasks"][0]) == 1 + len(files.TASKS)
+    assert len(measured) == 3  # the start, and two ends
+
+
+def paused_or_not(run, a: dict) -> dict:
+    if run.seed == 0:
+        raise study_runs.Paused
+    time.sleep(1)
+    return {"run": dataclasses.asdict(run), "choice": 1.0, "seconds": 1.0}
+
+
+def test_a_pause_waits_for_the_other_runs(tmp_path):
+    """They save their checkpoints, or are done, at the same time or a little later."""
+    runs = [real_runs.Run("sherry", "per_group", 1e-3, seed, 2, 2, 32) for seed in (0, 1)]
+    with pytest.raises(study_runs.Paused), study_runs.Runs(argparse.Namespace(work=tmp_path, jobs=2), real_runs.Run, paused_or_not) as kept:
+        kept.need(runs)
+    assert runs[1] in kept and runs[0] not in kept
+    assert json.loads((tmp_path / "runs.jsonl").read_text())["run"]["seed"] == 1
 
 
 def watched(measure, autocast: list[bool]):
