@@ -19,6 +19,7 @@ text. Then it trains with other seeds at its best rate; the report shows these s
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -35,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT)]  # on a machine where nothing is installed
 
 from real_training_report import report
-from real_training_runs import METHODS, Run, all_runs, train
+from real_training_runs import METHODS, Run, all_runs, memory, train
 from study_runs import Paused, Runs
 
 from sherry_gguf.errors import Stop
@@ -60,18 +61,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--limit", type=int, default=200, metavar="N", help="documents of each task")
     g.add_argument("--part-size", type=int, default=40, metavar="MB", help="size of a part, at most")
     g = p.add_argument_group("run")
-    g.add_argument("--minutes", type=float, default=0.0, metavar="N", help="stop after so long; 0: when all is done")
+    g.add_argument("--minutes", type=float, default=0.0, metavar="N", help="stop after N minutes; 0: when all is done")
     g.add_argument("--methods", default="", metavar="A,B", help=f"methods to train, of {', '.join(METHODS)}; empty: all")
     g.add_argument("--granularity", choices=["per_group", "per_channel"], default="per_group", help="which weights share a scale")
     g.add_argument("--steps", type=int, default=300, metavar="N", help="steps of a run")
-    g.add_argument("--batch", type=int, default=1, metavar="N", help="sequences in a step; few learn more from the same text")
-    g.add_argument("--micro", type=int, default=1, metavar="N", help="sequences at a time; with more, a GPU is faster")
+    g.add_argument("--batch", type=int, default=1, metavar="N", help="sequences in a step; fewer learn more from the same text")
+    g.add_argument("--micro", type=int, default=1, metavar="N", help="sequences at a time; more are faster on a GPU")
     g.add_argument("--context", type=int, default=512, metavar="N", help="tokens of a sequence")
     g.add_argument("--seeds", type=int, default=2, metavar="N", help="seeds to report")
     g.add_argument("--eval-blocks", type=int, default=48, metavar="N", help="held-out sequences for choices, and as many for the report")
-    g.add_argument("--task-looks", type=int, default=4, metavar="N", help="""how often a reported run looks at the tasks, besides its
-        start; 0: only at its end. By default a look reads 114,000 tokens, while a run trains on 154,000""")  # fmt: skip
-    g.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time; 0: one on a GPU, else as many as CPUs")
+    g.add_argument("--task-looks", type=int, default=4, metavar="N", help="""how often a reported run answers the tasks after
+        its start; 0: only at its end. By default a look reads 114,000 tokens, while a run trains on 154,000""")  # fmt: skip
+    g.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time; 0: one on a GPU, else what CPUs and memory allow")
     g.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of a run; 0: the CPUs divided by --jobs")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
     g.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
@@ -84,6 +85,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name in "tokens", "held_out_tokens", "limit", "part_size", "steps", "batch", "micro", "seeds", "eval_blocks":
         if getattr(a, name) < 1:
             p.error(f"--{name.replace('_', '-')} {getattr(a, name)}: at least 1")
+    for name in "jobs", "threads", "task_looks":
+        if getattr(a, name) < 0:
+            p.error(f"--{name.replace('_', '-')} {getattr(a, name)}: at least 0")
     return a
 
 
@@ -97,14 +101,16 @@ def prepare(a: argparse.Namespace) -> None:
         raise Stop(f"--data {a.data} lacks {', '.join(lacking)}: English books, a document in each line's field `text`")
     if (a.work / files.COMPLETE).exists():
         raise Stop(f"{a.work} is prepared: choose another --work, or remove it, with the runs in it")
-    source = a.source or real_files.directory(real_files.MODELS[a.model], ROOT / "build/real")
-    files.prepare(source, a)
+    model = real_files.MODELS[a.model]
+    source = a.source or real_files.directory(model, ROOT / "build/real")
+    files.prepare(source, source.resolve().name if a.source else f"{model.name} (the weights of {model.file})", a)
     parts = list((a.work / files.PARTS).glob("*.part"))
     print(f"{a.work / files.PARTS} is all that `run` needs elsewhere: {len(parts)} parts, {sum(f.stat().st_size for f in parts) >> 20} MiB")
 
 
 def run(a: argparse.Namespace) -> bool:
     """Train; whether all is done. Raises Stop, OSError."""
+    import psutil
     import real_training_files as files
     import torch
 
@@ -114,12 +120,13 @@ def run(a: argparse.Namespace) -> bool:
     a.machine = torch.cuda.get_device_name() if a.device == "cuda" else cpu_name()
     a.deadline = time.time() + 60 * a.minutes if a.minutes else float("inf")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    a.jobs = a.jobs or (1 if a.device == "cuda" else cpus)  # two runs of one thread: 1.4 times the steps of one run with two
+    fit = max(1, int(psutil.virtual_memory().available / memory(figures, a.methods)))
+    a.jobs = a.jobs or (1 if a.device == "cuda" else min(cpus, fit))  # two runs of one thread: 1.4 times the steps of one run with two
     a.threads = a.threads or max(1, cpus // a.jobs)
     settings = {name: getattr(a, name) for name in ("bf16", "micro", "eval_blocks", "task_looks")} | {"data": figures["data"]}
     mark = a.work / "settings.json"
     if mark.exists():
-        with undamaged(mark, f"remove it, {a.work / 'runs.jsonl'} and checkpoints"):
+        with undamaged(mark, "remove it, and runs.jsonl, start-*.json and checkpoints beside it"):
             other = differences(json.loads(mark.read_text()), settings)
         if other:
             raise Stop(f"{a.work} was begun with other settings ({other}): choose another --work")
@@ -147,12 +154,12 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the worker too
     try:
         a.work.mkdir(parents=True, exist_ok=True)
-        with locked(a.work, "--work"):
+        with locked(a.work, "--work") if a.step != "report" else contextlib.nullcontext():
             if a.step == "prepare":
                 prepare(a)
                 return 0
             done = run(a) if a.step == "run" else True
-            reported = report(a.work, a.out)
+        reported = report(a.work, a.out)
         if not reported and done:
             raise Stop(f"no run is complete in {a.work}")
         says = [f"wrote {a.out}.md, .json and .png"] * reported + ["the time is up: run the same command again to go on"] * (not done)

@@ -8,7 +8,6 @@ import argparse
 import hashlib
 import json
 import lzma
-import os
 import shutil
 import tarfile
 from collections.abc import Iterable, Iterator
@@ -29,8 +28,11 @@ COMPLETE, PARTS, SUMS = "prepared.json", "parts", "SHA256SUMS"  # in --work
 PIECE = 1 << 16  # characters that are split into tokens at a time
 
 
-def prepare(source: Path, a: argparse.Namespace) -> None:
-    """Fill --work with tokens.npz, tasks.json and model/, from a Hugging Face directory and --data. Raises Stop."""
+def prepare(source: Path, name: str, a: argparse.Namespace) -> None:
+    """Fill --work with tokens.npz, tasks.json and model/, from a Hugging Face directory and --data. Raises Stop.
+
+    name: the model's, for the report.
+    """
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(source)
@@ -53,7 +55,6 @@ def prepare(source: Path, a: argparse.Namespace) -> None:
     with_tokens(model, torch.from_numpy(used), {int(old): int(number[old]) for old in special})
     shutil.rmtree(a.work / "model", ignore_errors=True)
     model.save_pretrained(a.work / "model")
-    name = os.path.basename(os.path.abspath(a.source)) if a.source else a.model
     figures = {"model": name, "vocabulary": len(used), "train": len(train), "held_out": len(held_out),
                "bos": None if tokenizer.bos_token_id is None else int(number[tokenizer.bos_token_id]),
                "tasks": {name: len(task) for name, task in tasks.items()}, "parameters": model.num_parameters()}  # fmt: skip

@@ -62,7 +62,7 @@ def best(rows: list[dict]) -> dict[str, list[dict]]:
 
 
 def title(figures: dict) -> str:
-    return (f"{figures['model']}, trained from its full-precision weights with each method; {figures['parameters'] / 1e6:.0f} M parameters "
+    return (f"{figures['model']}, trained with each method from the same weights; {figures['parameters'] / 1e6:.0f} M parameters "
             f"in the vocabulary of {figures['vocabulary']} tokens that text and tasks use. Held-out loss in nats a token: mean over the "
             "seeds, and their standard deviation. Accuracies in percent, with the standard error of one seed's.")  # fmt: skip
 
@@ -85,10 +85,13 @@ def table(results: list[dict], shape: tuple, methods: dict[str, list[dict]]) -> 
                       *(accuracies([row["tasks"][-1][name] for row in rows if row["tasks"]]) for name in names)])  # fmt: skip
     machines = ", ".join(sorted({row["machine"] for row in mine}))
     minutes = sum(row["seconds"] for row in mine) / 60
+    beside = " or ".join(f"{jobs} at a time with {threads} threads each" if jobs > 1 else f"one at a time with {threads} threads"
+                         for jobs, threads in sorted({(row["jobs"], row["threads"]) for row in mine}))  # fmt: skip
     text = (f"**{steps * batch * context / 1e6:.2f} M tokens** ({steps} steps of {batch} x {context}), "
-            f"{'groups of 128 or 64' if granularity == 'per_group' else 'a scale for each row'}; {machines}, {minutes:.0f} minutes for all "
-            "runs.")  # fmt: skip
-    for before in [row["before"] for row in methods.get("sherry", []) if row["before"] is not None][:1]:
+            f"{'groups of 128 or 64' if granularity == 'per_group' else 'a scale for each row'}; {machines}. {len(mine)} runs took "
+            f"{minutes / len(mine):.0f} minutes each, {beside}.")  # fmt: skip
+    before = next((row["before"] for row in methods.get("sherry", []) if row["before"] is not None), None)
+    if before is not None:
         text += f" Sherry's loss before the first step: {before:.3f}."
     head = ["method", "learning rate", "held-out loss", "seeds", "against absmean, same seed", "against Sherry", *names]
     return f"{text}\n\n{grid(head, lines)}"

@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock
 from study_runs import Kept, Paused, Runs, Sweep, complete, leaders
 
 from sherry_gguf.training.files import write
 
 LOOKS = 8  # held-out losses in a reported run, evenly spread over its tokens
-LOOK_TOKENS = 4096  # at a time while measuring; every pass quantizes all weights, so with fewer it is slower
+LOOK_TOKENS = 2048  # at a time while measuring; every pass quantizes all weights, so fewer are slower, and more are not faster
+SAVE_EVERY = 100  # steps between two checkpoints, besides that at the deadline
 WARMUP = 0.05  # share of the steps during which the learning rate rises
 MILD = (("end", 0.5), ("peak", 0.25))  # settings of Arenas
 PUBLISHED = (("end", 1.0), ("peak", 1.0))
@@ -34,7 +36,7 @@ METHODS: dict[str, tuple[str, str, tuple[tuple[str, float], ...], bool]] = {
     "arenas-teacher": ("Sherry, mild Arenas, with a teacher", "sherry", MILD, True),
     "arenas-published-teacher": ("Sherry, Arenas as published, with a teacher", "sherry", PUBLISHED, True),
 }
-RATES, RATES_FULL = (5e-4, 1e-3), (1e-5, 2e-5)  # where a sweep begins
+RATES, RATES_FULL = (2.5e-4, 5e-4), (1e-5, 2e-5)  # where a sweep begins
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +81,12 @@ def train(run: Run, a: dict) -> dict:
     held_out = held_out[: a["eval_blocks"] * 2]
     model, teacher = load_models(run, a)
     notes = Notes((folder := work / "checkpoints" / slug(run)) / "notes.json", began)
-    if run.seed and "before" not in notes.kept:
-        notes.keep(before=loss(model, held_out[1::2], a))
 
     def look(step: int) -> None:
-        """Accuracies, for the seeds that are reported. Before the first step they are the same for all seeds."""
-        if not run.seed or str(step) in (found := notes.kept.get("tasks", {})):
-            return
-        start = folder.parent / f"start-{run.method}-{run.granularity}.json"
-        if step == 0 and start.exists():
-            accuracies = json.loads(start.read_text())
-        else:
+        """Accuracies, for the seeds that are reported."""
+        if run.seed and str(step) not in (found := notes.kept.get("tasks", {})):
             model.eval()
-            accuracies = task_accuracies(model, tasks, a)
-        if step == 0:
-            start.parent.mkdir(parents=True, exist_ok=True)
-            write(start, json.dumps(accuracies))
-        notes.keep(tasks=found | {str(step): accuracies})
+            notes.keep(tasks=found | {str(step): task_accuracies(model, tasks, a)})
 
     looks = {run.steps * i // a["task_looks"] for i in range(a["task_looks"] + 1)} if a["task_looks"] else {run.steps}
     arenas: dict[str, Any] = dict(METHODS[run.method][2])
@@ -103,9 +94,9 @@ def train(run: Run, a: dict) -> dict:
         model, arguments(run, a, folder), train_dataset=Blocks(blocks), eval_dataset=Blocks(held_out[1::2]), teacher=teacher,
         arenas=qat.Arenas(**arenas) if arenas else None, callbacks=[deadline(a["deadline"], looks, look)])  # fmt: skip
     trainer.remove_callback(PrinterCallback)
+    if run.seed and "before" not in notes.kept:
+        notes.keep(**start(run, model, held_out[1::2], tasks if 0 in looks else {}, a))
     checkpoint = last_checkpoint(folder)
-    if 0 in looks and checkpoint is None:
-        look(0)
     if checkpoint and checkpoint.name == f"checkpoint-{run.steps}":  # only measuring is left; the Trainer would take one more step
         safetensors.torch.load_model(model, checkpoint / "model.safetensors")
         state = transformers.TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
@@ -138,6 +129,17 @@ def load_models(run: Run, a: dict) -> tuple[Any, Any]:
     model.to(a["device"])
     qat.prepare(model, qat.QuantConfig(method, granularity=run.granularity))
     return model, teacher
+
+
+def start(run: Run, model: Any, held_out: np.ndarray, tasks: dict[str, list[dict]], a: dict) -> dict:
+    """Loss and accuracies before the first step, for a run's Notes: measured once for all runs with the same quantizer."""
+    path = Path(a["work"]) / f"start-{METHODS[run.method][1]}-{run.granularity}.json"
+    with FileLock(f"{path}.lock"):  # another run may be measuring it
+        if not path.exists():
+            model.eval()
+            accuracies = {"tasks": {"0": task_accuracies(model, tasks, a)}} if tasks else {}
+            write(path, json.dumps({"before": loss(model, held_out, a)} | accuracies))
+        return json.loads(path.read_text())
 
 
 def precision(a: dict) -> Any:
@@ -175,7 +177,14 @@ def outcome(run: Run, a: dict, model: Any, held_out: np.ndarray, notes: "Notes",
         "report": report, "curve": [{"tokens": step * tokens, "loss": loss} for step, loss in sorted(curve.items())],
         "tasks": [{"tokens": int(step) * tokens, **found} for step, found in notes.kept.get("tasks", {}).items()],
         "seconds": round(notes.keep()["seconds"], 1), "machine": a["machine"],
+        "jobs": a["jobs"], "threads": a["threads"],
     }  # fmt: skip
+
+
+def memory(figures: dict, methods: list[str]) -> float:
+    """Bytes that a run needs, about: weights, gradients, two moments and a teacher in float32; three copies of the logits; PyTorch."""
+    copies = 5 if any(METHODS[name][3] for name in methods) else 4
+    return 4.0 * (copies * figures["parameters"] + 3 * LOOK_TOKENS * figures["vocabulary"]) + 5e8
 
 
 class Notes:
@@ -208,8 +217,8 @@ def arguments(run: Run, a: dict, folder: Path) -> Any:
         per_device_eval_batch_size=max(1, LOOK_TOKENS // run.context), learning_rate=run.lr, lr_scheduler_type="cosine",
         warmup_steps=round(run.steps * WARMUP), weight_decay=0.0, adam_beta2=0.95, optim="adamw_torch_fused", bf16=a["bf16"], use_cpu=cpu,
         dataloader_pin_memory=not cpu, seed=run.seed, data_seed=run.seed, eval_strategy="steps" if run.seed else "no",
-        eval_steps=max(1, run.steps // LOOKS), prediction_loss_only=True, logging_steps=max(1, run.steps // 40), save_strategy="no",
-        save_total_limit=1, report_to="none", disable_tqdm=True, average_tokens_across_devices=False)  # fmt: skip
+        eval_steps=max(1, run.steps // LOOKS), prediction_loss_only=True, logging_steps=max(1, run.steps // 40), save_strategy="steps",
+        save_steps=SAVE_EVERY, save_total_limit=1, report_to="none", disable_tqdm=True, average_tokens_across_devices=False)  # fmt: skip
 
 
 def deadline(when: float, looks: set[int], look: Callable[[int], None]) -> Any:

@@ -79,23 +79,33 @@ class Runs:
         return run.key() in self.done
 
     def need(self, runs: list) -> None:
-        """Train the runs that are not done yet, `jobs` at a time. Raises Paused, if one was, when none trains any more."""
+        """Train the runs that are not done yet, `jobs` at a time.
+
+        If one of them raises an error, those that have begun still end and are kept. Then the first error is raised; Stop for a process
+        that was killed.
+        """
         wanted = [run for run in dict.fromkeys(runs) if run not in self]
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(self.a).items()}
         futures = {self.pool.submit(self.train, run, settings): run for run in wanted}
-        paused = None
+        failed = None
         for n, future in enumerate(concurrent.futures.as_completed(futures), 1):
             try:
                 result = future.result()
-            except Paused as e:
-                paused = e
+            except concurrent.futures.CancelledError:
+                continue
+            except Exception as e:
+                failed = failed or e
+                for other in futures:
+                    other.cancel()
                 continue
             self.done[futures[future].key()] = result
             with open(self.path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(result) + "\n")
             print(f"  {n} of {len(wanted)}: {futures[future]}: {result['choice']:.4f}, {result['seconds']:.0f} s", flush=True)
-        if paused:
-            raise paused
+        if isinstance(failed, concurrent.futures.BrokenExecutor):
+            raise Stop(f"a process that trained was killed: if memory ran out, use a smaller --jobs (now {self.a.jobs})") from failed
+        if failed:
+            raise failed
 
 
 def ordered(loss: float) -> float:

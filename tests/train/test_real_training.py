@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import lzma
+import os
 import random
 import shutil
 import subprocess
@@ -152,40 +153,86 @@ def test_a_paused_study_gives_the_same_result(prepared, tmp_path, capfd, precisi
         except real_runs.Paused:
             continue
     assert calls == 5
-    assert {k: v for k, v in result.items() if k not in ("seconds", "machine")} == {
-        k: v for k, v in done.items() if k not in ("seconds", "machine")
-    }
+    elsewhere = "seconds", "machine", "jobs"
+    assert {k: v for k, v in result.items() if k not in elsewhere} == {k: v for k, v in done.items() if k not in elsewhere}
     assert [look["tokens"] for look in result["tasks"]] == [0, 2 * 64, 4 * 64]
     assert not (paused / "checkpoints" / real_runs.slug(run)).exists()
     assert autocast == [precision == "bfloat16"] * (3 + 3 * len(files.TASKS))  # before, choice, report; three looks
 
 
 def test_the_start_is_measured_once(prepared, tmp_path, monkeypatch):
-    """Every seed starts from the same weights."""
+    """Every seed starts from the same weights, with and without Arenas and a teacher."""
     shutil.copytree(prepared, tmp_path / "work")
     a = real_training.parse(arguments(tmp_path / "work", "--task-looks", 1, "--steps", 2))
     measured: list[bool] = []
     monkeypatch.setattr(real_runs, "task_accuracies", watched(real_runs.task_accuracies, measured))
-    run = real_runs.Run("sherry", "per_group", 1e-3, 1, 2, 2, 32)
-    first, second = (real_runs.train(dataclasses.replace(run, seed=seed), plain(a, deadline=float("inf"))) for seed in (1, 2))
-    assert first["tasks"][0] == second["tasks"][0] and first["tasks"][0]["tokens"] == 0 and len(first["tasks"][0]) == 1 + len(files.TASKS)
+    runs = [real_runs.Run(method, "per_group", 1e-3, 1, 2, 2, 32) for method in ("sherry", "arenas-published-teacher")]
+    first, second = (real_runs.train(run, plain(a, deadline=float("inf"))) for run in runs)
+    assert (
+        first["before"] == second["before"]
+        and first["tasks"][0] == second["tasks"][0]
+        and first["tasks"][0]["tokens"] == 0
+        and len(first["tasks"][0]) == 1 + len(files.TASKS)
+    )
     assert len(measured) == 3  # the start, and two ends
 
 
-def paused_or_not(run, a: dict) -> dict:
+class Ends(float):
+    """A time that ends the process when it is asked for often enough."""
+
+    def __new__(cls, often: int):
+        made = super().__new__(cls, 0.0)
+        made.left = often
+        return made
+
+    def __lt__(self, now):
+        self.left -= 1
+        if not self.left:
+            raise KeyboardInterrupt
+        return False
+
+
+def fails(run, a: dict) -> dict:
+    """Seed 0 fails by its method's name, seed 1 ends later, and seed 2 must not begin."""
     if run.seed == 0:
-        raise study_runs.Paused
+        raise {"full": study_runs.Paused, "twn": ValueError("twn")}[run.method]
+    if run.seed == 2:
+        (Path(a["work"]) / "began").touch()
     time.sleep(1)
     return {"run": dataclasses.asdict(run), "choice": 1.0, "seconds": 1.0}
 
 
-def test_a_pause_waits_for_the_other_runs(tmp_path):
+@pytest.mark.parametrize("method, error", [("full", study_runs.Paused), ("twn", ValueError)])
+def test_an_error_waits_for_the_other_runs(tmp_path, method, error):
     """They save their checkpoints, or are done, at the same time or a little later."""
-    runs = [real_runs.Run("sherry", "per_group", 1e-3, seed, 2, 2, 32) for seed in (0, 1)]
-    with pytest.raises(study_runs.Paused), study_runs.Runs(argparse.Namespace(work=tmp_path, jobs=2), real_runs.Run, paused_or_not) as kept:
+    runs = [real_runs.Run(method, "per_group", 1e-3, seed, 2, 2, 32) for seed in (0, 1, *range(3, 7), 2)]
+    with pytest.raises(error), study_runs.Runs(argparse.Namespace(work=tmp_path, jobs=2), real_runs.Run, fails) as kept:
         kept.need(runs)
-    assert runs[1] in kept and runs[0] not in kept
-    assert json.loads((tmp_path / "runs.jsonl").read_text())["run"]["seed"] == 1
+    assert runs[1] in kept and runs[0] not in kept and not (tmp_path / "began").exists()
+    assert 1 in {json.loads(line)["run"]["seed"] for line in (tmp_path / "runs.jsonl").read_text().splitlines()}
+
+
+def dies(run, a: dict) -> dict:
+    os._exit(9)
+
+
+def test_a_run_that_is_killed(tmp_path):
+    with pytest.raises(Stop, match="was killed: if memory ran out, use a smaller --jobs"):
+        with study_runs.Runs(argparse.Namespace(work=tmp_path, jobs=1), real_runs.Run, dies) as kept:
+            kept.need([real_runs.Run("full", "per_group", 1e-3, 0, 2, 2, 32)])
+
+
+def test_a_run_that_was_killed_continues_from_its_last_checkpoint(prepared, tmp_path, monkeypatch):
+    shutil.copytree(prepared, tmp_path / "work")
+    monkeypatch.setattr(real_runs, "SAVE_EVERY", 3)
+    a = real_training.parse(arguments(tmp_path / "work"))
+    run = real_runs.Run("sherry", "per_group", 1e-3, 0, 8, 2, 32)
+    whole = real_runs.train(run, plain(a, deadline=float("inf")))
+    with pytest.raises(KeyboardInterrupt):
+        real_runs.train(run, plain(a, deadline=Ends(6)))  # when its fifth step is done
+    [checkpoint] = (tmp_path / "work" / "checkpoints" / real_runs.slug(run)).glob("checkpoint-*")
+    assert checkpoint.name == "checkpoint-3"
+    assert real_runs.train(run, plain(a, deadline=float("inf")))["report"] == whole["report"]
 
 
 def watched(measure, autocast: list[bool]):
@@ -223,7 +270,7 @@ def test_the_report(prepared, tmp_path, capfd):
     results = [json.loads(line) for line in text.splitlines()]
     assert {r["run"]["seed"] for r in results} == {0, 1}
     table = (work / "out.md").read_text()
-    assert table.startswith("llama, trained from")
+    assert table.startswith("llama, trained with each method from the same weights")
     assert "| absmean ternary |" in table and "| Sherry without Arenas |" in table and "rates only" not in table and "piqa" in table
     sherry = next(r for r in results if r["run"]["method"] == "sherry" and r["run"]["seed"] == 1)
     assert f"{sherry['report']:.4f}" in table and f"{sherry['before']:.3f}" in table
