@@ -291,7 +291,8 @@ def study(a: argparse.Namespace) -> None:
 def report(a: argparse.Namespace, results: list[dict]) -> None:
     """Write out.md, .json and .png."""
     a.out.parent.mkdir(parents=True, exist_ok=True)
-    write(suffixed(a.out, ".json"), json.dumps(results, indent=1) + "\n")
+    shown = [r | {"choice": None} if "failed" in r else r for r in results]  # JSON has no infinity
+    write(suffixed(a.out, ".json"), json.dumps(shown, indent=1, allow_nan=False) + "\n")
     write(suffixed(a.out, ".md"), table(results) + "\n")
     plot(results, suffixed(a.out, ".png"))
 

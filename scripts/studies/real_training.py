@@ -162,8 +162,10 @@ def main(argv: list[str] | None = None) -> int:
         reported = report(a.work, a.out)
         if not reported and done:
             raise Stop(f"no run is complete in {a.work}")
-        says = [f"wrote {a.out}.md, .json and .png"] * reported + ["the time is up: run the same command again to go on"] * (not done)
-        print("; ".join(says))
+        if reported:
+            print(f"wrote {a.out}{', '.join(reported)}")
+        if not done:
+            print("the time is up: run the same command again to go on")
         return 0
     except (Stop, OSError, ValueError) as e:
         print(f"{PROGRAM}: {e}", file=sys.stderr)

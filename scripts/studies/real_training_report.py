@@ -15,14 +15,14 @@ from study_runs import ordered, suffixed
 FURTHER = 8  # times the tokens: how far the plot extrapolates
 
 
-def report(work: Path, out: Path) -> bool:
-    """Write out.json, out.md and out.png; whether there was something to report."""
+def report(work: Path, out: Path) -> list[str]:
+    """Write out.md, out.json and, if matplotlib is there, out.png; returns their suffixes, none if there is nothing to report."""
     path, results = work / "runs.jsonl", []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):  # a line that an interruption cut off; that run is repeated
             results.append(json.loads(line))
     if not results:
-        return False
+        return []
     figures = json.loads((work / COMPLETE).read_text())
     shown = {shape: best(rows) for shape, rows in by_shape(results).items()}
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -30,8 +30,12 @@ def report(work: Path, out: Path) -> bool:
     suffixed(out, ".md").write_text(
         "\n\n".join([title(figures), *(table(results, *item) for item in shown.items())]) + "\n", encoding="utf-8"
     )
-    plot(shown, suffixed(out, ".png"))
-    return True
+    try:
+        plot(shown, suffixed(out, ".png"))
+    except ImportError:  # a machine that only trains may lack it
+        print("no plot: matplotlib is not installed here")
+        return [".md", ".json"]
+    return [".md", ".json", ".png"]
 
 
 def by_shape(results: list[dict]) -> dict[tuple, list[dict]]:
@@ -141,6 +145,7 @@ def plot_losses(axis: Any, lengths: list[dict[str, list[dict]]], colors: dict) -
             losses = np.array([[look["loss"] for look in row["curve"] if look["tokens"]] for row in rows])
             tokens = np.array([look["tokens"] / 1e6 for look in rows[0]["curve"] if look["tokens"]])
             band(axis, tokens, losses, colors[method], METHODS[method][0] if method not in ends else None)
+            axis.plot(tokens[-1], losses.mean(0)[-1], "o", ms=3, color=colors[method])  # all there is of a sweep
             ends.setdefault(method, []).append((tokens[-1], losses.mean(0)[-1]))
     several = {method: np.array(found).T for method, found in ends.items() if len(found) > 1}
     for method, (tokens, losses) in several.items():

@@ -64,13 +64,14 @@ def choose(weight: torch.Tensor, factor: torch.Tensor, patterns: torch.Tensor, d
 
 def _factor(moments: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """The upper Cholesky factor of the inverse second moments. Inputs that never were above 0 lose their weights."""
-    h = moments.double().clone()
+    h = moments.to(torch.float64, copy=True)
     dead = h.diagonal() <= 0
     h.diagonal()[dead] = 1
     weight[:, dead] = 0
     h.diagonal().add_(DAMPING * h.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(h))
-    return torch.linalg.cholesky(inverse, upper=True).to(weight.dtype)
+    for step in torch.linalg.cholesky, torch.cholesky_inverse:
+        h = step(h)  # one name, so that two of these are in memory and not four
+    return torch.linalg.cholesky(h, upper=True).to(weight.dtype)
 
 
 def _scale(weight: torch.Tensor, pivot: torch.Tensor) -> torch.Tensor:

@@ -56,12 +56,15 @@ def test_study(text, tmp_path, capfd):
     assert "--variants best: choose from base, seed, rounding" in capfd.readouterr().err
 
 
-def test_table():
+def test_the_report(tmp_path):
     run = {"tokens": 1, "steps": 2, "context": 8}
     base = {"run": run | {"variant": "base"}, "scored": 9, "machine": "CPU", "choice": 1, "perplexity": 3, "seconds": 60}
     seed = base | {"run": run | {"variant": "seed"}, "choice": 0.9}
     failed = {"run": run | {"variant": "distill-mild"}, "choice": float("inf"), "failed": "made it worse", "seconds": 60}
-    table = study.table([base, seed, failed])
+    study.report(argparse.Namespace(out=tmp_path / "out"), [base, seed, failed])
+    kept = json.loads((tmp_path / "out.json").read_text(), parse_constant=pytest.fail)  # JSON has no Infinity
+    assert [r["choice"] for r in kept] == [1, 0.9, None]
+    table = (tmp_path / "out.md").read_text()
     assert '"base, another seed" shows how large a difference chance makes' in table
     assert "| base, another seed | 0.900 | -0.100 | 3 | 1.0 |" in table
     assert "| distillation with mild Arenas | diverged | – | – | 1.0 |" in table
