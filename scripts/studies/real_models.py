@@ -187,7 +187,8 @@ def run(a: argparse.Namespace) -> None:
     """Raises Stop, ConvertError, OSError."""
     model = MODELS[a.model]
     if a.only_fetch:
-        print(real_files.terms(model, a.work), real_files.directory(model, a.work), real_files.f16(model, a.work), sep="\n")
+        print(real_files.terms(model, a.work), flush=True)
+        print(real_files.directory(model, a.work), real_files.f16(model, a.work), sep="\n")
         return
     real_data.check(a.data, a.tasks)
     a.calibrated = calibrated(a.calibrated)
