@@ -41,7 +41,7 @@ def run(a: argparse.Namespace) -> int:
     hashes, failed = tasks.prepare(loaded, a.limit)
     missing |= failed
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "output"}
-    report: dict[str, Any] = {"settings": settings, "missing": missing, "models": [], "compared": []}
+    report: dict[str, Any] = {"settings": settings, "missing": missing, "models": [], "compared": [], "earlier": []}
     earlier = resume.Earlier(a.output)
     if a.tasks and not loaded and not a.text:
         raise Stop("no task has data: nothing was measured")
@@ -49,6 +49,10 @@ def run(a: argparse.Namespace) -> int:
     if earlier.used:
         found = counted(earlier.used, "result")
         say(f"{a.output}: {found} of an earlier run, with the same files and arguments; delete it to measure again")
+    report["earlier"] = earlier.others()  # a later run may ask for them
+    if report["earlier"]:
+        found = counted(len(report["earlier"]), "result")
+        say(f'{a.output}: {found} of other files or arguments, kept in "earlier"')
     _save(a.output, report)
     samples = tokens.sample(loaded)
     split = tokens.split_all(a.models, content, samples)

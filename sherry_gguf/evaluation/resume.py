@@ -59,21 +59,31 @@ class Earlier:
     """The results in a report, by model and key. Of a report that cannot be read, none."""
 
     def __init__(self, path: Path | None):
-        self._found: dict[tuple[str, str], dict[str, Any]] = {}
+        self._found: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}  # the result, and its entry in `others`
+        self._wanted: set[tuple[str, str]] = set()
         self.used = 0  # how many were asked for and there
         try:
-            models = json.loads(path.read_text("utf-8"))["models"] if path and path.is_file() else []
-            for model in models:
-                for result in (*model["tasks"].values(), *([model["text"]] if "text" in model else [])):
-                    self._found[model["model"], result["key"]] = result
+            report = json.loads(path.read_text("utf-8")) if path and path.is_file() else {"models": []}
+            for model in (*report["models"], *report.get("earlier", [])):
+                source = {"settings": model.get("settings", report.get("settings")), "model": model["model"]}
+                for name, result in model["tasks"].items():
+                    self._found[model["model"], result["key"]] = result, source | {"tasks": {name: result}}
+                if text := model.get("text"):
+                    self._found[model["model"], text["key"]] = text, source | {"tasks": {}, "text": text}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another file, or another version's
             self._found.clear()
 
     def get(self, model: str, key: str) -> dict[str, Any] | None:
         """A result of a model that was measured with `key`, or None."""
-        found = self._found.get((model, key))
-        self.used += found is not None
-        return found
+        if (found := self._found.get((model, key))) is None:
+            return None
+        self.used += 1
+        self._wanted.add((model, key))
+        return found[0]
+
+    def others(self) -> list[dict[str, Any]]:
+        """The results that nobody asked for, an entry each: "settings" of the run that measured it, "model", "tasks", "text"."""
+        return [entry for key, (_, entry) in self._found.items() if key not in self._wanted]
 
 
 def answers_path(report: Path) -> Path:
