@@ -24,6 +24,8 @@ from .writer import changes, files_of, needing_64, other_splits, set_tensors, ta
 
 __all__ = ["Options", "Report", "convert", "findings"]
 
+# The relative error above which weights were not ternary: ordinary ones lose 0.5, two groups of 64 under one scale less than 0.2.
+_ROUNDED = 0.25
 _EARLY = 1 << 29  # bytes of tensors from which on the tokenizer is also checked before the conversion
 
 
@@ -95,6 +97,13 @@ def findings(model: Any, plan: list[Tensor], grouping: Grouping) -> list[str]:
             f"{max(t.relative_error for t in dense):.3f}): {starred(dense)}. TQ2_0 and TQ1_0 hold such weights"
         )
     notes += needing_64(plan, grouping)
+    # A checkpoint that says latent or fake_quantized was trained with Sherry.
+    if not grouping.weights and (rounded := [t for t in plan if t.kind and t.relative_error > _ROUNDED and not t.needs_64]):
+        notes.append(
+            f"{len(rounded)} of {sum(t.kind is not None for t in plan)} ternary matrices were rounded (relative error up to "
+            f"{max(t.relative_error for t in rounded):.2f}): expect noise unless the model was trained with Sherry. "
+            "An ordinary model loses less if sherry-gguf calibrate prepares it first"
+        )
     if grouping.weights == "fake_quantized" and (inexact := [t for t in plan if t.kind and not t.is_exact and not t.needs_64]):
         notes.append(
             f"the checkpoint says that its weights are fake_quantized, yet these are not 3:4 sparse ternary "

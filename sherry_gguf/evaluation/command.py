@@ -39,7 +39,7 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=prog, usage="%(prog)s [options] MODEL ...", description=__doc__, formatter_class=Help)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="Hugging Face directories and GGUFs; each is compared with the first")
     parser.add_argument("--output", type=Path, metavar="FILE", help="""write all results as JSON, updated after each task; results in it
-        with the same files and arguments are not measured again""")  # fmt: skip
+        with the same files and arguments are not measured again, and all others are kept""")  # fmt: skip
     add = parser.add_argument_group("tasks").add_argument
     add("--tasks", type=_names, help=f"lm-eval tasks, separated by commas (default: {','.join(PAPER)})")
     add("--data", type=Path, metavar="DIR", help="read the five tasks' data from DIR (see examples/tasks/README.md), download nothing")

@@ -92,7 +92,9 @@ def summary(report: dict) -> Iterator[str]:
     for c in report["compared"]:
         parts = []
         if "same_choice" in c:
-            parts.append(f"the same choice in {100 * c['same_choice']:.1f} % of {c['documents']} documents, log-likelihoods "
+            same = c["documents"] - len(c["differing"])
+            percent = 10000 * same // c["documents"] / 100  # rounded down: 100 % only if all are the same
+            parts.append(f"the same choice in {same} of {c['documents']} documents ({percent:.2f} %), log-likelihoods "
                          f"{100 * c['log_likelihood']:.3f} % apart on average")  # fmt: skip
         if "text" in c:
             parts.append(f"loss on the text {100 * c['text']:+.3f} %" + " per byte" * ("tokens" in c))

@@ -41,7 +41,7 @@ def run(a: argparse.Namespace) -> int:
     hashes, failed = tasks.prepare(loaded, a.limit)
     missing |= failed
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(a).items() if k != "output"}
-    report: dict[str, Any] = {"settings": settings, "missing": missing, "models": [], "compared": []}
+    report: dict[str, Any] = {"settings": settings, "missing": missing, "models": [], "compared": [], "earlier": []}
     earlier = resume.Earlier(a.output)
     if a.tasks and not loaded and not a.text:
         raise Stop("no task has data: nothing was measured")
@@ -49,6 +49,10 @@ def run(a: argparse.Namespace) -> int:
     if earlier.used:
         found = counted(earlier.used, "result")
         say(f"{a.output}: {found} of an earlier run, with the same files and arguments; delete it to measure again")
+    report["earlier"] = earlier.others()  # a later run may ask for them
+    if report["earlier"]:
+        found = counted(len(report["earlier"]), "result")
+        say(f'{a.output}: {found} of other files or arguments, kept in "earlier"')
     _save(a.output, report)
     samples = tokens.sample(loaded)
     split = tokens.split_all(a.models, content, samples)
@@ -65,6 +69,7 @@ def run(a: argparse.Namespace) -> int:
             say(f"{each.path}: {e}")
     report["compared"] = [comparison.compare(report["models"], [each.inputs for each in runs], i) for i in range(1, len(runs))]
     _save(a.output, report)
+    resume.remove_answers(a.output, ((m["model"], hashes[name]) for m in report["models"] for name in m["tasks"]))
     for line in comparison.doubts(report["models"]):
         say(line)
     for line in comparison.summary(report):
@@ -78,10 +83,11 @@ class _Run:
     def __init__(self, a: argparse.Namespace, path: str, content: str | None, loaded: dict[str, Any], hashes: dict[str, str],
                  earlier: resume.Earlier, report: dict[str, Any]):  # fmt: skip
         self.a, self.path, self.content, self.loaded, self.report = a, Path(path), content, loaded, report
+        self.documents = hashes
         self.inputs = comparison.Inputs()
         self.result: dict[str, Any] = {"model": path, "tasks": {}}
         report["models"].append(self.result)
-        model = resume.identity(self.path, [a.output, resume.answers_path(a.output)] if a.output else [])
+        model = resume.identity(self.path, [a.output, *resume.answers_files(a.output)] if a.output else [])
         settings = resume.settings(vars(a))
         self.keys = {name: resume.digest(model, settings, hashes[name]) for name in loaded}
         self.text_key = resume.digest(model, settings, a.context, a.chunks, content)
@@ -124,7 +130,7 @@ class _Run:
 
     def _task(self, lm: models.TorchLM | models.GgufLM, name: str) -> None:
         task, key = self.loaded[name], self.keys[name]
-        lm.answers = answers = resume.Answers(self.a.output, key)
+        lm.answers = answers = resume.Answers(self.a.output, key, self.result["model"], self.documents[name])
         say(f"{self.path}: {name}" + f", {len(answers)} requests of an earlier run" * bool(len(answers)))
         done = False
         try:

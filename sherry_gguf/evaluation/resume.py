@@ -59,48 +59,74 @@ class Earlier:
     """The results in a report, by model and key. Of a report that cannot be read, none."""
 
     def __init__(self, path: Path | None):
-        self._found: dict[tuple[str, str], dict[str, Any]] = {}
+        self._found: dict[tuple[str, str], tuple[dict[str, Any], dict[str, Any]]] = {}  # the result, and its entry in `others`
+        self._wanted: set[tuple[str, str]] = set()
         self.used = 0  # how many were asked for and there
         try:
-            models = json.loads(path.read_text("utf-8"))["models"] if path and path.is_file() else []
-            for model in models:
-                for result in (*model["tasks"].values(), *([model["text"]] if "text" in model else [])):
-                    self._found[model["model"], result["key"]] = result
+            report = json.loads(path.read_text("utf-8")) if path and path.is_file() else {"models": []}
+            for model in (*report["models"], *report.get("earlier", [])):
+                source = {"settings": model.get("settings", report.get("settings")), "model": model["model"]}
+                for name, result in model["tasks"].items():
+                    self._found[model["model"], result["key"]] = result, source | {"tasks": {name: result}}
+                if text := model.get("text"):
+                    self._found[model["model"], text["key"]] = text, source | {"tasks": {}, "text": text}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # another file, or another version's
             self._found.clear()
 
     def get(self, model: str, key: str) -> dict[str, Any] | None:
         """A result of a model that was measured with `key`, or None."""
-        found = self._found.get((model, key))
-        self.used += found is not None
-        return found
+        if (found := self._found.get((model, key))) is None:
+            return None
+        self.used += 1
+        self._wanted.add((model, key))
+        return found[0]
+
+    def others(self) -> list[dict[str, Any]]:
+        """The results that nobody asked for, an entry each: "settings" of the run that measured it, "model", "tasks", "text"."""
+        return [entry for key, (_, entry) in self._found.items() if key not in self._wanted]
 
 
-def answers_path(report: Path) -> Path:
-    """Where the answers to a task are that is not done."""
-    return report.with_name(report.name + ".answers")
+def answers_files(report: Path | None) -> list[Path]:
+    """The files of answers beside a report."""
+    if not report or not report.parent.is_dir():
+        return []
+    name = re.compile(rf"{re.escape(report.name)}\.[0-9a-f]{{12}}\.answers")
+    return sorted(p for p in report.parent.iterdir() if name.fullmatch(p.name))
+
+
+def remove_answers(report: Path | None, done: Iterable[tuple[str, str]]) -> None:
+    """Remove other answers to what is done, as given before a model's files or a flag changed. done: models, hashes of documents."""
+    pairs = set(done)
+    for path in answers_files(report):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # not ours, or removed by another run
+            with open(path, encoding="utf-8") as file:
+                _, model, documents = json.loads(file.readline())
+            if (model, documents) in pairs:
+                path.unlink()
 
 
 class Answers:
     """A task's answers so far, in a file beside the report until the task is done; without a report, nowhere.
 
-    report: the report's file, or None. key: what the answers depend on; answers of another key are dropped.
+    report: the report's file, or None. key: what the answers depend on. model, documents: who answers, and a hash of what. A file for
+    each of these, so that a model or a task that fails keeps its answers while others are measured.
     """
 
-    def __init__(self, report: Path | None, key: str):
+    def __init__(self, report: Path | None, key: str, model: str = "", documents: str = ""):
         self._known: dict[str, tuple[float, bool]] = {}
-        self._path = answers_path(report) if report else None
+        head = [key, model, documents]
+        self._path = report.with_name(f"{report.name}.{digest(head)[:12]}.answers") if report else None
         self._file = None
         if not self._path:
             return
         lines = self._path.read_text("utf-8", errors="replace").splitlines() if self._path.is_file() else []
-        if lines and lines[0] == json.dumps(key):
+        if lines and lines[0] == json.dumps(head):
             for line in lines[1:]:
                 with contextlib.suppress(ValueError):  # the last line may be cut off
                     name, logprob, greedy = json.loads(line)
                     self._known[name] = logprob, greedy
         self._file = open(self._path, "w", encoding="utf-8")  # anew, so that each line is whole
-        self._write(key)
+        self._write(head)
         for name, answer in self._known.items():
             self._write([name, *answer])
         self._file.flush()

@@ -162,9 +162,24 @@ def test_missing_matrices(blocks, says):
 # ---- latent weights, groups ----
 
 
+NOISE = (
+    "): expect noise unless the model was trained with Sherry. An ordinary model loses less if sherry-gguf calibrate prepares it first\n"
+)
+
+
 @pytest.fixture(scope="module")
 def latent(tmp_path_factory):
     return small_models.make(tmp_path_factory.mktemp("latent") / "llama", "llama", latent=True, dtype=torch.float32)
+
+
+def test_noise_is_not_expected_of_sherry_models(latent, tmp_path):
+    """Of weights that a Sherry training left latent, nor of those that are ternary, in whatever groups."""
+    trained = shutil.copytree(latent, tmp_path / "trained")
+    small_models.edit_config(trained, sherry_config={"weights": "latent"})
+    made = {group: small_models.make(tmp_path / str(group), "llama", group=group) for group in (64, 128)}
+    for model in (trained, *made.values()):
+        done = sherry("convert", model, "--outfile", tmp_path / "x.gguf")
+        assert done.returncode == 0 and "expect noise" not in done.stdout, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("granularity, size", [("per_group", 128), ("per_group", 256), ("per_channel", 0), ("per_tensor", 0)])
@@ -177,6 +192,7 @@ def test_latent(latent, tmp_path, granularity, size):
     done, proof = (sherry(*command, *flags, *keep) for command in commands)
     assert done.returncode == 0, done.stderr
     assert "exact 0/12, 0.0 % of blocks; quantized: error <= 0.5" in done.stdout
+    assert "\nnote: 12 of 12 ternary matrices were rounded (relative error up to 0.5" in done.stdout and NOISE in done.stdout
     assert proof.returncode == 0, proof.stdout + proof.stderr
     assert "0 TQ1_25 tensors bit for bit as in the checkpoint, 12 as the reference" in proof.stdout
     model = gguf_file.read_gguf(out)

@@ -35,7 +35,7 @@ from evaluation_support import (
     state,
 )
 
-from sherry_gguf.evaluation import command
+from sherry_gguf.evaluation import command, comparison
 from sherry_gguf.evaluation.command import PAPER
 from sherry_gguf.evaluation.models import GgufLM, load, open_lm
 from sherry_gguf.evaluation.scoring import scorer
@@ -199,11 +199,26 @@ def test_different_answers_are_listed(models, tmp_path, capsys):
     assert compared["same_choice"] == pytest.approx(1 - len(wanted) / compared["documents"])
     lines = capsys.readouterr().out.splitlines()
     at = lines.index(f"different answers: {len(wanted)}; the first 5:")
+    same = 38 - len(wanted)
+    assert re.match(rf"bpe against spm: the same choice in {same} of 38 documents \(\d+\.\d\d %\), log-likelihoods ", lines[at - 1])
     assert lines[at + 1].split() == ["task", "document", "spm", "bpe"] and len(lines) == at + 2 + 5
     for line, d in zip(lines[at + 2 :], wanted):
         (x, y), (ours, theirs) = d["scores"], d["choices"]
         shown = f"{ours}: {x[ours]:.3f} > {x[theirs]:.3f} {theirs}: {y[theirs]:.3f} > {y[ours]:.3f}"
         assert line.split() == [d["task"], str(d["document"]), *shown.split()]
+
+
+def test_one_different_answer_is_not_rounded_away():
+    """Of 30000 answers, all but one are 100.00 %, but not all."""
+    choices = [[-1.0, -2.0]] * 30000
+    for other, shown in (
+        ([*choices[1:], [-2.0, -1.0]], "29999 of 30000 documents (99.99 %)"),
+        (choices, "30000 of 30000 documents (100.00 %)"),
+    ):
+        models = [{"model": name, "tasks": {"piqa": {"documents": 30000, "choices": c}}} for name, c in (("a", choices), ("b", other))]
+        compared = comparison.compare(models, [comparison.Inputs(), comparison.Inputs()], 1)
+        lines = list(comparison.summary({"models": models, "missing": {}, "compared": [compared]}))
+        assert any(line.startswith(f"b against a: the same choice in {shown}, log-likelihoods ") for line in lines), lines
 
 
 # ---- failures ----

@@ -181,7 +181,7 @@ def test_a_quantization_to_a_device_leaves_it(odd, tmp_path):
 
 WARNING = (
     r"WARNING: (\d+) of (\d+) tensors were not 3:4 sparse ternary in the groups of their new type, such as \S+ "
-    r"\(relative error 0\.\d+\): .*training"
+    r"\(relative error 0\.\d+\): .*expect noise unless the model was trained with Sherry\. .*sherry-gguf calibrate"
 )
 
 
@@ -212,6 +212,5 @@ def test_quantize_warns_of_groups_of_64(tmp_path):
     upstream_f32(tmp_path / "hf", tmp_path / "f32.gguf")
     code, text = quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", "TQ1_25")
     assert code == 0 and re.findall(WARNING, text) == [("14", "14")] and "groups of 64, quantize it to TQ1_25_64" in text, text
-    assert "an importance matrix (--imatrix) helps" in text
     code, text = quantize(tmp_path / "f32.gguf", tmp_path / "q.gguf", "TQ1_25_64")
     assert code == 0 and "WARNING" not in text, text

@@ -111,7 +111,7 @@ class tq1_25_quantize_run {
     }
 
     // Call when everything is written.
-    void finished(bool has_imatrix) {
+    void finished() {
         unfinished.clear();
         const loss * first = nullptr;
         size_t count = 0;
@@ -126,10 +126,10 @@ class tq1_25_quantize_run {
         if (first) {
             LLAMA_LOG_WARN(
                 "WARNING: %zu of %zu tensors were not 3:4 sparse ternary in the groups of their new type, such as %s "
-                "(relative error %.2g): %straining the model for the type works best%s\n",
+                "(relative error %.2g): %sexpect noise unless the model was trained with Sherry. "
+                "An ordinary model loses less if sherry-gguf calibrate prepares its Hugging Face directory first\n",
                 count, losses.size(), first->tensor->name, std::sqrt(first->squared_error / first->squares),
-                first->type == GGML_TYPE_TQ1_25 ? "if the model was trained in groups of 64, quantize it to TQ1_25_64; otherwise " : "",
-                has_imatrix ? "" : ", and an importance matrix (--imatrix) helps");
+                first->type == GGML_TYPE_TQ1_25 ? "if the model was trained in groups of 64, quantize it to TQ1_25_64; otherwise " : "");
         }
     }
 };
