@@ -48,6 +48,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add("--tokenizer", default="", metavar="DIR", help="tokenizer, if it is not the model's")
     add("--generated", type=_share, default=0.0, metavar="SHARE", help="""share of the sequences that the model writes itself, using
         only characters that occur in --text; 1 needs no --text (0)""")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE", help="""beginnings for what the model writes, one a line (\\n for a line break): each
+        sequence takes one at random""")  # fmt: skip
     add("--tokens", type=positive, default=1 << 18, metavar="N", help="""tokens to train the layers on, generated ones included;
         --steps reads more text (262144)""")  # fmt: skip
     add("--context", type=positive, default=512, metavar="N", help="tokens of a sequence (512)")
@@ -76,6 +78,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     a = parser.parse_args(argv)
     if not a.text and a.generated < 1:
         parser.error("the following arguments are required: --text (or --generated 1)")
+    if a.prompts and not a.generated:
+        parser.error("argument --prompts: it needs --generated")
     if a.context < 8:
         parser.error("argument --context: use at least 8 tokens")
     if a.tokens < 2 * a.context:

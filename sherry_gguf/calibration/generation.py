@@ -4,7 +4,7 @@ The idea is LLM-QAT's (Liu et al. 2023, arXiv:2305.17888): a model's own samples
 drawn from the model's probabilities, at temperature 1, so that they are a fair sample.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,8 +73,8 @@ def batch_size(config: Any, context: int, itemsize: int) -> int:
 
 
 @torch.inference_mode()
-def generate(model: Any, allowed: torch.Tensor, bos: int | None, batch: int, context: int, seed: int,
-             advance: Callable[[], object]) -> torch.Tensor:  # fmt: skip
+def generate(model: Any, allowed: torch.Tensor, bos: int | None, batch: int, context: int, seed: int, advance: Callable[[], object],
+             prompts: Sequence[list[int]] = ()) -> torch.Tensor:  # fmt: skip
     """Draw sequences from the model: tokens, int64 (batch, context), on the CPU.
 
     Args:
@@ -83,6 +83,7 @@ def generate(model: Any, allowed: torch.Tensor, bos: int | None, batch: int, con
         bos: the first token of each; None: a random one.
         seed: of the draw.
         advance: called after each token.
+        prompts: tokens to begin with after `bos`, shorter than the context; each sequence takes one of them at random.
     """
     before = model.config._attn_implementation
     if before == "sdpa":  # others may do more than scale and mask
@@ -90,26 +91,34 @@ def generate(model: Any, allowed: torch.Tensor, bos: int | None, batch: int, con
         transformers.AttentionMaskInterface.register(ATTENTION, sdpa_mask)
         model.set_attn_implementation(ATTENTION)
     try:
-        return _generate(model, allowed, bos, batch, context, seed, advance)
+        return _generate(model, allowed, bos, batch, context, seed, advance, prompts)
     finally:
         model.set_attn_implementation(before)
 
 
-def _generate(model, allowed, bos, batch, context, seed, advance) -> torch.Tensor:
+def _generate(model, allowed, bos, batch, context, seed, advance, prompts) -> torch.Tensor:
     random = torch.Generator(model.device).manual_seed(seed)
     allowed = allowed.to(model.device)
     config, head = model.config.get_text_config(), layers.Head(model, allowed)
     padding = -len(allowed) % GROUP
     cache = Cache(layers=[GrownLayer(context) for _ in range(config.num_hidden_layers)])
     first = allowed[torch.randint(len(allowed), (batch, 1), generator=random, device=model.device)]
-    ids = first if bos is None else torch.full_like(first, bos)
+    given = torch.full((context, batch), -1)  # -1: the model writes
+    if bos is not None:
+        given[0] = bos
+    if prompts:
+        begin, chosen = int(bos is not None), torch.randint(len(prompts), (batch,), generator=random, device=model.device)
+        for i, prompt in enumerate(prompts[int(k)] for k in chosen):
+            given[begin : begin + len(prompt), i] = torch.tensor(prompt)
+    given = given.to(model.device).unsqueeze(-1)
+    ids = torch.where(given[0] < 0, first, given[0])
     found = [ids]
-    for _ in range(context - 1):
+    for place in range(1, context):
         logits = head(head.body(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[:, -1])
         share = torch.nn.functional.pad(logits.softmax(-1, dtype=torch.float32), (0, padding)).view(batch, -1, GROUP)
         group = torch.multinomial(share.sum(-1), 1, generator=random)[:, 0]
         token = torch.multinomial(share[torch.arange(batch, device=model.device), group], 1, generator=random)
-        ids = allowed[group[:, None] * GROUP + token]
+        ids = torch.where(given[place] < 0, allowed[group[:, None] * GROUP + token], given[place])
         found.append(ids)
         advance()
     return torch.cat(found, 1).cpu()

@@ -104,6 +104,7 @@ class Calibration:
     def _check_settings(self, fingerprint: str, text: torch.Tensor) -> None:
         """Raises Stop if --work was begun with other settings, another model or text."""
         now = {k: v for k, v in vars(self.a).items() if k not in FREE}
+        now["prompts"] = hashlib.sha256(repr(self.source.prompts).encode()).hexdigest() if self.source.prompts else None
         now |= {"bf16": self.bf16, "weights": fingerprint, "sequences": hashlib.sha256(text.numpy().tobytes()).hexdigest()}
         now, mark = json.loads(json.dumps(now)), self.a.work / SETTINGS
         if mark.exists():

@@ -44,7 +44,8 @@ class Source:
         self.characters: set[str] = set()
         for text in self.documents if a.generated else []:
             self.characters.update(text)
-        said = [model, a.context, a.seed, "".join(sorted(self.characters)), tokenizer.bos_token_id]
+        self.prompts = self._prompts() if a.prompts else []
+        said = [model, a.context, a.seed, "".join(sorted(self.characters)), tokenizer.bos_token_id, *self.prompts]
         self.key = hashlib.sha256(repr(said).encode("utf-8", "surrogatepass")).hexdigest()[:12]
 
     def for_layers(self) -> torch.Tensor:
@@ -106,6 +107,23 @@ class Source:
 
     # ---- the model's own writing: files in --work, one for each batch ----
 
+    def _prompts(self) -> list[list[int]]:
+        """The tokens of each line of --prompts, in which \\n stands for a line break. Raises Stop."""
+        a, found = self.a, []
+        try:
+            lines = a.prompts.read_text(encoding="utf-8").split("\n")
+        except UnicodeDecodeError as e:
+            raise Stop(f"--prompts {a.prompts} is not UTF-8: {e}") from None
+        for number, line in enumerate(lines, 1):
+            text = line.replace("\\n", "\n")
+            ids = list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+            if len(ids) > a.context // 2:
+                raise Stop(f"--prompts {a.prompts}: line {number} has {len(ids)} tokens, more than half a sequence of {a.context}")
+            found += [ids] * bool(line.strip())
+        if not found:
+            raise Stop(f"--prompts {a.prompts} is empty: write a prompt in each line")
+        return found
+
     def lacks(self) -> int:
         """How many sequences are still to be written."""
         return max(0, sum(self.generated) - len(self.written()))
@@ -129,7 +147,8 @@ class Source:
         with tqdm(desc="writing", total=self.lacks() * (a.context - 1), unit="token", unit_scale=True, leave=False) as bar:
             while lacking := self.lacks():
                 n = min(most, lacking)
-                ids = generation.generate(model, allowed, bos, n, a.context, a.seed + number, functools.partial(bar.update, n))
+                ids = generation.generate(model, allowed, bos, n, a.context, a.seed + number, functools.partial(bar.update, n),
+                                          self.prompts)  # fmt: skip
                 _save(self._path(number), ids.numpy().astype(np.int32))
                 number += 1
 

@@ -63,6 +63,54 @@ def test_another_seed_gives_other_text():
     assert torch.equal(a, b) and not torch.equal(a, c)
 
 
+@pytest.mark.parametrize("bos", [1, None])
+def test_prompts(bos):
+    """Each sequence begins with one of them, and goes on with what the model finds likely after it."""
+    model, prompts = tiny("gemma2"), [[7, 8, 9], [10, 11], [300]]
+    seen = []
+    hook = layers.body(model).register_forward_hook(lambda module, args, out: seen.append(out.last_hidden_state))
+    ids = generation.generate(model, torch.arange(20, 280), bos, 32, CONTEXT, 0, lambda: None, prompts)
+    hook.remove()
+    chosen = []
+    for row in ids.tolist():
+        own = row if bos is None else row[1:]
+        assert bos is None or row[0] == bos
+        [prompt] = [p for p in prompts if own[: len(p)] == p]
+        chosen.append(len(prompt))
+        assert all(20 <= token < 280 for token in own[len(prompt) :])
+    assert {1, 2, 3} == set(chosen)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.cat(seen, 1), layers.body(model)(input_ids=ids).last_hidden_state[:, :-1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_of_prompts(model, text, tmp_path, capfd):
+    prompts, work = tmp_path / "prompts.txt", tmp_path / "hf.work"
+    prompts.write_text("One day\\n\n\n  the sea \n", encoding="utf-8")
+    argv = [*arguments(model, text, tmp_path / "hf", "--generated", 0.5, "--prompts"), str(prompts)]
+    assert command.main(argv) == 0
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    begun = [tokenizer.encode(p, add_special_tokens=False) for p in ("One day\n", "  the sea ")]
+    [written] = work.glob("written-*")
+    rows = np.load(written)[:, 1:].tolist()
+    assert {next(i for i, p in enumerate(begun) if row[: len(p)] == p) for row in rows} == {0, 1}
+    again = [*arguments(model, text, tmp_path / "again", "--generated", 0.5, "--work", work, "--prompts"), str(prompts)]
+    prompts.write_text("One night\n", encoding="utf-8")
+    capfd.readouterr()
+    assert command.main(again) == 1 and "was begun with other settings (prompts: " in capfd.readouterr().err
+    for data, says in (
+        (b"\n", "is empty: write a prompt in each line"),
+        (b"\xff", "is not UTF-8"),
+        (b"x" * 999, "more than half a sequence"),
+    ):
+        prompts.write_bytes(data)
+        assert command.main(again) == 1 and says in capfd.readouterr().err
+    prompts.unlink()
+    assert command.main(again) == 1 and "No such file" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main([*arguments(model, text, tmp_path / "again", "--prompts"), str(prompts)])
+    assert "argument --prompts: it needs --generated" in capfd.readouterr().err
+
+
 def test_without_a_first_token():
     ids = generation.generate(tiny("llama"), torch.arange(7, 320), None, 64, 3, 0, lambda: None)
     assert ids.min() >= 7 and len(ids[:, 0].unique()) > 32
