@@ -8,8 +8,8 @@ Three steps, so that the second needs neither a network nor a build, and can be 
   real_training.py report               tables and a plot of what is done
 
 `prepare` also copies all that `run` needs into --work/parts, in files of at most
---part-size. `run` puts them together again. It says when all is done, and
-reports too.
+--part-size. `run` puts them together again. It reports what is done, and says
+if there is more to do.
 
 Each method's learning rate is swept with seed 0, by factors of 2 until the best lies between two worse ones, on one half of the held-out
 text. Then it trains with other seeds at its best rate; the report shows these seeds' losses on the other half.

@@ -89,7 +89,7 @@ def table(results: list[dict], shape: tuple, methods: dict[str, list[dict]]) -> 
                       *(accuracies([row["tasks"][-1][name] for row in rows if row["tasks"]]) for name in names)])  # fmt: skip
     machines = ", ".join(sorted({row["machine"] for row in mine}))
     minutes = sum(row["seconds"] for row in mine) / 60
-    beside = " or ".join(f"{jobs} at a time with {threads} threads each" if jobs > 1 else f"one at a time with {threads} threads"
+    beside = " or ".join(f"{jobs} at a time, with {threads} thread{'s' * (threads > 1)} each"
                          for jobs, threads in sorted({(row["jobs"], row["threads"]) for row in mine}))  # fmt: skip
     text = (f"**{steps * batch * context / 1e6:.2f} M tokens** ({steps} steps of {batch} x {context}), "
             f"{'groups of 128 or 64' if granularity == 'per_group' else 'a scale for each row'}; {machines}. {len(mine)} runs took "
@@ -126,7 +126,8 @@ def plot(shown: dict[tuple, dict[str, list[dict]]], path: Path) -> None:
     looked = any(len(looks(row)) > 1 for methods in shown.values() for rows in methods.values() for row in rows)
     height = 1 + looked
     figure, axes = plt.subplots(height, len(kinds), figsize=(9 * len(kinds), 5.5 * height), squeeze=False, layout="constrained")
-    colors = dict(zip(METHODS, matplotlib.color_sequences["tab20"]))
+    shades = matplotlib.color_sequences["tab20"]  # dark ones and their light ones in turn
+    colors = dict(zip(METHODS, [*shades[::2], *shades[1::2]]))
     for (granularity, batch, context), column in zip(kinds, axes.T):
         lengths = [shown[shape] for shape in sorted(shown) if (shape[0], *shape[2:]) == (granularity, batch, context)]
         plot_losses(column[0], lengths, colors)
@@ -164,21 +165,27 @@ def plot_accuracies(axis: Any, lengths: list[dict[str, list[dict]]], colors: dic
     for methods in lengths:
         for method, rows in methods.items():
             if found := [seen for row in rows if len(seen := looks(row)) > 1]:
-                points = np.array(found)  # (seeds, looks, 2)
-                band(axis, points[0, :, 0], points[:, :, 1], colors[method], METHODS[method][0] if method not in drawn else None)
+                points = np.array(found)  # (seeds, looks, 3)
+                x, y, error = points[0, :, 0], points[:, :, 1], points[:, :, 2].mean(0) / len(points) ** 0.5
+                band(axis, x, y, colors[method], METHODS[method][0] if method not in drawn else None)
+                axis.vlines(x, y.mean(0) - error, y.mean(0) + error, colors=colors[method], lw=1)
                 drawn.add(method)
     if not drawn:
         axis.set_axis_off()
         return
-    axis.set(xlabel="tokens seen, millions", ylabel="accuracy in percent, mean over the tasks")
+    axis.set(xlabel="tokens seen, millions", ylabel="accuracy in percent, mean over the tasks, with its standard error")
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 
 
-def looks(row: dict) -> list[tuple[float, float]]:
-    """A run's looks at the tasks: millions of tokens seen, and the mean accuracy over the tasks in percent."""
-    accuracy = [[found["acc"] for name, found in look.items() if name != "tokens"] for look in row["tasks"]]
-    return [(look["tokens"] / 1e6, 100 * statistics.mean(found)) for look, found in zip(row["tasks"], accuracy) if found]
+def looks(row: dict) -> list[tuple[float, float, float]]:
+    """A run's looks at the tasks: millions of tokens seen, the mean accuracy over the tasks and its standard error in percent."""
+    seen = []
+    for look in row["tasks"]:
+        if found := [task for name, task in look.items() if name != "tokens"]:
+            error = sum(task["acc_stderr"] ** 2 for task in found) ** 0.5 / len(found)
+            seen.append((look["tokens"] / 1e6, 100 * statistics.mean(task["acc"] for task in found), 100 * error))
+    return seen
 
 
 def band(axis: Any, x: np.ndarray, ys: np.ndarray, color: Any, label: str | None) -> None:

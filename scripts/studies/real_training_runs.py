@@ -30,6 +30,7 @@ METHODS: dict[str, tuple[str, str, tuple[tuple[str, float], ...], bool]] = {
     "sherry": ("Sherry without Arenas", "sherry", (), False),
     "arenas": ("Sherry, mild Arenas", "sherry", MILD, False),
     "arenas-published": ("Sherry, Arenas as published", "sherry", PUBLISHED, False),
+    "absmean-arenas-published": ("absmean ternary, Arenas as published", "absmean", PUBLISHED, False),
     "absmean-teacher": ("absmean ternary, with a teacher", "absmean", (), True),
     "twn-teacher": ("TWN ternary, with a teacher", "twn", (), True),
     "sherry-teacher": ("Sherry without Arenas, with a teacher", "sherry", (), True),

@@ -314,7 +314,8 @@ def test_the_report(prepared, tmp_path, capfd):
 
 def result(method: str, seed: int, steps: int, *percents: float) -> dict:
     """One run's, with these accuracies before, halfway and at the end, or at the end only."""
-    found = [{"tokens": int(1e6) * steps * i // 2, "x": {"acc": p / 100 - 0.1}, "y": {"acc": p / 100 + 0.1}}
+    found = [{"tokens": int(1e6) * steps * i // 2, "x": {"acc": p / 100 - 0.1, "acc_stderr": 0.03},
+              "y": {"acc": p / 100 + 0.1, "acc_stderr": 0.04}}
              for i, p in zip((0, 1, 2)[-len(percents) :], percents)] if percents else []  # fmt: skip
     return {"run": {"method": method, "seed": seed, "lr": 1e-3, "steps": steps, "granularity": "per_group", "batch": 1, "context": 32},
             "choice": 1.0, "curve": [{"tokens": 1, "loss": 1.0}], "tasks": found}  # fmt: skip
@@ -328,6 +329,8 @@ def test_accuracies_against_tokens(tmp_path):
     reporting.plot_accuracies(axis, list(shown.values()), dict.fromkeys(real_runs.METHODS, "red"))
     lines = [np.array(line.get_xydata()).round(6).tolist() for line in axis.lines]
     assert lines == [[[0, 30], [1, 40], [2, 60]], [[0, 20], [2, 40], [4, 60]]]  # means over tasks and seeds
+    errors = [np.diff(bar[:, 1]).item() for group in axis.collections for bar in getattr(group, "get_segments", list)()]
+    np.testing.assert_allclose(errors, [2 * 2.5 / 2**0.5] * 3 + [2 * 2.5] * 3)  # half of the root of 3² + 4², less with two seeds
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["TWN ternary"]
     for rows, height in ([result("sherry", 1, 2, 70)], 440), ([result("sherry", 1, 2, 70), result("twn", 1, 2, 0, 0, 0)], 880):
         reporting.plot({("per_group", 2, 1, 32): reporting.best(rows)}, tmp_path / "x.png")
