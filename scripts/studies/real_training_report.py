@@ -166,7 +166,7 @@ def plot_accuracies(axis: Any, lengths: list[dict[str, list[dict]]], colors: dic
         for method, rows in methods.items():
             if found := [seen for row in rows if len(seen := looks(row)) > 1]:
                 points = np.array(found)  # (seeds, looks, 3)
-                x, y, error = points[0, :, 0], points[:, :, 1], points[:, :, 2].mean(0) / len(points) ** 0.5
+                x, y, error = points[0, :, 0], points[:, :, 1], points[:, :, 2].mean(0)  # all seeds answer the same documents
                 band(axis, x, y, colors[method], METHODS[method][0] if method not in drawn else None)
                 axis.vlines(x, y.mean(0) - error, y.mean(0) + error, colors=colors[method], lw=1)
                 drawn.add(method)

@@ -330,7 +330,7 @@ def test_accuracies_against_tokens(tmp_path):
     lines = [np.array(line.get_xydata()).round(6).tolist() for line in axis.lines]
     assert lines == [[[0, 30], [1, 40], [2, 60]], [[0, 20], [2, 40], [4, 60]]]  # means over tasks and seeds
     errors = [np.diff(bar[:, 1]).item() for group in axis.collections for bar in getattr(group, "get_segments", list)()]
-    np.testing.assert_allclose(errors, [2 * 2.5 / 2**0.5] * 3 + [2 * 2.5] * 3)  # half of the root of 3² + 4², less with two seeds
+    np.testing.assert_allclose(errors, [2 * 2.5] * 6)  # half of the root of 3² + 4²
     assert [text.get_text() for text in axis.get_legend().get_texts()] == ["TWN ternary"]
     for rows, height in ([result("sherry", 1, 2, 70)], 440), ([result("sherry", 1, 2, 70), result("twn", 1, 2, 0, 0, 0)], 880):
         reporting.plot({("per_group", 2, 1, 32): reporting.best(rows)}, tmp_path / "x.png")
