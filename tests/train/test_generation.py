@@ -1,6 +1,7 @@
 """Text that the model writes itself, for `sherry-gguf calibrate --generated`."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,6 +110,17 @@ def test_a_file_of_prompts(model, text, tmp_path, capfd):
     with pytest.raises(SystemExit):
         command.main([*arguments(model, text, tmp_path / "again", "--prompts"), str(prompts)])
     assert "argument --prompts: it needs --generated" in capfd.readouterr().err
+
+
+def test_the_prompts_of_examples(model):
+    """They are complete, differ, and fit a sequence of any usual length."""
+    path = Path(__file__).parents[2] / "examples" / "prompts" / "encyclopedia.txt"
+    a = command.parse([str(model), "--output", "x", "--generated", "1", "--context", "256", "--prompts", str(path)], "calibrate")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    prompts = sequences.Source(a, tokenizer, "").prompts
+    said = {tokenizer.decode(p) for p in prompts}
+    assert len(said) == len(prompts) == len(path.read_text(encoding="utf-8").splitlines()) > 100
+    assert all(text.startswith(" = ") and text.count("\n") >= 2 and not text.endswith((" ", "\n")) for text in said)
 
 
 def test_without_a_first_token():
