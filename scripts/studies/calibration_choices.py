@@ -38,6 +38,8 @@ from sherry_gguf.training.files import differences, undamaged, write
 BASE = "base"
 SETTINGS = "settings.json"  # in --work
 WEIGHTS = "*.safetensors"  # of a model
+PROMPTED = ("--generated", "0.5", "--prompts", str(ROOT / "examples/prompts/encyclopedia.txt"))
+SHORT = ("--context", "×0.5", "--steps", "×2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,9 @@ VARIANTS = {
     "tokens": Variant("layers, 4 times the tokens", ("--tokens", "×4")),
     "passes": Variant("layers, two passes", ("--passes", "2")),
     "generated": Variant("half of the text generated", ("--generated", "0.5")),
+    "prompted": Variant("half of the text generated, each time from the beginning of an article", PROMPTED),
+    "short": Variant("sequences of half the length, twice the steps", SHORT),
+    "prompted-short": Variant("both: from the beginning of an article, half the length", (*PROMPTED, *SHORT)),
     "layers-mild": Variant("layers with mild Arenas", change="layers-mild"),
     "layers-published": Variant("layers with Arenas as published", change="layers-published"),
     "scales": Variant("distillation of scales and norms", ("--train", "scales"), own=False),
@@ -99,7 +104,7 @@ class Run(Kept):
 
 def flags(run: Run) -> list[str]:
     """The run's flags, with its sizes in them."""
-    sizes = {"--tokens": run.tokens, "--steps": run.steps}
+    sizes = {"--tokens": run.tokens, "--steps": run.steps, "--context": run.context}
     found = ["--tokens", str(run.tokens), "--passes", "1", "--batch", "2", "--steps", str(run.steps), "--train", "weights",
              "--context", str(run.context)]  # fmt: skip
     for name, value in zip(VARIANTS[run.variant].flags[::2], VARIANTS[run.variant].flags[1::2]):
@@ -355,7 +360,7 @@ def main(argv: list[str] | None = None) -> int:
     a.variants = {BASE, *([name for name in a.variants.split(",") if name] or VARIANTS)}
     if unknown := a.variants - set(VARIANTS):
         p.error(f"--variants {', '.join(sorted(unknown))}: choose from {', '.join(VARIANTS)}")
-    for name, least in {"tokens": 1, "steps": 2, "context": 1, "chunks": 1}.items():  # a variant has half of the steps
+    for name, least in {"tokens": 1, "steps": 2, "context": 2, "chunks": 1}.items():  # a variant has half of them
         if getattr(a, name) < least:
             p.error(f"--{name} {getattr(a, name)}: at least {least}")
     a.model = str(Path(a.model).resolve())
