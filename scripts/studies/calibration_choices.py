@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 from quality_report import grid
 from real_training_runs import MILD, PUBLISHED
-from study_runs import Kept, Runs, compare, suffixed
+from study_runs import SETTINGS, Kept, Runs, compare, suffixed
 
 from sherry_gguf.bench import cpu_name
 from sherry_gguf.errors import Stop
@@ -36,7 +36,6 @@ from sherry_gguf.ternary import GROUP
 from sherry_gguf.training.files import differences, undamaged, write
 
 BASE = "base"
-SETTINGS = "settings.json"  # in --work
 WEIGHTS = "*.safetensors"  # of a model
 PROMPTED = ("--generated", "0.5", "--prompts", str(ROOT / "examples/prompts/encyclopedia.txt"))
 SHORT = ("--context", "×0.5", "--steps", "×2")

@@ -14,6 +14,9 @@ if there is more to do.
 Each method's learning rate is swept with seed 0, by factors of 2 until the best lies between two worse ones, on one half of the held-out
 text. Then it trains with other seeds at its best rate; the report shows these seeds' losses on the other half.
 
+Two machines can share the work: copy --work/parts to both, and give the report of
+one, OUT.json, to the other's `run --merge`.
+
 --data names a directory with books.train.jsonl.xz and books.heldout.jsonl.xz (a document in each line's field `text`) and the tasks' files
 (examples/tasks/README.md).
 """
@@ -37,7 +40,7 @@ sys.path[:0] = [str(ROOT)]  # on a machine where nothing is installed
 
 from real_training_report import report
 from real_training_runs import METHODS, Run, all_runs, memory, train
-from study_runs import Paused, Runs
+from study_runs import SETTINGS, Paused, Runs
 
 from sherry_gguf.errors import NotBuilt, Stop
 from sherry_gguf.programs import HelpWithDefaults
@@ -75,6 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--jobs", type=int, default=0, metavar="N", help="runs at a time; 0: one on a GPU, else what CPUs and memory allow")
     g.add_argument("--threads", type=int, default=0, metavar="N", help="CPU threads of a run; 0: the CPUs divided by --jobs")
     g.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where to train")
+    g.add_argument("--merge", type=Path, metavar="FILE", help="also take the finished runs of another machine's OUT.json")
     g.add_argument("--float32", dest="bf16", action="store_false", help="train with float32 products, not bfloat16")
     a = p.parse_args(argv)
     a.methods = [name for name in a.methods.split(",") if name] or list(METHODS)
@@ -133,19 +137,36 @@ def run(a: argparse.Namespace) -> bool:
     a.jobs = a.jobs or (1 if a.device == "cuda" else min(cpus, fit))  # two runs of one thread: 1.4 times the steps of one run with two
     a.threads = a.threads or max(1, cpus // a.jobs)
     settings = {name: getattr(a, name) for name in ("bf16", "micro", "eval_blocks", "task_looks")} | {"data": figures["data"]}
-    mark = a.work / "settings.json"
+    mark = a.work / SETTINGS
     if mark.exists():
         with undamaged(mark, "remove it, and runs.jsonl, start-*.json and checkpoints beside it"):
             other = differences(json.loads(mark.read_text()), settings)
         if other:
             raise Stop(f"{a.work} was begun with other settings ({other}): choose another --work")
     write(mark, json.dumps(settings) + "\n")
+    merged = finished(a.merge, settings) if a.merge else []
     with Runs(a, Run, train) as runs:
+        if a.merge:
+            print(f"{runs.add(merged)} runs from {a.merge}", flush=True)
         try:
             all_runs(runs, a)
         except Paused:
             return False
     return True
+
+
+def finished(path: Path, settings: dict) -> list[dict]:
+    """The runs of another machine's report. Raises Stop if it trained on other data or with other settings."""
+    if not path.is_file():
+        raise Stop(f"--merge {path} is not there")
+    with undamaged(path, "copy it again"):
+        report = json.loads(path.read_text())
+        then, results = dict(report["settings"]), list(report["runs"])
+        for result in results:
+            Run.saved(result["run"])
+    if other := differences(then, settings):
+        raise Stop(f"--merge {path} was made with other settings ({other})")
+    return results
 
 
 def cpu_name() -> str:

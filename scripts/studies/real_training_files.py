@@ -70,7 +70,7 @@ def split_up(work: Path, size: int) -> None:
     parts.mkdir()
     with tarfile.open(archive, "w") as tar:
         for name in ("figures.json", "tokens.npz", "tasks.json", "model"):
-            tar.add(work / name, COMPLETE if name == "figures.json" else name)
+            tar.add(work / name, COMPLETE if name == "figures.json" else name, filter=plain)
     sums: list[str] = []
     with archive.open("rb") as file:
         while data := file.read(size):
@@ -79,6 +79,14 @@ def split_up(work: Path, size: int) -> None:
             sums.append(f"{hashlib.sha256(data).hexdigest()}  {name}\n")
     archive.unlink()
     (parts / SUMS).write_text("".join(sums))  # last: with it they are complete
+
+
+def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    """Without owner and time, so that the same files give the same digest everywhere."""
+    member.uid = member.gid = member.mtime = 0
+    member.uname = member.gname = ""
+    member.mode = 0o755 if member.isdir() else 0o644
+    return member
 
 
 def finish(work: Path, figures: Path) -> None:

@@ -10,14 +10,14 @@ import numpy as np
 from quality_report import grid, paired
 from real_training_files import COMPLETE
 from real_training_runs import METHODS
-from study_runs import ordered, suffixed
+from study_runs import RUNS, SETTINGS, ordered, suffixed
 
 FURTHER = 8  # times the tokens: how far the plot extrapolates
 
 
 def report(work: Path, out: Path) -> list[str]:
     """Write out.md, out.json and, if matplotlib is there, out.png; returns their suffixes, none if there is nothing to report."""
-    path, results = work / "runs.jsonl", []
+    path, results = work / RUNS, []
     for line in path.read_text().splitlines() if path.is_file() else []:
         with contextlib.suppress(ValueError):  # a line that an interruption cut off; that run is repeated
             results.append(json.loads(line))
@@ -26,7 +26,8 @@ def report(work: Path, out: Path) -> list[str]:
     figures = json.loads((work / COMPLETE).read_text())
     shown = {shape: best(rows) for shape, rows in by_shape(results).items()}
     out.parent.mkdir(parents=True, exist_ok=True)
-    suffixed(out, ".json").write_text(json.dumps({"prepared": figures, "runs": results}, indent=1) + "\n", encoding="utf-8")
+    whole = {"prepared": figures, "settings": json.loads((work / SETTINGS).read_text()), "runs": results}
+    suffixed(out, ".json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     suffixed(out, ".md").write_text(
         "\n\n".join([title(figures), *(table(results, *item) for item in shown.items())]) + "\n", encoding="utf-8"
     )

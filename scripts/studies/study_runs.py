@@ -15,6 +15,7 @@ from typing import Any
 from sherry_gguf.errors import Stop
 from sherry_gguf.training.files import locked, write
 
+RUNS, SETTINGS = "runs.jsonl", "settings.json"  # in --work: what is done, and what all runs depend on
 EXTEND = 3  # extend a sweep at most this many times on either side
 TIE, LEADERS = 3e-3, 2  # the seed alone may explain a smaller difference; at most this many such choices get all seeds
 
@@ -36,7 +37,7 @@ class Kept:
 
 
 class Runs:
-    """Runs, each trained once and kept in work/runs.jsonl. As a context manager, it ends its processes.
+    """Runs, each trained once and kept in the file RUNS of --work. As a context manager, it ends its processes.
 
     a: the program's arguments; `work` is the directory, `jobs` the runs at a time.
     kind: the runs' class, a Kept.
@@ -45,7 +46,7 @@ class Runs:
     """
 
     def __init__(self, a: argparse.Namespace, kind: type[Kept], train: Callable[[Any, dict], dict]):
-        self.a, self.path, self.train = a, a.work / "runs.jsonl", train
+        self.a, self.kind, self.path, self.train = a, kind, a.work / RUNS, train
         self.pool = concurrent.futures.ProcessPoolExecutor(a.jobs, mp_context=multiprocessing.get_context("spawn"))
         self.done: dict[str, dict] = {}
         if self.path.is_file():
@@ -78,6 +79,18 @@ class Runs:
     def __contains__(self, run: Kept) -> bool:
         return run.key() in self.done
 
+    def keep(self, run: Kept, result: dict) -> None:
+        self.done[run.key()] = result
+        with open(self.path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(result) + "\n")
+
+    def add(self, results: list[dict]) -> int:
+        """Keep results of runs that are not done here, and return how many there are."""
+        missing = {run: result for result in results if (run := self.kind.saved(result["run"])) not in self}
+        for run, result in missing.items():
+            self.keep(run, result)
+        return len(missing)
+
     def need(self, runs: list) -> None:
         """Train the runs that are not done yet, `jobs` at a time.
 
@@ -98,9 +111,7 @@ class Runs:
                 for other in futures:
                     other.cancel()
                 continue
-            self.done[futures[future].key()] = result
-            with open(self.path, "a", encoding="utf-8") as f:
-                f.write(json.dumps(result) + "\n")
+            self.keep(futures[future], result)
             print(f"  {n} of {len(wanted)}: {futures[future]}: {result['choice']:.4f}, {result['seconds']:.0f} s", flush=True)
         if isinstance(failed, concurrent.futures.BrokenExecutor):
             raise Stop(f"a process that trained was killed: if memory ran out, use a smaller --jobs (now {self.a.jobs})") from failed

@@ -20,7 +20,7 @@ def locked(directory: Path, flag: str) -> contextlib.AbstractContextManager:
     try:
         return FileLock(directory / LOCK).acquire(blocking=False)
     except Timeout:
-        raise Stop(f"another run is training in {directory}: wait for it, or choose another {flag}") from None
+        raise Stop(f"another run is using {directory}: wait for it, or choose another {flag}") from None
 
 
 @contextlib.contextmanager

@@ -356,6 +356,46 @@ def test_parts(prepared, tmp_path, capfd):
             assert (work / path.relative_to(prepared)).read_bytes() == path.read_bytes(), path
 
 
+def test_parts_depend_on_nothing_but_the_contents(prepared, tmp_path):
+    work = tmp_path / "work"
+    shutil.copytree(prepared, work)
+    then = json.loads((work / files.COMPLETE).read_text())
+    (work / "figures.json").write_text(json.dumps({k: v for k, v in then.items() if k != "data"}, indent=1) + "\n")
+    os.utime(work / "tokens.npz", (1, 1))
+    (work / "tasks.json").chmod(0o600)
+    files.split_up(work, 1 << 20)
+    assert files.parts_digest(work) == then["data"]
+
+
+def test_runs_of_another_machine(prepared, tmp_path, capfd):
+    """It trained one method, this one trains the other."""
+    theirs, mine = tmp_path / "theirs", tmp_path / "mine"
+    shutil.copytree(prepared, theirs)
+    shutil.copytree(prepared, mine)
+    assert real_training.main(arguments(theirs, "--methods", "absmean")) == 0
+    report = theirs / "out.json"
+    done = json.loads(report.read_text())["runs"]
+    capfd.readouterr()
+    assert real_training.main(arguments(mine, "--merge", report)) == 0
+    assert f"{len(done)} runs from {report}\n" in (said := capfd.readouterr().out) and "absmean lr" not in said and "sherry lr" in said
+    whole = json.loads((mine / "out.json").read_text())["runs"]
+    assert whole[: len(done)] == done and {r["run"]["method"] for r in whole[len(done) :]} == {"sherry"}
+    assert real_training.main(arguments(mine, "--merge", report)) == 0
+    assert f"0 runs from {report}\n" in capfd.readouterr().out
+
+    lines = (mine / "runs.jsonl").read_text()
+    report.write_text(report.read_text().replace('"eval_blocks": ', '"eval_blocks": 1'))
+    assert real_training.main(arguments(mine, "--merge", report)) == 1
+    assert f"--merge {report} was made with other settings (eval_blocks: 1" in capfd.readouterr().err
+    report.write_text(report.read_text()[:-9])
+    assert real_training.main(arguments(mine, "--merge", report)) == 1
+    assert f"{report} is damaged" in capfd.readouterr().err
+    report.unlink()
+    assert real_training.main(arguments(mine, "--merge", report)) == 1
+    assert f"--merge {report} is not there" in capfd.readouterr().err
+    assert (mine / "runs.jsonl").read_text() == lines
+
+
 def test_other_data(prepared, tmp_path, capfd):
     """Parts of another preparation, copied over older ones, and runs on both in one directory."""
     work = tmp_path / "work"

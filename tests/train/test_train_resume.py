@@ -152,7 +152,7 @@ def test_what_cannot_be_resumed(start, text, tmp_path, capfd, monkeypatch):
     with open(tmp_path / "run/lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         code, error = main()
-    assert code == 1 and "another run is training in" in error
+    assert code == 1 and "another run is using" in error
     assert main()[0] == 0
 
 
