@@ -67,6 +67,7 @@ VARIANTS = {
     "zeros-magnitude": Variant("error feedback with zeros by magnitude, not trained", ("--passes", "0"), change="zeros-magnitude"),
     "from-zeros-magnitude": Variant("from error feedback with zeros by magnitude, trained", change="zeros-magnitude"),
     "any-order": Variant("layers from full-precision inputs, in any order", change="any-order"),
+    "any-order-seed": Variant("layers from full-precision inputs, another seed", ("--seed", "1"), change="any-order"),
     "rate-half": Variant("layers, half the rate", ("--rate", "0.01")),
     "rate-twice": Variant("layers, twice the rate", ("--rate", "0.04")),
     "tokens": Variant("layers, 4 times the tokens", ("--tokens", "×4")),
