@@ -66,8 +66,8 @@ VARIANTS = {
     "from-rounding": Variant("from rounding, trained", ("--start", "rounding")),
     "zeros-magnitude": Variant("error feedback with zeros by magnitude, not trained", ("--passes", "0"), change="zeros-magnitude"),
     "from-zeros-magnitude": Variant("from error feedback with zeros by magnitude, trained", change="zeros-magnitude"),
-    "any-order": Variant("layers from full-precision inputs, in any order", change="any-order"),
-    "any-order-seed": Variant("layers from full-precision inputs, another seed", ("--seed", "1"), change="any-order"),
+    "any-order": Variant("layers from full-precision inputs", ("--inputs", "full")),
+    "any-order-seed": Variant("layers from full-precision inputs, another seed", ("--inputs", "full", "--seed", "1")),
     "rate-half": Variant("layers, half the rate", ("--rate", "0.01")),
     "rate-twice": Variant("layers, twice the rate", ("--rate", "0.04")),
     "tokens": Variant("layers, 4 times the tokens", ("--tokens", "×4")),
@@ -116,7 +116,6 @@ def flags(run: Run) -> list[str]:
 def changed(change: str) -> Iterator[None]:
     """Within the block, calibration does what no flag asks for."""
     from sherry_gguf.calibration import distillation, feedback, training
-    from sherry_gguf.calibration.run import Calibration
 
     if not change:
         yield
@@ -124,7 +123,6 @@ def changed(change: str) -> Iterator[None]:
     where, _, how = change.partition("-")
     owner: Any
     owner, name, replaced = {
-        "any": (Calibration, "inputs", full_inputs),
         "zeros": (feedback, "choose", choose_by),
         "layers": (training.Task, "train", layers_with),
         "distill": (distillation, "distil", distil_with),
@@ -135,11 +133,6 @@ def changed(change: str) -> Iterator[None]:
         yield
     finally:
         setattr(owner, name, before)
-
-
-def full_inputs(inputs: Any, how: str) -> Any:
-    """`Calibration.inputs` from the full-precision model: no layer then needs another one's weights."""
-    return lambda calibration, i: calibration.streams.read("full", i)
 
 
 def choose_by(choose: Any, how: str) -> Any:

@@ -3,7 +3,7 @@ training it anew.
 
 One transformer layer after the other is trained to give the full-precision
 layer's outputs on your text, from the inputs that the quantized layers before
-it give. With --steps, the whole model then learns the full-precision model's
+it give, or with --inputs full, the full-precision ones. With --steps, the whole model then learns the full-precision model's
 probabilities; without, the result is much worse. The result is a Hugging Face
 directory that converts without loss:
 
@@ -58,6 +58,8 @@ def parse(argv: list[str] | None, prog: str) -> argparse.Namespace:
     add("--batch", type=positive, default=4, metavar="N", help="sequences in a training step of a layer (4)")
     add("--rate", type=_number, default=0.02, metavar="X", help="""highest learning rate, as a fraction of each matrix's
         mean magnitude (0.02)""")  # fmt: skip
+    add("--inputs", choices=["quantized", "full"], default="quantized", help="""inputs to train a layer on: what the quantized
+        layers before it give, or the full-precision ones (quantized)""")  # fmt: skip
     add("--start", choices=["feedback", "rounding"], default="feedback", help="""weights to start training from: quantized with error
         feedback (GPTQ), or the model's own (feedback)""")  # fmt: skip
     add("--group-size", choices=["auto", "64", "128"], default="auto", help="""weights that share a scale; auto: 128 where that divides

@@ -84,7 +84,8 @@ class Calibration:
             self._write()
         self.ids = self.source.for_layers()
         self.held_out = max(1, round(HELD_OUT * len(self.ids)))  # the last ones
-        self.streams = Streams(a.work, len(self.ids), a.context, self.model.config.get_text_config().hidden_size)
+        kinds = streams.KINDS if a.inputs == streams.QUANTIZED else (streams.FULL,)
+        self.streams = Streams(a.work, kinds, len(self.ids), a.context, self.model.config.get_text_config().hidden_size)
         text = [f"{self.source.bytes_per_token:.2f} bytes a token"] * bool(a.text)
         text += [f"{self.source.generated[0]} written by the model"] * bool(a.generated)
         print(f"text: {self.ids.numel()} tokens in sequences of {a.context}, {self.held_out} of {len(self.ids)} held out; "
@@ -186,8 +187,9 @@ class Calibration:
                 models.settle(module)
 
     def _embed(self) -> None:
-        with tqdm(total=2 * math.ceil(len(self.ids) / self.a.batch), desc="embedding", leave=False) as bar:
-            for kind in streams.KINDS:
+        kinds = self.streams.kinds
+        with tqdm(total=len(kinds) * math.ceil(len(self.ids) / self.a.batch), desc="embedding", leave=False) as bar:
+            for kind in kinds:
                 self.streams.write(kind, 0, self.a.batch, lambda b, e: layers.embed(self.model, self.ids[b:e].to(self.device)), bar.update)
 
     def _layer(self, i: int, layer: layers.Layer) -> dict:
@@ -201,22 +203,19 @@ class Calibration:
             with training.precision(self.device, self.bf16):
                 return layer(self.streams.read(kind, i)[b:e].to(self.device).float())
 
-        with tqdm(total=2 * batches, desc=f"layer {i + 1}", leave=False) as bar:
+        with tqdm(total=len(self.streams.kinds) * batches, desc=f"layer {i + 1}", leave=False) as bar:
             with full_precision(module):
-                self.streams.write("full", i + 1, a.batch, lambda b, e: through("full", b, e), bar.update)
-            task = training.Task(layer, self.inputs(i), self.streams.read("full", i + 1), len(self.ids) - self.held_out,
-                                 a.batch, self.bf16, self.device)  # fmt: skip
+                self.streams.write(streams.FULL, i + 1, a.batch, lambda b, e: through(streams.FULL, b, e), bar.update)
+            task = training.Task(layer, self.streams.read(a.inputs, i), self.streams.read(streams.FULL, i + 1),
+                                 len(self.ids) - self.held_out, a.batch, self.bf16, self.device)  # fmt: skip
             bar.total += task.steps(a.passes) + (task.steps(1) if a.start == "feedback" else 0)
             errors, kept = self._train(task, i, bar)
-            self.streams.write("quantized", i + 1, a.batch, lambda b, e: through("quantized", b, e), bar.update)
+            if streams.QUANTIZED in self.streams.kinds:
+                self.streams.write(streams.QUANTIZED, i + 1, a.batch, lambda b, e: through(streams.QUANTIZED, b, e), bar.update)
         with replacing(self._weights(i)) as part:
             safetensors.torch.save_file({k: v.contiguous() for k, v in module.state_dict().items()}, part)
         models.settle(module)
         return {"layer": i, "errors": errors, "kept": kept, "seconds": round(time.monotonic() - began, 1)}
-
-    def inputs(self, i: int) -> torch.Tensor:
-        """What layer i is trained on: what the quantized layers before it give."""
-        return self.streams.read("quantized", i)
 
     def _train(self, task: training.Task, i: int, bar: tqdm) -> tuple[dict[str, float], str]:
         """Quantize a layer; returns its held-out errors by what was done to it, and which of them is the least, which it then has."""

@@ -15,21 +15,21 @@ from sherry_gguf.errors import Stop
 from sherry_gguf.training.files import replacing
 
 DTYPE = torch.bfloat16
-KINDS = ("full", "quantized")
+FULL, QUANTIZED = KINDS = ("full", "quantized")
 
 
 class Streams:
-    """The files in `directory` for `sequences` of `context` tokens with `hidden` numbers each."""
+    """The files in `directory` of each of `kinds`, for `sequences` of `context` tokens with `hidden` numbers each."""
 
-    def __init__(self, directory: Path, sequences: int, context: int, hidden: int):
-        self.directory, self.shape = directory, (sequences, context, hidden)
+    def __init__(self, directory: Path, kinds: tuple[str, ...], sequences: int, context: int, hidden: int):
+        self.directory, self.kinds, self.shape = directory, kinds, (sequences, context, hidden)
 
     def path(self, kind: str, layer: int) -> Path:
         """What the layer of this number gets; the last layer's outputs have the number after it."""
         return self.directory / f"{kind}-{layer:03}.states"
 
     def exist(self, layer: int) -> bool:
-        return all(self.path(kind, layer).exists() for kind in KINDS)
+        return all(self.path(kind, layer).exists() for kind in self.kinds)
 
     def read(self, kind: str, layer: int) -> torch.Tensor:
         """bfloat16 (sequences, context, hidden), mapped from the file."""
@@ -41,7 +41,7 @@ class Streams:
 
     def drop(self, layer: int) -> None:
         """Remove a layer's inputs."""
-        for kind in KINDS:
+        for kind in self.kinds:
             with contextlib.suppress(FileNotFoundError):
                 self.path(kind, layer).unlink()
 

@@ -323,6 +323,35 @@ def test_a_run_that_was_cut_off_continues(model, calibrated, text, tmp_path, cap
         assert torch.equal(p, AutoModelForCausalLM.from_pretrained(out).state_dict()[name]), name
 
 
+@pytest.mark.parametrize("inputs", ["quantized", "full"])
+def test_inputs_of_the_layers(model, text, tmp_path, monkeypatch, inputs):
+    """Each layer's, also after a run that was cut off."""
+    seen, cut = [], True
+
+    class Task(training.Task):
+        def __init__(self, layer, given, wanted, *rest):
+            seen.append((given.clone(), wanted.clone()))
+            super().__init__(layer, given, wanted, *rest)
+
+        def train(self, *how):
+            if cut and len(seen) == 2:
+                raise KeyError
+            super().train(*how)
+
+    monkeypatch.setattr(training, "Task", Task)
+    argv = arguments(model, text, tmp_path / "hf", "--inputs", inputs, "--steps", 0)
+    with pytest.raises(KeyError):
+        command.main(argv)
+    cut, again = False, seen[1]
+    assert len(list((tmp_path / "hf.work").glob("quantized-*"))) == (inputs == "quantized")
+    assert command.main(argv) == 0
+    assert all(map(torch.equal, seen.pop(2), again)) and len(seen) == AutoConfig.from_pretrained(model).num_hidden_layers
+    for (given, _), (_, wanted) in zip(seen[1:], seen):
+        assert torch.equal(given, wanted) == (inputs == "full")  # what the full-precision layer before it gives
+    report = json.loads((tmp_path / "hf" / running.REPORT).read_text())
+    assert report["settings"]["inputs"] == inputs and all(r["errors"]["trained"] < r["errors"]["rounded"] for r in report["layers"])
+
+
 def test_more_distillation_needs_no_new_layers(model, calibrated, text, tmp_path, capfd):
     work = calibrated.with_name("hf.work")
     before = (work / running.RECORD).read_text()

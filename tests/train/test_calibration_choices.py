@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from sherry_gguf.calibration import distillation, feedback, layers, training
-from sherry_gguf.calibration.run import DISTILLED, Calibration
+from sherry_gguf.calibration.run import DISTILLED
 from sherry_gguf.errors import Stop
 from sherry_gguf.qat import prepare, quantized_layers, trainer
 from sherry_gguf.qat.arenas import Arenas
@@ -184,7 +184,7 @@ def test_arenas(how, tmp_path):
 
 
 def test_changes_end():
-    owners = {"any-order": (Calibration, "inputs"), "zeros-magnitude": (feedback, "choose"), "layers-mild": (training.Task, "train"),
+    owners = {"zeros-magnitude": (feedback, "choose"), "layers-mild": (training.Task, "train"),
               "distill-published": (distillation, "distil")}  # fmt: skip
     assert {v.change for v in study.VARIANTS.values()} >= set(owners)
     for change, (owner, name) in owners.items():
@@ -192,20 +192,6 @@ def test_changes_end():
         with study.changed(change):
             assert getattr(owner, name) is not before
         assert getattr(owner, name) is before
-
-
-def test_any_order():
-    """The layers are then trained on what the full-precision model gives."""
-
-    class Streams:
-        def read(self, kind, i):
-            return kind, i
-
-    calibration = Calibration.__new__(Calibration)
-    calibration.streams = Streams()
-    assert calibration.inputs(3) == ("quantized", 3)
-    with study.changed("any-order"):
-        assert calibration.inputs(3) == ("full", 3)
 
 
 def test_sizes():
