@@ -329,7 +329,7 @@ def plot(results: list[dict], path: Path) -> None:
     colors = ["tab:red" if d > 0 else "tab:green" for d in differences]
     axes.barh([VARIANTS[r["run"]["variant"]].label for r in others], differences, color=colors)
     axes.axvline(0, color="black", lw=0.8)
-    axes.set(xlabel=f"nats a token more than the base, which has {base:.2f}; less is better")
+    axes.set(xlabel=f"nats a token more than the base,\nwhich has {base:.2f} (less is better)")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
