@@ -3,9 +3,10 @@ training it anew.
 
 One transformer layer after the other is trained to give the full-precision
 layer's outputs on your text, from the inputs that the quantized layers before
-it give, or with --inputs full, the full-precision ones. With --steps, the whole model then learns the full-precision model's
-probabilities; without, the result is much worse. The result is a Hugging Face
-directory that converts without loss:
+it give, or with --inputs full, the full-precision ones. With --steps, the whole
+model then learns the full-precision model's probabilities; without, the result
+is much worse. The result is a Hugging Face directory that converts without
+loss:
 
   sherry-gguf calibrate MODEL --text books/ --output calibrated --steps 1000
   sherry-gguf convert calibrated --require-exact
