@@ -10,11 +10,11 @@ Needs scripts/build_llama_cpp.py, and what scripts/build/arm.py needs.
 """
 
 import argparse
-import functools
 import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "build"))
@@ -57,23 +57,34 @@ def build(work: Path) -> None:
              "-Wl,--unresolved-symbols=ignore-all", "-o", work / level)  # fmt: skip
 
 
-@functools.cache
-def single_steps() -> str:
-    """The option that makes qemu translate one instruction at a time; QEMU 8.1 renamed it."""
-    return "-one-insn-per-tb" if "-one-insn-per-tb" in call(EMULATOR, "-help") else "-singlestep"
-
-
 def instructions(program: Path, kernel: str, n: int, nc: int) -> int | None:
     """How many instructions a run executes; None if the program has no such kernel. Raises Stop."""
     with tempfile.NamedTemporaryFile() as log:
-        command = [EMULATOR, "-cpu", "max", single_steps(), "-d", "nochain,exec", "-D", log.name, program, kernel, str(n), str(nc)]
+        command = [EMULATOR, "-cpu", "max", "-d", "in_asm,nochain,exec", "-D", log.name, program, kernel, str(n), str(nc)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode == NO_SUCH_KERNEL:
             return None
-        count = sum(1 for line in log if line.startswith(b"Trace"))
+        count = executed(log)
         if done.returncode or not count:
             raise Stop(f"{program.name} {kernel}: {done.returncode}, {count} instructions; {done.stderr}")
         return count
+
+
+def executed(log: Iterable[bytes]) -> int:
+    """How many instructions qemu ran: its log has each block's when it is translated, before it first runs, and a line for each run."""
+    sizes: dict[bytes, int] = {}  # by the address of the translation
+    translated = count = 0
+    for line in log:
+        if line.startswith(b"0x"):
+            translated += 1
+        elif line.startswith(b"Trace"):
+            block = line.split(maxsplit=3)[2]
+            if translated:
+                sizes[block], translated = translated, 0
+            if block not in sizes:
+                raise Stop(f"{EMULATOR} logged no instructions of a block that it ran: try QEMU 7.2, Debian 12's")
+            count += sizes[block]
+    return count
 
 
 def per_128(program: Path, kernel: str, rows: int, nc: int = 1) -> float | None:
