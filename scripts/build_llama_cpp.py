@@ -231,7 +231,7 @@ def configure(arguments: list[str], env: dict[str, str]) -> None:
 
 def build(tools: dict[str, str], env: dict[str, str]) -> None:
     log = BUILD / "build.log"
-    command = ["cmake", "--build", str(BUILD / "cmake"), "--target", *tools.values()]
+    command = ["cmake", "--build", str(BUILD / "cmake"), "--target", "llama", *tools.values()]
     env = env | {"NINJA_STATUS": "[%f/%t] "}
     started = time.monotonic()
     with log.open("w") as output, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as ninja:
@@ -270,7 +270,9 @@ def publish(tools: dict[str, str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help,
                                      usage="%(prog)s [--tools NAME,...] [--vulkan] [CMAKE_ARG ...]")  # fmt: skip
-    parser.add_argument("--tools", default=",".join(TOOLS), metavar="NAME,...", help="build only these tools of build/bin (default: all)")
+    parser.add_argument(
+        "--tools", default=",".join(TOOLS), metavar="NAME,...", help="build only these tools of build/bin, none if empty (default: all)"
+    )
     parser.add_argument("--vulkan", action="store_true", help="build the Vulkan backend too, for GPUs")
     parser.add_argument("others", nargs="*", metavar="CMAKE_ARG", help="an argument for CMake, such as -DGGML_NATIVE=OFF")
     ours = "-h", "--help", "--tools", "--vulkan"
@@ -278,9 +280,10 @@ def main() -> None:
     args = parser.parse_args([a for a in sys.argv[1:] if a not in arguments])
     if args.others:
         raise Stop(f"unexpected arguments {args.others}; CMake's begin with a dash, see --help")
-    if unknown := [name for name in args.tools.split(",") if name not in TOOLS]:
+    names = args.tools.split(",") if args.tools else []
+    if unknown := [name for name in names if name not in TOOLS]:
         raise Stop(f"--tools {','.join(unknown)}: no such tool; the tools are {', '.join(TOOLS)}")
-    tools = {name: TOOLS[name] for name in args.tools.split(",")}
+    tools = {name: TOOLS[name] for name in names}
     if "-DGGML_BACKEND_DL=ON" in arguments:
         tools.pop("test-quantize-fns", None)  # it links to a single ggml-cpu, and this build has several
     if args.vulkan or vulkan.from_environment():

@@ -49,7 +49,10 @@ UPSTREAM = (REPO / "ggml_patch" / "UPSTREAM").read_text()  # with the hash of th
 ARCHITECTURES = "x86_64", "aarch64", "android"
 # The CPU variants and tools that the tests run. Other variants differ from these only in compiler flags, which our kernels override.
 TESTED = {"x86_64": "x64;haswell;alderlake;skylakex;zen4", "aarch64": "armv8.0_1;armv8.2_2;armv8.6_2"}
-TESTED_TOOLS = "llama-cli,llama-completion,llama-server,llama-quantize,llama-bench,test-backend-ops"
+TESTED_TOOLS = {
+    "x86_64": "llama-cli,llama-completion,llama-server,llama-quantize,llama-bench,test-backend-ops",
+    "aarch64": "",  # their common code takes longer to compile than libllama and ggml, and none of it is ours
+}
 
 
 def cxx_of_ndk() -> Path:
@@ -163,7 +166,7 @@ def main() -> None:
     arguments, prefix = settings(a.arch)
     work = llama_cpp.root() / "portable" / f"{a.arch}{'-tested' * a.tested}"
     if a.tested:
-        further += [f"--tools={TESTED_TOOLS}", f"-DSHERRY_CPU_VARIANTS={TESTED[a.arch]}"]
+        further += [f"--tools={TESTED_TOOLS[a.arch]}", f"-DSHERRY_CPU_VARIANTS={TESTED[a.arch]}"]
         if prefix:  # no compiler cache serves a cross build, so optimize only ggml
             further += [f"-DCMAKE_{language}_FLAGS_RELEASE=-O1 -DNDEBUG" for language in ("C", "CXX")]
             further.append(f"-DCMAKE_PROJECT_ggml_INCLUDE={REPO / 'scripts' / 'build' / 'optimized.cmake'}")
@@ -179,7 +182,7 @@ def main() -> None:
         raise Stop("llama.cpp was not built: see above")
     with FileLock(work / "lock"):
         archive = pack(work, a.arch, prefix)
-    print(f"portable: packed {archive}, {archive.stat().st_size / 1e6:.0f} MB; unpack it there and run its llama-cli")
+    print(f"portable: packed {archive}, {archive.stat().st_size / 1e6:.0f} MB; unpack it there{' and run its llama-cli' * (not a.tested)}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,9 @@ int main(int argc, char ** argv) {
     if (argc != 8) {
         return 2;
     }
+    if (!ggml_backend_reg_count()) {
+        ggml_backend_load_all();  // a portable build's, beside this program
+    }
     llama_model_params params = llama_model_default_params();
     if (strcmp(argv[6], "default")) {
         params.use_extra_bufts = atoi(argv[6]);

@@ -9,14 +9,16 @@ cortex-a72 neon:
 | attention's tests | | | neon, the only kernels that it has |
 | ggml's operations against NumPy | TQ1_25 | STQ1_0 | TQ1_25_64 |
 | test-backend-ops | all three types | TQ1_25, TQ1_25_64 | TQ1_25, STQ1_0 |
-| test-quantize-fns, text of the demo model (TQ1_25) | yes | yes | yes |
+| test-quantize-fns, logits of the demo model (TQ1_25) | yes | yes | yes |
 
 So each type meets each instruction set in llama.cpp. What runs natively alone: ggml's operations with the other types of each
 CPU, the slowest tests of NumPy's code (any_bytes_decode_and_pack, exact_means, sparse_absmean), those of how attention is shared among
-threads and streams (no instruction set has a part in that), and the converter.
+threads and streams (no instruction set has a part in that), the converter, and the programs beside these two, unless
+SHERRY_WHOLE_ARCHIVES=1.
 No emulated CPU has SVE of more than 256 bits, SME or big-endian memory.
 """
 
+import itertools
 import json
 import os
 import re
@@ -25,7 +27,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import LONG, backend_ops, greedy, loaded, portable, shared_symbols
+from conftest import LONG, WHOLE_ARCHIVES, Logits, backend_ops, check_same_sums, greedy, loaded, portable, shared_symbols
 from cross_arm import COMPILERS, PREFIX, missing
 
 from sherry_gguf import gguf_type, llama_cpp
@@ -57,7 +59,12 @@ def python():
 
 @pytest.fixture(scope="module")
 def tools(tmp_path_factory):
-    return portable("aarch64", tmp_path_factory.mktemp("aarch64"))
+    """The archive's libraries, and test-backend-ops."""
+    files, source = portable("aarch64", tmp_path_factory.mktemp("aarch64")), llama_cpp.source_dir()
+    compiled = [COMPILERS[1], "-std=c++17", "-O2", f"-I{source}/ggml/include", source / "tests/test-backend-ops.cpp", "-L", files, "-lggml",
+                "-lggml-base", "-Wl,-rpath,$ORIGIN", "-o", files / "test-backend-ops"]  # fmt: skip
+    subprocess.run(compiled, check=True)
+    return files
 
 
 def run(python, cpu, *args, **env):
@@ -165,7 +172,30 @@ def test_quantize_fns(tools, cpu, tmp_path):
     assert all(len(re.findall(rf"\b{kind.lower()} .*ok", done.stdout)) == 3 for kind in gguf_type.TYPES), done.stdout
 
 
-@pytest.mark.parametrize("cpu", [*VARIANTS, "max,sve=off"])  # i8mm without SVE: upstream's kernels have neither, ours the first
+ALL_SETS = pytest.mark.parametrize("cpu", [*VARIANTS, "max,sve=off"])  # i8mm without SVE: upstream's kernels have neither, ours the first
+
+
+@pytest.fixture(scope="module")
+def native_logits(demo, tmp_path_factory):
+    """Of the native build: by (batch, repack)."""
+    logits = Logits(tmp_path_factory.mktemp("native"), llama_cpp.library("llama").parent)
+    return {case: logits(demo[2], demo[0] / "held_out.txt", *case, tokens=40)[0] for case in itertools.product((1, 40), (0, 1))}
+
+
+@ALL_SETS
+def test_logits_of_the_demo_model(tools, cpu, demo, native_logits):
+    """Token by token, by tables, and all at once, by panels; from plain and repacked weights."""
+    logits = Logits(tools, tools, COMPILERS[1], lambda program: emulated(cpu, program))
+    for (batch, repack), expected in native_logits.items():
+        found, said = logits(demo[2], demo[0] / "held_out.txt", batch, repack, tokens=40)
+        assert ("CPU_REPACK" in said) == bool(repack) and set(loaded(said)) == {
+            f"libggml-cpu-{VARIANTS.get(cpu, VARIANTS['neoverse-n1'])}.so"
+        }, said
+        check_same_sums(expected, found, f"{cpu}, batches of {batch}, repacked: {repack}")
+
+
+@ALL_SETS
+@pytest.mark.skipif(not WHOLE_ARCHIVES, reason="the archive for tests has no llama-cli for ARM")
 def test_text_of_the_demo_model(tools, cpu, demo):
     for args in [], ["--no-repack"]:
         assert greedy(demo[2], *args, prompt=LONG, command=emulated(cpu, tools / "llama-cli")) == greedy(demo[2], *args, prompt=LONG)

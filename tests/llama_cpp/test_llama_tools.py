@@ -1,7 +1,6 @@
 """llama.cpp's own tools and tests on TQ1_25, and the demo model from training to logits."""
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 import small_models
 from built_tools import run, run_for
-from conftest import ENV, backend_ops, greedy, sherry, upstream_f32
+from conftest import ENV, Logits, backend_ops, check_same_sums, divergence, greedy, sherry, upstream_f32
 
 from sherry_gguf import cli, gguf_type, kernels, llama_cpp, stq1_0, tq1_25
 
@@ -385,49 +384,16 @@ def test_a_draft_model_needs_the_type_of_speculation(llama):
 
 @pytest.fixture(scope="session")
 def logits(tmp_path_factory):
-    """logits(model, text, batch, repack): float32 (tokens, vocabulary) for a text's first 150 tokens, and llama.cpp's log."""
-    root, source, lib = tmp_path_factory.mktemp("logits"), llama_cpp.source_dir(), llama_cpp.library("llama").parent
-    includes = ["-I", source / "include", "-I", source / "ggml" / "include"]
-    libraries = ["-L", lib, "-lllama", "-lggml", "-lggml-base", "-lggml-cpu", f"-Wl,-rpath,{lib}"]
-    command = [os.environ.get("CXX", "c++"), "-std=c++17", "-O1", *includes, HERE / "logits.cpp", *libraries, "-o", root / "logits"]
-    subprocess.run(list(map(str, command)), check=True)
-
-    def run_it(model, text, batch, repack, tokens=150):
-        result = subprocess.run(list(map(str, [root / "logits", model, text, tokens, batch, 2, repack, root / "out"])),
-                                capture_output=True, text=True)  # fmt: skip
-        assert result.returncode == 0, result.stderr[-4000:]
-        return np.fromfile(root / "out", np.float32).reshape(tokens, -1).astype(np.float64), result.stderr
-
-    return run_it
-
-
-def divergence(logits, others):
-    """Mean KL divergence, nats a token."""
-
-    def log_softmax(x):
-        x = x - x.max(axis=1, keepdims=True)
-        return x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-
-    p, q = log_softmax(logits), log_softmax(others)
-    return (np.exp(p) * (p - q)).sum(axis=1).mean()
+    return Logits(tmp_path_factory.mktemp("logits"), llama_cpp.library("llama").parent)
 
 
 def check_repack_changes_little(logits, model, text, batch):
-    """The integers are equal, and float sums differ only in their order (tests/llama_cpp/test_ops.py, exactly). In a model such a
-    difference can push an activation over an edge of Q8_0, a whole step for the next matrix, so a token's logits are either equal to
-    1e-5 or off by such steps. Measured: up to 0.5 % of the logits' standard deviation (root mean square); KL divergence up to 1.1e-6
-    for random models and 1.0e-5 for the demo model, whose logits lie further apart. Plain weights alone give 1 to 4 % between batches
-    of 1 and of 150 (random models)."""
+    """The integers are equal, and float sums differ only in their order (tests/llama_cpp/test_ops.py, exactly)."""
     plain, said = logits(model, text, batch, 0)
     assert "CPU_REPACK" not in said
     repacked, said = logits(model, text, batch, "default")
     assert re.search(r"CPU_REPACK model buffer size = +[0-9.]+ MiB", said), said
-
-    kl = divergence(plain, repacked)
-    off = np.sqrt(((plain - repacked) ** 2).mean()) / plain.std()
-    top = (plain.argmax(axis=1) == repacked.argmax(axis=1)).mean()
-    print(f"batches of {batch}: {off:.2e} of the deviation, KL divergence {kl:.2e}, same top token {100 * top:.1f} %")
-    assert off < 0.015 and abs(kl) < 5e-5 and top > 0.97
+    check_same_sums(plain, repacked, f"batches of {batch}")
 
 
 @pytest.mark.parametrize("batch", [1, 40, 150])  # by tables, experts by either, by panels

@@ -14,8 +14,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import WHOLE_ARCHIVES, greedy
-from cross_arm import EMULATOR, missing
+from conftest import WHOLE_ARCHIVES, Logits, check_same_sums, greedy
+from cross_arm import COMPILERS, EMULATOR, missing
 
 from sherry_gguf import llama_cpp
 
@@ -170,7 +170,8 @@ def test_llama(installed, demo, tmp_path):
 @pytest.mark.emulated
 @pytest.mark.skipif(bool(missing()), reason=missing() or "-")
 def test_for_arm(demo, tmp_path):
-    """The wheel for 64-bit ARM, under emulation: its kernels give the reference's blocks, and its tools the native text."""
+    """The wheel for 64-bit ARM, under emulation: its kernels give the reference's blocks, its llama.cpp the native logits,
+    and in the wheel that users get, llama-cli the native text."""
     arm = built("aarch64")
     assert arm.name.endswith("-cp310-abi3-manylinux_2_34_aarch64.whl")
     with zipfile.ZipFile(arm) as archive:
@@ -181,7 +182,13 @@ def test_for_arm(demo, tmp_path):
     script("arm.py")
     done = subprocess.run([llama_cpp.root() / "arm" / "run-python", "-c", code], capture_output=True, text=True)
     assert done.stdout.split() == [str(tmp_path / "sherry_gguf/__init__.py"), "['i8mm',", "'dotprod',", "'neon',", "'scalar']"], done.stderr
-    tool = tmp_path / "sherry_gguf/_llama/bin/llama-cli"
-    tool.chmod(0o755)
-    command = [EMULATOR, "-cpu", "neoverse-n1", "-L", "/usr/aarch64-linux-gnu", tool]
-    assert greedy(demo[2], prompt=PROMPT, command=command) == greedy(demo[2], prompt=PROMPT)
+    files = tmp_path / "sherry_gguf/_llama/bin"
+    command = [EMULATOR, "-cpu", "neoverse-n1", "-L", "/usr/aarch64-linux-gnu"]
+    (tmp_path / "native").mkdir()
+    emulated = Logits(files, files, COMPILERS[1], lambda program: [*command, program])
+    native = Logits(tmp_path / "native", llama_cpp.library("llama").parent)
+    found, expected = (logits(demo[2], demo[0] / "held_out.txt", 40, 1, tokens=40)[0] for logits in (emulated, native))
+    check_same_sums(expected, found, "from the wheel")
+    if WHOLE_ARCHIVES:
+        (files / "llama-cli").chmod(0o755)
+        assert greedy(demo[2], prompt=PROMPT, command=[*command, files / "llama-cli"]) == greedy(demo[2], prompt=PROMPT)
