@@ -181,12 +181,12 @@ def upstream_f32(directory, outfile, *flags):
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
-    """The demo's checkpoint after a tenth of its training, made once: (directory, upstream's F32 GGUF, our GGUF)."""
+    """The demo's checkpoint after a quarter of its training, made once: (directory, upstream's F32 GGUF, our GGUF)."""
     hf, root = llama_cpp.root() / "tests" / "demo" / "hf", tmp_path_factory.mktemp("demo")
     hf.parent.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(hf.parent / "tests.lock"):  # the script doesn't wait for another worker's
         script = TESTS.parent / "scripts" / "make_demo_checkpoint.py"
-        subprocess.run([sys.executable, script, "--out", hf, "--steps", "300", "--batch", "4"], check=True)
+        subprocess.run([sys.executable, script, "--out", hf, "--steps", "400"], check=True)
     (root / "hf").symlink_to(hf)
     upstream_f32(root / "hf", root / "f32.gguf")
     result = sherry("convert", root / "hf", "--outfile", root / "demo.gguf", "--require-exact")
