@@ -127,9 +127,13 @@ def run(a: argparse.Namespace) -> bool:
     import real_training_files as files
     import torch
 
+    from sherry_gguf.training.run import SLOW_BF16, bf16_time
+
     figures = files.load(a.work, a.context)[0]
     if a.device == "auto":
         a.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if a.device == "cpu" and a.bf16 and (slower := bf16_time()) > SLOW_BF16:
+        print(f"{PROGRAM}: on this CPU bfloat16 products take {slower:.3g} times as long as float32: add --float32", file=sys.stderr)
     a.machine = torch.cuda.get_device_name() if a.device == "cuda" else cpu_name()
     a.deadline = time.time() + 60 * a.minutes if a.minutes else float("inf")
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -30,6 +30,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from sherry_gguf.errors import NotBuilt, Stop
 from sherry_gguf.evaluation import tasks as lm_tasks
 from sherry_gguf.qat import data as qat_data
+from sherry_gguf.training import run as training
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 QUESTIONS = Path(__file__).parents[1] / "evaluate/eval_data"
@@ -159,8 +160,11 @@ def test_a_paused_study_gives_the_same_result(prepared, tmp_path, capfd, precisi
     whole, paused = tmp_path / "whole", tmp_path / "paused"
     for work in whole, paused:
         shutil.copytree(prepared, work)
+    monkeypatch.setattr(training, "bf16_time", lambda: 9.0)
     assert real_training.main(arguments(whole, *more, precision=precision)) == 0
-    assert "the time is up" not in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "the time is up" not in said.out
+    assert ("bfloat16 products take 9 times as long as float32: add --float32" in said.err) == (precision == "bfloat16")
     done = json.loads((whole / "runs.jsonl").read_text().splitlines()[-1])
     run, calls = real_runs.Run(**done["run"]), 0
     a = real_training.parse(arguments(paused, *more, precision=precision))
