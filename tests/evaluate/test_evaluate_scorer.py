@@ -43,10 +43,10 @@ def test_shared_beginnings_change_nothing(zoo, name):
         together = loaded.score(requests, parts.append)
         alone = [loaded.score([request])[0] for request in requests]
     assert sorted(i for part in parts for i, _, _ in part) == list(range(len(requests))) and 1 < len(parts) < len(requests) / 8
-    # Measured: 6e-6. gptoss has experts in MXFP4, whose inputs llama.cpp rounds to 8 bits: another order of float sums can tip one
-    # over an edge (AVX2: 1.0e-4 nats in one of 260).
-    close = {"abs": EXACT_NATS} if name == "gptoss" else {"rel": 1e-5}
-    assert [logprob for logprob, _ in together] == pytest.approx([logprob for logprob, _ in alone], **close)
+    # Measured: 6e-6. gptoss has experts in MXFP4, whose inputs llama.cpp rounds to 8 bits: another order of float sums can tip a few
+    # over an edge (AVX2: one of 260, by 1.0e-4 nats).
+    far = [abs(a - b) for (a, _), (b, _) in zip(together, alone, strict=True) if a != pytest.approx(b, rel=1e-5)]
+    assert not far or (name == "gptoss" and len(far) <= 3 and max(far) < EXACT_NATS), far
     assert [greedy for _, greedy in together] == [greedy for _, greedy in alone]
     assert all(logprob == 0 and greedy for (_, n), (logprob, greedy) in zip(requests, together) if n == 0)
 
